@@ -1,0 +1,20 @@
+"""DivQAT: quantization-aware training that makes int8 CNNs hard to extract (arXiv 2512.23948)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# An installed package holds kernels/ as divqat.kernels; in a checkout that is not installed the
+# folder lies beside this one.
+_kernels = Path(__file__).parent.parent / "kernels"
+if importlib.util.find_spec("divqat.kernels") is None and (_kernels.parent / "setup.py").is_file():
+    _spec = importlib.util.spec_from_file_location(
+        "divqat.kernels", _kernels / "__init__.py", submodule_search_locations=[str(_kernels)]
+    )
+    assert _spec is not None and _spec.loader is not None
+    kernels = sys.modules["divqat.kernels"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)

@@ -1,0 +1,24 @@
+"""Progress bars: on a terminal only, and only where tqdm is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def progress(
+    items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
+) -> Iterator[T]:
+    """Iterate over ``items`` behind a bar on standard error; silent when that is no terminal."""
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            yield from tqdm(items, desc=description, total=total, unit=unit, leave=False)
+            return
+    yield from items

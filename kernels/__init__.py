@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op; installed as `divqat.kernels`. Importing this never imports triton."""
