@@ -18,3 +18,27 @@ if importlib.util.find_spec("divqat.kernels") is None and (_kernels.parent / "se
     assert _spec is not None and _spec.loader is not None
     kernels = sys.modules["divqat.kernels"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(kernels)
+
+from divqat import nn, ops  # noqa: E402
+from divqat.quantize import (  # noqa: E402
+    QuantConfig,
+    convert,
+    freeze_batchnorm,
+    freeze_observers,
+    prepare,
+    preset,
+    summary,
+)
+
+__all__ = [
+    "QuantConfig",
+    "__version__",
+    "convert",
+    "freeze_batchnorm",
+    "freeze_observers",
+    "nn",
+    "ops",
+    "prepare",
+    "preset",
+    "summary",
+]

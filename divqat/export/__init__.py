@@ -1,0 +1,6 @@
+"""Export a trained model and prove that the export is the trained model."""
+
+from divqat.export.onnx import ExportReport, export_onnx
+from divqat.export.verify import VerifyReport, verify
+
+__all__ = ["ExportReport", "VerifyReport", "export_onnx", "verify"]

@@ -1,0 +1,21 @@
+"""Drop-in modules: observers, fake-quantizers, quantized layers, the DivQAT loss."""
+
+from divqat.nn.conv import QuantConv2d, QuantConvTranspose2d
+from divqat.nn.conv_bn import QuantConvBn2d
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.nn.linear import QuantLinear
+from divqat.nn.loss import DivQATLoss
+from divqat.nn.observer import MovingAverageMinMaxObserver
+from divqat.nn.spec import QuantSpec
+
+__all__ = [
+    "DivQATLoss",
+    "FakeQuantize",
+    "LearnedStepFakeQuantize",
+    "MovingAverageMinMaxObserver",
+    "QuantConv2d",
+    "QuantConvBn2d",
+    "QuantConvTranspose2d",
+    "QuantLinear",
+    "QuantSpec",
+]

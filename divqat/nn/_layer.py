@@ -1,0 +1,78 @@
+"""What the quantized layers share: a quantized weight and, if asked, a quantized input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divqat.nn._state import QuantState
+from divqat.nn.fake_quantize import LearnedStepFakeQuantize, activation_quantizer
+from divqat.nn.spec import QuantSpec
+from divqat.ops import fake_quantize_weights
+from divqat.ops.reference import weight_scale
+
+
+class QuantLayer(QuantState):
+    """Mixin before ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear``."""
+
+    WEIGHT_AXIS = 0  # the output channels of the weight
+    weight: Any  # nn.Parameter, declared by the base class that follows
+    bias: Any
+
+    def _init_quant(self, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
+        self.input_fake_quantize = None if input_spec is None else activation_quantizer(input_spec)
+        self.set_weight_spec(weight_spec)
+
+    def set_weight_spec(self, weight_spec: QuantSpec) -> None:
+        """Quantize the weight on another grid from now on."""
+        if not weight_spec.symmetric or not weight_spec.signed:
+            raise ValueError(f"weight_spec: wanted a signed symmetric grid, got {weight_spec}")
+        self.weight_spec = weight_spec
+        self.weight_fake_quantize = None
+        if weight_spec.learned:
+            axis = self._weight_axis
+            channels = None if axis is None else self.weight.shape[axis]
+            self.weight_fake_quantize = LearnedStepFakeQuantize(
+                weight_spec, ch_axis=axis, num_channels=channels
+            )
+
+    @property
+    def _weight_axis(self) -> int | None:
+        return self.WEIGHT_AXIS if self.weight_spec.per_channel else None
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own operation with the given weight and bias."""
+        raise NotImplementedError
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """``x`` through the layer's own input quantizer, if it has one."""
+        return x if self.input_fake_quantize is None else self.input_fake_quantize(x)
+
+    def quantize_weight(self, weight: Tensor) -> Tensor:
+        """``weight`` fake-quantized by the layer's spec; same shape and dtype."""
+        if self.weight_fake_quantize is not None:
+            return self.weight_fake_quantize(weight)
+        spec = self.weight_spec
+        return fake_quantize_weights([weight], spec.quant_min, spec.quant_max, self._weight_axis)[0]
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in float as they are deployed."""
+        return self.weight, self.bias
+
+    @torch.no_grad()
+    def weight_qparams(self) -> Tensor:
+        """The weight's scale, float32 [] or [C]; its zero point is 0."""
+        if self.weight_fake_quantize is not None:
+            return self.weight_fake_quantize.calculate_qparams()[0]
+        spec = self.weight_spec
+        return weight_scale(self.folded()[0], spec.quant_min, spec.quant_max, self._weight_axis)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The operation of the replaced module on the quantized input and weight."""
+        x = self.quantize_input(input)
+        return self.compute(x, self.quantize_weight(self.weight), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight={self.weight_spec}"

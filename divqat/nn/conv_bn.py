@@ -1,0 +1,99 @@
+"""A convolution and its BatchNorm, folded as they will be deployed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat.nn.conv import QuantConv2d
+from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
+
+
+class QuantConvBn2d(QuantConv2d):
+    """``nn.Conv2d`` followed by ``nn.BatchNorm2d``, trained with the folded weight quantized.
+
+    Deployed is one convolution with weight W·γ/σ and bias β + (b − μ)·γ/σ, μ and σ² the running
+    statistics. Training must therefore quantize W·s with s = γ/σ (Jacob et al. 2018, §3.2):
+
+    * Batch statistics: y = BN(conv(x, Q(W·s)/s)). Dividing the output by s, as is usual, costs a
+      pass over the activations; dividing the quantized *weight* is the same in exact arithmetic
+      (convolution is linear in each output channel) and costs a pass over the weight. BatchNorm
+      stays PyTorch's own.
+    * Frozen statistics and eval mode: y = conv(x, Q(W·s)) + β + (b − μ)·s, the deployed sum.
+
+    γ = 0 is defined: where |γ| is tiny, s is replaced by 1/σ for the quantization only, so the
+    channel still gets a gradient; in the deployed form its weight is 0 and its output β.
+
+    Args:
+        *args, **kwargs: those of ``nn.Conv2d``.
+        eps, momentum: those of ``nn.BatchNorm2d``.
+        weight_spec, input_spec: as :class:`QuantConv2d`. A learned weight scale must be per
+            channel: it is the scale of W, and that of W·s is |s| times it.
+    """
+
+    SWITCHES = ("frozen",)
+
+    def __init__(
+        self,
+        *args: Any,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        weight_spec: QuantSpec = WEIGHT,
+        input_spec: QuantSpec | None = ACTIVATION,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, weight_spec=weight_spec, input_spec=input_spec, **kwargs)
+        if weight_spec.learned and not weight_spec.per_channel:
+            raise ValueError(f"weight_spec: wanted a learned scale per channel, got {weight_spec}")
+        self.bn = nn.BatchNorm2d(
+            self.out_channels,
+            eps=eps,
+            momentum=momentum,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        self.frozen = False  # use the running statistics in training mode too
+
+    def freeze(self) -> None:
+        """Stop updating and using batch statistics; γ and β stay trainable."""
+        self.frozen = True
+
+    def _fold(self, gamma: Tensor) -> Tensor:
+        """s = γ/σ as [C_out, 1, 1, 1]."""
+        assert self.bn.running_var is not None
+        return (gamma * torch.rsqrt(self.bn.running_var + self.bn.eps)).view(-1, 1, 1, 1)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with BatchNorm folded in."""
+        s = self._fold(self.bn.weight)
+        mean = self.bn.running_mean
+        assert mean is not None
+        offset = -mean if self.bias is None else self.bias - mean
+        return self.weight * s, self.bn.bias + offset * s.flatten()
+
+    def weight_qparams(self) -> Tensor:
+        """The folded weight's scale."""
+        scale = super().weight_qparams()
+        if self.weight_fake_quantize is None:
+            return scale
+        return scale * self._fold(self.bn.weight).flatten().abs()
+
+    def _quantize_folded(self, s: Tensor) -> Tensor:
+        """Q(W·s): a learned scale is W's own, an observed one comes from W·s."""
+        if self.weight_fake_quantize is not None:
+            return self.quantize_weight(self.weight) * s
+        return self.quantize_weight(self.weight * s)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C_in, H, W] → [N, C_out, H', W']."""
+        x = self.quantize_input(input)
+        if self.frozen or not self.training:
+            weight = self._quantize_folded(self._fold(self.bn.weight))
+            return self.compute(x, weight, self.folded()[1])
+        gamma = self.bn.weight.detach()
+        # Q(W·s)/s does not depend on the size of s where every channel has its own scale; where it
+        # does, a channel switched off by γ ≈ 0 must not become 0/0.
+        s = self._fold(torch.where(gamma.abs() < self.bn.eps, 1.0, gamma))
+        return self.bn(self.compute(x, self._quantize_folded(s) / s, self.bias))

@@ -1,0 +1,162 @@
+"""Fake-quantizers as modules: with an observed and with a learned scale."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from divqat.nn._state import QuantState
+from divqat.nn.observer import MovingAverageMinMaxObserver
+from divqat.nn.spec import ACTIVATION, QuantSpec
+from divqat.ops import fake_quantize_lsq
+from divqat.ops.reference import EPS
+
+
+class FakeQuantize(MovingAverageMinMaxObserver):
+    """Observe the range in training mode and fake-quantize with it.
+
+    ``observer_enabled`` and ``fake_quant_enabled`` are Python bools (a tensor flag would break
+    export and CUDA graphs) and travel in the state dict. Before any batch was observed the input
+    passes unchanged, whatever its range.
+
+    Args:
+        spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
+        mode: ``"exact"`` or ``"delayed"``, see :func:`divqat.ops.fake_quantize_observed`; the
+            first batch is exact in either.
+        relu: apply ReLU first, in the same op.
+    """
+
+    SWITCHES = ("observer_enabled", "fake_quant_enabled", "calibrated")
+
+    def __init__(
+        self,
+        spec: QuantSpec = ACTIVATION,
+        *,
+        ch_axis: int | None = None,
+        num_channels: int | None = None,
+        mode: str = "exact",
+        relu: bool = False,
+    ) -> None:
+        super().__init__(spec, ch_axis=ch_axis, num_channels=num_channels)
+        self.mode = mode
+        self.relu = relu
+        self.fake_quant_enabled = True
+        self.calibrated = False  # a batch was observed: scale and zero point mean something
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` fake-quantized; any shape, dtype kept."""
+        observing = self.training and self.observer_enabled
+        calibrated = self.calibrated
+        if observing and not calibrated and x.numel():
+            self.calibrated = True
+        return self._observed(
+            x,
+            fake_quant=self.fake_quant_enabled and (observing or calibrated),
+            mode=self.mode if calibrated else "exact",
+            relu=self.relu,
+        )
+
+    def disable_observer(self) -> None:
+        """Keep scale and zero point as they are from now on."""
+        self.observer_enabled = False
+
+    def enable_observer(self) -> None:
+        """Observe again."""
+        self.observer_enabled = True
+
+
+class LearnedStepFakeQuantize(QuantState):
+    """Fake-quantization with a trained scale (LSQ) and, if the grid is affine, a trained offset
+    (LSQ+).
+
+    The scale starts at 2 · mean|x| / sqrt(quant_max) of the first batch seen in training (Esser et
+    al. 2020, §2.1), the offset so that the batch's minimum meets the lowest code when the grid is
+    unsigned (Bhalgat et al. 2020, §3.2). The gradients of both are multiplied by
+    1 / sqrt(n · quant_max) with n the number of elements that share a scale (§2.2).
+
+    Args:
+        spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
+    """
+
+    SWITCHES = ("fake_quant_enabled", "initialized")
+
+    def __init__(
+        self,
+        spec: QuantSpec = ACTIVATION,
+        *,
+        ch_axis: int | None = None,
+        num_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (ch_axis is None) != (num_channels is None):
+            raise ValueError(
+                f"ch_axis, num_channels: wanted both or neither, got {ch_axis} and {num_channels}"
+            )
+        shape = [] if num_channels is None else [num_channels]
+        self.spec = spec
+        self.ch_axis = ch_axis
+        self.fake_quant_enabled = True
+        self.initialized = False
+        self.scale = nn.Parameter(torch.ones(shape))
+        middle = 0.0 if spec.signed else float((spec.quant_max + 1) // 2)
+        zero_point = torch.full(shape, middle if spec.symmetric else 0.0)
+        if spec.symmetric:
+            self.register_buffer("zero_point", zero_point)
+        else:
+            self.zero_point = nn.Parameter(zero_point)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32), each [] or [C], without gradient."""
+        zero_point = self.zero_point.detach().round()
+        zero_point = zero_point.clamp(self.spec.quant_min, self.spec.quant_max)
+        return self.scale.detach().clamp(min=EPS), zero_point.to(torch.int32)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set scale and offset from a batch."""
+        values = x.detach().float()
+        if self.ch_axis is None:
+            rows = values.reshape(1, -1)
+        else:
+            rows = values.movedim(self.ch_axis, 0).flatten(1)
+        low, high = rows.amin(1).clamp(max=0.0), rows.amax(1).clamp(min=0.0)
+        if self.spec.symmetric:
+            scale = 2 * rows.abs().mean(1) / math.sqrt(self.spec.quant_max)
+        else:
+            scale = (high - low) / (self.spec.quant_max - self.spec.quant_min)
+        scale = scale.clamp(min=EPS)
+        self.scale.copy_(scale.view_as(self.scale))
+        if not self.spec.symmetric:
+            zero_point = self.spec.quant_min - (low / scale).round()
+            self.zero_point.copy_(zero_point.view_as(self.zero_point))
+        self.initialized = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` fake-quantized; any shape, dtype kept. Unchanged before the first batch."""
+        if self.training and not self.initialized and x.numel():
+            self.initialize(x)
+        if not (self.fake_quant_enabled and self.initialized):
+            return x
+        sharing = x.numel() // self.scale.numel()
+        return fake_quantize_lsq(
+            x,
+            self.scale.clamp(min=EPS),
+            self.zero_point,
+            self.spec.quant_min,
+            self.spec.quant_max,
+            self.ch_axis,
+            grad_factor=1 / math.sqrt(max(1, sharing) * self.spec.quant_max),
+        )
+
+    def _quant_keys(self) -> set[str]:
+        return {"_extra_state", "scale", "zero_point"}
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, ch_axis={self.ch_axis}"
+
+
+def activation_quantizer(spec: QuantSpec) -> FakeQuantize | LearnedStepFakeQuantize:
+    """The quantizer that ``spec`` asks for, one scale for the whole tensor."""
+    return LearnedStepFakeQuantize(spec) if spec.learned else FakeQuantize(spec)

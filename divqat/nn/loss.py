@@ -1,0 +1,103 @@
+"""The loss of DivQAT as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from divqat.ops import divergence_loss_terms
+from divqat.ops._check import check_choice
+from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
+
+
+class DivQATLoss(nn.CrossEntropyLoss):
+    """CE − λ T² · divergence from a frozen teacher; see :func:`divqat.ops.divergence_loss`.
+
+    A ``nn.CrossEntropyLoss`` without class weights: ``weight`` is λ.
+
+    ``loss(logits, target, teacher_logits)``; without ``teacher_logits`` λ must be 0, and the loss
+    is ``nn.CrossEntropyLoss``. After a call ``ce`` and ``divergence`` hold the two means, [],
+    detached and still on the device.
+
+    Args:
+        weight: λ ≥ 0. temperature, direction, classes, bound, guard: as the op.
+        warmup_steps: λ rises linearly from 0 over this many calls of :meth:`step`.
+        label_smoothing, ignore_index: those of ``nn.CrossEntropyLoss``.
+    """
+
+    final_weight: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        weight: float = 0.0,
+        *,
+        temperature: float = 1.0,
+        direction: str = "student_teacher",
+        classes: str = "all",
+        bound: float | None = None,
+        guard: bool = False,
+        warmup_steps: int = 0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__(label_smoothing=label_smoothing, ignore_index=ignore_index)
+        check_choice("direction", direction, DIRECTIONS)
+        check_choice("classes", classes, CLASSES)
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps: wanted >= 0, got {warmup_steps}")
+        self.temperature = temperature
+        self.direction = direction
+        self.classes = classes
+        self.bound = bound
+        self.guard = guard
+        self.warmup_steps = warmup_steps
+        # λ and how far the warm-up is, as tensors: a new value neither recompiles nor leaves a
+        # captured graph behind.
+        self.register_buffer("final_weight", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.set_weight(weight)
+        self.ce: Tensor | None = None
+        self.divergence: Tensor | None = None
+
+    def set_weight(self, weight: float) -> None:
+        """λ from now on (after the warm-up)."""
+        if not weight >= 0:
+            raise ValueError(f"weight: wanted >= 0, got {weight}")
+        self.final_weight.fill_(weight)
+        self.enabled = weight > 0  # λ = 0 is plain cross-entropy, by the op's own rule
+
+    def step(self) -> None:
+        """One more training step has been made: the warm-up goes on."""
+        self.steps += 1
+
+    def forward(
+        self,
+        input: Tensor,  # [N, C]
+        target: Tensor,  # [N]
+        teacher_logits: Tensor | None = None,  # [N, C]
+    ) -> Tensor:
+        """The loss, []; its gradient goes to ``input`` only."""
+        weight: float | Tensor = 0.0
+        if self.enabled:
+            if teacher_logits is None:
+                raise ValueError("teacher_logits: wanted [N, C] as weight is not 0, got None")
+            weight = self.final_weight
+            if self.warmup_steps:
+                weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1.0)
+        elif teacher_logits is None:
+            teacher_logits = input.detach()
+        loss, self.ce, self.divergence = divergence_loss_terms(
+            input,
+            teacher_logits,
+            target,
+            weight=weight,
+            temperature=self.temperature,
+            direction=self.direction,
+            classes=self.classes,
+            bound=self.bound,
+            guard=self.guard,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+        return loss

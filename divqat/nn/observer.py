@@ -1,0 +1,81 @@
+"""Observers: what range a tensor has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from divqat.nn._state import QuantState
+from divqat.nn.spec import ACTIVATION, QuantSpec
+from divqat.ops import fake_quantize_observed
+
+
+class MovingAverageMinMaxObserver(QuantState):
+    """Moving average of min and max, per tensor or per channel; passes its input through.
+
+    Buffers (float32, int32): ``running_min``, ``running_max``, ``scale``, ``zero_point``, each []
+    or [C]. Until the first batch the range is empty (+Inf, −Inf).
+
+    Args:
+        spec: the grid; ``spec.averaging_constant`` is the weight of a new batch (Jacob et al.
+            2018, §3.1).
+        ch_axis: the channel axis; None observes the whole tensor.
+        num_channels: C, needed with ``ch_axis``.
+    """
+
+    SWITCHES: tuple[str, ...] = ("observer_enabled",)
+    running_min: Tensor
+    running_max: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec = ACTIVATION,
+        *,
+        ch_axis: int | None = None,
+        num_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (ch_axis is None) != (num_channels is None):
+            raise ValueError(
+                f"ch_axis, num_channels: wanted both or neither, got {ch_axis} and {num_channels}"
+            )
+        shape = [] if num_channels is None else [num_channels]
+        self.spec = spec
+        self.ch_axis = ch_axis
+        self.observer_enabled = True
+        self.register_buffer("running_min", torch.full(shape, float("inf")))
+        self.register_buffer("running_max", torch.full(shape, float("-inf")))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero point (int32), each [] or [C], of the range seen so far."""
+        return self.scale, self.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe ``x`` in training mode; return it unchanged."""
+        return self._observed(x, fake_quant=False)
+
+    def _observed(self, x: Tensor, **options: object) -> Tensor:
+        return fake_quantize_observed(
+            x,
+            self.running_min,
+            self.running_max,
+            self.scale,
+            self.zero_point,
+            self.spec.quant_min,
+            self.spec.quant_max,
+            self.ch_axis,
+            averaging_constant=self.spec.averaging_constant,
+            symmetric=self.spec.symmetric,
+            observe=self.training and self.observer_enabled,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _quant_keys(self) -> set[str]:
+        return {"_extra_state", "running_min", "running_max", "scale", "zero_point"}
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, ch_axis={self.ch_axis}"

@@ -1,0 +1,18 @@
+"""The ops of divqat: differentiable functions over ``torch.ops.divqat.*``."""
+
+from divqat.ops._library import backends
+from divqat.ops.divergence_loss import divergence_loss, divergence_loss_terms
+from divqat.ops.fake_quantize import fake_quantize
+from divqat.ops.fake_quantize_lsq import fake_quantize_lsq
+from divqat.ops.fake_quantize_observed import fake_quantize_observed
+from divqat.ops.fake_quantize_weights import fake_quantize_weights
+
+__all__ = [
+    "backends",
+    "divergence_loss",
+    "divergence_loss_terms",
+    "fake_quantize",
+    "fake_quantize_lsq",
+    "fake_quantize_observed",
+    "fake_quantize_weights",
+]

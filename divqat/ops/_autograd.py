@@ -1,0 +1,33 @@
+"""What the autograd wrappers of the fake-quantization ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_stride(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``grad`` laid out with ``stride``: masks are in memory order, so layouts must agree."""
+    if grad.stride() == stride:
+        return grad
+    return grad.new_empty_strided(grad.shape, stride).copy_(grad)
+
+
+class MaskedGrad(torch.autograd.Function):
+    """grad_x = grad_y where the mask is set, else 0.
+
+    It is linear in grad_y, so its own derivative is itself: double backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad_y: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.stride = grad_y.stride()
+        return torch.ops.divqat.fake_quantize_backward(grad_y, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return MaskedGrad.apply(with_stride(grad, ctx.stride), mask), None

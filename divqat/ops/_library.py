@@ -1,0 +1,80 @@
+"""Schemas of the ops, their registration, and which backend serves which device.
+
+The schemas are declared in Python, so every op exists on every machine. Its PyTorch reference is
+registered as ``CompositeExplicitAutograd`` and serves all devices; a C++ or Triton kernel
+registered for CPU or CUDA takes over there, through the dispatcher and without an ``if``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+# Masks are uint8 [ceil(numel / 8)]: bit i of byte j belongs to element 8j + i in the memory order
+# of the dense output, so a mask fits any layout.
+SCHEMAS = {
+    "fake_quantize": "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+    "int? ch_axis, bool propagate_nan) -> (Tensor y, Tensor mask)",
+    "fake_quantize_backward": "(Tensor grad_y, Tensor mask) -> Tensor",
+    "observe": "(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) scale, "
+    "Tensor(d!) zero_point, int quant_min, int quant_max, int? ch_axis, float averaging_constant, "
+    "bool symmetric, bool relu) -> ()",
+    "fake_quantize_observed": "(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, "
+    "Tensor(c!) scale, Tensor(d!) zero_point, int quant_min, int quant_max, int? ch_axis, "
+    "float averaging_constant, bool symmetric, str observer_mode, bool relu) "
+    "-> (Tensor y, Tensor mask)",
+    "fake_quantize_lsq": "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, "
+    "int quant_max, int? ch_axis) -> Tensor",
+    "fake_quantize_lsq_backward": "(Tensor grad_y, Tensor x, Tensor scale, Tensor zero_point, "
+    "int quant_min, int quant_max, int? ch_axis, float grad_factor) "
+    "-> (Tensor grad_x, Tensor grad_scale, Tensor grad_zero_point)",
+    "fake_quantize_weights": "(Tensor[] weights, int quant_min, int quant_max, int? ch_axis) "
+    "-> Tensor[]",
+    "fake_quantize_weights_backward": "(Tensor[] grads, Tensor[] weights, int quant_min, "
+    "int quant_max, int? ch_axis) -> Tensor[]",
+    "divergence_loss": "(Tensor logits, Tensor teacher_logits, Tensor target, Tensor weight, "
+    "float temperature, str direction, str classes, float? bound, bool guard, "
+    "float label_smoothing, int ignore_index) "
+    "-> (Tensor loss, Tensor ce, Tensor divergence, Tensor grad_logits)",
+}
+
+_library = torch.library.Library("divqat", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=_TAGS)
+
+
+def register(name: str, reference: Callable, fake: Callable) -> None:
+    """Register the PyTorch reference of an op for every device, and its fake kernel."""
+    # The gradient is the autograd.Function's business: inside, autograd is off.
+    _library.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"divqat::{name}", fake, lib=_library)
+
+
+def backends() -> dict[str, dict[str, tuple[str, str]]]:
+    """Which backend serves which op.
+
+    Returns:
+        ``{op: {device: (backend, reason)}}`` with device ``"cpu"`` or ``"cuda"``, backend
+        ``"native"`` (a kernel registered for that device) or ``"torch"`` (the reference), and why
+        no faster one serves it (empty for ``"native"``).
+    """
+    cpu = "no C++ kernels: the extension divqat._C is not built"
+    if importlib.util.find_spec("triton") is None:
+        cuda = f"{cpu}; no Triton kernels: triton is not installed"
+    else:
+        cuda = f"{cpu}; no Triton kernels: divqat.kernels has none for this op"
+    if not torch.cuda.is_available():
+        cuda = "no CUDA device is available"
+
+    def serving(name: str, key: str, reason: str) -> tuple[str, str]:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"divqat::{name}", key):
+            return "native", ""
+        return "torch", reason
+
+    return {
+        name: {"cpu": serving(name, "CPU", cpu), "cuda": serving(name, "CUDA", cuda)}
+        for name in SCHEMAS
+    }

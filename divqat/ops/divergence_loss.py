@@ -1,0 +1,171 @@
+"""Cross-entropy minus a divergence from a frozen teacher: the loss of DivQAT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from divqat.ops._check import check_choice, check_float
+from divqat.ops._library import register
+from divqat.ops.reference_loss import divergence_loss_ref
+
+DIRECTIONS = ("student_teacher", "teacher_student", "js")
+CLASSES = ("all", "non_label")
+
+
+def divergence_loss(
+    logits: Tensor,  # [N, C]
+    teacher_logits: Tensor,  # [N, C]
+    target: Tensor,  # [N]
+    *,
+    weight: float | Tensor,
+    temperature: float = 1.0,
+    direction: str = "student_teacher",
+    classes: str = "all",
+    bound: float | None = None,
+    guard: bool = False,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """L = CE(logits, target) − weight · T² · D, the mean over samples ("batchmean").
+
+    The student stays right (CE) and moves away from the frozen full-precision teacher (D), so that
+    its answers mislead whoever trains on them (DivQAT, arXiv 2512.23948; the T² of Hinton et al.
+    2015, §2, keeps the gradient's size as T changes). D is measured between the softmaxes at
+    temperature T; CE is taken at temperature 1.
+
+    Value and gradient come from one pass over the logits; a second derivative is available.
+
+    Args:
+        logits: the student's, [N, C], float32, float64, bfloat16 or float16.
+        teacher_logits: the teacher's, same shape and dtype; a constant.
+        target: int64 [N], class indices or ``ignore_index``.
+        weight: λ ≥ 0; a float, or a float32 tensor [] on the same device so that it can change
+            without recompiling. A float 0 gives ``F.cross_entropy`` itself.
+        temperature: T > 0.
+        direction: D = ``"student_teacher"`` KL(q‖p), at most max log 1/p; ``"teacher_student"``
+            KL(p‖q), unbounded; ``"js"`` Jensen–Shannon, at most log 2. In nats.
+        classes: ``"all"``, or ``"non_label"`` for the distributions over the other classes,
+            renormalized, which leave the label's probability alone.
+        bound: κ > 0 takes min(D, κ) per sample; a sample at the bound has no gradient from D.
+        guard: a sample whose largest logit is not its label contributes CE only.
+        label_smoothing: ε of CE, in [0, 1).
+        ignore_index: samples with this target contribute nothing and are not counted.
+
+    Returns:
+        The loss, [], float32 for half-precision logits, else the logits' dtype. NaN when no
+        sample counts, as ``F.cross_entropy``.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or option.
+    """
+    return divergence_loss_terms(
+        logits,
+        teacher_logits,
+        target,
+        weight=weight,
+        temperature=temperature,
+        direction=direction,
+        classes=classes,
+        bound=bound,
+        guard=guard,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+    )[0]
+
+
+def divergence_loss_terms(
+    logits: Tensor,  # [N, C]
+    teacher_logits: Tensor,  # [N, C]
+    target: Tensor,  # [N]
+    *,
+    weight: float | Tensor,
+    temperature: float = 1.0,
+    direction: str = "student_teacher",
+    classes: str = "all",
+    bound: float | None = None,
+    guard: bool = False,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`divergence_loss` and its two terms, for logs.
+
+    Returns:
+        The loss, the mean CE and the mean D (after bound and guard, before weight and T²), each
+        []; only the loss has a gradient. With a float weight of 0, D is not computed: 0.
+    """
+    check_float("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits: wanted [N, C], got {list(logits.shape)}")
+    if teacher_logits.shape != logits.shape or teacher_logits.dtype != logits.dtype:
+        raise ValueError(
+            f"teacher_logits: wanted {list(logits.shape)} {logits.dtype} like logits, "
+            f"got {list(teacher_logits.shape)} {teacher_logits.dtype}"
+        )
+    if target.dtype != torch.int64 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"target: wanted int64 [{logits.shape[0]}], got {target.dtype} {list(target.shape)}"
+        )
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("classes", classes, CLASSES)
+    if not temperature > 0:
+        raise ValueError(f"temperature: wanted > 0, got {temperature}")
+    if bound is not None and not bound > 0:
+        raise ValueError(f"bound: wanted > 0 or None, got {bound}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: wanted a value in [0, 1), got {label_smoothing}")
+    if not isinstance(weight, Tensor):
+        if not weight >= 0:
+            raise ValueError(f"weight: wanted >= 0, got {weight}")
+        if weight == 0:
+            loss = F.cross_entropy(
+                logits.float() if logits.dtype.itemsize == 2 else logits,
+                target,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+            )
+            return loss, loss.detach(), torch.zeros_like(loss.detach())
+        weight = torch.full((), weight, dtype=torch.float32, device=logits.device)
+    return DivergenceLoss.apply(
+        logits,
+        teacher_logits.detach(),
+        target,
+        weight,
+        float(temperature),
+        direction,
+        classes,
+        bound,
+        guard,
+        float(label_smoothing),
+        ignore_index,
+    )
+
+
+class DivergenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, ce, divergence, grad = torch.ops.divqat.divergence_loss(logits, *args)
+        teacher_logits, target, weight, *ctx.options = args
+        ctx.save_for_backward(grad, logits, teacher_logits, target, weight)
+        ctx.mark_non_differentiable(ce, divergence)
+        ctx.set_materialize_grads(False)
+        return loss, ce, divergence
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad, logits, *constants = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the closed form as differentiable ops
+            grad = divergence_loss_ref(logits, *constants, *ctx.options)[3]
+        return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
+
+
+def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss, ce, divergence = (logits.new_empty((), dtype=dtype) for _ in range(3))
+    return loss, ce, divergence, torch.empty_like(logits)
+
+
+register("divergence_loss", divergence_loss_ref, _fake)

@@ -1,0 +1,88 @@
+"""Fake-quantization with a learned scale and offset (LSQ, LSQ+)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divqat.ops import reference
+from divqat.ops._check import check_axis, check_float, check_qparam, check_range
+from divqat.ops._library import register
+
+
+def fake_quantize_lsq(
+    x: Tensor,  # any shape
+    scale: Tensor,  # [] or [C]
+    zero_point: Tensor,  # [] or [C]
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    *,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """Quantize and dequantize ``x`` with trainable ``scale`` and, if floating, ``zero_point``.
+
+    Values as in :func:`fake_quantize`, with zero_point rounded half to even and clamped to the
+    range, in the forward and the backward alike (PyTorch's own op truncates zero_point + 0.5 in
+    its backward). Gradients (Esser et al. 2020, "Learned Step Size Quantization", eq. 3; Bhalgat
+    et al. 2020, "LSQ+", for the offset), with v = x / scale:
+
+    * dy/dx = 1 inside the range, 0 outside,
+    * dy/dscale = nearbyint(v) − v inside, quant_min − zero_point below, quant_max − zero_point
+      above, times ``grad_factor``,
+    * dy/dzero_point = 0 inside, −scale outside, times ``grad_factor``.
+
+    Double backward differentiates these formulas almost everywhere (a rounded value is constant).
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any shape and strides.
+        scale: float32 [] or [C]; positive. zero_point: float32 or int32, shaped like ``scale``.
+        quant_min: smallest code, inclusive. quant_max: largest code, inclusive.
+        ch_axis: the channel axis of ``x``; None for one scale.
+        grad_factor: factor on the gradients of scale and zero point, usually
+            1 / sqrt(elements · quant_max) (Esser et al. 2020, §2.2).
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`fake_quantize`.
+    """
+    check_float("x", x)
+    check_range(quant_min, quant_max)
+    axis = check_axis(x, ch_axis)
+    check_qparam("scale", scale, x, axis, (torch.float32,))
+    check_qparam("zero_point", zero_point, x, axis, (torch.float32, torch.int32))
+    return FakeQuantizeLSQ.apply(x, scale, zero_point, quant_min, quant_max, axis, grad_factor)
+
+
+class FakeQuantizeLSQ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any) -> Tensor:
+        *ctx.range, ctx.grad_factor = args
+        ctx.save_for_backward(x, scale, zero_point)
+        return torch.ops.divqat.fake_quantize_lsq(x, scale, zero_point, *ctx.range)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        args = (grad_y, *ctx.saved_tensors, *ctx.range, ctx.grad_factor)
+        if torch.is_grad_enabled():  # create_graph=True: the formulas as differentiable ops
+            grads = reference.fake_quantize_lsq_backward_ref(*args)
+        else:
+            grads = torch.ops.divqat.fake_quantize_lsq_backward(*args)
+        grad_x, grad_scale, grad_zero_point = grads
+        learned = ctx.saved_tensors[2].is_floating_point()
+        return (grad_x, grad_scale, grad_zero_point if learned else None, *[None] * 4)
+
+
+def _fake_backward(
+    grad_y: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_zero_point = torch.empty_like(zero_point, dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(scale), grad_zero_point
+
+
+register("fake_quantize_lsq", reference.fake_quantize_lsq_ref, lambda x, *args: torch.empty_like(x))
+register("fake_quantize_lsq_backward", reference.fake_quantize_lsq_backward_ref, _fake_backward)

@@ -1,0 +1,96 @@
+"""Moving-average observer and fake-quantization in one op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from divqat.ops import reference
+from divqat.ops._check import check_axis, check_choice, check_float, check_qparam, check_range
+from divqat.ops._library import register
+from divqat.ops.fake_quantize import FakeQuantize, fake_output_and_mask
+
+
+def fake_quantize_observed(
+    x: Tensor,  # any shape
+    running_min: Tensor,  # [] or [C], updated in place
+    running_max: Tensor,  # [] or [C], updated in place
+    scale: Tensor,  # [] or [C], updated in place
+    zero_point: Tensor,  # [] or [C], updated in place
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    *,
+    averaging_constant: float = 0.01,
+    symmetric: bool = False,
+    observe: bool = True,
+    fake_quant: bool = True,
+    mode: str = "exact",
+    relu: bool = False,
+) -> Tensor:
+    """Update the range of ``x``, derive scale and zero point, and fake-quantize ``x`` with them.
+
+    running ← running + averaging_constant · (batch − running); a running value of ±Inf (the
+    initial one) takes the first batch as it is (Jacob et al. 2018, §3.1). A batch with NaN or Inf
+    leaves the buffers as they were; NaN stays NaN in the output.
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any shape and strides.
+        running_min: float32 [] or [C], initially +Inf. running_max: likewise, initially −Inf.
+        scale: float32 [] or [C]. zero_point: int32 [] or [C].
+        quant_min: smallest code, inclusive. quant_max: largest code, inclusive.
+        ch_axis: the channel axis of ``x``; None for one range.
+        averaging_constant: weight of the new batch, in (0, 1].
+        symmetric: zero point fixed at 0 (the middle code of an unsigned range).
+        observe: False leaves all buffers alone (the same as ``mode="frozen"``).
+        fake_quant: False only observes; ``x`` (after ReLU, if asked) is returned as it is.
+        mode: ``"exact"`` quantizes with the range that includes this batch; ``"delayed"`` with
+            the range before it, so that one pass over ``x`` is enough (the buffers must have seen
+            a batch); ``"frozen"`` does not observe.
+        relu: apply ReLU before both; its mask is merged into the one bit kept per element.
+
+    Returns:
+        A tensor like ``x``. The gradient is that of :func:`fake_quantize` (times ReLU's).
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`fake_quantize`.
+    """
+    check_float("x", x)
+    check_range(quant_min, quant_max)
+    axis = check_axis(x, ch_axis)
+    for name, buffer in (
+        ("running_min", running_min),
+        ("running_max", running_max),
+        ("scale", scale),
+    ):
+        check_qparam(name, buffer, x, axis, (torch.float32,))
+    check_qparam("zero_point", zero_point, x, axis, (torch.int32,))
+    check_choice("mode", mode, ("exact", "delayed", "frozen"))
+    if not 0 < averaging_constant <= 1:
+        raise ValueError(f"averaging_constant: wanted a value in (0, 1], got {averaging_constant}")
+
+    buffers = (running_min, running_max, scale, zero_point)
+    options = (quant_min, quant_max, axis, averaging_constant, symmetric)
+    if not observe:
+        mode = "frozen"
+    if not fake_quant:
+        if mode != "frozen":
+            torch.ops.divqat.observe(x.detach(), *buffers, *options, relu)
+        return x.relu() if relu else x
+    return FakeQuantizeObserved.apply(x, *buffers, *options, mode, relu)
+
+
+class FakeQuantizeObserved(FakeQuantize):
+    """The backward is that of FakeQuantize; the forward calls the op that also observes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
+        y, mask = torch.ops.divqat.fake_quantize_observed(x, *args)
+        ctx.save_for_backward(mask)
+        ctx.stride = y.stride()
+        ctx.inputs = 1 + len(args)
+        return y
+
+
+register("observe", reference.observe_ref, lambda *args: None)
+register("fake_quantize_observed", reference.fake_quantize_observed_ref, fake_output_and_mask)

@@ -1,0 +1,90 @@
+"""Fake-quantization of all weights of a model in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divqat.ops import reference
+from divqat.ops._check import check_axis, check_float, check_range
+from divqat.ops._library import register
+
+
+def fake_quantize_weights(
+    weights: Sequence[Tensor],  # each any shape
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = 0,
+) -> list[Tensor]:
+    """Symmetric fake-quantization of a list of weights, with scales taken from their rows.
+
+    scale = 2 · max|row| / (quant_max − quant_min), zero point 0; value and gradient as in
+    :func:`fake_quantize`, with the scale a constant. The mask is computed from the weights again
+    in the backward, so nothing is saved but the weights themselves.
+
+    Args:
+        weights: float32, float64, bfloat16 or float16 tensors of any shape.
+        quant_min: smallest code, usually −(2^(bits−1) − 1). quant_max: largest code.
+        ch_axis: the axis of each weight with a scale of its own; None for one scale per weight.
+
+    Returns:
+        One tensor like each weight.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`fake_quantize`.
+    """
+    check_range(quant_min, quant_max)
+    for i, w in enumerate(weights):
+        check_float(f"weights[{i}]", w)
+        check_axis(w, ch_axis, f"weights[{i}]")
+    if not weights:
+        return []
+    return list(FakeQuantizeWeights.apply(quant_min, quant_max, ch_axis, *weights))
+
+
+class FakeQuantizeWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *ctx.range, weights = *args[:3], args[3:]
+        ctx.save_for_backward(*weights)
+        return tuple(torch.ops.divqat.fake_quantize_weights(list(weights), *ctx.range))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *grads)
+        return (None, None, None, *masked)
+
+
+class WeightGrads(torch.autograd.Function):
+    """Masked gradients: linear in ``grads``, so differentiated by itself (double backward)."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *ctx.range, count = args[:4]
+        weights, grads = args[4 : 4 + count], args[4 + count :]
+        ctx.save_for_backward(*weights)
+        return tuple(
+            torch.ops.divqat.fake_quantize_weights_backward(list(grads), list(weights), *ctx.range)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *grads)
+        return (*[None] * (4 + len(weights)), *masked)
+
+
+register(
+    "fake_quantize_weights",
+    reference.fake_quantize_weights_ref,
+    lambda weights, *args: [torch.empty_like(w) for w in weights],
+)
+register(
+    "fake_quantize_weights_backward",
+    reference.fake_quantize_weights_backward_ref,
+    lambda grads, weights, *args: [torch.empty_like(w) for w in weights],
+)

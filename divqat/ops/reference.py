@@ -1,0 +1,301 @@
+"""The fake-quantization formulas in plain PyTorch, and the fallback on every device.
+
+One rule for all backends:
+
+* q = clamp(nearbyint(x · (1/scale)) + zero_point, quant_min, quant_max), half to even, multiplied
+  by the reciprocal, the zero point added after rounding; y = (q − zero_point) · scale.
+* The gradient mask is taken on the *rounded* value, inclusive at both ends.
+* float32 inside and one rounding at the store for bfloat16 and float16; float64 stays float64.
+* NaN stays NaN with gradient 0; ±Inf saturates with gradient 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Smallest scale that an observer hands out, so that an all-zero tensor is defined.
+EPS = torch.finfo(torch.float32).eps
+
+# One multiplication gathers eight 0/1 bytes into the top byte, another spreads them again:
+# byte i (weight 2^8i) meets the power 2^(56-7i) at bit 56 + i, and no two products collide.
+_GATHER = 0x0102040810204080
+_SPREAD = 0x0101010101010101
+_SELECT = 0x8040201008040201 - 2**64
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a dense bool tensor into uint8 [ceil(N / 8)], in memory order, low bit first."""
+    n = mask.numel()
+    padded = mask.new_zeros((n + 7) // 8 * 8)
+    padded[:n] = mask.as_strided((n,), (1,))
+    return ((padded.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, n: int) -> Tensor:
+    """The first ``n`` bits of a packed mask as bool [n]."""
+    spread = (packed.to(torch.int64) * _SPREAD) & _SELECT
+    return spread.view(torch.uint8)[:n] != 0
+
+
+def along(value: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
+    """Shape a per-channel value [C] so that it broadcasts along ``ch_axis`` of ``x``."""
+    if ch_axis is None:
+        return value.reshape(())
+    shape = [1] * x.dim()
+    shape[ch_axis] = -1
+    return value.view(shape)
+
+
+def _other_dims(x: Tensor, ch_axis: int | None) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != ch_axis]
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clamped code q, whether it was in range, and the dequantized value (all dense like x)."""
+    dtype = compute_dtype(x.dtype)
+    scale, zero_point = along(scale, x, ch_axis), along(zero_point, x, ch_axis)
+    rounded = torch.empty_like(x, dtype=dtype)
+    # q = nearbyint(x · (1/scale)) + zero_point
+    torch.mul(x.to(dtype), scale.reciprocal().to(dtype), out=rounded)
+    rounded.round_().add_(zero_point)
+    q = rounded.clamp(quant_min, quant_max)
+    # y = (q − zero_point) · scale. ATen multiplies float64 codes in float32 for one tensor and in
+    # float64 per channel; following it keeps both bit-equal.
+    level = q - zero_point
+    y = (level.float() * scale).to(dtype) if ch_axis is None else level.mul_(scale.to(dtype))
+    return q, rounded == q, y
+
+
+def fake_quantize_ref(
+    x: Tensor,  # any shape
+    scale: Tensor,  # [] or [C]
+    zero_point: Tensor,  # [] or [C]
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+    propagate_nan: bool,
+) -> tuple[Tensor, Tensor]:
+    """Quantize-dequantize ``x``; returns y like ``x`` and the packed in-range mask."""
+    _, mask, y = _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)
+    if not propagate_nan:
+        lowest = (quant_min - along(zero_point, x, ch_axis)) * along(scale, x, ch_axis)
+        y = torch.where(x.isnan(), lowest.to(y.dtype), y)
+    return _like(x, y), pack_mask(_like(x, mask))
+
+
+def fake_quantize_backward_ref(grad_y: Tensor, mask: Tensor) -> Tensor:
+    """grad_x = grad_y where the rounded value was in range, else 0. grad_y is dense like y."""
+    n = grad_y.numel()
+    grad_x = torch.empty_like(grad_y)
+    kept = unpack_mask(mask, n)
+    torch.where(
+        kept, grad_y.as_strided((n,), (1,)), grad_y.new_zeros(()), out=grad_x.as_strided((n,), (1,))
+    )
+    return grad_x
+
+
+def _like(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` in the dense strides that ``empty_like(x)`` has; rounds to x's dtype if float."""
+    dtype = x.dtype if value.is_floating_point() else value.dtype
+    out = torch.empty_like(x, dtype=dtype)
+    if value.stride() == out.stride() and value.dtype == dtype:
+        return value
+    return out.copy_(value)
+
+
+def choose_qparams(
+    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int32) that cover [low, high] and 0.
+
+    Symmetric: scale = 2 · max|·| / (quant_max − quant_min), zero point 0 (the middle code for an
+    unsigned range). Affine: scale = (high − low) / (quant_max − quant_min), zero point rounded and
+    clamped. Scales are at least float32's epsilon.
+    """
+    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    levels = quant_max - quant_min
+    if symmetric:
+        scale = (torch.maximum(-low, high) * 2 / levels).clamp(min=EPS)
+        middle = 0 if quant_min < 0 else (quant_max + 1) // 2
+        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    scale = ((high - low) / levels).clamp(min=EPS)
+    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    return scale, zero_point.nan_to_num().to(torch.int32)
+
+
+def observe_ref(
+    x: Tensor,
+    running_min: Tensor,  # [] or [C], updated in place, as are the next three
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+    averaging_constant: float,
+    symmetric: bool,
+    relu: bool,
+) -> None:
+    """Moving average of min and max, then scale and zero point, without a host sync.
+
+    running ← running + averaging_constant · (batch − running), the first batch as it is. A channel
+    whose batch holds NaN or Inf is not observed: one bad batch must not spoil the range for ever.
+    """
+    if x.numel() == 0:
+        return
+    if ch_axis is None:
+        low, high = torch.aminmax(x)
+    else:
+        dims = _other_dims(x, ch_axis)
+        low, high = (torch.amin(x, dims), torch.amax(x, dims)) if dims else (x, x)
+    low, high = low.float().view_as(running_min), high.float().view_as(running_max)
+    if relu:
+        low, high = low.clamp(min=0.0), high.clamp(min=0.0)
+    usable = low.isfinite() & high.isfinite()
+    for running, batch in ((running_min, low), (running_max, high)):
+        average = torch.where(
+            running.isfinite(), running + averaging_constant * (batch - running), batch
+        )
+        running.copy_(torch.where(usable, average, running))
+    seen = running_min.isfinite()
+    new_scale, new_zero_point = choose_qparams(
+        running_min, running_max, quant_min, quant_max, symmetric
+    )
+    scale.copy_(torch.where(seen, new_scale, scale))
+    zero_point.copy_(torch.where(seen, new_zero_point, zero_point))
+
+
+def fake_quantize_observed_ref(
+    x: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+    averaging_constant: float,
+    symmetric: bool,
+    mode: str,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Observe and quantize-dequantize: exact observes first, delayed afterwards, frozen never."""
+    buffers = (running_min, running_max, scale, zero_point)
+    observe = (*buffers, quant_min, quant_max, ch_axis, averaging_constant, symmetric, relu)
+    if mode == "exact":
+        observe_ref(x, *observe)
+    positive = x.relu() if relu else x
+    _, mask, y = _quantize(positive, scale, zero_point, quant_min, quant_max, ch_axis)
+    if relu:
+        mask = mask & (x > 0)
+    if mode == "delayed":
+        observe_ref(x, *observe)
+    return _like(x, y), pack_mask(_like(x, mask))
+
+
+def fake_quantize_lsq_ref(
+    x: Tensor,
+    scale: Tensor,  # [] or [C]
+    zero_point: Tensor,  # [] or [C], float or int; rounded and clamped to the range
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+) -> Tensor:
+    """Quantize-dequantize with a learned scale and offset."""
+    zero_point = zero_point.round().clamp(quant_min, quant_max)
+    return _like(x, _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)[2])
+
+
+def fake_quantize_lsq_backward_ref(
+    grad_y: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero_point (Esser et al. 2020, eq. 3; Jain et al. 2020 for the
+    offset).
+
+    Written with differentiable ops only, so that it also serves double backward.
+    """
+    dtype = compute_dtype(x.dtype)
+    s, z = along(scale.to(dtype), x, ch_axis), along(zero_point.to(dtype), x, ch_axis)
+    z = z.round().clamp(quant_min, quant_max)
+    u = x.to(dtype) * s.reciprocal()
+    rounded = u.round() + z
+    q = rounded.clamp(quant_min, quant_max)
+    inside = (rounded == q).to(dtype)
+    grad = grad_y.to(dtype)
+    # dy/ds = nearbyint(x/s) − x/s inside, quant_min − z or quant_max − z outside
+    grad_s = grad * (q - z - u * inside) * grad_factor
+    # dy/dz = 0 inside, −s outside
+    grad_z = grad * (inside - 1) * s * grad_factor
+    dims = _other_dims(x, ch_axis)
+
+    def total(value: Tensor, like: Tensor) -> Tensor:
+        summed = value.sum(dims) if dims else value
+        return summed.reshape(like.shape).to(like.dtype)
+
+    grad_x = (grad * inside).to(x.dtype)
+    grad_zero_point = (
+        total(grad_z, zero_point)
+        if zero_point.is_floating_point()
+        else torch.zeros_like(zero_point, dtype=torch.float32)
+    )
+    return grad_x, total(grad_s, scale), grad_zero_point
+
+
+def weight_scale(w: Tensor, quant_min: int, quant_max: int, ch_axis: int | None) -> Tensor:
+    """Symmetric scale [C] (or []) from the largest magnitude of each row; float32."""
+    if w.numel() == 0:
+        return w.new_full([] if ch_axis is None else [w.shape[ch_axis]], EPS, dtype=torch.float32)
+    dims = _other_dims(w, ch_axis)
+    amax = torch.amax(w.abs(), dims) if dims else w.abs()
+    return choose_qparams(-amax, amax, quant_min, quant_max, symmetric=True)[0]
+
+
+def fake_quantize_weights_ref(
+    weights: list[Tensor], quant_min: int, quant_max: int, ch_axis: int | None
+) -> list[Tensor]:
+    """Quantize-dequantize every weight with the symmetric scale of each of its rows."""
+    return [y for y, _ in _weights(weights, quant_min, quant_max, ch_axis)]
+
+
+def fake_quantize_weights_backward_ref(
+    grads: list[Tensor], weights: list[Tensor], quant_min: int, quant_max: int, ch_axis: int | None
+) -> list[Tensor]:
+    """Masked gradients; the mask is computed from the weights again, nothing was saved for it."""
+    masks = [mask for _, mask in _weights(weights, quant_min, quant_max, ch_axis)]
+    return [
+        torch.where(mask, grad, torch.zeros_like(grad))
+        for grad, mask in zip(grads, masks, strict=True)
+    ]
+
+
+def _weights(
+    weights: list[Tensor], quant_min: int, quant_max: int, ch_axis: int | None
+) -> list[tuple[Tensor, Tensor]]:
+    outputs = []
+    for w in weights:
+        axis = None if ch_axis is None else ch_axis % w.dim()
+        scale = weight_scale(w, quant_min, quant_max, axis)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        _, mask, y = _quantize(w, scale, zero_point, quant_min, quant_max, axis)
+        outputs.append((_like(w, y), _like(w, mask)))
+    return outputs

@@ -1,0 +1,17 @@
+"""Prepare a model for quantization-aware training, convert it, look into it."""
+
+from divqat.quantize.config import QuantConfig, preset
+from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers
+from divqat.quantize.prepare import prepare
+from divqat.quantize.summary import Summary, summary
+
+__all__ = [
+    "QuantConfig",
+    "Summary",
+    "convert",
+    "freeze_batchnorm",
+    "freeze_observers",
+    "prepare",
+    "preset",
+    "summary",
+]

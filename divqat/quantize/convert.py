@@ -1,0 +1,77 @@
+"""From a trained fake-quantized model to the one that is deployed."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, fx, nn
+
+from divqat.nn._layer import QuantLayer
+from divqat.nn.conv_bn import QuantConvBn2d
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.quantize import patterns
+from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
+
+
+def freeze_observers(model: nn.Module) -> nn.Module:
+    """Keep all activation ranges as they are from now on; returns ``model``."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            module.disable_observer()
+    return model
+
+
+def freeze_batchnorm(model: nn.Module) -> nn.Module:
+    """Use and keep the running statistics of every fused BatchNorm in training; returns
+    ``model``."""
+    for module in model.modules():
+        if isinstance(module, QuantConvBn2d):
+            module.freeze()
+    return model
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """A copy of a prepared model with integer weights and fixed scales, in eval mode.
+
+    BatchNorm is folded, weights become int8 codes, biases int32 on the accumulator's scale. It
+    computes what the prepared model computes in eval mode up to the rounding of the biases, and
+    ``torch.onnx.export`` turns it into Q/DQ nodes.
+
+    Raises:
+        ValueError: ``prepared`` holds no quantized layer, or a quantizer has not seen a batch.
+    """
+    if not any(isinstance(module, QuantLayer) for module in prepared.modules()):
+        raise ValueError("prepared: wanted a model made by divqat.prepare, got no quantized layer")
+    for name, module in prepared.named_modules():
+        seen = getattr(module, "calibrated", getattr(module, "initialized", True))
+        if not seen and isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
+            raise ValueError(f"prepared: {name} has not seen a batch in training mode")
+    model = copy.deepcopy(prepared).eval().requires_grad_(False)
+    scales = _input_scales(model) if isinstance(model, fx.GraphModule) else {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLayer):
+            own = module.input_fake_quantize
+            scale = scales.get(name) if own is None else own.calculate_qparams()[0]
+            _replace(model, name, IntegerLayer(module, scale))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
+            _replace(model, name, QuantizeDequantize(module))
+    return model
+
+
+def _input_scales(model: fx.GraphModule) -> dict[str, Tensor]:
+    """The scale of the activation that each layer of a traced model reads."""
+    scales = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), QuantLayer):
+            source = patterns.producer(model, node.args[0])
+            if source.op == "call_module":
+                quantizer = model.get_submodule(str(source.target))
+                if isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize)):
+                    scales[str(node.target)] = quantizer.calculate_qparams()[0]
+    return scales
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module.eval())

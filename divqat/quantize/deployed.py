@@ -1,0 +1,148 @@
+"""The modules of a converted model: integer weights, fixed scales, the deployed arithmetic.
+
+In eager mode they compute in float what the integers stand for. While ``torch.onnx.export`` runs,
+they emit the QuantizeLinear and DequantizeLinear nodes that a runtime turns into int8 kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from divqat.nn._layer import QuantLayer
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.nn.spec import QuantSpec
+from divqat.ops import fake_quantize
+from divqat.ops.reference import along
+
+# int8 and float32 Q/DQ, per axis and per tensor, as every runtime reads them.
+_OPSET = 18
+
+
+class QuantizeDequantize(nn.Module):
+    """An activation on its grid, with fixed scale and zero point.
+
+    Buffers: ``scale`` float32 [], ``zero_point`` int8 or uint8 [].
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: FakeQuantize | LearnedStepFakeQuantize) -> None:
+        super().__init__()
+        self.spec: QuantSpec = quantizer.spec
+        scale, zero_point = quantizer.calculate_qparams()
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer(
+            "zero_point", zero_point.to(torch.int8 if self.spec.signed else torch.uint8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` quantized and dequantized; same shape and dtype."""
+        spec = self.spec
+        if not torch.onnx.is_in_onnx_export():
+            zero_point = self.zero_point.int()
+            return fake_quantize(x, self.scale, zero_point, spec.quant_min, spec.quant_max)
+        symbolic, dtype = torch.onnx.ops.symbolic, self.zero_point.dtype
+        q = symbolic(
+            "QuantizeLinear",
+            (x, self.scale, self.zero_point),
+            dtype=dtype,
+            shape=x.shape,
+            version=_OPSET,
+        )
+        if (spec.quant_min, spec.quant_max) != (torch.iinfo(dtype).min, torch.iinfo(dtype).max):
+            # QuantizeLinear knows only 8-bit ranges: a narrower one is a clip of the codes.
+            low = torch.tensor(spec.quant_min, dtype=dtype)
+            high = torch.tensor(spec.quant_max, dtype=dtype)
+            q = symbolic("Clip", (q, low, high), dtype=dtype, shape=x.shape, version=_OPSET)
+        return _dequantize(q, self.scale, self.zero_point, None)
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer with integer weight and bias.
+
+    Buffers: ``weight`` int8, ``weight_scale`` float32 [C] or []; ``bias`` int32 [C] on the scale
+    input_scale · weight_scale, as integer kernels accumulate.
+
+    Args:
+        layer: the trained layer.
+        input_scale: the scale of the activation that it reads, float32 []; None keeps the bias in
+            float (no integer kernel can be used then).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+    bias_scale: Tensor | None
+    bias_zero_point: Tensor | None
+
+    def __init__(self, layer: QuantLayer, input_scale: Tensor | None) -> None:
+        super().__init__()
+        self.axis = layer._weight_axis
+        with torch.no_grad():
+            weight, bias = layer.folded()
+            scale = layer.weight_qparams().clone()
+            if bias is not None and input_scale is not None:
+                # An all but empty channel has so small a scale that its bias would not fit.
+                limit = 2.0**30
+                needed = bias.abs() / (input_scale * limit)
+                scale = torch.maximum(scale, needed if self.axis is not None else needed.amax())
+            spec = layer.weight_spec
+            codes = torch.round(weight * along(scale, weight, self.axis).reciprocal())
+            self.register_buffer(
+                "weight", codes.clamp(spec.quant_min, spec.quant_max).to(torch.int8)
+            )
+            self.register_buffer("weight_scale", scale)
+            self.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
+            bias_scale = None
+            if bias is not None and input_scale is not None:
+                bias_scale = (input_scale * scale).expand(len(bias)).clone()
+                bias = torch.round(bias / bias_scale).to(torch.int32)
+            self.register_buffer("bias", None if bias is None else bias.detach().clone())
+            self.register_buffer("bias_scale", bias_scale)
+            zero_point = None
+            if bias_scale is not None:
+                zero_point = torch.zeros_like(bias_scale, dtype=torch.int32)
+            self.register_buffer("bias_zero_point", zero_point)
+        self.input = (
+            nn.Identity()
+            if layer.input_fake_quantize is None
+            else QuantizeDequantize(layer.input_fake_quantize)
+        )
+        # What is left of the layer is its operation and its hyperparameters.
+        layer.weight = layer.bias = layer.input_fake_quantize = layer.weight_fake_quantize = None
+        if hasattr(layer, "bn"):
+            del layer.bn
+        self.layer = layer
+
+    @staticmethod
+    def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            return _dequantize(codes, scale, zero_point, axis)
+        return codes.float() * along(scale, codes, axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's operation on the input's grid."""
+        x = self.input(x)
+        weight = self._dequantized(
+            self.weight, self.weight_scale, self.weight_zero_point, self.axis
+        )
+        bias = self.bias
+        if bias is not None and self.bias_scale is not None:
+            assert self.bias_zero_point is not None
+            bias = self._dequantized(bias, self.bias_scale, self.bias_zero_point, 0)
+        return self.layer.compute(x, weight, bias)
+
+
+def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
+    """A DequantizeLinear node."""
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear",
+        (q, scale, zero_point),
+        attrs={} if axis is None else {"axis": axis},
+        dtype=torch.float32,
+        shape=q.shape,
+        version=_OPSET,
+    )

@@ -1,0 +1,219 @@
+"""Turn a float model into one that trains with fake-quantization."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
+from divqat.nn._layer import QuantLayer
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
+from divqat.quantize import patterns
+from divqat.quantize.config import QuantConfig, preset
+
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+def prepare(
+    model: nn.Module, config: QuantConfig | str = "x86", example_input: Tensor | None = None
+) -> nn.Module:
+    """A copy of ``model`` in training mode whose layers and activations are fake-quantized.
+
+    The model is traced with torch.fx: Conv2d + BatchNorm2d become one :class:`QuantConvBn2d`,
+    Conv2d, ConvTranspose2d and Linear their quantized counterparts under the same names, and a
+    fake-quantizer follows every operation whose result a quantized one reads (layers, additions,
+    concatenations, average pooling, activations other than ReLU and ReLU6, which runtimes merge
+    into the layer before). The model's output stays in float.
+
+    A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
+    BatchNorm and additions stay in float; a warning says so and why.
+
+    The float model's checkpoints load into the result (``load_state_dict``, strict).
+
+    Args:
+        model: any module built of the layers above; left as it is.
+        config: a :class:`QuantConfig` or a preset's name.
+        example_input: one batch as the model takes it, [N, …]; needed to trace.
+
+    Raises:
+        ValueError: no layer to quantize, an unknown preset, a name in ``skip`` that does not
+            exist, or a model that is prepared already.
+    """
+    if isinstance(config, str):
+        config = preset(config)
+    if any(isinstance(module, (QuantLayer, FakeQuantize)) for module in model.modules()):
+        raise ValueError("model: wanted a float model, got one that is prepared already")
+    names = {name for name, _ in model.named_modules()}
+    for name in config.skip:
+        if name not in names:
+            raise ValueError(f"skip: wanted names of modules, got {name!r}")
+    model = copy.deepcopy(model)
+    try:
+        if example_input is None:
+            raise ValueError("no example_input was given")
+        graph_module = _trace(model, example_input)
+    except Exception as error:  # whatever the model's own forward raises under tracing
+        warnings.warn(
+            f"{type(model).__name__} was not traced ({type(error).__name__}: {error}); its layers "
+            "are swapped one by one, BatchNorm and additions stay in float",
+            stacklevel=2,
+        )
+        _swap(model, config, config.activation)
+        return model.train()
+    _fuse_batchnorm(graph_module, config)
+    _swap(graph_module, config, None)
+    _quantize_activations(graph_module, config)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module.train()
+
+
+def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+    """Trace, and find out which nodes are tensors by running the example in eval mode."""
+    graph_module = fx.symbolic_trace(model)
+    training = {name: module.training for name, module in graph_module.named_modules()}
+    with torch.no_grad():
+        ShapeProp(graph_module.eval()).propagate(example_input)
+    for name, module in graph_module.named_modules():
+        module.training = training[name]
+    return graph_module
+
+
+def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> None:
+    """Replace each Conv2d whose only reader is a BatchNorm2d, both called once."""
+    calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+    renamed = {}
+    for node in list(graph_module.graph.nodes):
+        if patterns.kind(graph_module, node) is not nn.BatchNorm2d:
+            continue
+        source = node.args[0]
+        if patterns.kind(graph_module, source) is not nn.Conv2d or len(source.users) != 1:
+            continue
+        if calls.count(node.target) != 1 or calls.count(source.target) != 1:
+            continue
+        conv = graph_module.get_submodule(source.target)
+        bn = graph_module.get_submodule(node.target)
+        if config.skips(source.target) or not (bn.affine and bn.track_running_stats):
+            continue
+        if config.weight.learned and not config.weight.per_channel:
+            continue  # one learned scale cannot follow the channels' factors
+        _set_submodule(graph_module, source.target, _conv_bn(conv, bn, config.weight))
+        renamed[f"{node.target}."] = f"{source.target}.bn."
+        node.replace_all_uses_with(source)
+        graph_module.graph.erase_node(node)
+        graph_module.delete_submodule(node.target)
+    graph_module.register_load_state_dict_pre_hook(partial(_rename_float_keys, renamed))
+
+
+def _rename_float_keys(
+    renamed: dict[str, str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Let a float checkpoint find its BatchNorms inside the fused layers."""
+    for key in list(state_dict):
+        for old, new in renamed.items():
+            if key.startswith(prefix + old):
+                state_dict[prefix + new + key[len(prefix + old) :]] = state_dict.pop(key)
+
+
+def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+
+
+def _conv_bn(conv: Any, bn: Any, spec: QuantSpec) -> QuantConvBn2d:
+    fused = QuantConvBn2d(
+        conv.in_channels,
+        conv.out_channels,
+        **_conv_arguments(conv),
+        eps=bn.eps,
+        momentum=bn.momentum,
+        weight_spec=spec,
+        input_spec=None,
+    )
+    fused.weight, fused.bias, fused.bn = conv.weight, conv.bias, bn
+    return fused.to(conv.weight.device)
+
+
+def _quantized(
+    layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None
+) -> QuantLayer:
+    """The quantized counterpart of a float layer, with the same parameters."""
+    specs: dict[str, Any] = {"weight_spec": weight_spec, "input_spec": input_spec}
+    new: Any
+    if isinstance(layer, nn.Linear):
+        new = QuantLinear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, **specs
+        )
+    else:
+        assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+        arguments = _conv_arguments(layer) | specs
+        if isinstance(layer, nn.ConvTranspose2d):
+            arguments["output_padding"] = layer.output_padding
+            new = QuantConvTranspose2d(layer.in_channels, layer.out_channels, **arguments)
+        else:
+            new = QuantConv2d(layer.in_channels, layer.out_channels, **arguments)
+    new.weight, new.bias = layer.weight, layer.bias
+    return new.to(layer.weight.device)
+
+
+def _swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -> None:
+    """Swap every float layer, and give the first and the last their widths."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if (type(module) in LAYERS or isinstance(module, QuantConvBn2d)) and not config.skips(name)
+    ]
+    if not names:
+        raise ValueError("model: wanted Conv2d, ConvTranspose2d or Linear layers, got none")
+    for name in names:
+        layer = model.get_submodule(name)
+        edge = name in (names[0], names[-1])
+        spec = config.edge(config.weight) if edge else config.weight
+        if isinstance(layer, QuantConvBn2d):
+            layer.set_weight_spec(spec)
+            continue
+        of_input = config.edge(input_spec) if input_spec and name == names[0] else input_spec
+        _set_submodule(model, name, _quantized(layer, spec, of_input))
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:
+    """Put a fake-quantizer behind every value that a quantized operation reads."""
+    nodes = list(graph_module.graph.nodes)
+    sources: dict[fx.Node, None] = {}  # in order, without repeats
+    for node in nodes:
+        if node.op == "call_function" and node.target in patterns.LAYER_FUNCTIONS:
+            warnings.warn(f"{node.name} is a functional layer and stays in float", stacklevel=3)
+        if not patterns.wants_grid(graph_module, node) or not patterns.is_float(node):
+            continue
+        for value in patterns.tensor_inputs(node):
+            source = patterns.producer(graph_module, value)
+            if source.op != "get_attr":
+                sources[source] = None
+    for source in sources:
+        is_input = source.op == "placeholder"
+        quantizer = activation_quantizer(
+            config.edge(config.activation) if is_input else config.activation
+        )
+        if not isinstance(quantizer, LearnedStepFakeQuantize):
+            quantizer.mode = config.mode
+        name = f"fake_quantize.{source.name}"
+        graph_module.add_submodule(name, quantizer)
+        users = list(source.users)
+        with graph_module.graph.inserting_after(source):
+            quantized = graph_module.graph.call_module(name, (source,))
+        quantized.meta = source.meta
+        for user in users:
+            # What is not computed on a grid reads the value itself: the model's output above all.
+            if user.op != "output":
+                user.replace_input_with(source, quantized)

@@ -1,0 +1,143 @@
+"""What quantization does to each layer: a table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat.nn._layer import QuantLayer
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantized tensor.
+
+    Attributes:
+        layer: the module's name. kind: ``"weight"`` or ``"activation"``.
+        bits: width of a code. scheme: the grid in words.
+        scale_min, scale_max: smallest and largest scale; None before a batch was seen.
+        clipped: share of the elements outside the grid, in [0, 1]; None without data.
+        sqnr_db: signal to quantization noise ratio, 10 log10(Σ x² / Σ (x − Q(x))²), in decibels;
+            None without data or where nothing is lost.
+    """
+
+    layer: str
+    kind: str
+    bits: int
+    scheme: str
+    scale_min: float | None
+    scale_max: float | None
+    clipped: float | None
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of :func:`summary`; ``str()`` is a table."""
+
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        cells = [("layer", "tensor", "scheme", "scale", "clipped", "SQNR dB")]
+        for row in self.rows:
+            if row.scale_min is None:
+                scale = "-"
+            elif row.scale_min == row.scale_max:
+                scale = f"{row.scale_min:.3g}"
+            else:
+                scale = f"{row.scale_min:.3g} … {row.scale_max:.3g}"
+            clipped = "-" if row.clipped is None else f"{row.clipped:.2%}"
+            sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+            cells.append((row.layer, row.kind, row.scheme, scale, clipped, sqnr))
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@torch.no_grad()
+def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
+    """Layer, bits, scheme, scale range, clipped share and SQNR of a prepared model.
+
+    Args:
+        model: made by :func:`divqat.prepare`; its state is not changed.
+        example_input: a batch to measure the activations on; without it only weights have a
+            clipped share and an SQNR.
+
+    Raises:
+        ValueError: nothing in ``model`` is quantized.
+    """
+    inputs = {} if example_input is None else _activations(model, example_input)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            spec, scale = module.weight_spec, module.weight_qparams()
+            zero_point = torch.zeros_like(scale)
+            values, axis = module.folded()[0].detach(), module._weight_axis
+            kind = "weight"
+        elif isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
+            if name.endswith("weight_fake_quantize"):
+                continue  # reported with its layer
+            spec, axis, kind = module.spec, module.ch_axis, "activation"
+            scale, zero_point = module.calculate_qparams()
+            values = inputs.get(name)  # type: ignore[assignment]
+            if not getattr(module, "calibrated", getattr(module, "initialized", True)):
+                scale = None
+        else:
+            continue
+        clipped, sqnr = None, None
+        if values is not None and scale is not None:
+            shape = [-1 if dim == axis else 1 for dim in range(values.dim())]
+            s, z = scale.view(shape), zero_point.view(shape)
+            q = torch.round(values * s.reciprocal()) + z
+            level = q.clamp(spec.quant_min, spec.quant_max)
+            clipped = float((q != level).float().mean())
+            noise = float(((level - z) * s - values).double().square().sum())
+            signal = float(values.double().square().sum())
+            sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        rows.append(
+            Row(
+                layer=name,
+                kind=kind,
+                bits=spec.bits,
+                scheme=str(spec),
+                scale_min=None if scale is None else float(scale.min()),
+                scale_max=None if scale is None else float(scale.max()),
+                clipped=clipped,
+                sqnr_db=sqnr,
+            )
+        )
+    if not rows:
+        raise ValueError("model: wanted a model made by divqat.prepare, got no quantized layer")
+    return Summary(rows)
+
+
+def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
+    """What each activation quantizer reads when the model runs on ``example_input``."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
+
+            def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                seen[name] = args[0].detach().float()
+
+            handles.append(module.register_forward_pre_hook(keep))
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return seen
