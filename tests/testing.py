@@ -24,7 +24,7 @@ def tensor(values, dtype=torch.float32, device="cpu") -> Tensor:
 def randn(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0) -> Tensor:
     """Normal values that depend on the seed alone, not on dtype or device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def bits(x: Tensor) -> Tensor:

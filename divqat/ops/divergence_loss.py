@@ -155,7 +155,9 @@ class DivergenceLoss(torch.autograd.Function):
         return loss, ce, divergence
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 11
         grad, logits, *constants = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the closed form as differentiable ops
             grad = divergence_loss_ref(logits, *constants, *ctx.options)[3]

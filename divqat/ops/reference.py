@@ -30,17 +30,21 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a dense bool tensor into uint8 [ceil(N / 8)], in memory order, low bit first."""
+    """Pack a dense bool tensor into uint8 [ceil(N / 8)], in memory order, low bit first.
+
+    The memory of ``mask`` is used up.
+    """
     n = mask.numel()
-    padded = mask.new_zeros((n + 7) // 8 * 8)
-    padded[:n] = mask.as_strided((n,), (1,))
-    return ((padded.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+    flat = mask.as_strided((n,), (1,))
+    if n % 8:
+        flat = torch.nn.functional.pad(flat, (0, -n % 8))
+    return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, n: int) -> Tensor:
     """The first ``n`` bits of a packed mask as bool [n]."""
-    spread = (packed.to(torch.int64) * _SPREAD) & _SELECT
-    return spread.view(torch.uint8)[:n] != 0
+    spread = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT)
+    return spread.view(torch.uint8).ne_(0).view(torch.bool)[:n]
 
 
 def along(value: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
@@ -63,8 +67,11 @@ def _quantize(
     quant_min: int,
     quant_max: int,
     ch_axis: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The clamped code q, whether it was in range, and the dequantized value (all dense like x)."""
+) -> tuple[Tensor, Tensor]:
+    """The dequantized value and whether its code was in range, both dense like x.
+
+    In place wherever it can be: fresh memory costs more than arithmetic.
+    """
     dtype = compute_dtype(x.dtype)
     scale, zero_point = along(scale, x, ch_axis), along(zero_point, x, ch_axis)
     rounded = torch.empty_like(x, dtype=dtype)
@@ -72,11 +79,13 @@ def _quantize(
     torch.mul(x.to(dtype), scale.reciprocal().to(dtype), out=rounded)
     rounded.round_().add_(zero_point)
     q = rounded.clamp(quant_min, quant_max)
+    mask = rounded == q
     # y = (q − zero_point) · scale. ATen multiplies float64 codes in float32 for one tensor and in
     # float64 per channel; following it keeps both bit-equal.
-    level = q - zero_point
-    y = (level.float() * scale).to(dtype) if ch_axis is None else level.mul_(scale.to(dtype))
-    return q, rounded == q, y
+    level = q.sub_(zero_point)
+    if dtype == torch.float64 and ch_axis is None:
+        return (level.float() * scale).double(), mask
+    return level.mul_(scale.to(dtype)), mask
 
 
 def fake_quantize_ref(
@@ -89,7 +98,7 @@ def fake_quantize_ref(
     propagate_nan: bool,
 ) -> tuple[Tensor, Tensor]:
     """Quantize-dequantize ``x``; returns y like ``x`` and the packed in-range mask."""
-    _, mask, y = _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)
+    y, mask = _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)
     if not propagate_nan:
         lowest = (quant_min - along(zero_point, x, ch_axis)) * along(scale, x, ch_axis)
         y = torch.where(x.isnan(), lowest.to(y.dtype), y)
@@ -198,7 +207,7 @@ def fake_quantize_observed_ref(
     if mode == "exact":
         observe_ref(x, *observe)
     positive = x.relu() if relu else x
-    _, mask, y = _quantize(positive, scale, zero_point, quant_min, quant_max, ch_axis)
+    y, mask = _quantize(positive, scale, zero_point, quant_min, quant_max, ch_axis)
     if relu:
         mask = mask & (x > 0)
     if mode == "delayed":
@@ -216,7 +225,7 @@ def fake_quantize_lsq_ref(
 ) -> Tensor:
     """Quantize-dequantize with a learned scale and offset."""
     zero_point = zero_point.round().clamp(quant_min, quant_max)
-    return _like(x, _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)[2])
+    return _like(x, _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)[0])
 
 
 def fake_quantize_lsq_backward_ref(
@@ -296,6 +305,6 @@ def _weights(
         axis = None if ch_axis is None else ch_axis % w.dim()
         scale = weight_scale(w, quant_min, quant_max, axis)
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        _, mask, y = _quantize(w, scale, zero_point, quant_min, quant_max, axis)
+        y, mask = _quantize(w, scale, zero_point, quant_min, quant_max, axis)
         outputs.append((_like(w, y), _like(w, mask)))
     return outputs

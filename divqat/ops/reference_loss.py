@@ -40,8 +40,8 @@ def divergence_loss_ref(
     z, t = logits.to(dtype), teacher_logits.to(dtype)
     valid = target != ignore_index
     label = torch.where(valid, target, 0)[:, None]
-    keep = valid.to(dtype)[:, None]  # [N, 1]
-    share = keep / valid.sum()  # each valid sample's share of the mean
+    count = valid.sum()
+    share = valid.to(dtype)[:, None] / count  # [N, 1], each sample's share of the mean
 
     # CE = − Σ_k target_k · log softmax(z)_k, target = (1 − ε) onehot + ε / C
     log_prob = torch.log_softmax(z, 1)
@@ -49,7 +49,7 @@ def divergence_loss_ref(
     if label_smoothing > 0:
         ce = (1 - label_smoothing) * ce - label_smoothing * log_prob.mean(1, keepdim=True)
     ce = torch.where(valid[:, None], ce, 0.0)
-    # dCE/dz = softmax(z) − target; each share on its own, so that λ = 0 rounds as ATen does
+    # dCE/dz = softmax(z) − target
     grad = log_prob.exp() * share
     grad.scatter_add_(1, label, -(1 - label_smoothing) * share)
     if label_smoothing > 0:
@@ -67,7 +67,7 @@ def divergence_loss_ref(
     d = torch.where(active, d, 0.0)
     grad_u = torch.where(active_grad, grad_u, 0.0)
 
-    ce, divergence = (ce * share).sum(), (d * share).sum()
+    ce, divergence = ce.sum() / count, d.sum() / count
     # L = CE − λ T² D and dD/dz = dD/du / T. λ = 0 switches the term off even where D is infinite.
     weight = weight.to(dtype)
     penalty = torch.where(weight == 0, 0.0, weight * temperature**2 * divergence)
@@ -81,10 +81,13 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     """D [N, 1] and dD/du [N, C] between softmax(u) and softmax(v)."""
     if classes == "non_label":
-        # The tail, renormalized: a probability of zero for the label on both sides.
-        u, v = u.scatter(1, label, -math.inf), v.scatter(1, label, -math.inf)
-        if u.shape[1] == 1:
-            return torch.zeros_like(u), torch.zeros_like(u)
+        # The tail, renormalized: every class but the label, as rows of C − 1.
+        others = torch.arange(u.shape[1] - 1, device=u.device)
+        others = others + (others >= label)
+        d, grad_tail = _divergence(
+            u.gather(1, others), v.gather(1, others), label, direction, "all"
+        )
+        return d, torch.zeros_like(u).scatter(1, others, grad_tail)
     log_q, log_p = torch.log_softmax(u, 1), torch.log_softmax(v, 1)
     q, p = log_q.exp(), log_p.exp()
     if direction == "teacher_student":

@@ -1,0 +1,29 @@
+"""Image data sets and query sets that are on this machine; nothing is ever downloaded.
+
+Example:
+    >>> splits = load("digits")
+    >>> splits.num_classes, splits.channels, splits.image_size
+    (10, 1, (8, 8))
+    >>> images, labels = next(batches(splits.train, 32))
+    >>> images.shape, images.dtype
+    (torch.Size([32, 1, 8, 8]), torch.float32)
+"""
+
+from divqat.data.batches import augment, batches, to_float
+from divqat.data.catalog import load, names
+from divqat.data.sets import DataNotFound, ImageSet, Splits, hold_out
+from divqat.data.transfer import transfer_names, transfer_set
+
+__all__ = [
+    "DataNotFound",
+    "ImageSet",
+    "Splits",
+    "augment",
+    "batches",
+    "hold_out",
+    "load",
+    "names",
+    "to_float",
+    "transfer_names",
+    "transfer_set",
+]

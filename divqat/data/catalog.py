@@ -1,0 +1,235 @@
+"""The data sets by name: where their files lie, and how they become :class:`Splits`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from divqat.data import formats, pictures
+from divqat.data.sets import DataNotFound, ImageSet, Splits, hold_out
+from divqat.errors import require, unknown_name
+
+TEST_FRACTION = 0.2  # of a data set that comes without a test split
+_DIGITS = tuple("0123456789")
+_FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a reader found; a split that the files do not have is None."""
+
+    classes: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet | None = None
+    validation: ImageSet | None = None
+    groups: Tensor | None = None  # int64 [N] of the training images, see hold_out
+
+
+@dataclass(frozen=True)
+class _Source:
+    """``read(folder, image_size)`` of the first folder that holds ``probe`` (a glob)."""
+
+    layouts: tuple[tuple[str, str, Callable[[Path, int], _Raw]], ...]  # (subfolder, probe, read)
+    remedy: str  # how to get the data
+    system: str | None = None  # where a package of the operating system puts it
+
+
+def _digits() -> _Raw:
+    digits = require("sklearn.datasets", "data").load_digits()
+    images = torch.from_numpy(digits.images)[:, None] * (255 / 16)  # the pixels are 0 ... 16
+    labels = torch.from_numpy(digits.target).long()
+    return _Raw(_DIGITS, ImageSet(images.round().to(torch.uint8), labels))
+
+
+def _idx(folder: Path, stem: str) -> ImageSet:
+    def file(name: str) -> Path:
+        plain = folder / name
+        return plain if plain.is_file() else folder / f"{name}.gz"
+
+    return formats.read_idx_pair(
+        file(f"{stem}-images-idx3-ubyte"), file(f"{stem}-labels-idx1-ubyte")
+    )
+
+
+def _fashion_mnist(folder: Path, image_size: int) -> _Raw:
+    return _Raw(_FASHION, _idx(folder, "train"), _idx(folder, "t10k"))
+
+
+def _cifar10(folder: Path, image_size: int) -> _Raw:
+    batches = [folder / f"data_batch_{i}" for i in range(1, 6)]
+    train = formats.read_cifar_pickles(batches, b"labels")
+    test = formats.read_cifar_pickles([folder / "test_batch"], b"labels")
+    return _Raw(formats.read_cifar_names(folder / "batches.meta", b"label_names"), train, test)
+
+
+def _cifar10_binary(folder: Path, image_size: int) -> _Raw:
+    batches = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
+    train = formats.read_cifar_binary(batches, label_bytes=1)
+    test = formats.read_cifar_binary([folder / "test_batch.bin"], label_bytes=1)
+    return _Raw(formats.read_cifar_names(folder / "batches.meta.txt"), train, test)
+
+
+def _cifar100(folder: Path, image_size: int) -> _Raw:
+    train = formats.read_cifar_pickles([folder / "train"], b"fine_labels")
+    test = formats.read_cifar_pickles([folder / "test"], b"fine_labels")
+    return _Raw(formats.read_cifar_names(folder / "meta", b"fine_label_names"), train, test)
+
+
+def _cifar100_binary(folder: Path, image_size: int) -> _Raw:
+    train = formats.read_cifar_binary([folder / "train.bin"], label_bytes=2)
+    test = formats.read_cifar_binary([folder / "test.bin"], label_bytes=2)
+    return _Raw(formats.read_cifar_names(folder / "fine_label_names.txt"), train, test)
+
+
+def _svhn(folder: Path, image_size: int) -> _Raw:
+    train = formats.read_svhn(folder / "train_32x32.mat")
+    return _Raw(_DIGITS, train, formats.read_svhn(folder / "test_32x32.mat"))
+
+
+def _gtsrb(folder: Path, image_size: int) -> _Raw:
+    train, test, tracks = pictures.read_gtsrb(folder, image_size)
+    return _Raw(tuple(f"{i:05d}" for i in range(43)), train, test, groups=tracks)
+
+
+def _folder(folder: Path, image_size: int) -> _Raw:
+    split = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
+    root = split.get("train", folder)
+    classes = tuple(pictures.class_folders(root))
+    channels = 1 if pictures.is_grey(pictures.list_pictures(root)) else 3
+
+    def read(name: str) -> ImageSet | None:
+        # Without train/ the folders beside it are classes, even one that is named test.
+        if "train" not in split or name not in split:
+            return None
+        return pictures.read_image_folder(split[name], classes, image_size, channels)
+
+    train = pictures.read_image_folder(root, classes, image_size, channels)
+    return _Raw(classes, train, read("test"), read("val"))
+
+
+_SOURCES = {
+    "fashion-mnist": _Source(
+        (
+            ("", "train-images-idx3-ubyte*", _fashion_mnist),
+            ("FashionMNIST/raw", "train-images-idx3-ubyte*", _fashion_mnist),
+        ),
+        "apt-get install dataset-fashion-mnist, or pass --data-root DIR "
+        "with its four *-ubyte.gz files",
+        system="/usr/share/datasets/fashion-mnist",
+    ),
+    "cifar10": _Source(
+        (
+            ("cifar-10-batches-py", "data_batch_1", _cifar10),
+            ("", "data_batch_1", _cifar10),
+            ("cifar-10-batches-bin", "data_batch_1.bin", _cifar10_binary),
+            ("", "data_batch_1.bin", _cifar10_binary),
+        ),
+        "unpack cifar-10-python.tar.gz or cifar-10-binary.tar.gz in DIR and pass --data-root DIR",
+    ),
+    "cifar100": _Source(
+        (
+            ("cifar-100-python", "meta", _cifar100),
+            ("", "meta", _cifar100),
+            ("cifar-100-binary", "fine_label_names.txt", _cifar100_binary),
+            ("", "fine_label_names.txt", _cifar100_binary),
+        ),
+        "unpack cifar-100-python.tar.gz or cifar-100-binary.tar.gz in DIR and pass --data-root DIR",
+    ),
+    "svhn": _Source(
+        (("", "train_32x32.mat", _svhn),),
+        "put train_32x32.mat and test_32x32.mat in DIR and pass --data-root DIR",
+    ),
+    "gtsrb": _Source(
+        (("GTSRB", "Final_Training/Images", _gtsrb), ("", "Final_Training/Images", _gtsrb)),
+        "unpack GTSRB_Final_Training_Images.zip, GTSRB_Final_Test_Images.zip and "
+        "GTSRB_Final_Test_GT.zip in DIR and pass --data-root DIR",
+    ),
+    "folder": _Source(
+        (("", "*/", _folder),),
+        "pass --data-root DIR with one folder of pictures per class, or train/ and test/ of these",
+    ),
+}
+
+
+def find(
+    places: Sequence[str | Path | None], probes: Sequence[tuple[str, str]]
+) -> tuple[Path, int] | None:
+    """The first folder ``place/subfolder`` that holds the glob ``probe``.
+
+    Args:
+        places: folders; None is skipped.
+        probes: (subfolder, glob) pairs.
+
+    Returns:
+        The folder and the index of its probe, or None.
+    """
+    for place in places:
+        for index, (subfolder, probe) in enumerate(probes):
+            if place is not None and any((Path(place) / subfolder).glob(probe)):
+                return Path(place) / subfolder, index
+    return None
+
+
+def names() -> list[str]:
+    """The names that :func:`load` knows."""
+    return ["digits", *_SOURCES]
+
+
+def load(
+    name: str,
+    *,
+    data_root: str | Path | None = None,
+    validation_fraction: float = 0.1,
+    image_size: int = 32,
+) -> Splits:
+    """Load a data set from this machine; nothing is ever downloaded.
+
+    Args:
+        name: one of :func:`names`.
+        data_root: the folder with the data set's files or with a folder ``name`` of them. Not
+            needed for ``digits``, nor for ``fashion-mnist`` where its Debian package is installed.
+        validation_fraction: part of the training images, class by class, that becomes the
+            validation split. The split is the same in every run. Frames of one GTSRB track stay
+            on one side. Unused for a ``folder`` with a ``val/``.
+        image_size: height and width of ``gtsrb`` and ``folder``, whose pictures vary in size.
+
+    Raises:
+        DataNotFound: the files are not there.
+        ValueError: unknown name, a fraction outside [0, 1), or a damaged file.
+        ImportError: an optional dependency that reads this data set is missing.
+    """
+    if name not in names():
+        raise unknown_name("data set", name, names())
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
+    if name == "digits":
+        raw = _digits()
+    else:
+        source = _SOURCES[name]
+        places = [data_root, Path(data_root) / name] if data_root is not None else []
+        found = find([*places, source.system], [layout[:2] for layout in source.layouts])
+        if found is None:
+            where = "" if data_root is None else f" in {data_root}"
+            raise DataNotFound(f"data set {name!r} was not found{where}: {source.remedy}")
+        raw = source.layouts[found[1]][2](found[0], image_size)
+    train, test, validation = raw.train, raw.test, raw.validation
+    if test is None:
+        train, test = hold_out(train, TEST_FRACTION, seed=1)
+    if validation is None:
+        train, validation = hold_out(train, validation_fraction, groups=raw.groups)
+    return Splits(name, raw.classes, train, validation, test)

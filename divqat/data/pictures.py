@@ -1,0 +1,184 @@
+"""Folders of picture files (PNG, JPEG, PPM ...), decoded to one size with Pillow."""
+
+from __future__ import annotations
+
+import csv
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from divqat.data.sets import ImageSet
+from divqat.errors import require
+from divqat.progress import progress
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+Fit = Literal["stretch", "crop", "contain"]
+
+
+def list_pictures(root: str | Path) -> list[Path]:
+    """All picture files below ``root``, sorted."""
+    return sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(root)
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES
+    )
+
+
+def _open(path: Path, size: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | None:
+    from PIL import Image, ImageOps
+
+    height, width = size
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded smaller, much faster
+            picture = file.convert("RGBA")
+        if fit == "contain":
+            picture = ImageOps.contain(picture, (width, height), Image.Resampling.BILINEAR)
+        elif fit == "crop":
+            picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+        else:
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    except Exception:  # a damaged file raises nearly anything
+        return None
+    canvas = Image.new("RGBA", (width, height), "white")
+    corner = ((width - picture.width) // 2, (height - picture.height) // 2)
+    canvas.alpha_composite(picture, corner)
+    pixels = np.asarray(canvas.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def decode(
+    paths: Sequence[Path], size: tuple[int, int], channels: int, fit: Fit
+) -> tuple[Tensor, list[int]]:
+    """Decode picture files; transparent parts become white.
+
+    Args:
+        paths: the files.
+        size: (H, W) of the result.
+        channels: 1 (grey) or 3 (RGB).
+        fit: ``stretch`` to the size, ``crop`` to its aspect ratio around the center, or
+            ``contain``: the whole picture, on white.
+
+    Returns:
+        uint8 [M, C, H, W] and the M indices into ``paths`` of the readable files. Damaged files
+        and those beyond Pillow's size limit are left out, with one warning that counts them.
+
+    Raises:
+        ValueError: ``channels`` is neither 1 nor 3, or no file is readable.
+        ImportError: Pillow is missing.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    Image: Any = require("PIL.Image", "data")
+    # Decoding releases the interpreter lock, so threads suffice.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        opened = pool.map(partial(_open, size=size, channels=channels, fit=fit), paths)
+        pixels = list(progress(opened, "decoding pictures", total=len(paths)))
+    good = [(i, array) for i, array in enumerate(pixels) if array is not None]
+    if not good:
+        where = f", the first is {paths[0]}" if paths else ""
+        raise ValueError(f"none of {len(paths)} picture files is readable{where}")
+    if len(good) < len(paths):
+        bad = next(path for path, array in zip(paths, pixels, strict=True) if array is None)
+        warnings.warn(
+            f"left out {len(paths) - len(good)} of {len(paths)} picture files (damaged or too "
+            f"large), the first is {bad}",
+            stacklevel=2,
+        )
+    return torch.from_numpy(np.stack([array for _, array in good])), [i for i, _ in good]
+
+
+def _labeled(
+    rows: Sequence[tuple[Path, int]], size: int, channels: int, fit: Fit
+) -> tuple[ImageSet, list[int]]:
+    images, kept = decode([path for path, _ in rows], (size, size), channels, fit)
+    return ImageSet(images, torch.tensor([rows[i][1] for i in kept])), kept
+
+
+def _gtsrb_table(path: Path) -> list[tuple[str, int]]:
+    """(file name, class) of each row of a GTSRB table."""
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            return [
+                (row["Filename"], int(row["ClassId"]))
+                for row in csv.DictReader(file, delimiter=";")
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must have the columns Filename;...;ClassId, separated by ';': {error!r}"
+            ) from error
+
+
+def read_gtsrb(root: Path, size: int) -> tuple[ImageSet, ImageSet, Tensor]:
+    """The German traffic signs, as in ``GTSRB_Final_*_Images.zip`` and ``GTSRB_Final_Test_GT.zip``.
+
+    Args:
+        root: holds ``Final_Training/Images/00000/GT-00000.csv`` and so on, and
+            ``Final_Test/Images``; ``GT-final_test.csv`` lies in either folder.
+        size: every picture is stretched to [size, size]; the originals vary.
+
+    Returns:
+        train, test and the track (int64 [N]) of each training image. Thirty frames of one
+        track show one sign.
+    """
+    tables = sorted((root / "Final_Training" / "Images").glob("*/GT-*.csv"))
+    rows = [(table.parent / name, label) for table in tables for name, label in _gtsrb_table(table)]
+    pictures = root / "Final_Test" / "Images"
+    places = [root.parent, root, pictures.parent, pictures]
+    answers = next(
+        (p / "GT-final_test.csv" for p in places if (p / "GT-final_test.csv").is_file()), None
+    )
+    if answers is None:
+        raise ValueError(f"GT-final_test.csv (from GTSRB_Final_Test_GT.zip) is missing in {root}")
+    test_rows = [(pictures / name, label) for name, label in _gtsrb_table(answers)]
+    train, kept = _labeled(rows, size, 3, "stretch")
+    test, _ = _labeled(test_rows, size, 3, "stretch")
+    tracks = [rows[i][0].name.split("_")[0] for i in kept]  # 00003_00017.ppm: track 3, frame 17
+    _, numbers = np.unique(tracks, return_inverse=True)
+    return train, test, torch.from_numpy(numbers)
+
+
+def read_image_folder(root: Path, classes: Sequence[str], size: int, channels: int) -> ImageSet:
+    """Pictures in one folder per class, cropped to a square around the center.
+
+    Raises:
+        ValueError: a folder that is not in ``classes``, or no readable picture.
+    """
+    extra = set(class_folders(root)) - set(classes)
+    if extra:
+        raise ValueError(
+            f"{root} has folders that are no training class: {', '.join(sorted(extra))}"
+        )
+    rows = [(path, i) for i, name in enumerate(classes) for path in list_pictures(root / name)]
+    if not rows:
+        raise ValueError(f"{root} has no pictures in folders named after their class")
+    return _labeled(rows, size, channels, "crop")[0]
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in ``root``, sorted, without hidden ones."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def is_grey(paths: Sequence[Path]) -> bool:
+    """Whether all pictures are stored without color; files that cannot be opened do not count."""
+    Image: Any = require("PIL.Image", "data")
+
+    def mode(path: Path) -> str:
+        try:
+            with Image.open(path) as file:
+                return str(file.mode)
+        except Exception:
+            return "L"
+
+    return all(mode(path) in {"1", "L", "LA", "I;16"} for path in paths)

@@ -1,0 +1,215 @@
+"""Query sets for model extraction: images that have nothing to do with the victim's classes."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from divqat.data.pictures import decode, list_pictures
+from divqat.data.sets import DataNotFound
+from divqat.errors import require, unknown_name
+from divqat.progress import progress
+
+CLIPART_ROOT = "/usr/share/openclipart/png"
+CLIPART_VARIANTS = 4  # 6,885 readable files give 27,540 queries
+GENERATED = 10_000  # images of `photos` and `noise` without a limit
+
+
+def transfer_names() -> list[str]:
+    """The names that :func:`transfer_set` knows."""
+    return ["openclipart", "photos", "noise", "folder"]
+
+
+def transfer_set(
+    name: str,
+    *,
+    channels: int,
+    image_size: tuple[int, int] | int,
+    data_root: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """A set of unlabeled images to query a victim with.
+
+    - ``openclipart``: 6,900 drawings of the Debian package ``openclipart-png`` (or in
+      ``data_root/openclipart``). Every file is queried as it is first; the rest are
+      variants, mirrored, rotated, cropped. Grey ones on a light background are inverted, because
+      Fashion-MNIST's background is dark.
+    - ``photos``: patches, at several scales, of the photos that scikit-learn and, where
+      installed, scikit-image ship. Patches of about twenty photos are correlated.
+    - ``noise``: uniform noise of four grain sizes.
+    - ``folder``: the pictures below ``data_root``, then, beyond their number, their variants.
+
+    Args:
+        name: one of :func:`transfer_names`.
+        channels: 1 (grey) or 3 (RGB).
+        image_size: (H, W), or one number for both.
+        data_root: the folder of pictures for ``folder``; see also ``openclipart``.
+        limit: number of images; None: four per drawing, 10,000 patches or noise images, one per
+            picture of a folder.
+        seed: which images come, in which order and in which variants.
+
+    Returns:
+        uint8 [N, C, H, W], in random order; a smaller ``limit`` prefers distinct files.
+
+    Raises:
+        DataNotFound: the pictures are not on this machine.
+        ValueError: unknown name, channels, size or limit.
+        ImportError: an optional dependency is missing.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if name not in transfer_names():
+        raise unknown_name("transfer set", name, transfer_names())
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size must be (H, W), both at least 1, got {image_size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    generator = Generator().manual_seed(seed)
+    if name == "noise":
+        return _noise(limit or GENERATED, channels, size, generator)
+    if name == "photos":
+        return _patches(_photos(), limit or GENERATED, channels, size, generator)
+    if name == "openclipart":
+        own = None if data_root is None else Path(data_root) / "openclipart"
+        root = own if own is not None and own.is_dir() else CLIPART_ROOT
+        remedy = "apt-get install openclipart-png, or pass --data-root DIR with DIR/openclipart"
+        # A link is a second name of a drawing in another category.
+        paths = [path for path in _pictures(name, root, remedy) if not path.is_symlink()]
+        variants = CLIPART_VARIANTS
+    else:
+        paths, variants = _pictures(name, data_root, "pass --data-root DIR with pictures"), 1
+    return _drawings(paths, variants, limit, channels, size, generator, invert=name != "folder")
+
+
+def _pictures(name: str, root: str | Path | None, remedy: str) -> list[Path]:
+    paths = [] if root is None else list_pictures(root)
+    if not paths:
+        where = "" if root is None else f" in {root}"
+        raise DataNotFound(f"transfer set {name!r} was not found{where}: {remedy}")
+    return paths
+
+
+def _drawings(
+    paths: list[Path],
+    variants: int,
+    limit: int | None,
+    channels: int,
+    size: tuple[int, int],
+    generator: Generator,
+    invert: bool,
+) -> Tensor:
+    """Round 0 is every picture, the following rounds are variants of every picture."""
+    chosen = torch.randperm(len(paths), generator=generator)[:limit].tolist()
+    # Twice the final size, so that a crop or rotation still has detail.
+    double, _ = decode([paths[i] for i in chosen], (2 * size[0], 2 * size[1]), channels, "contain")
+    if invert and channels == 1:
+        double = _darken_background(double)
+    wanted = limit or variants * len(double)
+    rounds = [_shrink(double)]
+    for _ in progress(range(1, math.ceil(wanted / len(double))), "varying pictures"):
+        order = torch.randperm(len(double), generator=generator)
+        rounds.append(torch.cat([_vary(part, generator) for part in double[order].split(1024)]))
+    return torch.cat(rounds)[:wanted]
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return images.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _shrink(double: Tensor) -> Tensor:
+    """uint8 [N, C, 2H, 2W] to [N, C, H, W]."""
+    return torch.cat([_to_bytes(F.avg_pool2d(part.float(), 2)) for part in double.split(1024)])
+
+
+def _darken_background(images: Tensor) -> Tensor:
+    """Invert the images whose border is light. uint8 [N, C, H, W]."""
+    top_bottom, sides = images[:, :, [0, -1]].float(), images[:, :, :, [0, -1]].float()
+    border = torch.cat([top_bottom.flatten(1), sides.flatten(1)], dim=1).mean(dim=1)
+    return torch.where(border[:, None, None, None] > 127.5, 255 - images, images)
+
+
+def _vary(double: Tensor, generator: Generator) -> Tensor:
+    """Mirror, rotate by up to 30 degrees, crop to 60-100 %: uint8 [N, C, 2H, 2W] to half size."""
+    n, channels, height, width = double.shape
+    draw = torch.rand(5, n, generator=generator)
+    mirror = 1 - 2 * (draw[0] < 0.5).float()
+    angle = (draw[1] - 0.5) * math.radians(60)
+    zoom = 0.6 + 0.4 * draw[2]
+    shift = (2 * draw[3:] - 1) * (1 - zoom)  # the crop stays within the picture
+    ratio = height / width  # grid coordinates run from -1 to 1 along both axes
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    theta = torch.stack(
+        [
+            torch.stack([mirror * cos, -mirror * sin * ratio, shift[0]], dim=1),
+            torch.stack([sin / ratio, cos, shift[1]], dim=1),
+        ],
+        dim=1,
+    )  # [N, 2, 3]
+    grid = F.affine_grid(theta, [n, channels, height // 2, width // 2], align_corners=False)
+    return _to_bytes(
+        F.grid_sample(double.float(), grid, padding_mode="reflection", align_corners=False)
+    )
+
+
+def _photos() -> list[Path]:
+    """Photos that the installed packages ship; nothing of scikit-image is imported."""
+    shipped = Path(require("sklearn.datasets", "data").__file__).parent / "images"
+    folders = [shipped]
+    skimage = importlib.util.find_spec("skimage")
+    if skimage is not None and skimage.submodule_search_locations:
+        folders.append(Path(skimage.submodule_search_locations[0]) / "data")
+    paths = [path for folder in folders for path in list_pictures(folder)]
+    if not paths:
+        raise DataNotFound(
+            f"transfer set 'photos' was not found in {shipped}: "
+            "pip install scikit-learn scikit-image"
+        )
+    return paths
+
+
+def _patches(
+    paths: list[Path], count: int, channels: int, size: tuple[int, int], generator: Generator
+) -> Tensor:
+    """Patches at random places of every photo and of its halvings."""
+    Image: Any = require("PIL.Image", "data")
+    levels = []
+    for path in paths:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+        level = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+        while level.shape[1] >= size[0] and level.shape[2] >= size[1]:
+            levels.append(level)
+            level = _shrink(level[None])[0]
+    if not levels:
+        raise ValueError(f"image_size must not exceed the photos' size, got {list(size)}")
+    choice = torch.randint(len(levels), (count,), generator=generator)
+    out = torch.empty(count, channels, *size, dtype=torch.uint8)
+    for index, level in enumerate(levels):
+        here = (choice == index).nonzero()[:, 0]
+        windows = level.unfold(1, size[0], 1).unfold(2, size[1], 1)  # a view [C, Y, X, H, W]
+        y = torch.randint(windows.shape[1], (len(here),), generator=generator)
+        x = torch.randint(windows.shape[2], (len(here),), generator=generator)
+        out[here] = windows[:, y, x].transpose(0, 1)
+    return out
+
+
+def _noise(count: int, channels: int, size: tuple[int, int], generator: Generator) -> Tensor:
+    """Uniform noise with grains of 1, 2, 4 and 8 pixels, in turns."""
+    out = torch.empty(count, channels, *size, dtype=torch.uint8)
+    for i in range(4):
+        grains = [math.ceil(length / 2**i) for length in size]
+        shape = (len(range(i, count, 4)), channels, *grains)
+        noise = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        for axis in (2, 3):
+            noise = noise.repeat_interleave(2**i, dim=axis)
+        out[i::4] = noise[:, :, : size[0], : size[1]]
+    return out

@@ -1,0 +1,181 @@
+"""The report of a whole job: ``report.md``, ``report.html`` and plots.
+
+It reads ``OUT/result.json`` (its schema is :class:`divqat.evaluate.result.Result`) and, where
+they exist, ``OUT/seed<n>/<victim>/metrics.csv`` (columns ``epoch`` and those of
+:data:`divqat.evaluate.plots.CURVES`: ``validation_accuracy`` as a fraction, ``ce``,
+``divergence``, ``top_probability``) and ``OUT/seed<n>/<victim>/layers.json``
+(``divqat.summary(...).to_dict()``: ``rows`` with ``layer`` and ``sqnr_db``).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from divqat.evaluate import plots, tables
+from divqat.evaluate.audits import Audit, audits
+from divqat.evaluate.result import Result
+from divqat.evaluate.tables import Table
+from divqat.files import read_json, write_text
+
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin: 2rem 0 .4rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; margin: .6rem 0 }
+th, td { padding: .32rem .65rem; border-bottom: 1px solid #e2e2e2; text-align: left;
+  vertical-align: top }
+thead th { border-bottom: 2px solid #999 } tbody tr:hover { background: #f6f8fa }
+.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+img { max-width: 100%; display: block; margin: .6rem 0 } ul { padding-left: 0 }
+li { list-style: none } li b { display: inline-block; width: 1.5rem; color: #1a7f37 }
+.check { font-weight: 600 } .check b { color: #b35900 }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with text, a table, a plot or audits below it."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    plot: Path | None = None
+    audits: tuple[Audit, ...] = ()
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write the report of a finished (or partly finished) job into its folder.
+
+    Args:
+        run_dir: the folder OUT that ``divqat run`` made.
+
+    Returns:
+        ``OUT/report.html``: one file that needs nothing else. ``OUT/report.md`` says the same and
+        shows ``OUT/plots/*.png``.
+
+    Raises:
+        FileNotFoundError: there is no ``result.json``.
+        ValueError: it is not a result, or a file beside it cannot be read.
+        ImportError: matplotlib is missing.
+    """
+    run_dir = Path(run_dir)
+    result = Result.load(run_dir / "result.json")
+    sections = _sections(result, run_dir)
+    title = f"Extraction of int8 models on {result.dataset}"
+    write_text(run_dir / "report.md", _markdown(title, sections, run_dir))
+    return write_text(run_dir / "report.html", _html(title, sections))
+
+
+def _sections(result: Result, run_dir: Path) -> list[Section]:
+    folder = run_dir / "plots"
+    metrics = _seed_files(run_dir, result, "metrics.csv", extra=("fp",))
+    layers = {
+        name: _sqnr(files[0]) if files else []
+        for name, files in _seed_files(run_dir, result, "layers.json").items()
+    }
+    main = (
+        f"{result.attack} ({tables.settings_text(result.attack_settings)}) trains a {result.clone} "
+        f"on {result.query_budget} answers to {result.query_set}. Percent on the test set, mean ± "
+        "standard deviation over the seeds. Soft: the clone learns from probabilities; hard: from "
+        "labels; best: the best clone of each seed. Fidelity: same top-1 as the deployed victim. "
+        f"{tables.floor_line(result)}"
+    )
+    sections = [
+        Section("Results", main, tables.main_table(result)),
+        Section("Victims and clones", plot=plots.clone_bars(result, folder / "clones.png")),
+        Section("Audits", audits=tuple(audits(result))),
+        Section("All attacks", "Percent.", tables.attacks_table(result)),
+        Section(
+            "Confidence of the victims",
+            "The victim as it is deployed, on test images and on the attacker's queries.",
+            tables.confidence_table(result),
+            plots.confidence_histograms(result, folder / "confidence.png"),
+        ),
+        Section("Deployment", "Percent and counts.", tables.deployment_table(result)),
+    ]
+    curves = plots.training_curves(metrics, folder / "training.png")
+    if curves:
+        text = "Mean over the seeds; the band spans the smallest and the largest."
+        sections.append(Section("Training", text, plot=curves))
+    noise = plots.layer_sqnr(layers, folder / "layers.png")
+    if noise:
+        sections.append(Section("Quantization noise per layer", "First seed.", plot=noise))
+    return [*sections, Section("How this was made", table=_provenance(result))]
+
+
+def _seed_files(
+    run_dir: Path, result: Result, name: str, *, extra: tuple[str, ...] = ()
+) -> dict[str, list[Path]]:
+    """The files of that name that exist, by victim.
+
+    A victim without any keeps its place, and so its color is the same in all plots.
+    """
+    seeds = dict.fromkeys([*result.seeds, *(v.seed for v in result.victims)])
+    found: dict[str, list[Path]] = {}
+    for victim in dict.fromkeys([*result.by_victim, *extra]):
+        files = (run_dir / f"seed{seed}" / victim / name for seed in seeds)
+        found[victim] = [file for file in files if file.is_file()]
+    return found
+
+
+def _sqnr(path: Path) -> list[tuple[str, float]]:
+    rows = read_json(path)["rows"]
+    known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
+    return [(layer, value) for layer, value in known if math.isfinite(value)]
+
+
+def _provenance(result: Result) -> Table:
+    rows = [
+        ["Command", result.command],
+        ["Date", f"{result.date}, {result.seconds:.0f} s"],
+        ["Seeds", ", ".join(map(str, result.seeds))],
+        ["Data", f"{result.dataset}, {result.num_classes} classes; queries: {result.query_set}"],
+        ["Versions", ", ".join(f"{name} {number}" for name, number in result.versions.items())],
+        ["Hardware", result.hardware],
+    ]
+    return Table(["What", "Value"], rows, text_columns=2)
+
+
+def _markdown(title: str, sections: list[Section], run_dir: Path) -> str:
+    parts = [f"# {title}"]
+    for section in sections:
+        plot = section.plot.relative_to(run_dir).as_posix() if section.plot else ""
+        parts += [
+            f"## {section.title}",
+            section.text,
+            section.table.markdown() if section.table else "",
+            f"![{section.title}]({plot})" if plot else "",
+            "\n".join(f"- {audit}" for audit in section.audits),
+        ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _html(title: str, sections: list[Section]) -> str:
+    parts = [f"<h1>{escape(title)}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{escape(section.title)}</h2>")
+        if section.text:
+            parts.append(f"<p>{escape(section.text)}</p>")
+        if section.table:
+            parts.append(f'<div class="wide">{section.table.html()}</div>')
+        if section.plot:
+            data = base64.b64encode(section.plot.read_bytes()).decode()
+            parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
+        if section.audits:
+            parts.append(f"<ul>{''.join(map(_html_audit, section.audits))}</ul>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _html_audit(audit: Audit) -> str:
+    kind, mark = ("ok", "✓") if audit.ok else ("check", "✗")
+    return f'<li class="{kind}"><b>{mark}</b>{escape(audit.name)}: {escape(audit.detail)}</li>'
