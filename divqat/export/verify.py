@@ -81,7 +81,7 @@ def verify(
             f"images, labels: wanted as many of both, got {len(images)} and {len(labels)}"
         )
     run, runtime = onnx_runner(onnx_path)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     device = next(model.parameters()).device
     fake, deployed = [], []
@@ -92,7 +92,8 @@ def verify(
                 fake.append(model(x.to(device)).float().cpu())
                 deployed.append(run(x))
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
     a, b = torch.cat(fake), torch.cat(deployed)
     difference = (a - b).abs()
     step = float(a.max() - a.min()) / 255

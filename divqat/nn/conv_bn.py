@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from divqat.nn.conv import QuantConv2d
 from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
+from divqat.ops.reference import EPS
 
 
 class QuantConvBn2d(QuantConv2d):
@@ -78,7 +79,8 @@ class QuantConvBn2d(QuantConv2d):
         scale = super().weight_qparams()
         if self.weight_fake_quantize is None:
             return scale
-        return scale * self._fold(self.bn.weight).flatten().abs()
+        # γ = 0 must not become a scale of 0.
+        return (scale * self._fold(self.bn.weight.detach()).flatten().abs()).clamp(min=EPS)
 
     def _quantize_folded(self, s: Tensor) -> Tensor:
         """Q(W·s): a learned scale is W's own, an observed one comes from W·s."""

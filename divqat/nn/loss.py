@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,10 @@ class DivQATLoss(nn.CrossEntropyLoss):
             raise ValueError(f"weight: wanted >= 0, got {weight}")
         self.final_weight.fill_(weight)
         self.enabled = weight > 0  # λ = 0 is plain cross-entropy, by the op's own rule
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.enabled = bool(self.final_weight > 0)
 
     def step(self) -> None:
         """One more training step has been made: the warm-up goes on."""

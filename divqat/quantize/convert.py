@@ -43,11 +43,15 @@ def convert(prepared: nn.Module) -> nn.Module:
     if not any(isinstance(module, QuantLayer) for module in prepared.modules()):
         raise ValueError("prepared: wanted a model made by divqat.prepare, got no quantized layer")
     for name, module in prepared.named_modules():
-        seen = getattr(module, "calibrated", getattr(module, "initialized", True))
-        if not seen and isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
+        if isinstance(module, FakeQuantize):
+            # A first batch of NaN or Inf sets ``calibrated`` but leaves the range empty.
+            seen = module.calibrated and bool(module.running_min.isfinite().all())
+        else:
+            seen = not isinstance(module, LearnedStepFakeQuantize) or module.initialized
+        if not seen:
             raise ValueError(f"prepared: {name} has not seen a batch in training mode")
     model = copy.deepcopy(prepared).eval().requires_grad_(False)
-    scales = _input_scales(model) if isinstance(model, fx.GraphModule) else {}
+    scales = _input_scales(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):
             own = module.input_fake_quantize
@@ -59,16 +63,23 @@ def convert(prepared: nn.Module) -> nn.Module:
     return model
 
 
-def _input_scales(model: fx.GraphModule) -> dict[str, Tensor]:
-    """The scale of the activation that each layer of a traced model reads."""
+def _input_scales(model: nn.Module) -> dict[str, Tensor]:
+    """The scale of the activation that each layer of a traced model (or part) reads."""
     scales = {}
-    for node in model.graph.nodes:
-        if node.op == "call_module" and isinstance(model.get_submodule(node.target), QuantLayer):
-            source = patterns.producer(model, node.args[0])
+    for name, traced in model.named_modules():
+        if not isinstance(traced, fx.GraphModule):
+            continue
+        for node in traced.graph.nodes:
+            if node.op != "call_module":
+                continue
+            if not isinstance(traced.get_submodule(str(node.target)), QuantLayer):
+                continue
+            source = patterns.producer(traced, node.all_input_nodes[0])
             if source.op == "call_module":
-                quantizer = model.get_submodule(str(source.target))
+                quantizer = traced.get_submodule(str(source.target))
                 if isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize)):
-                    scales[str(node.target)] = quantizer.calculate_qparams()[0]
+                    layer = f"{name}.{node.target}" if name else str(node.target)
+                    scales[layer] = quantizer.calculate_qparams()[0]
     return scales
 
 

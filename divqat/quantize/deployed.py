@@ -88,7 +88,9 @@ class IntegerLayer(nn.Module):
                 # An all but empty channel has so small a scale that its bias would not fit.
                 limit = 2.0**30
                 needed = bias.abs() / (input_scale * limit)
-                scale = torch.maximum(scale, needed if self.axis is not None else needed.amax())
+                # One weight scale serves a channel of every group of a transposed convolution.
+                needed = needed.view(-1, scale.numel()).amax(0).view_as(scale)
+                scale = torch.maximum(scale, needed)
             spec = layer.weight_spec
             codes = torch.round(weight * along(scale, weight, self.axis).reciprocal())
             self.register_buffer(
@@ -98,7 +100,7 @@ class IntegerLayer(nn.Module):
             self.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
             bias_scale = None
             if bias is not None and input_scale is not None:
-                bias_scale = (input_scale * scale).expand(len(bias)).clone()
+                bias_scale = (input_scale * scale).flatten().repeat(len(bias) // scale.numel())
                 bias = torch.round(bias / bias_scale).to(torch.int32)
             self.register_buffer("bias", None if bias is None else bias.detach().clone())
             self.register_buffer("bias_scale", bias_scale)
@@ -123,9 +125,9 @@ class IntegerLayer(nn.Module):
             return _dequantize(codes, scale, zero_point, axis)
         return codes.float() * along(scale, codes, axis)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's operation on the input's grid."""
-        x = self.input(x)
+        x = self.input(input)
         weight = self._dequantized(
             self.weight, self.weight_scale, self.weight_zero_point, self.axis
         )

@@ -37,6 +37,9 @@ QUANTIZED: set[Any] = {
     *(torch.sigmoid, torch.tanh, "sigmoid", "tanh", nn.Upsample, F.interpolate),
 }
 
+# Functions that tracing ties to the mode of the moment, and the modules that follow train().
+DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
+
 LAYER_FUNCTIONS: tuple[Callable[..., Any], ...] = (F.conv2d, torch.conv2d, F.linear)
 
 

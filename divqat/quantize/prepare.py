@@ -53,6 +53,8 @@ def prepare(
     for name in config.skip:
         if name not in names:
             raise ValueError(f"skip: wanted names of modules, got {name!r}")
+    if type(model) in LAYERS:
+        raise ValueError(f"model: wanted a network, got a single {type(model).__name__}")
     model = copy.deepcopy(model)
     try:
         if example_input is None:
@@ -66,7 +68,9 @@ def prepare(
         )
         _swap(model, config, config.activation)
         return model.train()
-    _fuse_batchnorm(graph_module, config)
+    unused = model.state_dict().keys() - graph_module.state_dict().keys()
+    renamed = _fuse_batchnorm(graph_module, config)
+    graph_module.register_load_state_dict_pre_hook(partial(_adapt_float_keys, renamed, unused))
     _swap(graph_module, config, None)
     _quantize_activations(graph_module, config)
     graph_module.delete_all_unused_submodules()
@@ -77,6 +81,13 @@ def prepare(
 def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """Trace, and find out which nodes are tensors by running the example in eval mode."""
     graph_module = fx.symbolic_trace(model)
+    for node in graph_module.graph.nodes:
+        if node.target in patterns.DROPOUTS:
+            dropout = patterns.DROPOUTS[node.target](node.kwargs["p"], node.kwargs["inplace"])
+            name = f"functional_dropout.{node.name}"
+            graph_module.add_submodule(name, dropout)
+            node.op, node.target, node.kwargs = "call_module", name, {}
+    graph_module.recompile()
     training = {name: module.training for name, module in graph_module.named_modules()}
     with torch.no_grad():
         ShapeProp(graph_module.eval()).propagate(example_input)
@@ -85,14 +96,18 @@ def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     return graph_module
 
 
-def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> None:
-    """Replace each Conv2d whose only reader is a BatchNorm2d, both called once."""
+def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[str, str]:
+    """Replace each Conv2d whose only reader is a BatchNorm2d, both called once.
+
+    Returns:
+        The prefix of each BatchNorm's keys, and what it is now.
+    """
     calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
     renamed = {}
     for node in list(graph_module.graph.nodes):
         if patterns.kind(graph_module, node) is not nn.BatchNorm2d:
             continue
-        source = node.args[0]
+        source = node.all_input_nodes[0]
         if patterns.kind(graph_module, source) is not nn.Conv2d or len(source.users) != 1:
             continue
         if calls.count(node.target) != 1 or calls.count(source.target) != 1:
@@ -108,13 +123,21 @@ def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> None:
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
         graph_module.delete_submodule(node.target)
-    graph_module.register_load_state_dict_pre_hook(partial(_rename_float_keys, renamed))
+    return renamed
 
 
-def _rename_float_keys(
-    renamed: dict[str, str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+def _adapt_float_keys(
+    renamed: dict[str, str],
+    unused: set[str],
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
 ) -> None:
-    """Let a float checkpoint find its BatchNorms inside the fused layers."""
+    """Let a float checkpoint find its BatchNorms inside the fused layers, and leave out modules
+    that the forward does not use (tracing drops them)."""
+    for key in unused:
+        state_dict.pop(prefix + key, None)
     for key in list(state_dict):
         for old, new in renamed.items():
             if key.startswith(prefix + old):
@@ -207,7 +230,9 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
         )
         if not isinstance(quantizer, LearnedStepFakeQuantize):
             quantizer.mode = config.mode
-        name = f"fake_quantize.{source.name}"
+        # A node may be called as a method of nn.Module is: "to", "half".
+        taken = hasattr(nn.Module, source.name)
+        name = f"fake_quantize.{source.name}{'_' if taken else ''}"
         graph_module.add_submodule(name, quantizer)
         users = list(source.users)
         with graph_module.graph.inserting_after(source):

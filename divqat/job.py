@@ -1,0 +1,108 @@
+"""The settings of a whole job: what the YAML file of ``divqat run`` says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from divqat.options import ConfigError, check_keys
+from divqat.steps import AttackConfig, answer_arguments
+from divqat.train import TrainConfig
+
+SECTIONS = ("seeds", "common", "fp", "victims", "attack")
+SET_BY_JOB = ("seed", "teacher")
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of a job, as its YAML file holds them.
+
+    Attributes:
+        seeds: one whole experiment for each.
+        common: keys of :class:`TrainConfig` for all trainings.
+        fp: keys for the full-precision training.
+        victims: by name of the run folder, ``method`` (qat or divqat) and other keys.
+        attack: keys of :class:`AttackConfig`, and ``answers``: a list of ``probs``, ``label``,
+            ``top3``, ``rounded2`` ...
+
+    Raises:
+        ConfigError: an unknown key or a bad value, anywhere.
+    """
+
+    seeds: list[int]
+    common: dict[str, Any]
+    fp: dict[str, Any]
+    victims: dict[str, dict[str, Any]]
+    attack: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        """From the content of a YAML file; what is left out has its default."""
+        check_keys(data, SECTIONS)
+        victims = data.get("victims") or {}
+        if not isinstance(victims, Mapping) or not victims:
+            raise ConfigError(f"victims: wanted at least one 'name: settings', got {victims!r}")
+        return cls(
+            seeds=data.get("seeds", [0]),
+            common=data.get("common") or {},
+            fp=data.get("fp") or {},
+            victims={name: settings or {} for name, settings in victims.items()},
+            attack={"answers": ["probs", "label"], **(data.get("attack") or {})},
+        )
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.seeds, list)
+            or not self.seeds
+            or any(type(seed) is not int or seed < 0 for seed in self.seeds)
+            or len(set(self.seeds)) < len(self.seeds)
+        ):
+            raise ConfigError(f"seeds: wanted a list of different numbers, got {self.seeds!r}")
+        for name in self.victims:
+            if name == "fp" or not re.fullmatch(r"[\w.-]+", str(name)):
+                raise ConfigError(
+                    f"victims: wanted names of folders, of letters and digits, not fp, got {name!r}"
+                )
+        for where, section in {"common": self.common, "fp": self.fp, **self.victims}.items():
+            check_keys(section, [spec.name for spec in fields(TrainConfig)], where=where)
+            for key in SET_BY_JOB:
+                if key in section:
+                    raise ConfigError(f"{where}: the job sets {key} itself, remove it")
+        if not isinstance(self.answers, list) or not self.answers:
+            raise ConfigError(f"attack.answers: wanted a list, got {self.answers!r}")
+        for answer in self.answers:
+            answer_arguments(answer)
+        for seed in self.seeds:
+            for name in ("fp", *self.victims):
+                config = self.training(name, seed, Path())
+                if (config.method == "fp") != (name == "fp"):
+                    raise ConfigError(f"{name}: method must be qat or divqat, got {config.method}")
+            self.attacker(seed)
+
+    def training(self, name: str, seed: int, out: Path) -> TrainConfig:
+        """The settings of ``fp`` or of a victim."""
+        own = self.fp if name == "fp" else self.victims[name]
+        teacher = {} if name == "fp" else {"teacher": str(self.folder(out, seed, "fp"))}
+        method = own.get("method", "fp" if name == "fp" else "")
+        settings = {**self.common, **own, **teacher, "method": method, "seed": seed}
+        return TrainConfig.from_dict(settings, where=name)
+
+    def attacker(self, seed: int) -> AttackConfig:
+        """The settings of the attack."""
+        settings = {key: value for key, value in self.attack.items() if key != "answers"}
+        if "seed" in settings:
+            raise ConfigError("attack: the job sets seed itself, remove it")
+        return AttackConfig.from_dict({**settings, "seed": seed}, where="attack")
+
+    @property
+    def answers(self) -> list[str]:
+        """What the victims show, one attack for each."""
+        return self.attack["answers"]
+
+    @staticmethod
+    def folder(out: Path, seed: int, name: str) -> Path:
+        """The run folder of a training."""
+        return out / f"seed{seed}" / name

@@ -1,0 +1,212 @@
+"""Settings as dataclasses: checked when made, read from YAML, and turned into command-line flags.
+
+Example:
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class Oven(Options):
+    ...     degrees: float = option(180.0, "How hot.", above=0)
+    >>> Oven(degrees=-3)
+    Traceback (most recent call last):
+    divqat.options.ConfigError: degrees: wanted a number above 0, got -3
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import operator
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from divqat.errors import require, unknown_name
+from divqat.files import write_text
+
+O = TypeVar("O", bound="Options")  # noqa: E741
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+BOUNDS = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or has a bad value."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "options",
+    choices: Iterable[str] = (),
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with help text, bounds, and the group its flag is listed in."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    metadata = {"help": help, "group": group, "choices": tuple(choices), "bounds": given}
+    return field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the dataclasses whose fields are :func:`option`.
+
+    Fields are ``int``, ``float``, ``bool`` or ``str``, one of them ``| None``, or a
+    ``tuple[..., ...]`` of one. An integer is welcome where a float is wanted, and so is a text
+    like ``1e-3``, which YAML does not take for a number.
+
+    Raises:
+        ConfigError: a value of a wrong type or outside its bounds; it names the field.
+    """
+
+    def __post_init__(self) -> None:
+        for name, (spec, kind, optional) in _specs(type(self)).items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            object.__setattr__(self, name, _checked(name, value, kind, spec))
+
+    @classmethod
+    def from_dict(cls: type[O], data: Mapping[str, Any], *, where: str = "") -> O:
+        """Make one from ``{field: value}``; ``where`` says in an error what ``data`` is.
+
+        Raises:
+            ConfigError: an unknown key (the message names the nearest known one) or a bad value.
+        """
+        check_keys(data, _specs(cls), where=where)
+        try:
+            return cls(**data)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the fields, tuples as lists."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()  # type: ignore[call-overload]
+        }
+
+
+def check_keys(data: object, known: Iterable[str], *, where: str = "") -> None:
+    """Refuse ``data`` that is no mapping, and keys that are not ``known``."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'config'}: wanted 'key: value' lines, got {data!r}")
+    known = list(known)
+    for key in data:
+        if key not in known:
+            what = f"key in {where}" if where else "key"
+            raise ConfigError(str(unknown_name(what, key, known)))
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tuple = ()) -> None:
+    """A flag for each field. A flag that is not given leaves no attribute in the namespace."""
+    groups: dict[str, Any] = {}
+    for name, (spec, kind, _) in _specs(cls).items():
+        if name in skip:
+            continue
+        title = spec.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = spec.default
+        if isinstance(default, bool):
+            shown = f"--{'' if default else 'no-'}{name.replace('_', '-')}"
+        else:
+            shown = "none" if default is None else str(default)
+        settings: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
+        }
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            item = get_args(kind)[0] if get_origin(kind) is tuple else kind
+            settings |= {"type": item, "choices": spec.metadata["choices"] or None}
+            settings["metavar"] = None if spec.metadata["choices"] else name.split("_")[-1].upper()
+            if item is not kind:
+                settings["nargs"] = "+"
+        groups[title].add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def given_flags(args: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:
+    """The flags of :func:`add_flags` that the user gave."""
+    return {name: getattr(args, name) for name in _specs(cls) if hasattr(args, name)}
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What differs between two settings: ``lr: 0.1 -> 0.2``, keys of inner mappings dotted."""
+    found = []
+    for key in dict.fromkeys([*a, *b]):
+        old, new = a.get(key), b.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{key}.{inner}" for inner in differences(old, new)]
+        elif old != new:
+            found.append(f"{key}: {old} -> {new}")
+    return found
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: it is not YAML, or not a mapping.
+        ImportError: PyYAML is missing.
+    """
+    yaml = require("yaml", "cli")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    check_keys({} if data is None else data, data or (), where=str(path))
+    return data or {}
+
+
+def write_yaml(path: str | Path, data: Mapping[str, Any]) -> Path:
+    """Write plain data as YAML, atomically."""
+    yaml = require("yaml", "cli")
+    return write_text(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
+
+
+def _specs(cls: type[Options]) -> dict[str, tuple[Field, Any, bool]]:
+    """By field name: the field, its type without ``None``, and whether None is allowed."""
+    hints = get_type_hints(cls)
+    found = {}
+    for spec in fields(cls):  # type: ignore[arg-type]
+        assert spec.default is not MISSING
+        kind = hints[spec.name]
+        optional = isinstance(kind, types.UnionType)
+        found[spec.name] = (spec, get_args(kind)[0] if optional else kind, optional)
+    return found
+
+
+def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ConfigError(f"{name}: wanted a list of at least one value, got {value!r}")
+        return tuple(_checked(name, item, get_args(kind)[0], spec) for item in value)
+    choices, bounds = spec.metadata["choices"], spec.metadata["bounds"]
+    wanted = NOUNS[kind] + "".join(f" {word} {bound:g}" for word, bound in bounds.items())
+    if choices:
+        wanted = f"one of {', '.join(choices)}"
+    try:
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if kind is float and not fits and not isinstance(value, bool):
+            value, fits = float(value), True
+    except (TypeError, ValueError):
+        fits = False
+    if fits and kind is float:
+        fits = math.isfinite(value)
+    inside = fits and all(BOUNDS[word](value, bound) for word, bound in bounds.items())
+    if not inside or (choices and value not in choices):
+        raise ConfigError(f"{name}: wanted {wanted}, got {value!r}")
+    return value

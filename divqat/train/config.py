@@ -1,0 +1,180 @@
+"""The settings of one training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from divqat import data, models
+from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
+from divqat.options import ConfigError, Options, option
+from divqat.quantize.config import PRESETS
+
+METHODS = ("fp", "qat", "divqat")
+# What a quantized run has to share with the full-precision run that it starts from.
+SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
+LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
+    """What :func:`divqat.train.train` does; each field is a flag of ``divqat train`` and a key of
+    its YAML files.
+
+    Raises:
+        ConfigError: a value of a wrong type or out of range, or values that contradict each other.
+    """
+
+    method: str = option(
+        "fp",
+        "fp: full precision; qat: plain quantization-aware training, the undefended control; "
+        "divqat: quantization-aware training with the defense.",
+        group="what to train",
+        choices=METHODS,
+    )
+    teacher: str | None = option(
+        None,
+        "Run folder of a finished fp training. qat and divqat start from its weights; "
+        "divqat also moves away from its answers.",
+        group="what to train",
+    )
+    model: str = option("lenet", "Network.", group="what to train", choices=models.names())
+
+    dataset: str = option("digits", "Data set to learn.", group="data", choices=data.names())
+    data_root: str | None = option(
+        None, "Folder with the data set's files, where they are not found by themselves.",
+        group="data",
+    )  # fmt: skip
+    image_size: int = option(
+        32, "Height and width for gtsrb and folder, whose pictures vary in size.",
+        group="data", least=8,
+    )  # fmt: skip
+    validation_fraction: float = option(
+        0.1, "Part of the training images kept aside to validate on.",
+        group="data", above=0, below=1,
+    )  # fmt: skip
+    pad: int = option(
+        0, "Shift each training image at random by up to so many pixels.", group="data", least=0
+    )
+    flip: bool = option(False, "Mirror training images at random.", group="data")
+
+    epochs: int = option(10, "Passes over the training images.", group="optimizer", least=1)
+    batch_size: int = option(64, "Images per step.", group="optimizer", least=1)
+    lr: float = option(0.05, "Highest learning rate of SGD.", group="optimizer", above=0)
+    schedule: str = option(
+        "cosine",
+        "Course of the learning rate: cosine falls from lr to 0; "
+        "one-cycle rises from lr/25 to lr, then falls to 0.",
+        group="optimizer",
+        choices=("cosine", "one-cycle"),
+    )
+    lr_warmup_epochs: float = option(
+        0.0,
+        "Epochs in which the learning rate rises; 0: none for cosine, 30 % of all for one-cycle.",
+        group="optimizer",
+        least=0,
+    )
+    momentum: float = option(
+        0.9, "Nesterov momentum; 0: plain SGD.", group="optimizer", least=0, below=1
+    )
+    weight_decay: float = option(5e-4, "L2 penalty.", group="optimizer", least=0)
+    grad_clip: float | None = option(
+        None, "Largest norm of a step's gradient; longer ones are scaled down.",
+        group="optimizer", above=0,
+    )  # fmt: skip
+    label_smoothing: float = option(
+        0.0, "Share of the target spread over all classes.", group="optimizer", least=0, below=1
+    )
+
+    weight: float = option(
+        0.15, "λ, the strength of the defense; 0 is plain QAT.", group="divqat loss", least=0
+    )
+    temperature: float = option(
+        4.0, "T of the softmaxes whose divergence grows.", group="divqat loss", above=0
+    )
+    direction: str = option(
+        "student_teacher",
+        "Divergence: KL(student‖teacher), KL(teacher‖student) or Jensen-Shannon.",
+        group="divqat loss",
+        choices=DIRECTIONS,
+    )
+    classes: str = option(
+        "all", "Classes that the divergence sees; non_label leaves the label's probability alone.",
+        group="divqat loss", choices=CLASSES,
+    )  # fmt: skip
+    bound: float | None = option(
+        None, "Most divergence (nats) that one image is pushed to.", group="divqat loss", above=0
+    )
+    guard: bool = option(
+        False, "No divergence for images that are classified wrong.", group="divqat loss"
+    )
+    warmup_epochs: float = option(
+        0.0, "Epochs in which λ rises from 0.", group="divqat loss", least=0
+    )
+
+    preset: str = option(
+        "x86", "Runtime whose int8 scheme is trained for.", group="quantization", choices=PRESETS
+    )
+    weight_bits: int = option(8, "Bits of a weight.", group="quantization", least=2, most=8)
+    activation_bits: int = option(
+        8, "Bits of an activation.", group="quantization", least=2, most=8
+    )
+    freeze_observers_epoch: int | None = option(
+        None,
+        "Epoch (from 1) from which activation ranges stay fixed; beyond the last: never. "
+        "None: the last third of the epochs.",
+        group="quantization",
+        least=2,
+    )
+    freeze_batchnorm_epoch: int | None = option(
+        None, "Epoch from which BatchNorm statistics stay fixed; as above.",
+        group="quantization", least=1,
+    )  # fmt: skip
+
+    seed: int = option(
+        0, "Everything random follows from it: initial weights, order of the images, shifts.",
+        group="running", least=0,
+    )  # fmt: skip
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there.", group="running")
+    threads: int | None = option(
+        None, "CPU threads; None: all. The last bits of a result can depend on it.",
+        group="running", least=1,
+    )  # fmt: skip
+    deterministic: bool = option(
+        False, "Slower algorithms that give the same bits on a GPU every time.", group="running"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "fp" and self.teacher is not None:
+            raise ConfigError(f"teacher: wanted none for method fp, got {self.teacher!r}")
+        if self.method != "fp" and self.teacher is None:
+            raise ConfigError(
+                f"teacher: method {self.method} wants the run folder of an fp training, got none"
+            )
+        for name in ("lr_warmup_epochs", "warmup_epochs"):
+            if getattr(self, name) > self.epochs:
+                raise ConfigError(
+                    f"{name}: wanted at most epochs = {self.epochs}, got {getattr(self, name):g}"
+                )
+
+    def frozen(self, what: str, epoch: int) -> bool:
+        """Whether ``what`` ("observers" or "batchnorm") is frozen in ``epoch``, counted from 1."""
+        first = getattr(self, f"freeze_{what}_epoch")
+        if first is None:  # the last third, at least the last; never in a single epoch
+            first = max(2, self.epochs + 1 - max(1, round(self.epochs / 3)))
+        return epoch >= first
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0 over the whole run."""
+        steps = self.epochs * steps_per_epoch
+        warmup = self.lr_warmup_epochs * steps_per_epoch
+        if self.schedule == "one-cycle":
+            warmup = warmup or 0.3 * steps
+            if step < warmup:  # half a cosine from lr/25 to lr (Smith and Topin 2018)
+                rise = (1 - math.cos(math.pi * step / warmup)) / 2
+                return self.lr * (1 + 24 * rise) / 25
+        elif step < warmup:
+            return self.lr * (step + 1) / math.ceil(warmup)
+        # lr_t = lr / 2 * (1 + cos(pi * t / T))
+        return self.lr / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,0 +1,161 @@
+"""The folder of one training: what is in it, how it is checked, how its model comes back."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat import models
+from divqat.data import Splits, load
+from divqat.files import load_checkpoint, save_checkpoint, write_text
+from divqat.options import differences
+from divqat.quantize import prepare, preset
+from divqat.train.config import TrainConfig
+
+CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
+# Where something lies or runs, not what it is: a run may go on with other values. That the teacher
+# is the same is seen from its weights.
+FREE = ("device", "data_root", "teacher")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has been loaded from its folder."""
+
+    folder: Path
+    config: TrainConfig
+    model: nn.Module  # float or prepared, in eval mode, on the CPU
+    epoch: int  # epochs done
+    shape: dict[str, Any]  # in_channels, num_classes, image_size
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the weights."""
+        return fingerprint(self.model.state_dict())
+
+    @property
+    def example(self) -> Tensor:
+        """A float32 batch of the model's input shape."""
+        return example(self.shape)
+
+    def splits(self, data_root: str | None = None) -> Splits:
+        """The data set that the run learned."""
+        return load_splits(self.config, data_root)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Load a finished training.
+
+    Raises:
+        FileNotFoundError: no checkpoint there. ValueError: a damaged one, or not finished.
+    """
+    folder = Path(folder)
+    state = read_checkpoint(folder)
+    config = TrainConfig.from_dict(state["config"], where=str(folder / CHECKPOINT))
+    if state["epoch"] < config.epochs:
+        raise ValueError(
+            f"{folder} has done {state['epoch']} of {config.epochs} epochs: "
+            f"divqat train --out {folder} --resume"
+        )
+    model = build_model(config, state["shape"])
+    model.load_state_dict(state["model"])
+    return Run(folder, config, model.eval(), state["epoch"], state["shape"])
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a run folder, on the CPU.
+
+    Raises:
+        FileNotFoundError: none there. ValueError: it is damaged, or not one of a training.
+    """
+    if not (folder / CHECKPOINT).is_file():
+        raise FileNotFoundError(f"no training at {folder}: there is no {CHECKPOINT}")
+    state = load_checkpoint(folder / CHECKPOINT)
+    missing = {"config", "shape", "epoch", "model", "optimizer", "rows", "teacher"} - state.keys()
+    if missing:
+        raise ValueError(
+            f"{folder / CHECKPOINT} is not of a training: no {', '.join(sorted(missing))}"
+        )
+    return state
+
+
+def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write the checkpoint, then ``metrics.csv`` from its rows."""
+    save_checkpoint(folder / CHECKPOINT, state)
+    rows: list[dict[str, Any]] = state["rows"]
+    if rows:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(folder / METRICS, text.getvalue())
+
+
+def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> None:
+    """Refuse a run folder whose checkpoint has other settings."""
+    pair = ({k: v for k, v in c.items() if k not in FREE} for c in (there, here.to_dict()))
+    different = differences(*pair)
+    if different:
+        raise ValueError(
+            f"{folder} holds a training with other settings ({'; '.join(different)}): "
+            "choose another --out, or delete it"
+        )
+
+
+def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
+    """The data set of a configuration."""
+    return load(
+        config.dataset,
+        data_root=data_root or config.data_root,
+        validation_fraction=config.validation_fraction,
+        image_size=config.image_size,
+    )
+
+
+def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
+    """The float or prepared network of a configuration, with weights from its seed."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derived_seed(config.seed, "init"))
+        model = models.build(
+            config.model,
+            in_channels=shape["in_channels"],
+            num_classes=shape["num_classes"],
+            image_size=tuple(shape["image_size"]),
+        )
+    if config.method == "fp":
+        return model
+    quantization = preset(
+        config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits
+    )
+    return prepare(model, quantization, example(shape))
+
+
+def example(shape: Mapping[str, Any]) -> Tensor:
+    """float32 zeros [2, C, H, W]."""
+    return torch.zeros(2, shape["in_channels"], *shape["image_size"])
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A seed for one purpose: its stream does not depend on how much others have drawn."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # int64
+
+
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that identify a state dict."""
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(key.encode())
+        if isinstance(value, Tensor):
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,157 @@
+"""The training loop: seeded, resumable, and the same for all methods."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from divqat.errors import require
+from divqat.evaluate.plots import training_curves
+from divqat.files import read_json, write_json
+from divqat.options import write_yaml
+from divqat.train.config import SHARED, TrainConfig
+from divqat.train.folder import (
+    CHECKPOINT,
+    METRICS,
+    SUMMARY,
+    Run,
+    check_same,
+    load_run,
+    load_splits,
+    read_checkpoint,
+    write_checkpoint,
+)
+from divqat.train.trainer import Trainer
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, log: Callable[[str], object] = print
+) -> dict[str, Any]:
+    """Train into a run folder, or go on with the training that is there.
+
+    ``out`` gets ``config.yaml``, ``metrics.csv`` (a row per epoch), ``checkpoint.pt`` (after every
+    epoch), and at the end ``summary.json`` and ``plots/``. A run that was killed at any moment and
+    started again ends with the same bits as one that was not. The model of the last epoch is the
+    result; the test set is looked at once, after it.
+
+    Args:
+        config: the settings.
+        out: the run folder; made if it does not exist.
+        log: takes one line per epoch.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        FileNotFoundError: the data set or the teacher is not there.
+        ValueError: the folder holds a training with other settings or a damaged checkpoint, or
+            the teacher does not fit.
+        FloatingPointError: NaN or Inf; it names epoch, step and cause. The last epoch's
+            checkpoint stays.
+        ImportError: PyYAML is missing.
+    """
+    out = Path(out)
+    require("yaml", "cli")
+    device = find_device(config.device)
+    state = None
+    if (out / CHECKPOINT).exists():
+        state = read_checkpoint(out)
+        check_same(out, state["config"], config)
+    teacher = None if config.teacher is None else _load_teacher(config)
+    if state is not None and teacher is not None and state["teacher"] != teacher.fingerprint:
+        raise ValueError(f"teacher: {config.teacher} has changed since {out} was begun")
+    if state is not None and state["epoch"] == config.epochs and (out / SUMMARY).is_file():
+        log(f"{out}: all {config.epochs} epochs are done")
+        return read_json(out / SUMMARY)
+
+    splits = load_splits(config)
+    write_yaml(out / "config.yaml", config.to_dict())
+    with cpu_threads(config.threads), _deterministic(config.deterministic):
+        trainer = Trainer(config, splits, teacher, device)
+        if state is None:
+            write_checkpoint(out, trainer.state())
+        else:
+            trainer.load(state)
+            log(f"{out}: going on after epoch {trainer.epoch} of {config.epochs}")
+        while trainer.epoch < config.epochs:
+            row = trainer.run_epoch()
+            write_checkpoint(out, trainer.state())
+            log(_line(row, config.epochs))
+        summary = trainer.summary(splits)
+    try:
+        training_curves({out.name: [out / METRICS]}, out / "plots" / "training.png")
+    except ImportError as error:
+        log(f"no plots: {error}")
+    write_json(out / SUMMARY, summary)
+    log(f"test accuracy {summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s: {out}")
+    return summary
+
+
+def _load_teacher(config: TrainConfig) -> Run:
+    assert config.teacher is not None
+    teacher = load_run(config.teacher)
+    if teacher.config.method != "fp":
+        raise ValueError(
+            f"teacher: wanted a training of method fp, got {teacher.config.method} in "
+            f"{config.teacher}"
+        )
+    for name in SHARED:
+        there, here = getattr(teacher.config, name), getattr(config, name)
+        if there != here and name != "data_root":
+            raise ValueError(f"{name}: wanted {there} as in {config.teacher}, got {here}")
+    return teacher
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    divergence = "" if row["divergence"] is None else f"  divergence {row['divergence']:.4f}"
+    return (
+        f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f}  "
+        f"ce {row['ce']:.4f}{divergence}  val acc {row['validation_accuracy']:6.2%}  "
+        f"top prob {row['top_probability']:.3f}  lr {row['lr']:.2g}  "
+        f"{row['ms_per_step']:.1f} ms/step"
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` is cuda where there is one.
+
+    Raises:
+        ValueError: it is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: wanted one that is here, got {name!r} ({reason})") from error
+    return device
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:  # cuBLAS wants it said in this way, before its first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,255 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from divqat import cli, steps
+from divqat.data import ImageSet, Splits
+from divqat.files import load_checkpoint, read_json
+from divqat.train import load_run
+
+ROOT = Path(__file__).parent.parent
+FAST = ["--threads", "1", "--batch-size", "256"]
+ATTACK = ["--query-set", "noise", "--budget", "300", "--epochs", "1", "--threads", "1"]
+
+
+def divqat(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """fp, qat (exported) and raw (a qat run that was not exported), made by the command line."""
+    out = tmp_path_factory.mktemp("runs")
+    assert divqat("train", "--out", out / "fp", "--epochs", 3, *FAST) == 0
+    train = ["--method", "qat", "--teacher", out / "fp", "--lr", 0.01, *FAST]
+    assert divqat("train", "--out", out / "qat", "--epochs", 2, *train) == 0
+    assert divqat("train", "--out", out / "raw", "--epochs", 1, *train) == 0
+    assert divqat("export", out / "qat") == 0
+    return out
+
+
+def test_train_prints_a_line_per_epoch(tmp_path, capsys):
+    assert divqat("train", "--out", tmp_path, "--epochs", 2, *FAST) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for word in ("epoch 1/2", "loss", "ce", "val acc", "top prob", "lr", "ms/step"):
+        assert word in lines[0]
+    assert lines[2].startswith("test accuracy")
+
+
+def test_config_file_and_flags(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("epochs: 1\nlr: 1e-2\nbatch_size: 256\nthreads: 1\n")
+    assert divqat("train", "--config", file, "--lr", 0.02, "--out", tmp_path / "run") == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["epochs"], saved["lr"], saved["batch_size"]) == (1, 0.02, 256)
+    assert saved["weight_decay"] == 5e-4
+
+
+def test_a_run_takes_data_and_model_of_its_teacher(tmp_path):
+    settings = ["--epochs", 1, "--validation-fraction", 0.3, *FAST]
+    assert divqat("train", "--out", tmp_path / "fp", *settings) == 0
+    qat = ["--method", "qat", "--teacher", tmp_path / "fp", "--epochs", 1, *FAST]
+    assert divqat("train", "--out", tmp_path / "qat", *qat) == 0
+    saved = yaml.safe_load((tmp_path / "qat" / "config.yaml").read_text())
+    assert saved["validation_fraction"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochz: 3", "unknown key in {file} 'epochz' (did you mean 'epochs'?)"),
+        ("epochs: many", "epochs: wanted a whole number at least 1, got 'many'"),
+        ("- epochs", "wanted 'key: value' lines"),
+        ("epochs: [", "is not YAML"),
+    ],
+)
+def test_bad_config_file_is_a_usage_error(tmp_path, capsys, text, message):
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    assert divqat("train", "--config", file, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message.format(file=file) in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("trian",),
+        ("train",),
+        ("train", "--out", "x", "--epochs", "many"),
+        ("train", "--out", "x", "--method", "quat"),
+        ("train", "--out", "x", "--speed", "9"),
+        ("verify", "x", "--min-agreement", "2"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        divqat(*arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: divqat")
+
+
+def test_bad_value_of_a_flag_is_a_usage_error(tmp_path, capsys):
+    assert divqat("train", "--out", tmp_path / "x", "--lr", "-1") == 2
+    assert "lr: wanted a number above 0, got -1.0" in capsys.readouterr().err
+    assert divqat("attack", "--victim", "x", "--answer", "everything") == 2
+    assert "answer: wanted probs, label, top<k>" in capsys.readouterr().err
+
+
+def test_failures_are_one_line_unless_debugged(tmp_path, capsys):
+    command = ["train", "--out", tmp_path / "x", "--dataset", "cifar10", "--data-root", tmp_path]
+    assert divqat(*command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("divqat: error: data set 'cifar10' was not found")
+    assert error.count("\n") == 1
+    with pytest.raises(FileNotFoundError):
+        divqat(*command, "--debug")
+
+
+def test_other_settings_in_the_folder_are_refused(runs, capsys):
+    assert divqat("train", "--out", runs / "fp", "--epochs", 4, *FAST) == 1
+    assert "(epochs: 3 -> 4)" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(config, out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    assert divqat("train", "--out", tmp_path / "x") == 130
+    assert f"divqat train --out {tmp_path / 'x'} --resume" in capsys.readouterr().err
+
+
+def test_sigint_and_resume(tmp_path):
+    command = [sys.executable, "-m", "divqat", "train", "--out", str(tmp_path / "run")]
+    command += ["--epochs", "60", *FAST]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert b"--resume" in process.communicate(timeout=60)[1] and process.returncode == 130
+    assert 1 <= load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] < 60
+    assert divqat("train", "--out", tmp_path / "run", "--resume", "--epochs", 2) == 1
+    assert divqat("train", "--out", tmp_path / "run", "--resume") == 0
+    assert read_json(tmp_path / "run" / "summary.json")["epochs"] == 60
+
+
+def test_resume_wants_something_to_resume(tmp_path, capsys):
+    assert divqat("train", "--out", tmp_path, "--resume") == 1
+    assert "no training at" in capsys.readouterr().err
+
+
+def test_export_and_verify(runs, capsys):
+    assert read_json(runs / "qat" / "export.json")["int8_layers"] == 5
+    assert read_json(runs / "qat" / "layers.json")["rows"]
+    assert divqat("verify", runs / "qat") == 0
+    assert "argmax agreement" in capsys.readouterr().out
+    assert read_json(runs / "qat" / "verify.json")["n"] == 359  # the whole test set
+
+
+def test_verify_fails_below_the_wanted_agreement(runs, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "verify_run", lambda *_: {"text": "", "argmax_agreement": 0.99})
+    assert divqat("verify", runs / "qat") == 1
+    assert "agreement 0.9900 is below 0.995" in capsys.readouterr().err
+    assert divqat("verify", runs / "qat", "--min-agreement", 0.98) == 0
+
+
+def test_export_of_full_precision_and_of_nothing(runs, tmp_path, capsys):
+    assert divqat("export", runs / "fp") == 1
+    assert "only qat and divqat runs" in capsys.readouterr().err
+    assert divqat("export", tmp_path) == 1
+    assert divqat("verify", runs / "raw") == 1
+    assert "divqat export" in capsys.readouterr().err
+
+
+def test_attack_wants_the_exported_model(runs, tmp_path, capsys):
+    command = ["attack", "--victim", runs / "raw", "--out", tmp_path, *ATTACK]
+    assert divqat(*command) == 1
+    assert f"divqat export {runs / 'raw'}" in capsys.readouterr().err
+    assert divqat(*command, "--fake-quant") == 0
+    assert "the model as trained" in capsys.readouterr().out
+
+
+def test_attack_prints_accuracy_and_fidelity_and_belongs_to_one_victim(runs, tmp_path, capsys):
+    command = ["attack", "--victim", runs / "qat", "--answer", "label", "--out", tmp_path, *ATTACK]
+    assert divqat(*command) == 0
+    shown = capsys.readouterr().out
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["queries"] == 300
+    assert f"clone accuracy   {summary['accuracy']:.2%}" in shown
+    assert f"clone fidelity   {summary['fidelity']:.2%}" in shown
+    assert divqat(*command) == 0  # nothing is asked again
+    command[command.index("label")] = "probs"
+    assert divqat(*command) == 1
+    assert "holds another attack (answer: label -> probs)" in capsys.readouterr().err
+
+
+def test_answers():
+    assert steps.answer_arguments("top3") == {"answer": "topk", "k": 3}
+    assert steps.answer_arguments("rounded2") == {"answer": "rounded", "decimals": 2}
+
+
+def test_a_retrained_model_is_not_mistaken_for_its_export(runs, tmp_path):
+    train = ["--method", "qat", "--teacher", runs / "fp", "--epochs", 1, *FAST]
+    out = tmp_path / "qat"
+    assert divqat("train", "--out", out, *train) == 0
+    assert divqat("export", out) == 0
+    (out / "checkpoint.pt").unlink()
+    assert divqat("train", "--out", out, "--seed", 1, *train) == 0
+    assert divqat("verify", out) == 1
+    assert divqat("export", out) == 0
+    assert divqat("verify", out, "--min-agreement", 0) == 0
+
+
+def test_the_attack_sees_no_training_data(runs):
+    """The attack must give the same clone when labels and training images are replaced."""
+    run = load_run(runs / "qat")
+    splits = run.splits()
+    blank = ImageSet(torch.zeros_like(splits.train.images), torch.zeros_like(splits.train.labels))
+    other = Splits(splits.name, splits.classes, blank, blank, splits.test)
+    config = steps.AttackConfig(query_set="noise", budget=200, epochs=1, threads=1)
+    found = [
+        steps.attack_run(run, s, config, "probs", runs / f"blind{i}")
+        for i, s in enumerate((splits, other))
+    ]
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+
+
+def test_info(capsys):
+    assert divqat("info") == 0
+    text = capsys.readouterr().out
+    assert "fake_quantize" in text and "torch" in text
+    assert divqat("info", "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["devices"][0] == "cpu" and info["cpu_threads"] >= 1
+    assert set(info["backends"]["divergence_loss"]) == {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "export", "verify", "attack", "run", "report", "info"]
+)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        divqat(command, "--help")
+    assert caught.value.code == 0
+    assert f"example: divqat {command}" in capsys.readouterr().out
+
+
+def test_python_m_divqat():
+    done = subprocess.run(
+        [sys.executable, "-m", "divqat", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("divqat ")

@@ -1,0 +1,235 @@
+"""export_onnx: what the file holds, and that ONNX Runtime computes the converted model with it."""
+
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from networks import build, conv, images, settle
+from torch import nn
+
+import divqat
+from divqat.export import export_onnx
+from divqat.nn._layer import QuantLayer
+from divqat.quantize.deployed import IntegerLayer
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+numpy_helper = onnx.numpy_helper
+
+LAYER_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+INT8, UINT8, INT32 = (getattr(onnx.TensorProto, name) for name in ("INT8", "UINT8", "INT32"))
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (output,) = session.run(["logits"], {"images": x.numpy()})
+    return torch.from_numpy(output)
+
+
+class Exported:
+    """A prepared network, its converted form, and its export."""
+
+    def __init__(self, folder, name, config="x86", shrink=1.0):
+        torch.set_num_threads(1)
+        self.prepared = settle(divqat.prepare(build(name), config, images()), 10)
+        for quantizer in list(self.prepared.fake_quantize.children())[1:]:  # all but the input
+            quantizer.scale.mul_(shrink)
+        self.converted = divqat.convert(self.prepared)
+        self.path = folder / f"{name}.onnx"
+        self.report = export_onnx(self.prepared, images(), self.path)
+        self.graph = onnx.load(self.path).graph
+        self.initializers = {i.name: i for i in self.graph.initializer}
+        self.maker = {output: node for node in self.graph.node for output in node.output}
+
+    def constant(self, name):
+        return numpy_helper.to_array(self.initializers[name])
+
+
+@pytest.fixture(scope="module", params=["resnet20", "mobilenetv2_small", "concat_hardswish"])
+def exported(request, tmp_path_factory):
+    threads = torch.get_num_threads()
+    yield Exported(tmp_path_factory.mktemp("export"), request.param)
+    torch.set_num_threads(threads)
+
+
+def test_every_layer_runs_in_int8(exported):
+    report = exported.report
+    layers = [m for m in exported.prepared.modules() if isinstance(m, QuantLayer)]
+    assert report.layers == report.int8_layers == len(layers) and report.float_layers == 0
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(report.kernels)
+    assert report.path == exported.path and report.bytes == exported.path.stat().st_size
+    assert report.runtime == onnxruntime.__version__
+    assert f"{len(layers)} of {len(layers)} convolution and linear layers run in int8" in str(
+        report
+    )
+    assert report.to_dict()["path"] == exported.path.name
+
+
+def test_weights_are_stored_as_int8_and_biases_as_int32(exported):
+    """Through the Q/DQ nodes of each layer, and with the converted model's very integers."""
+    onnx.checker.check_model(onnx.load(exported.path), full_check=True)
+    weights, biases = [], []
+    for node in exported.graph.node:
+        if node.op_type not in LAYER_OPS:
+            continue
+        x, weight, bias = (exported.maker[name] for name in node.input)
+        while x.op_type in ("Flatten", "Reshape", "MaxPool"):
+            x = exported.maker[x.input[0]]
+        assert {x.op_type, weight.op_type, bias.op_type} == {"DequantizeLinear"}
+        assert exported.initializers[weight.input[0]].data_type == INT8
+        assert exported.initializers[bias.input[0]].data_type == INT32
+        # An integer kernel accumulates on this scale and no other.
+        product = exported.constant(x.input[1]) * exported.constant(weight.input[1])
+        np.testing.assert_allclose(exported.constant(bias.input[1]), product, rtol=1e-6)
+        weights.append(exported.constant(weight.input[0]))
+        biases.append(exported.constant(bias.input[0]))
+    integers = [m for m in exported.converted.modules() if isinstance(m, IntegerLayer)]
+    assert len(weights) == len(integers)
+
+    def total(arrays):  # in any order
+        return sorted(hash(np.ascontiguousarray(a).tobytes()) for a in arrays)
+
+    assert total(weights) == total(m.weight.numpy() for m in integers)
+    assert total(biases) == total(m.bias.numpy() for m in integers)
+    floats = sum(np.prod(i.dims) for i in exported.graph.initializer if i.data_type == 1)
+    assert floats < sum(w.size for w in weights) / 10  # scales only; no float copy of a weight
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_any_batch_size(exported, batch):
+    x = images(64, seed=9)
+    assert torch.equal(run(exported.path, x[:batch]), run(exported.path, x)[:batch])
+
+
+def test_computes_the_converted_model(exported):
+    x = images(256, seed=9)
+    with torch.no_grad():
+        expected = exported.converted(x)
+    actual = run(exported.path, x)
+    error = (actual - expected).square().mean().sqrt() / expected.std()
+    assert error < 0.1
+    top = expected.topk(2).values
+    clear = (top[:, 0] - top[:, 1]) > 0.1 * expected.std()
+    assert clear.sum() > 100
+    same = actual.argmax(1) == expected.argmax(1)
+    assert same[clear].float().mean() >= 0.99
+
+
+def test_export_is_silent_and_leaves_the_model_alone(tmp_path, capfd):
+    prepared = settle(divqat.prepare(build("concat_hardswish"), "x86", images()), 2)
+    before = {k: v.clone() for k, v in prepared.state_dict().items() if torch.is_tensor(v)}
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(prepared, images(), tmp_path / "deep" / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["model.onnx"]
+    assert prepared.training
+    for key, value in before.items():
+        assert torch.equal(prepared.state_dict()[key], value)
+
+
+def test_narrow_activations_are_clipped_codes(tmp_path):
+    config = divqat.preset("x86", weight_bits=4, activation_bits=4)
+    exported = Exported(tmp_path, "concat_hardswish", config, shrink=0.3)  # values beyond the grid
+    model = onnx.load(exported.path)
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    clips = [node for node in clips if exported.maker[node.input[0]].op_type == "QuantizeLinear"]
+    assert len(clips) == len(list(exported.prepared.fake_quantize.children())) - 1  # not the input
+    for node in clips:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], UINT8, None))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = images(64, seed=9)
+    logits, *codes = session.run(None, {"images": x.numpy()})
+    assert {(int(c.min()), int(c.max())) for c in codes} >= {(0, 15)}
+    assert all(c.max() <= 15 for c in codes)
+    with torch.no_grad():
+        expected = exported.converted(x)
+    for actual in (torch.from_numpy(logits), run(exported.path, x)):
+        error = (actual - expected).square().mean().sqrt() / expected.std()
+        assert error < 0.2  # a step is 1/15 of a range: one tipped value shows
+        assert (actual.argmax(1) == expected.argmax(1)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("preset", ["tensorrt", "qnnpack"])
+def test_other_presets(tmp_path, preset):
+    exported = Exported(tmp_path, "concat_hardswish", preset)
+    codes = [node for node in exported.graph.node if node.op_type == "QuantizeLinear"]
+    kind = INT8 if preset == "tensorrt" else UINT8
+    assert {exported.initializers[node.input[2]].data_type for node in codes} == {kind}
+    zero_points = {int(exported.constant(node.input[2])) for node in codes}
+    assert zero_points == {0} if preset == "tensorrt" else len(zero_points) > 1
+    x = images(64, seed=9)
+    with torch.no_grad():
+        expected = exported.converted(x)
+    assert (run(exported.path, x) - expected).square().mean().sqrt() / expected.std() < 0.05
+
+
+def test_swapped_model_exports_too(tmp_path):
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = conv(3, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            if isinstance(x, torch.fx.Proxy):
+                raise TypeError("not to be traced")
+            return self.head(self.conv(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="not to be traced"):
+        prepared = divqat.prepare(Swapped(), "x86", images())
+    settle(prepared, 5)
+    report = export_onnx(prepared, images(), tmp_path / "swapped.onnx")
+    assert report.layers == 2 and report.int8_layers >= 1
+    x = images(64, seed=9)
+    with torch.no_grad():
+        expected = prepared.eval()(x)
+    assert (run(report.path, x) - expected).square().mean().sqrt() / expected.std() < 0.02
+
+
+@pytest.mark.parametrize("old", [None, b"the old model"])
+@pytest.mark.parametrize("broken", ["torch.onnx.export", "divqat.export.onnx.runtime_kernels"])
+def test_failure_leaves_nothing_half_written(tmp_path, monkeypatch, old, broken):
+    prepared = settle(divqat.prepare(build("residual"), "x86", images()), 1)
+    path = tmp_path / "model.onnx"
+    if old is not None:
+        path.write_bytes(old)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(broken, fail)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        export_onnx(prepared, images(), path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if old is None else [old])
+
+
+def test_a_file_that_onnxruntime_cannot_load_is_refused(tmp_path):
+    from divqat.export.onnx import runtime_kernels
+
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(RuntimeError, match=r"ONNX Runtime cannot load .*bad\.onnx"):
+        runtime_kernels(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_package_is_named(tmp_path, monkeypatch, name):
+    prepared = settle(divqat.prepare(build("residual"), "x86", images()), 1)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf"export needs {name}: pip install 'divqat\[export\]'"):
+        export_onnx(prepared, images(), tmp_path / "model.onnx")
+
+
+def test_uncalibrated_model_is_refused(tmp_path):
+    prepared = divqat.prepare(build("residual"), "x86", images())
+    with pytest.raises(ValueError, match="has not seen a batch"):
+        export_onnx(prepared, images(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

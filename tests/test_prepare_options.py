@@ -1,0 +1,254 @@
+"""prepare's configuration, its fallback, its errors, and forwards that once broke it."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import Net, build, conv, images, settle
+from torch import nn
+from torch.nn import functional as F
+
+import divqat
+from divqat.nn import FakeQuantize, LearnedStepFakeQuantize, QuantConvBn2d
+from divqat.nn._layer import QuantLayer
+
+
+def quantized(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+def activations(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantize)}
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = conv(3, 8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        if y.mean() > -100:  # no tracer can follow this
+            y = y.relu()
+        return self.head(y.mean((2, 3)))
+
+
+def test_untraceable_model_is_swapped_with_a_warning():
+    torch.manual_seed(0)
+    model = DataDependent()
+    with pytest.warns(UserWarning, match=r"DataDependent was not traced \(TraceError: .+control"):
+        prepared = divqat.prepare(model, "x86", images())
+    assert type(prepared) is DataDependent
+    assert set(quantized(prepared)) == {"conv", "head"} and type(prepared.bn) is nn.BatchNorm2d
+    state = settle(copy.deepcopy(model)).state_dict()
+    prepared.load_state_dict(state, strict=True)
+
+    read = {}
+    settle(prepared, 1)
+    for name, layer in quantized(prepared).items():
+        layer.input_fake_quantize.register_forward_hook(
+            lambda _m, _a, y, name=name: read.update({name: len(y.unique())})
+        )
+    before = [p.detach().clone() for p in prepared.parameters()]
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    F.cross_entropy(prepared(images(32)), torch.arange(32) % 5).backward()
+    optimizer.step()
+    assert set(read) == {"conv", "head"} and max(read.values()) <= 256
+    weights = [
+        (p, old) for p, old in zip(prepared.parameters(), before, strict=True) if p.dim() > 1
+    ]
+    assert len(weights) == 2 and all(not torch.equal(p, old) for p, old in weights)
+
+    x = images(64, seed=9)
+    converted = divqat.convert(prepared)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0, atol=5e-3)
+
+
+def test_without_an_example_the_warning_says_so():
+    with pytest.warns(UserWarning, match="no example_input was given"):
+        divqat.prepare(build("residual"))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "zero_points", "per_channel"),
+    [
+        ("x86", (0, 255), set(range(256)), True),
+        ("tensorrt", (-128, 127), {0}, True),
+        ("qnnpack", (0, 255), set(range(256)), False),
+    ],
+)
+def test_presets(name, grid, zero_points, per_channel):
+    prepared = settle(divqat.prepare(build("concat_hardswish"), name, images()), 2)
+    seen = activations(prepared).values()
+    assert len(seen) >= 6
+    for module in seen:
+        assert (module.spec.quant_min, module.spec.quant_max) == grid
+        assert int(module.zero_point) in zero_points
+    for layer in quantized(prepared).values():
+        assert layer.weight_qparams().shape == ((len(layer.weight),) if per_channel else ())
+        codes = layer.quantize_weight(layer.weight) / (
+            layer.weight.abs().amax((*range(1, layer.weight.dim()),), keepdim=True) / 127
+            if per_channel
+            else layer.weight.abs().max() / 127
+        )
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() < 127.5
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_widths_with_the_first_and_last_layer_at_eight(bits):
+    config = divqat.preset("x86", weight_bits=bits, activation_bits=bits)
+    prepared = divqat.prepare(build("concat_hardswish"), config, images())
+    prepared(images())
+    widths = {name: layer.weight_spec.bits for name, layer in quantized(prepared).items()}
+    assert widths == {"conv1": 8, "left": bits, "right": bits, "conv2": bits, "head": 8}
+    kinds = [module.spec.bits for module in activations(prepared).values()]
+    assert sorted(kinds) == sorted([8] + [bits] * (len(kinds) - 1))  # the network's input
+    levels = prepared.left.quantize_weight(prepared.left.weight).flatten(1)
+    assert max(len(row.unique()) for row in levels) <= 2**bits - 1
+
+    narrow = divqat.prepare(
+        build("concat_hardswish"), replace(config, first_last_bits=None), images()
+    )
+    assert {layer.weight_spec.bits for layer in quantized(narrow).values()} == {bits}
+    assert {module.spec.bits for module in activations(narrow).values()} == {bits}
+
+
+def test_skip_leaves_modules_in_float():
+    config = replace(divqat.preset("x86"), skip=("blocks.0", "stem.0", "classifier"))
+    prepared = divqat.prepare(build("resnet20"), config, images())
+    floats = [n for n, m in prepared.named_modules() if type(m) in (nn.Conv2d, nn.Linear)]
+    assert floats == ["stem.0", "blocks.0.conv1.0", "blocks.0.conv2.0", "classifier.2"]
+    assert len(quantized(prepared)) == 22 - 4  # resnet20 with two 1x1 shortcuts
+    assert type(prepared.get_submodule("stem.1")) is nn.BatchNorm2d
+    prepared.load_state_dict(build("resnet20").state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: divqat.prepare(divqat.prepare(build("residual"), "x86", images())),
+            "prepared already",
+        ),
+        (lambda: divqat.prepare(nn.Sequential(nn.ReLU()), "x86", images()), "got none"),
+        (lambda: divqat.prepare(nn.Conv2d(3, 4, 3), "x86", images()), "got a single Conv2d"),
+        (lambda: divqat.prepare(build("residual"), "arm", images()), "x86, tensorrt.* got 'arm'"),
+        (
+            lambda: divqat.prepare(
+                build("residual"), replace(divqat.preset("x86"), skip=("conv",)), images()
+            ),
+            "skip: wanted names of modules, got 'conv'",
+        ),
+        (lambda: divqat.preset("x86", weight_bits=9), "bits: wanted 2 to 8, got 9"),
+        (lambda: divqat.convert(build("residual")), "got no quantized layer"),
+        (lambda: divqat.summary(build("residual")), "got no quantized layer"),
+    ],
+)
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_modes():
+    config = replace(divqat.preset("x86"), mode="delayed")
+    prepared = divqat.prepare(build("residual"), config, images())
+    assert {module.mode for module in activations(prepared).values()} == {"delayed"}
+    first = prepared(images())
+    assert torch.equal(first, divqat.prepare(build("residual"), "x86", images())(images()))
+
+
+def test_learned_scales():
+    base = divqat.preset("x86", weight_bits=4, activation_bits=4)
+    config = replace(
+        base,
+        weight=replace(base.weight, learned=True),
+        activation=replace(base.activation, learned=True),
+    )
+    prepared = divqat.prepare(build("residual"), config, images())
+    settle(prepared, 1)
+    assert isinstance(prepared.conv1, QuantConvBn2d)
+    learned = [m for m in prepared.modules() if isinstance(m, LearnedStepFakeQuantize)]
+    scales = [m.scale.detach().clone() for m in learned]
+    assert len(learned) == 3 + len(list(prepared.fake_quantize.children()))
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    F.cross_entropy(prepared(images()), torch.arange(8) % 5).backward()
+    optimizer.step()
+    assert all(not torch.equal(m.scale, old) for m, old in zip(learned, scales, strict=True))
+    prepared.load_state_dict(build("residual", 2).state_dict(), strict=True)
+
+
+def test_freezing():
+    prepared = settle(divqat.prepare(build("residual"), "x86", images()), 2)
+    assert divqat.freeze_observers(prepared) is prepared
+    ranges = [m.running_max.clone() for m in activations(prepared).values()]
+    mean = prepared.conv1.bn.running_mean.clone()
+    prepared(4 * images())
+    after = [m.running_max for m in activations(prepared).values()]
+    assert all(torch.equal(a, b) for a, b in zip(ranges, after, strict=True))
+    assert not torch.equal(prepared.conv1.bn.running_mean, mean)
+
+    assert divqat.freeze_batchnorm(prepared) is prepared
+    mean = prepared.conv1.bn.running_mean.clone()
+    frozen = prepared(4 * images())
+    assert torch.equal(prepared.conv1.bn.running_mean, mean)
+    assert torch.equal(frozen, prepared.eval()(4 * images()))  # both frozen: training is eval
+
+
+# Forwards that tracing makes hard.
+
+
+def test_functional_dropout_follows_the_mode():
+    """Tracing writes ``training=self.training`` down as a constant."""
+    net = Net(
+        lambda net, x: net.head(F.dropout(net.conv(x), 0.5, training=net.training).mean((2, 3))),
+        conv=conv(3, 8),
+        head=nn.Linear(8, 5),
+    )
+    for mode in (True, False):
+        prepared = divqat.freeze_observers(
+            settle(divqat.prepare(net.train(mode), "x86", images()), 2)
+        )
+        assert not torch.equal(prepared(images()), prepared(images()))
+        prepared.eval()
+        assert torch.equal(prepared(images()), prepared(images()))
+
+
+def test_keyword_calls_and_a_node_named_like_a_method():
+    net = Net(
+        lambda net, x: net.head(input=net.bn(input=net.conv(input=x.to(torch.float32)))),
+        conv=conv(3, 8),
+        bn=nn.BatchNorm2d(8),
+        head=conv(8, 2),
+    )
+    prepared = settle(divqat.prepare(net, "x86", images()))
+    assert set(quantized(prepared)) == {"conv", "head"}
+    assert isinstance(prepared.conv, QuantConvBn2d)
+    x = images(seed=4)
+    torch.testing.assert_close(
+        divqat.convert(prepared)(x), prepared.eval()(x).detach(), rtol=0, atol=5e-3
+    )
+
+
+def test_unused_module_in_the_float_checkpoint():
+    net = Net(lambda net, x: net.conv(x), conv=conv(3, 8), auxiliary=nn.Linear(3, 3))
+    prepared = divqat.prepare(net, "x86", images())
+    prepared.load_state_dict(net.state_dict(), strict=True)
+    with pytest.raises(RuntimeError, match="nonsense"):
+        prepared.load_state_dict(net.state_dict() | {"nonsense": torch.ones(1)}, strict=True)
+
+
+def test_functional_layer_stays_in_float_and_is_named():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+            self.last = conv(8, 2)
+
+        def forward(self, x):
+            return self.last(F.conv2d(x, self.weight))
+
+    with pytest.warns(UserWarning, match="conv2d is a functional layer and stays in float"):
+        prepared = divqat.prepare(Functional(), "x86", images())
+    assert set(quantized(prepared)) == {"last"} and "weight" in dict(prepared.named_parameters())

@@ -1,0 +1,48 @@
+"""The README's example is a program, and its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import torch
+import yaml
+from testing import randn
+
+from divqat.cli import _parser
+from divqat.job import Job
+from divqat.models import build
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    float_model = build("lenet", in_channels=1, num_classes=4, image_size=8)
+    images, labels = randn(8, 1, 8, 8).clamp(-1, 1), torch.arange(8) % 4
+    teacher = {name: value.clone() for name, value in float_model.state_dict().items()}
+    names = {"float_model": float_model.eval(), "images": images, "loader": [(images, labels)] * 3}
+    setup = "optimizer = torch.optim.SGD(model.parameters(), lr=0.01)\n"
+    head, body = code.split("for images", 1)
+    exec(head + setup + "for images" + body, names)
+    assert (tmp_path / "model.onnx").stat().st_size > 0
+    assert "SQNR" in capsys.readouterr().out
+    for name, value in float_model.state_dict().items():
+        assert torch.equal(value, teacher[name])
+
+
+def test_its_commands_are_understood():
+    lines = re.findall(r"^    (divqat [a-z]+.*)$", README, re.MULTILINE)
+    assert len(lines) >= 7
+    for line in lines:
+        _parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_the_shipped_configurations_are_valid():
+    files = sorted((ROOT / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        Job.from_dict(yaml.safe_load(file.read_text()))
+        assert f"configs/{file.name}" in README + (ROOT / "Makefile").read_text()
