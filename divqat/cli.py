@@ -91,7 +91,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _attack(args: argparse.Namespace) -> int:
     answer_arguments(args.answer)
-    config = AttackConfig.from_dict(given_flags(args, AttackConfig))
+    file = {} if args.config is None else read_yaml(args.config)
+    given = {**file, **given_flags(args, AttackConfig)}
+    config = AttackConfig.from_dict(given, where=args.config or "")
     run = load_run(args.victim)
     out = Path(args.out or run.folder / f"attack-{args.answer}")
     found = attack_run(
@@ -226,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "Extract a trained model with KnockoffNets: ask it, train a clone on its answers.",
         "divqat attack --victim runs/qat --answer label --query-set photos --budget 5000",
     )
+    sub.add_argument("--config", metavar="FILE", help="YAML with settings; flags override it.")
     sub.add_argument("--victim", required=True, metavar="RUN", help="Run folder of the victim.")
     sub.add_argument(
         "--answer",

@@ -196,6 +196,17 @@ def test_attack_prints_accuracy_and_fidelity_and_belongs_to_one_victim(runs, tmp
     assert "holds another attack (answer: label -> probs)" in capsys.readouterr().err
 
 
+def test_attack_reads_a_config_file(runs, tmp_path, capsys):
+    file = tmp_path / "attack.yaml"
+    file.write_text("query_set: noise\nbudget: 600\nepochs: 1\nthreads: 1\n")
+    attack = ["attack", "--victim", runs / "qat", "--config", file, "--out", tmp_path / "attack"]
+    assert divqat(*attack, "--budget", 300) == 0
+    assert "300 of noise" in capsys.readouterr().out
+    file.write_text("querry_set: noise\n")
+    assert divqat(*attack) == 2
+    assert "query_set" in capsys.readouterr().err
+
+
 def test_answers():
     assert steps.answer_arguments("top3") == {"answer": "topk", "k": 3}
     assert steps.answer_arguments("rounded2") == {"answer": "rounded", "decimals": 2}

@@ -46,6 +46,10 @@ def test_every_layer_is_quantized_and_the_model_left_alone(name):
     assert prepared.training and not model.training
     assert len(layers(prepared)) == len(layers(model))
     assert all(isinstance(layer, QuantLayer) for layer in layers(prepared))
+    carried = copy.deepcopy(prepared.state_dict())
+    prepared.load_state_dict(before, strict=True)  # changes nothing: all was carried over
+    for key, value in prepared.state_dict().items():
+        assert not torch.is_tensor(value) or torch.equal(value, carried[key]), key
 
     settle(prepared, 2)
     cross_entropy_step(prepared)

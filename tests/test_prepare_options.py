@@ -231,6 +231,20 @@ def test_keyword_calls_and_a_node_named_like_a_method():
     )
 
 
+def test_output_stays_in_float_even_where_a_layer_reads_it():
+    def forward(net, x):
+        features = net.conv(x)
+        return features, net.head(features)
+
+    net = Net(forward, conv=conv(3, 8), head=conv(8, 2))
+    read = []
+    prepared = divqat.prepare(net, "x86", images())
+    prepared.head.register_forward_pre_hook(lambda _m, args: read.append(args[0]))
+    features, logits = prepared(images())
+    assert len(read[0].unique()) <= 256
+    assert len(features.unique()) > 1000 and len(logits.unique()) > 1000
+
+
 def test_unused_module_in_the_float_checkpoint():
     net = Net(lambda net, x: net.conv(x), conv=conv(3, 8), auxiliary=nn.Linear(3, 3))
     prepared = divqat.prepare(net, "x86", images())
