@@ -98,13 +98,14 @@ def test_presets(name, grid, zero_points, per_channel):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_widths_with_the_first_and_last_layer_at_eight(bits):
+    edge = 8 if bits < 7 else bits  # seven is asked for because of the hardware
     config = divqat.preset("x86", weight_bits=bits, activation_bits=bits)
     prepared = divqat.prepare(build("concat_hardswish"), config, images())
     prepared(images())
     widths = {name: layer.weight_spec.bits for name, layer in quantized(prepared).items()}
-    assert widths == {"conv1": 8, "left": bits, "right": bits, "conv2": bits, "head": 8}
+    assert widths == {"conv1": edge, "left": bits, "right": bits, "conv2": bits, "head": edge}
     kinds = [module.spec.bits for module in activations(prepared).values()]
-    assert sorted(kinds) == sorted([8] + [bits] * (len(kinds) - 1))  # the network's input
+    assert sorted(kinds) == sorted([edge] + [bits] * (len(kinds) - 1))  # the network's input
     levels = prepared.left.quantize_weight(prepared.left.weight).flatten(1)
     assert max(len(row.unique()) for row in levels) <= 2**bits - 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def verify(
     what must agree is the class.
 
     Args:
-        model: made by :func:`divqat.prepare`. onnx_path: what ``export_onnx`` wrote.
+        model: made by :func:`divqat.prepare` or :func:`divqat.convert`.
+        onnx_path: what ``export_onnx`` wrote.
         images: uint8. labels: int64.
 
     Raises:
@@ -83,7 +85,7 @@ def verify(
     run, runtime = onnx_runner(onnx_path)
     training = {module: module.training for module in model.modules()}
     model.eval()
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device
     fake, deployed = [], []
     try:
         with torch.inference_mode():

@@ -24,8 +24,9 @@ class QuantConvBn2d(QuantConv2d):
       stays PyTorch's own.
     * Frozen statistics and eval mode: y = conv(x, Q(W·s)) + β + (b − μ)·s, the deployed sum.
 
-    γ = 0 is defined: where |γ| is tiny, s is replaced by 1/σ for the quantization only, so the
-    channel still gets a gradient; in the deployed form its weight is 0 and its output β.
+    γ = 0 is defined: where |γ| is tiny, another factor takes its place in Q(W·s)/s. With a scale
+    per channel γ still gets its gradient; with one scale the channel stays off. In the deployed
+    form its weight is 0 and its output β.
 
     Args:
         *args, **kwargs: those of ``nn.Conv2d``.
@@ -95,7 +96,9 @@ class QuantConvBn2d(QuantConv2d):
             weight = self._quantize_folded(self._fold(self.bn.weight))
             return self.compute(x, weight, self.folded()[1])
         gamma = self.bn.weight.detach()
-        # Q(W·s)/s does not depend on the size of s where every channel has its own scale; where it
-        # does, a channel switched off by γ ≈ 0 must not become 0/0.
-        s = self._fold(torch.where(gamma.abs() < self.bn.eps, 1.0, gamma))
+        # A channel switched off by γ ≈ 0 must not become 0/0. With a scale of its own, Q(W·s)/s
+        # does not depend on the size of s; with a shared scale it has to stay small.
+        tiny = self.bn.eps
+        floor = 1.0 if self.weight_spec.per_channel else tiny
+        s = self._fold(torch.where(gamma.abs() < tiny, floor, gamma))
         return self.bn(self.compute(x, self._quantize_folded(s) / s, self.bias))

@@ -71,10 +71,10 @@ class LearnedStepFakeQuantize(QuantState):
     """Fake-quantization with a trained scale (LSQ) and, if the grid is affine, a trained offset
     (LSQ+).
 
-    The scale starts at 2 · mean|x| / sqrt(quant_max) of the first batch seen in training (Esser et
-    al. 2020, §2.1), the offset so that the batch's minimum meets the lowest code when the grid is
-    unsigned (Bhalgat et al. 2020, §3.2). The gradients of both are multiplied by
-    1 / sqrt(n · quant_max) with n the number of elements that share a scale (§2.2).
+    On a symmetric grid the scale starts at 2 · mean|x| / sqrt(quant_max) of the first batch seen
+    in training (Esser et al. 2020, §2.1); on an affine one scale and offset start at the batch's
+    range. A first batch with NaN or Inf leaves both as they were. The gradients of both are
+    multiplied by 1 / sqrt(n · quant_max) with n the number of elements that share a scale (§2.2).
 
     Args:
         spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
@@ -127,10 +127,11 @@ class LearnedStepFakeQuantize(QuantState):
         else:
             scale = (high - low) / (self.spec.quant_max - self.spec.quant_min)
         scale = scale.clamp(min=EPS)
-        self.scale.copy_(scale.view_as(self.scale))
+        usable = scale.isfinite().view_as(self.scale)
+        self.scale.copy_(torch.where(usable, scale.view_as(self.scale), self.scale))
         if not self.spec.symmetric:
-            zero_point = self.spec.quant_min - (low / scale).round()
-            self.zero_point.copy_(zero_point.view_as(self.zero_point))
+            zero_point = (self.spec.quant_min - (low / scale).round()).view_as(self.zero_point)
+            self.zero_point.copy_(torch.where(usable, zero_point, self.zero_point))
         self.initialized = True
 
     def forward(self, x: Tensor) -> Tensor:

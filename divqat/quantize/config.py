@@ -48,16 +48,21 @@ def preset(name: str, *, weight_bits: int = 8, activation_bits: int = 8) -> Quan
     * ``"tensorrt"``: symmetric int8 activations with zero point 0, weights as above.
     * ``"qnnpack"``: uint8 affine activations, int8 weights with one scale per tensor.
 
+    Below 7 bits the first and the last layer keep 8 (``first_last_bits``).
+
     Raises:
         ValueError: an unknown name, or a width outside 2 to 8.
     """
     weight = replace(WEIGHT, bits=weight_bits)
     activation = replace(ACTIVATION, bits=activation_bits)
+    # Seven bits are asked for because of the hardware: then they hold for every layer.
+    edge = 8 if min(weight_bits, activation_bits) < 7 else None
     if name == "x86":
-        return QuantConfig(weight=weight, activation=activation)
+        return QuantConfig(weight=weight, activation=activation, first_last_bits=edge)
     if name == "tensorrt":
         symmetric = QuantSpec(bits=activation_bits)
-        return QuantConfig(weight=weight, activation=symmetric)
+        return QuantConfig(weight=weight, activation=symmetric, first_last_bits=edge)
     if name == "qnnpack":
-        return QuantConfig(weight=replace(weight, per_channel=False), activation=activation)
+        weight = replace(weight, per_channel=False)
+        return QuantConfig(weight=weight, activation=activation, first_last_bits=edge)
     raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {name!r}")

@@ -23,10 +23,8 @@ TRANSPARENT: set[Any] = {
     *("contiguous", "chunk", "split", "expand"),
 }
 
-# Operations that a runtime merges into the layer before them: no quantizer in between.
-FUSED: set[Any] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu", "relu_"}
-
-# Operations that want every input on a grid, beside the quantized layers themselves.
+# Operations that want every input on a grid, beside the quantized layers themselves. ReLU and
+# ReLU6 are not among them: runtimes merge those into the layer before, with no grid in between.
 QUANTIZED: set[Any] = {
     *(operator.add, operator.iadd, torch.add, "add", "add_"),
     *(operator.mul, operator.imul, torch.mul, "mul", "mul_"),
