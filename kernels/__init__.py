@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op; installed as `divqat.kernels`. Importing this never imports triton."""
+"""Triton kernels, one file per op; installed as divqat.kernels. Never imports triton by itself."""
