@@ -9,19 +9,32 @@ from torch import Tensor
 
 from divqat.nn._state import QuantState
 from divqat.nn.fake_quantize import LearnedStepFakeQuantize, activation_quantizer
-from divqat.nn.spec import QuantSpec
+from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
 from divqat.ops import fake_quantize_weights
 from divqat.ops.reference import weight_scale
 
 
 class QuantLayer(QuantState):
-    """Mixin before ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear``."""
+    """Mixin before ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear``.
+
+    Args:
+        *args, **kwargs: those of the layer.
+        weight_spec: the weight's grid; signed and symmetric.
+        input_spec: the input's grid, or None where the input is quantized elsewhere.
+    """
 
     WEIGHT_AXIS = 0  # the output channels of the weight
     weight: Any  # nn.Parameter, declared by the base class that follows
     bias: Any
 
-    def _init_quant(self, weight_spec: QuantSpec, input_spec: QuantSpec | None) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weight_spec: QuantSpec = WEIGHT,
+        input_spec: QuantSpec | None = ACTIVATION,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
         self.input_fake_quantize = None if input_spec is None else activation_quantizer(input_spec)
         self.set_weight_spec(weight_spec)
 

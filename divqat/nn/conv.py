@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from divqat.nn._layer import QuantLayer
-from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """``nn.Conv2d`` whose weight, and input unless ``input_spec=None``, are fake-quantized.
 
-    Args:
-        *args, **kwargs: those of ``nn.Conv2d``.
-        weight_spec: the weight's grid; signed and symmetric.
-        input_spec: the input's grid, or None where the input is quantized elsewhere.
+    Args: those of ``nn.Conv2d``, and those of :class:`QuantLayer`.
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        weight_spec: QuantSpec = WEIGHT,
-        input_spec: QuantSpec | None = ACTIVATION,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_quant(weight_spec, input_spec)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[N, C_in, H, W] → [N, C_out, H', W']."""
@@ -39,25 +23,10 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` whose weight, and input unless ``input_spec=None``, are
     fake-quantized. The weight is [C_in, C_out / groups, kH, kW]: channels lie along axis 1.
 
-    Args:
-        *args, **kwargs: those of ``nn.ConvTranspose2d``.
-        weight_spec: the weight's grid; signed and symmetric.
-        input_spec: the input's grid, or None where the input is quantized elsewhere.
+    Args: those of ``nn.ConvTranspose2d``, and those of :class:`QuantLayer`.
     """
 
     WEIGHT_AXIS = 1
-
-    def __init__(
-        self,
-        *args: Any,
-        weight_spec: QuantSpec = WEIGHT,
-        input_spec: QuantSpec | None = ACTIVATION,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if self.padding_mode != "zeros":
-            raise ValueError(f"padding_mode: wanted 'zeros', got {self.padding_mode!r}")
-        self._init_quant(weight_spec, input_spec)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[N, C_in, H, W] → [N, C_out, H', W']."""

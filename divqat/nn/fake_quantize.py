@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from divqat.nn._state import QuantState
-from divqat.nn.observer import MovingAverageMinMaxObserver
+from divqat.nn.observer import MovingAverageMinMaxObserver, qparam_shape
 from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_lsq
 from divqat.ops.reference import EPS
@@ -90,11 +90,7 @@ class LearnedStepFakeQuantize(QuantState):
         num_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if (ch_axis is None) != (num_channels is None):
-            raise ValueError(
-                f"ch_axis, num_channels: wanted both or neither, got {ch_axis} and {num_channels}"
-            )
-        shape = [] if num_channels is None else [num_channels]
+        shape = qparam_shape(ch_axis, num_channels)
         self.spec = spec
         self.ch_axis = ch_axis
         self.fake_quant_enabled = True

@@ -10,6 +10,15 @@ from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_observed
 
 
+def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
+    """[] for one scale, [num_channels] for one per channel."""
+    if (ch_axis is None) != (num_channels is None):
+        raise ValueError(
+            f"ch_axis, num_channels: wanted both or neither, got {ch_axis} and {num_channels}"
+        )
+    return [] if num_channels is None else [num_channels]
+
+
 class MovingAverageMinMaxObserver(QuantState):
     """Moving average of min and max, per tensor or per channel; passes its input through.
 
@@ -37,11 +46,7 @@ class MovingAverageMinMaxObserver(QuantState):
         num_channels: int | None = None,
     ) -> None:
         super().__init__()
-        if (ch_axis is None) != (num_channels is None):
-            raise ValueError(
-                f"ch_axis, num_channels: wanted both or neither, got {ch_axis} and {num_channels}"
-            )
-        shape = [] if num_channels is None else [num_channels]
+        shape = qparam_shape(ch_axis, num_channels)
         self.spec = spec
         self.ch_axis = ch_axis
         self.observer_enabled = True
