@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
             description=help,
             epilog=f"example: {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a flag that comes later must not change what a script means
         )
         sub.add_argument("--debug", action="store_true", help="Show where an error comes from.")
         sub.set_defaults(command=command)

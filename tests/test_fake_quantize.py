@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from testing import DEVICES, DTYPES, bits, randn, tensor
 
 from divqat.ops import fake_quantize
-from divqat.ops.reference import pack_mask, unpack_mask
+from divqat.ops._mask import pack_mask, unpack_mask
 
 INT8 = (-128, 127)
 

@@ -9,6 +9,7 @@ import yaml
 from testing import randn
 
 from divqat.cli import _parser
+from divqat.evaluate import Result, results_table
 from divqat.job import Job
 from divqat.models import build
 
@@ -46,3 +47,12 @@ def test_the_shipped_configurations_are_valid():
     for file in files:
         Job.from_dict(yaml.safe_load(file.read_text()))
         assert f"configs/{file.name}" in README + (ROOT / "Makefile").read_text()
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    files = sorted((ROOT / "bench" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        result = Result.load(file)
+        assert results_table(result) in README, f"paste the table of {file.name} into README.md"
+        assert result.command in README
