@@ -224,7 +224,7 @@ def test_a_file_that_onnxruntime_cannot_load_is_refused(tmp_path):
 def test_missing_package_is_named(tmp_path, monkeypatch, name):
     prepared = settle(divqat.prepare(build("residual"), "x86", images()), 1)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=rf"export needs {name}: pip install 'divqat\[export\]'"):
+    with pytest.raises(ImportError, match=rf"{name} is missing: pip install 'divqat\[export\]'"):
         export_onnx(prepared, images(), tmp_path / "model.onnx")
 
 

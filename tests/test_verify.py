@@ -92,10 +92,12 @@ def test_errors(flatten, tmp_path, monkeypatch):
         verify(model, flatten, uint8, labels[:1])
     with pytest.raises(ValueError, match="got 0 and 0"):
         verify(model, flatten, uint8[:0], labels[:0])
-    with pytest.raises(FileNotFoundError, match=r"no ONNX model at .*absent\.onnx"):
+    with pytest.raises(FileNotFoundError, match=r"no ONNX file at .*absent\.onnx"):
         verify(model, tmp_path / "absent.onnx", uint8, labels)
     with pytest.raises(TypeError, match="uint8"):
         verify(model, flatten, uint8.float(), labels)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"onnxruntime: pip install 'divqat\[export\]'"):
+    with pytest.raises(
+        ImportError, match=r"onnxruntime is missing: pip install 'divqat\[export\]'"
+    ):
         verify(model, flatten, uint8, labels)

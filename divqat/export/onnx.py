@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divqat.errors import require
 from divqat.files import write_atomic
 from divqat.quantize.convert import convert
 from divqat.quantize.deployed import IntegerLayer
@@ -70,7 +71,8 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
         ImportError: onnx, onnxscript or onnxruntime is missing.
         ValueError: as :func:`divqat.convert`. RuntimeError: the exporter or the runtime failed.
     """
-    _require()
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        require(name, "export")
     converted = convert(model)
     example = torch.cat([example_input[:1]] * 2)  # two, as a batch of one would be specialized
     batch = torch.export.Dim("batch")
@@ -130,14 +132,6 @@ def runtime_kernels(path: str | Path) -> dict[str, int]:
     for node in graph.node:
         kernels[node.op_type] = kernels.get(node.op_type, 0) + 1
     return dict(sorted(kernels.items()))
-
-
-def _require() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            __import__(name)
-        except ImportError as error:
-            raise ImportError(f"export needs {name}: pip install 'divqat[export]'") from error
 
 
 @contextmanager

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from divqat.data import to_float
-from divqat.progress import progress
+from divqat.errors import require
+from divqat.evaluate.metrics import accuracy, fidelity, predict
 
 
 @dataclass(frozen=True)
@@ -76,61 +72,31 @@ def verify(
 
     Raises:
         ImportError: onnxruntime is missing. FileNotFoundError: no file at ``onnx_path``.
+        FloatingPointError: a logit is NaN or Inf.
         ValueError: ``images`` and ``labels`` differ in length, or there are none.
     """
     if len(images) != len(labels) or not len(labels):
         raise ValueError(
             f"images, labels: wanted as many of both, got {len(images)} and {len(labels)}"
         )
-    run, runtime = onnx_runner(onnx_path)
+    runtime = require("onnxruntime", "export")
     training = {module: module.training for module in model.modules()}
-    model.eval()
-    device = next(chain(model.parameters(), model.buffers())).device
-    fake, deployed = [], []
+    b = predict(onnx_path, images, batch_size=batch_size)
     try:
-        with torch.inference_mode():
-            for chunk in progress(images.split(batch_size), "verify", unit="batch"):
-                x = to_float(chunk)
-                fake.append(model(x.to(device)).float().cpu())
-                deployed.append(run(x))
+        a = predict(model.eval(), images, batch_size=batch_size)
     finally:
         for module, mode in training.items():
             module.training = mode
-    a, b = torch.cat(fake), torch.cat(deployed)
     difference = (a - b).abs()
     step = float(a.max() - a.min()) / 255
     return VerifyReport(
         n=len(labels),
-        argmax_agreement=_share(a.argmax(1) == b.argmax(1)),
-        accuracy_fake=_share(a.argmax(1) == labels),
-        accuracy_onnx=_share(b.argmax(1) == labels),
+        argmax_agreement=fidelity(a, b),
+        accuracy_fake=accuracy(a, labels),
+        accuracy_onnx=accuracy(b, labels),
         max_diff=float(difference.max()),
         mean_diff=float(difference.mean()),
         step=step,
         max_diff_steps=float(difference.max()) / step if step else 0.0,
-        runtime=runtime,
+        runtime=f"ONNX Runtime {runtime.__version__}",
     )
-
-
-def onnx_runner(path: str | Path) -> tuple[Callable[[Tensor], Tensor], str]:
-    """A function from float32 images to logits through ONNX Runtime on the CPU, and its name."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no ONNX model at {path}")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError("verify needs onnxruntime: pip install 'divqat[export]'") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(x: Tensor) -> Tensor:
-        output = session.run(None, {name: np.ascontiguousarray(x.numpy())})[0]
-        return torch.from_numpy(np.asarray(output))
-
-    return run, f"ONNX Runtime {onnxruntime.__version__}"
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.double().mean())
