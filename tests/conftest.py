@@ -1,6 +1,18 @@
-"""Let the tests import their vocabulary, tests/testing.py."""
+"""Let the tests import their vocabulary, tests/testing.py, and what several files share."""
 
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny layers on several threads mostly wait, very long where other processes run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -14,14 +14,7 @@ from divqat import models
 from divqat.nn import FakeQuantize
 from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers on several threads mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def learned(bits=8):

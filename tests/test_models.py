@@ -7,13 +7,7 @@ from divqat import models
 NAMES = models.names()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers on several threads mostly wait, very long where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name, in_channels=1, num_classes=10, image_size=8):

@@ -18,13 +18,7 @@ NAMES = [*models.names(), *HAND_WRITTEN]
 each_network = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny layers on several threads mostly wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layers(model):

@@ -58,6 +58,13 @@ class FakeQuantize(MovingAverageMinMaxObserver):
             relu=self.relu,
         )
 
+    def has_range(self) -> bool:
+        """Whether scale and zero point mean something; reads the buffers on the host.
+
+        A first batch of NaN or Inf sets ``calibrated`` but leaves the range empty.
+        """
+        return self.calibrated and bool(self.running_min.isfinite().all())
+
     def disable_observer(self) -> None:
         """Keep scale and zero point as they are from now on."""
         self.observer_enabled = False
@@ -108,6 +115,10 @@ class LearnedStepFakeQuantize(QuantState):
         zero_point = self.zero_point.detach().round()
         zero_point = zero_point.clamp(self.spec.quant_min, self.spec.quant_max)
         return self.scale.detach().clamp(min=EPS), zero_point.to(torch.int32)
+
+    def has_range(self) -> bool:
+        """Whether scale and zero point mean something."""
+        return self.initialized
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

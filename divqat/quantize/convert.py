@@ -43,24 +43,19 @@ def convert(prepared: nn.Module) -> nn.Module:
     if not any(isinstance(module, QuantLayer) for module in prepared.modules()):
         raise ValueError("prepared: wanted a model made by divqat.prepare, got no quantized layer")
     for name, module in prepared.named_modules():
-        if isinstance(module, FakeQuantize):
-            # A first batch of NaN or Inf sets ``calibrated`` but leaves the range empty.
-            seen = module.calibrated and bool(module.running_min.isfinite().all())
-        else:
-            seen = not isinstance(module, LearnedStepFakeQuantize) or module.initialized
-        if not seen:
+        if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)) and not module.has_range():
             raise ValueError(f"prepared: {name} has not seen a batch in training mode")
-    model = copy.deepcopy(prepared).eval().requires_grad_(False)
+    model = copy.deepcopy(prepared).requires_grad_(False)
     scales = _input_scales(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):
             own = module.input_fake_quantize
             scale = scales.get(name) if own is None else own.calculate_qparams()[0]
-            _replace(model, name, IntegerLayer(module, scale))
+            model.set_submodule(name, IntegerLayer(module, scale))
     for name, module in list(model.named_modules()):
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
-            _replace(model, name, QuantizeDequantize(module))
-    return model
+            model.set_submodule(name, QuantizeDequantize(module))
+    return model.eval()
 
 
 def _input_scales(model: nn.Module) -> dict[str, Tensor]:
@@ -81,8 +76,3 @@ def _input_scales(model: nn.Module) -> dict[str, Tensor]:
                     layer = f"{name}.{node.target}" if name else str(node.target)
                     scales[layer] = quantizer.calculate_qparams()[0]
     return scales
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.eval())

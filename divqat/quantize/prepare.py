@@ -118,7 +118,7 @@ def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[s
             continue
         if config.weight.learned and not config.weight.per_channel:
             continue  # one learned scale cannot follow the channels' factors
-        _set_submodule(graph_module, source.target, _conv_bn(conv, bn, config.weight))
+        graph_module.set_submodule(source.target, _conv_bn(conv, bn, config.weight))
         renamed[f"{node.target}."] = f"{source.target}.bn."
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
@@ -202,12 +202,7 @@ def _swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -
             layer.set_weight_spec(spec)
             continue
         of_input = config.edge(input_spec) if input_spec and name == names[0] else input_spec
-        _set_submodule(model, name, _quantized(layer, spec, of_input))
-
-
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, _quantized(layer, spec, of_input))
 
 
 def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:

@@ -90,7 +90,7 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
             spec, axis, kind = module.spec, module.ch_axis, "activation"
             scale, zero_point = module.calculate_qparams()
             values = inputs.get(name)  # type: ignore[assignment]
-            if not getattr(module, "calibrated", getattr(module, "initialized", True)):
+            if not module.has_range():
                 scale = None
         else:
             continue
