@@ -191,3 +191,45 @@ def test_a_copy_loads_float_checkpoints_too():
         prepared.state_dict()["conv1.bn.running_mean"],
         clone.state_dict()["conv1.bn.running_mean"],
     )
+
+
+def test_a_relu_that_only_a_quantizer_reads_is_applied_by_it():
+    model = build("residual")
+    x = images()
+    prepared = divqat.prepare(model, "x86", x)
+    assert not [n for n in prepared.graph.nodes if n.target in (F.relu, torch.relu)]
+    fused = [m for m in prepared.modules() if isinstance(m, FakeQuantize) and m.relu]
+    assert len(fused) == 2
+
+    def outputs():
+        torch.manual_seed(0)
+        y = prepared.train()(x)
+        grads = torch.autograd.grad(y.square().sum(), [*prepared.parameters()])
+        return [y, *grads, *(m.running_max.clone() for m in fused)]
+
+    state = copy.deepcopy(prepared.state_dict())
+    together = outputs()
+    # the same network with the ReLU as an operation of its own
+    prepared.load_state_dict(state)
+    for quantizer in fused:
+        quantizer.relu = False
+        quantizer.register_forward_pre_hook(lambda _, args: (F.relu(args[0]),))
+    for a, b in zip(together, outputs(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_relu_whose_value_is_read_elsewhere_stays():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+        def forward(self, x):
+            y = self.relu(self.conv(x))
+            return self.conv(x) + y, y
+
+    net = Net()
+    prepared = divqat.prepare(net, "x86", images())
+    assert isinstance(prepared.relu, nn.ReLU)
+    assert not any(m.relu for m in prepared.modules() if isinstance(m, FakeQuantize))
+    assert (prepared(images())[1] >= 0).all()

@@ -20,7 +20,7 @@ _OPSET = 18
 
 
 class QuantizeDequantize(nn.Module):
-    """An activation on its grid, with fixed scale and zero point.
+    """An activation on its grid, with fixed scale and zero point, after ReLU if it was fused.
 
     Buffers: ``scale`` float32 [], ``zero_point`` int8 or uint8 [].
     """
@@ -31,6 +31,7 @@ class QuantizeDequantize(nn.Module):
     def __init__(self, quantizer: FakeQuantize | LearnedStepFakeQuantize) -> None:
         super().__init__()
         self.spec: QuantSpec = quantizer.spec
+        self.relu = isinstance(quantizer, FakeQuantize) and quantizer.relu
         scale, zero_point = quantizer.calculate_qparams()
         self.register_buffer("scale", scale.clone())
         self.register_buffer(
@@ -40,6 +41,7 @@ class QuantizeDequantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` quantized and dequantized; same shape and dtype."""
         spec = self.spec
+        x = x.relu() if self.relu else x
         if not torch.onnx.is_in_onnx_export():
             zero_point = self.zero_point.int()
             return fake_quantize(x, self.scale, zero_point, spec.quant_min, spec.quant_max)

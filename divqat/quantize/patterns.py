@@ -35,6 +35,8 @@ QUANTIZED: set[Any] = {
     *(torch.sigmoid, torch.tanh, "sigmoid", "tanh", nn.Upsample, F.interpolate),
 }
 
+RELUS: set[Any] = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+
 # Functions that tracing ties to the mode of the moment, and the modules that follow train().
 DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
 

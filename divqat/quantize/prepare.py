@@ -29,7 +29,8 @@ def prepare(
     Conv2d, ConvTranspose2d and Linear their quantized counterparts under the same names, and a
     fake-quantizer follows every operation whose result a quantized one reads (layers, additions,
     concatenations, average pooling, activations other than ReLU and ReLU6, which runtimes merge
-    into the layer before). The model's output stays in float.
+    into the layer before). A ReLU that only a fake-quantizer reads is applied by it. The model's
+    output stays in float.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
     BatchNorm and additions stay in float; a warning says so and why.
@@ -237,3 +238,16 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
             # What is not computed on a grid reads the value itself: the model's output above all.
             if user.op != "output":
                 user.replace_input_with(source, quantized)
+        if isinstance(quantizer, FakeQuantize) and list(source.users) == [quantized]:
+            _fuse_relu(graph_module, source, quantized, quantizer)
+
+
+def _fuse_relu(
+    graph_module: fx.GraphModule, relu: fx.Node, quantized: fx.Node, quantizer: FakeQuantize
+) -> None:
+    """Let the quantizer that alone reads a ReLU apply it: one pass, and one mask for both."""
+    if patterns.kind(graph_module, relu) not in patterns.RELUS:
+        return
+    quantizer.relu = True
+    quantized.replace_input_with(relu, relu.all_input_nodes[0])
+    graph_module.graph.erase_node(relu)

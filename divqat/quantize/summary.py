@@ -122,14 +122,15 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
 
 
 def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
-    """What each activation quantizer reads when the model runs on ``example_input``."""
+    """What each activation quantizer puts on its grid when the model runs on ``example_input``."""
     seen: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
 
-            def keep(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                seen[name] = args[0].detach().float()
+            def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                x = args[0].detach().float()
+                seen[name] = x.relu() if getattr(module, "relu", False) else x
 
             handles.append(module.register_forward_pre_hook(keep))
     training = {module: module.training for module in model.modules()}
