@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test lint install clean
+.PHONY: demo fashion-mnist test lint sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -21,13 +21,25 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests' awkward shapes.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: .venv/dev
+	@mkdir -p build
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" DIVQAT_BUILD=cpu $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitize/lib > build/sanitize.log 2>&1 || (cat build/sanitize.log; false)
+	cd build/sanitize/lib && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		../../../$(BIN)/python -m pytest -p no:cacheprovider ../../../tests/test_native.py
+
 install: .venv/installed
 
-.venv/installed: requirements.txt pyproject.toml setup.py
+# Compiles the native kernels where there is a compiler, and says what came of it.
+.venv/installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "divqat needs Python 3.10 or later; say PYTHON=python3.x")'
-	$(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c 'import divqat; [print("native kernels,", *item) for item in divqat.ops.native_kernels().items()]'
 	@touch $@
 
 .venv/dev: .venv/installed requirements-dev.txt

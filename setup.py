@@ -1,17 +1,123 @@
-"""Package map: everything else about the package is declared in pyproject.toml."""
+"""Package map and native extension; everything else is declared in pyproject.toml.
 
+``DIVQAT_BUILD`` says what to build: ``python`` (nothing native), ``cpu``, ``cuda`` (both; an error
+where it cannot be met) or ``auto`` (the default: what the machine can, and one line for what was
+left out). The extension is compiled against the torch that is installed, so it needs
+``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CUDA_HOME`` and
+``CXX`` are honoured.
+"""
+
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "divqat/__init__.py").read_text())[1]
+MODES = ("auto", "python", "cpu", "cuda")
+MODE = os.environ.get("DIVQAT_BUILD", "auto")
+# No contraction to FMA: the kernels agree with PyTorch's reference bit for bit.
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# GCC's AVX-512 headers set this off in themselves.
+CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Compiled for OpenMP but not linked with it: torch brings the runtime whose threads ATen uses, and
+# a second one would bring threads of its own.
+OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 
+
+def say(line: str) -> None:
+    print(f"divqat: {line}", file=sys.stderr, flush=True)
+
+
+def why_not_cpu() -> str | None:
+    """What is missing for the C++ kernels."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch cannot be imported (pip install --no-build-isolation uses the installed one)"
+    if sys.platform == "win32":
+        return "the sources need GCC or Clang"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+
+
+def why_not_cuda() -> str | None:
+    """What is missing for the CUDA kernels besides."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return None if CUDA_HOME else "there is no CUDA toolkit (set CUDA_HOME)"
+
+
+def wanted(part: str, reason: str | None) -> bool:
+    """Whether to build the part; an error if it was asked for and cannot be."""
+    if reason is None:
+        return True
+    if MODE in (part, "cuda"):
+        raise SystemExit(f"divqat: DIVQAT_BUILD={MODE} cannot be met: {reason}")
+    say(f"building without {part.upper()} kernels: {reason}")
+    return False
+
+
+def native() -> dict:
+    """The arguments of setup() that build divqat._C, none for a pure-Python package."""
+    if MODE not in MODES:
+        raise SystemExit(f"divqat: DIVQAT_BUILD: wanted one of {', '.join(MODES)}, got {MODE!r}")
+    if MODE == "python" or not wanted("cpu", why_not_cpu()):
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:  # a toolchain that is there and does not work
+                if MODE != "auto":
+                    raise
+                say(f"building without native kernels: the compiler failed: {error}")
+                self.extensions = []
+
+    sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    arguments = {"cxx": [*CXX_FLAGS, *OPENMP_FLAGS]}
+    macros, kind = [], CppExtension
+    if MODE != "cpu" and wanted("cuda", why_not_cuda()):
+        import torch
+
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        macros = [
+            ("DIVQAT_CUDA", f'"{torch.version.cuda}"'),
+            ("DIVQAT_CUDA_ARCHITECTURES", f'"{architectures}"'),
+        ]
+        sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.c*") if p.suffix != ".cuh")
+        arguments["nvcc"] = Path("csrc/cuda/nvcc_flags.txt").read_text().split()
+        kind = CUDAExtension
+    extension = kind(
+        "divqat._C", sources, extra_compile_args=arguments, define_macros=macros,
+        include_dirs=pybind11_headers(),
+    )  # fmt: skip
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+def pybind11_headers() -> list[str]:
+    """Those of the installed pybind11; torch ships a copy for where there is none."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
+os.chdir(ROOT)
 setup(
     version=VERSION,
     # The Triton kernels live in the top-level folder kernels/ and install as divqat.kernels.
     packages=[*find_packages(include=["divqat", "divqat.*"]), "divqat.kernels"],
     package_dir={"divqat.kernels": "kernels"},
     package_data={"divqat": ["py.typed"]},
+    **native(),
 )

@@ -138,6 +138,9 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{key:<12}{info[key] if isinstance(info[key], str) else ', '.join(info[key])}")
     for name, version in info["versions"].items():
         print(f"{name:<12}{version}")
+    print("\nnative kernels")
+    for device, line in info["native_kernels"].items():
+        print(f"  {device:<6}{line}")
     print("\nbackends of the ops")
     for name, devices in info["backends"].items():
         for device, (backend, reason) in devices.items():
@@ -149,7 +152,7 @@ def _collect_info() -> dict[str, Any]:
     import torch
 
     from divqat.evaluate.result import hardware, versions
-    from divqat.ops import backends
+    from divqat.ops import backends, native_kernels
 
     gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     missing = {"triton", "onnx", "onnxruntime"} - versions().keys()
@@ -159,6 +162,7 @@ def _collect_info() -> dict[str, Any]:
         "hardware": hardware(),
         "cpu_threads": torch.get_num_threads(),
         "versions": versions() | dict.fromkeys(sorted(missing), "not installed"),
+        "native_kernels": native_kernels(),
         "backends": backends(),
     }
 

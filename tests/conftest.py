@@ -8,6 +8,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import backends
+
+
+@pytest.fixture(scope="module", params=backends.names())
+def backend(request):
+    """Run the module's tests once with each kind of kernels."""
+    with backends.serving(request.param):
+        yield request.param
+
 
 @pytest.fixture
 def one_thread():

@@ -247,6 +247,7 @@ def test_info(capsys):
     assert info["versions"]["torch"] == torch.__version__
     assert info["devices"][0] == "cpu" and info["cpu_threads"] >= 1
     assert set(info["backends"]["divergence_loss"]) == {"cpu", "cuda"}
+    assert set(info["native_kernels"]) == {"cpu", "cuda"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from divqat.ops import divergence_loss, divergence_loss_terms
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DIRECTIONS = ["student_teacher", "teacher_student", "js"]
 
 
@@ -150,7 +152,8 @@ def test_weight_zero_is_cross_entropy_bit_for_bit(dtype, smoothing):
     )
     (grad,) = torch.autograd.grad(steered, logits)
     torch.testing.assert_close(steered, wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-9)
+    # at the label softmax and target nearly cancel
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-8)
 
 
 def test_infinite_logits():

@@ -9,6 +9,8 @@ from testing import DEVICES, DTYPES, bits, randn, tensor
 from divqat.ops import fake_quantize
 from divqat.ops._mask import pack_mask, unpack_mask
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 INT8 = (-128, 127)
 
 

@@ -6,6 +6,8 @@ from testing import DTYPES, randn, tensor
 
 from divqat.ops import fake_quantize, fake_quantize_lsq
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def oracle(x, scale, zero_point, quant_min, quant_max, ch_axis=None):
     """LSQ as autograd sees it: rounding is the identity, clamping is clamping, in float64."""

@@ -6,6 +6,8 @@ from testing import DTYPES, randn, tensor
 
 from divqat.ops import fake_quantize, fake_quantize_observed
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 INF = float("inf")
 
 

@@ -6,6 +6,8 @@ from testing import DTYPES, bits, randn, tensor
 
 from divqat.ops import fake_quantize_weights
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SHAPES = [(8, 4, 3, 3), (5, 7), (6, 1, 3, 3), (1,), (3, 2, 1, 1)]
 
 

@@ -16,18 +16,29 @@ TOLERANCE = {
 }
 
 
-def tensor(values, dtype=torch.float32, device="cpu") -> Tensor:
-    """A tensor from nested lists."""
+def tensor(values, dtype=torch.float32, device=None) -> Tensor:
+    """A tensor from nested lists, on the default device unless another is named."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def randn(*shape: int, dtype=torch.float32, device="cpu", seed: int = 0) -> Tensor:
+def randn(*shape: int, dtype=torch.float32, device=None, seed: int = 0) -> Tensor:
     """Normal values that depend on the seed alone, not on dtype or device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(device or torch.get_default_device(), dtype)
 
 
 def bits(x: Tensor) -> Tensor:
     """The bit pattern of a float tensor, so that 0.0 and -0.0 differ and NaN equals itself."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(integer)
+
+
+def same(got, wanted) -> None:
+    """Two lists of tensors are equal in dtype, strides and bits; NaN where the other has NaN."""
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        if a.is_floating_point():
+            assert torch.equal(a.isnan(), b.isnan())
+            a, b = bits(a.nan_to_num()), bits(b.nan_to_num())
+        assert torch.equal(a, b)

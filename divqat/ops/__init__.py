@@ -1,6 +1,9 @@
 """The ops of divqat: differentiable functions over ``torch.ops.divqat.*``."""
 
+from divqat.ops import _native
 from divqat.ops._library import backends
+from divqat.ops._native import backend
+from divqat.ops._native import describe as native_kernels
 from divqat.ops.divergence_loss import divergence_loss, divergence_loss_terms
 from divqat.ops.fake_quantize import fake_quantize
 from divqat.ops.fake_quantize_lsq import fake_quantize_lsq
@@ -8,6 +11,7 @@ from divqat.ops.fake_quantize_observed import fake_quantize_observed
 from divqat.ops.fake_quantize_weights import fake_quantize_weights
 
 __all__ = [
+    "backend",
     "backends",
     "divergence_loss",
     "divergence_loss_terms",
@@ -15,4 +19,7 @@ __all__ = [
     "fake_quantize_lsq",
     "fake_quantize_observed",
     "fake_quantize_weights",
+    "native_kernels",
 ]
+
+_native.start()

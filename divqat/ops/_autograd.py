@@ -15,6 +15,13 @@ def with_stride(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     return grad.new_empty_strided(grad.shape, stride).copy_(grad)
 
 
+def masked_grad(grad_y: Tensor, mask: Tensor) -> Tensor:
+    """grad_y where the mask is set, else 0; differentiable where a graph is asked for."""
+    if torch.is_grad_enabled():
+        return MaskedGrad.apply(grad_y, mask)
+    return torch.ops.divqat.fake_quantize_backward(grad_y, mask)
+
+
 class MaskedGrad(torch.autograd.Function):
     """grad_x = grad_y where the mask is set, else 0.
 

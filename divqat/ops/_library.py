@@ -7,10 +7,11 @@ registered for CPU or CUDA takes over there, through the dispatcher and without 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
+
+from divqat.ops import _native
 
 # Masks are uint8 [ceil(numel / 8)]: bit i of byte j belongs to element 8j + i in the memory order
 # of the dense output, so a mask fits any layout.
@@ -38,6 +39,7 @@ SCHEMAS = {
     "float temperature, str direction, str classes, float? bound, bool guard, "
     "float label_smoothing, int ignore_index) "
     "-> (Tensor loss, Tensor ce, Tensor divergence, Tensor grad_logits)",
+    "divergence_loss_backward": "(Tensor(a!) grad_logits, Tensor grad_output) -> ()",
 }
 
 _library = torch.library.Library("divqat", "DEF")
@@ -61,20 +63,15 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
         ``"native"`` (a kernel registered for that device) or ``"torch"`` (the reference), and why
         no faster one serves it (empty for ``"native"``).
     """
-    cpu = "no C++ kernels: the extension divqat._C is not built"
-    if importlib.util.find_spec("triton") is None:
-        cuda = f"{cpu}; no Triton kernels: triton is not installed"
-    else:
-        cuda = f"{cpu}; no Triton kernels: divqat.kernels has none for this op"
-    if not torch.cuda.is_available():
-        cuda = "no CUDA device is available"
 
-    def serving(name: str, key: str, reason: str) -> tuple[str, str]:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"divqat::{name}", key):
+    def reason(device: str) -> str:
+        if device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device is available"
+        return _native.missing(device) or "the native kernels are switched off"
+
+    def serving(name: str, device: str) -> tuple[str, str]:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"divqat::{name}", device.upper()):
             return "native", ""
-        return "torch", reason
+        return "torch", reason(device)
 
-    return {
-        name: {"cpu": serving(name, "CPU", cpu), "cuda": serving(name, "CUDA", cuda)}
-        for name in SCHEMAS
-    }
+    return {name: {d: serving(name, d) for d in ("cpu", "cuda")} for name in SCHEMAS}

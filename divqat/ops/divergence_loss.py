@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from divqat.ops._check import check_choice, check_float
 from divqat.ops._library import register
-from divqat.ops.reference_loss import divergence_loss_ref
+from divqat.ops.reference_loss import divergence_loss_backward_ref, divergence_loss_ref
 
 DIRECTIONS = ("student_teacher", "teacher_student", "js")
 CLASSES = ("all", "non_label")
@@ -147,9 +147,9 @@ def divergence_loss_terms(
 class DivergenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, ce, divergence, grad = torch.ops.divqat.divergence_loss(logits, *args)
+        loss, ce, divergence, ctx.grad = torch.ops.divqat.divergence_loss(logits, *args)
         teacher_logits, target, weight, *ctx.options = args
-        ctx.save_for_backward(grad, logits, teacher_logits, target, weight)
+        ctx.save_for_backward(logits, teacher_logits, target, weight)
         ctx.mark_non_differentiable(ce, divergence)
         ctx.set_materialize_grads(False)
         return loss, ce, divergence
@@ -158,10 +158,17 @@ class DivergenceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 11
-        grad, logits, *constants = ctx.saved_tensors
+        inputs = (*ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled():  # create_graph=True: the closed form as differentiable ops
-            grad = divergence_loss_ref(logits, *constants, *ctx.options)[3]
-        return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
+            grad = divergence_loss_ref(*inputs)[3]
+            return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
+        # The forward's gradient is scaled in place and handed on; a second backward through a
+        # retained graph computes it again.
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            grad = torch.ops.divqat.divergence_loss(*inputs)[3]
+        torch.ops.divqat.divergence_loss_backward(grad, grad_loss)
+        return (grad, *[None] * 10)
 
 
 def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -171,3 +178,4 @@ def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 register("divergence_loss", divergence_loss_ref, _fake)
+register("divergence_loss_backward", divergence_loss_backward_ref, lambda *args: None)

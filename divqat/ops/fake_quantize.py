@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from divqat.ops import reference
-from divqat.ops._autograd import MaskedGrad, with_stride
+from divqat.ops._autograd import masked_grad, with_stride
 from divqat.ops._check import check_axis, check_choice, check_float, check_qparam, check_range
 from divqat.ops._library import register
 
@@ -68,7 +68,7 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        grad_x = MaskedGrad.apply(with_stride(grad_y, ctx.stride), mask)
+        grad_x = masked_grad(with_stride(grad_y, ctx.stride), mask)
         return (grad_x, *[None] * (ctx.inputs - 1))
 
 

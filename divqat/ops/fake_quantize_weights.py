@@ -55,7 +55,11 @@ class FakeQuantizeWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights = ctx.saved_tensors
-        masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *grads)
+        if torch.is_grad_enabled():  # create_graph=True
+            masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *grads)
+        else:
+            op = torch.ops.divqat.fake_quantize_weights_backward
+            masked = op(list(grads), list(weights), *ctx.range)
         return (None, None, None, *masked)
 
 

@@ -78,8 +78,10 @@ def fake_quantize_ref(
     """Quantize-dequantize ``x``; returns y like ``x`` and the packed in-range mask."""
     y, mask = _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)
     if not propagate_nan:
-        lowest = (quant_min - along(zero_point, x, ch_axis)) * along(scale, x, ch_axis)
-        y = torch.where(x.isnan(), lowest.to(y.dtype), y)
+        # The lowest level, by the same arithmetic.
+        lowest = torch.full_like(y, -torch.inf)
+        lowest, _ = _quantize(lowest, scale, zero_point, quant_min, quant_max, ch_axis)
+        y = torch.where(x.isnan(), lowest, y)
     return _like(x, y), pack_mask(_like(x, mask))
 
 
@@ -224,22 +226,23 @@ def fake_quantize_lsq_backward_ref(
     dtype = compute_dtype(x.dtype)
     s, z = along(scale.to(dtype), x, ch_axis), along(zero_point.to(dtype), x, ch_axis)
     z = z.round().clamp(quant_min, quant_max)
-    u = x.to(dtype) * s.reciprocal()
+    # the same reciprocal as the forward's
+    u = x.to(dtype) * along(scale.reciprocal().to(dtype), x, ch_axis)
     rounded = u.round() + z
     q = rounded.clamp(quant_min, quant_max)
-    inside = (rounded == q).to(dtype)
+    inside = rounded == q
     grad = grad_y.to(dtype)
     # dy/ds = nearbyint(x/s) − x/s inside, quant_min − z or quant_max − z outside
-    grad_s = grad * (q - z - u * inside) * grad_factor
+    grad_s = grad * (q - z - torch.where(inside, u, 0.0)) * grad_factor
     # dy/dz = 0 inside, −s outside
-    grad_z = grad * (inside - 1) * s * grad_factor
+    grad_z = torch.where(inside, 0.0, -grad) * s * grad_factor
     dims = _other_dims(x, ch_axis)
 
     def total(value: Tensor, like: Tensor) -> Tensor:
         summed = value.sum(dims) if dims else value
         return summed.reshape(like.shape).to(like.dtype)
 
-    grad_x = (grad * inside).to(x.dtype)
+    grad_x = torch.where(inside, grad, 0.0).to(x.dtype)
     grad_zero_point = (
         total(grad_z, zero_point)
         if zero_point.is_floating_point()

@@ -76,6 +76,11 @@ def divergence_loss_ref(
     return ce - penalty, ce, divergence, grad.to(logits.dtype)
 
 
+def divergence_loss_backward_ref(grad_logits: Tensor, grad_output: Tensor) -> None:
+    """grad_logits ← grad_logits · grad_output, in place; grad_output is []."""
+    grad_logits.mul_(grad_output)
+
+
 def _divergence(
     u: Tensor, v: Tensor, label: Tensor, direction: str, classes: str
 ) -> tuple[Tensor, Tensor]:

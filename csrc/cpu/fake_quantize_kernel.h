@@ -1,0 +1,174 @@
+// Quantize-dequantize with a mask of one bit per element, and the gradient through that mask.
+
+// Collects mask bits in memory order, low bit first, and writes whole 64-bit words.
+struct BitWriter {
+  uint8_t* out;
+  uint64_t word = 0;
+  int count = 0;
+
+  explicit BitWriter(uint8_t* out) : out(out) {}
+  // The low n bits, 1 <= n <= 64; the others are 0.
+  void push(uint64_t bits, int n) {
+    word |= bits << count;
+    count += n;
+    if (count < 64) return;
+    __builtin_memcpy(out, &word, 8);
+    out += 8;
+    count -= 64;
+    word = count ? bits >> (n - count) : 0;
+  }
+  void finish() {
+    for (; count > 0; count -= 8, word >>= 8) *out++ = uint8_t(word);
+  }
+};
+
+// The values of one register's channels.
+template <class S>
+struct Steps {
+  typename S::reg scale, inv_scale, zero_point;
+
+  static Steps all(const Grid& g, int64_t channel) {
+    return {S::set(g.scale[channel]), S::set(g.inv_scale[channel]), S::set(g.zero_point[channel])};
+  }
+  static Steps from(const Grid& g, int64_t channel) {
+    return {S::load(g.scale + channel), S::load(g.inv_scale + channel),
+            S::load(g.zero_point + channel)};
+  }
+};
+
+template <class S, Rule kRule>
+struct Quantizer {
+  using reg = typename S::reg;
+  reg quant_min, quant_max, zero;
+  bool per_tensor;
+
+  explicit Quantizer(const Grid& g)
+      : quant_min(S::set(g.quant_min)),
+        quant_max(S::set(g.quant_max)),
+        zero(S::set(0)),
+        per_tensor(g.per_tensor) {}
+
+  // Returns which lanes are in range.
+  uint32_t operator()(reg x, const Steps<S>& step, reg& y) const {
+    typename S::mask positive = S::none();
+    if (kRule == Rule::kRelu) {
+      positive = S::greater(x, zero);
+      x = S::max(zero, x);
+    }
+    // q = nearbyint(x · (1/scale)) + zero_point; min and max return their second operand for NaN
+    const reg rounded = S::add(S::round(S::mul(x, step.inv_scale)), step.zero_point);
+    const reg raised = kRule == Rule::kLowestForNan ? S::max(rounded, quant_min)
+                                                    : S::max(quant_min, rounded);
+    const reg q = S::min(quant_max, raised);
+    // y = (q − zero_point) · scale
+    const reg level = S::sub(q, step.zero_point);
+    y = per_tensor ? S::mul_float32(level, step.scale) : S::mul(level, step.scale);
+    const typename S::mask inside = S::equal(rounded, q);
+    return S::bits(kRule == Rule::kRelu ? S::both(inside, positive) : inside);
+  }
+};
+
+// n elements that share a channel.
+template <class S, Rule kRule, class T>
+static void quantize_run(const T* x, T* y, int64_t n, const Quantizer<S, kRule>& quantize,
+                         const Steps<S>& step, bool stream, BitWriter& mask) {
+  constexpr int w = S::width;
+  typename S::reg value;
+  stream = stream && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+  for (; n >= 64; n -= 64, x += 64, y += 64) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 64; i += w) {
+      bits |= uint64_t(quantize(S::load(x + i), step, value)) << i;
+      stream ? S::stream(y + i, value) : S::store(y + i, value);
+    }
+    if (mask.out) mask.push(bits, 64);
+  }
+  for (; n > 0; n -= w, x += w, y += w) {
+    const int lanes = n < w ? int(n) : w;
+    const uint64_t bits = quantize(S::load(x, lanes), step, value);
+    S::store(y, value, lanes);
+    if (mask.out) mask.push(bits & ((uint64_t(1) << lanes) - 1), lanes);
+  }
+}
+
+// n elements whose channel changes from one to the next, starting at `channel`.
+template <class S, Rule kRule, class T>
+static void quantize_columns(const T* x, T* y, int64_t n, const Quantizer<S, kRule>& quantize,
+                             const Grid& g, int64_t channel, BitWriter& mask) {
+  constexpr int w = S::width;
+  typename S::reg value;
+  for (; n > 0; n -= w, x += w, y += w) {
+    const int lanes = n < w ? int(n) : w;
+    const uint64_t bits = quantize(S::load(x, lanes), Steps<S>::from(g, channel), value);
+    S::store(y, value, lanes);
+    if (mask.out) mask.push(bits & ((uint64_t(1) << lanes) - 1), lanes);
+    channel += w;
+    if (channel >= g.channels) channel %= g.channels;
+  }
+}
+
+template <class T, Rule kRule>
+static void fake_quantize_range(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
+                                const Grid& g) {
+  using S = Register<T>;
+  const Quantizer<S, kRule> quantize(g);
+  BitWriter writer(mask ? mask + begin / 8 : nullptr);
+  int64_t run = begin / g.inner;
+  if (g.inner == 1 && g.channels > 1) {
+    quantize_columns<S>(x + begin, y + begin, end - begin, quantize, g, run % g.channels, writer);
+  } else {
+    for (int64_t i = begin; i < end; ++run) {
+      const int64_t stop = (run + 1) * g.inner < end ? (run + 1) * g.inner : end;
+      const auto step = Steps<S>::all(g, run % g.channels);
+      quantize_run<S>(x + i, y + i, stop - i, quantize, step, g.stream, writer);
+      i = stop;
+    }
+  }
+  if (mask) writer.finish();
+  if (g.stream) S::fence();
+}
+
+template <class T>
+static void fake_quantize(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
+                          const Grid& g, Rule rule) {
+  if (rule == Rule::kRelu) {
+    fake_quantize_range<T, Rule::kRelu>(x, y, mask, begin, end, g);
+  } else if (rule == Rule::kLowestForNan) {
+    fake_quantize_range<T, Rule::kLowestForNan>(x, y, mask, begin, end, g);
+  } else {
+    fake_quantize_range<T, Rule::kPropagateNan>(x, y, mask, begin, end, g);
+  }
+}
+
+template <class T>
+static void masked_grad(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end) {
+  using S = Register<T>;
+  constexpr int w = S::width;
+  const typename S::reg zero = S::set(0);
+  int64_t i = begin;
+  for (; i + 64 <= end; i += 64) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, mask + i / 8, 8);
+    for (int j = 0; j < 64; j += w) {
+      const auto kept = S::from_bits(uint32_t(bits >> j));
+      S::store(out + i + j, S::select(kept, S::load(grad + i + j), zero));
+    }
+  }
+  for (; i < end; i += 8) {  // eight at a time: a byte of the mask
+    const int lanes = end - i < 8 ? int(end - i) : 8;
+    const auto kept = S::from_bits(mask[i / 8]);
+    S::store(out + i, S::select(kept, S::load(grad + i, lanes), zero), lanes);
+  }
+}
+
+template <class T>
+static void copy(const T* from, T* to, int64_t n) {
+  using S = Register<T>;
+  constexpr int w = S::width;
+  int64_t i = 0;
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (; i + w <= n; i += w) S::stream(to + i, S::load(from + i));
+  }
+  for (; i < n; ++i) to[i] = from[i];
+  S::fence();
+}

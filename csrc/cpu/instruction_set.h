@@ -1,0 +1,17 @@
+// Which of the compiled kernels run.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace divqat {
+
+// The best set that this machine runs, or the one chosen with use_instruction_set().
+const InstructionSet& instruction_set();
+// Names of those that this machine runs, best first.
+std::vector<std::string> instruction_sets();
+// Throws std::invalid_argument for a name that is not among them.
+void use_instruction_set(const std::string& name);
+
+}  // namespace divqat

@@ -1,0 +1,85 @@
+// The vectorised inner loops, as a table of function pointers per element type and instruction set.
+// No torch header here or in anything it includes: memory, threads and checks are the caller's.
+#pragma once
+#include <stdint.h>
+
+#include "../loss_direction.h"
+#include "storage.h"
+
+namespace divqat {
+
+// Where to split a range between threads: masks are written in whole 64-bit words.
+constexpr int64_t kMaskWord = 64;
+// Tables of per-channel values are read a register at a time and go on this far, wrapping around.
+constexpr int64_t kMaxLanes = 16;
+
+// How elements are quantized. Element i of the memory belongs to channel (i / inner) % channels.
+struct Grid {
+  const float* scale;      // [channels + kMaxLanes], as are the next two
+  const float* inv_scale;  // 1 / scale
+  const float* zero_point;
+  int64_t channels;
+  int64_t inner;
+  float quant_min;
+  float quant_max;
+  bool per_tensor;  // one scale: float64 codes are multiplied in float32, as ATen does
+  bool stream = false;  // write past the cache: for more than it holds
+};
+
+enum class Rule { kPropagateNan, kLowestForNan, kRelu };
+
+// One row of divergence_loss; what is the same for all rows.
+struct LossRule {
+  Direction direction;
+  bool non_label;  // the distributions over the classes that are not the label
+  bool guard;
+  double weight;
+  double temperature;
+  double bound;  // infinity: none
+  double label_smoothing;
+  double share;  // of a sample in the mean: 1 / count
+};
+
+template <class T>
+struct Kernels {
+  // Elements [begin, end) of x; begin is a multiple of kMaskWord. No mask is written to nullptr.
+  void (*fake_quantize)(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const Grid&,
+                        Rule);
+  // out = grad where the mask is set, else 0.
+  void (*masked_grad)(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end);
+  // grad_x as above, and for n elements of one channel the sums of
+  // grad · (level − x/scale inside, level outside) and of grad outside, added to sums [2].
+  void (*lsq_backward)(const T* grad, const T* x, T* grad_x, int64_t n, const Grid&,
+                       int64_t channel, double* sums);
+  // The same for rows of one element per channel; sums [channels, 2].
+  void (*lsq_backward_columns)(const T* grad, const T* x, T* grad_x, int64_t rows, const Grid&,
+                               double* sums);
+  // out = grad where x [n], of one channel, is in range, else 0.
+  void (*clipped_grad)(const T* x, const T* grad, T* out, int64_t n, const Grid&);
+  // A copy that is written past the cache.
+  void (*copy)(const T* from, T* to, int64_t n);
+  // Minimum and maximum of x [n], n > 0; both NaN if there is a NaN.
+  void (*min_max)(const T* x, int64_t n, float* low, float* high);
+  // The same for each column of x [rows, columns], rows > 0; low and high are [columns].
+  void (*min_max_columns)(const T* x, int64_t rows, int64_t columns, float* low, float* high);
+  // Cross-entropy and divergence of one sample, and the gradient of the mean loss.
+  // z, t, grad [classes]; scratch [4 * classes].
+  void (*divergence_row)(const T* z, const T* t, T* grad, int64_t classes, int64_t label,
+                         const LossRule&, double* scratch, double* ce, double* divergence);
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*runs_here)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<bf16> b16;
+  Kernels<f16> h16;
+};
+
+// nullptr where the compiler or the target knows no such instructions.
+extern const InstructionSet* const kPortable;
+extern const InstructionSet* const kAvx2;
+extern const InstructionSet* const kAvx512;
+
+}  // namespace divqat

@@ -1,0 +1,53 @@
+"""Which kernels can serve the ops here, for the suites that run over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cuda_emulator.build import build, why_not
+
+from divqat import ops
+from divqat.ops import _native
+
+EMULATED = "cuda-emulated"
+
+
+def names() -> list:
+    """The PyTorch references, the native kernels for each instruction set of this machine, the CUDA
+    kernels run by the emulator, and on a CUDA device the CUDA kernels themselves (marked ``gpu``).
+    """
+    native = [] if _native.extension is None else _native.extension.instruction_sets()
+    emulated = [EMULATED] if why_not() is None else []
+    cuda = torch.cuda.is_available() and not _native.missing("cuda")
+    device = [pytest.param("cuda", marks=pytest.mark.gpu)] if cuda else []
+    return ["torch", *native, *emulated, *device]
+
+
+@contextmanager
+def serving(name: str) -> Iterator[None]:
+    """Let the named kernels serve the ops; ``cuda`` puts new tensors on the device."""
+    if name == "torch":
+        with ops.backend("torch"):
+            yield
+        return
+    if name == EMULATED:
+        with ops.backend("torch"):
+            registration = build().Registration("cpu")
+            yield
+            registration.remove()
+        return
+    if name == "cuda":
+        with ops.backend("native"), torch.device("cuda"):
+            yield
+        return
+    extension = _native.extension
+    before = extension.instruction_set()
+    extension.use_instruction_set(name)
+    try:
+        with ops.backend("native"):
+            yield
+    finally:
+        extension.use_instruction_set(before)

@@ -1,0 +1,101 @@
+"""What setup.py builds where: without a compiler, with one, and where CUDA was asked for."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_packaging import LEFT_OUT, ROOT, python
+
+
+def build(source, what, **environment):
+    """Run setup.py on a copy of the sources; its exit code and what it said."""
+    command = [sys.executable, "setup.py", "-q", what, "--dist-dir", "dist"]
+    done = subprocess.run(
+        command, cwd=source, env=os.environ | environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def source(tmp_path):
+    return Path(shutil.copytree(ROOT, tmp_path / "divqat", ignore=LEFT_OUT))
+
+
+def said(text):
+    return [line for line in text.splitlines() if line.startswith("divqat: ")]
+
+
+def test_without_a_compiler_the_package_is_pure_python_and_one_line_says_so(source):
+    code, text = build(source, "bdist_wheel", CXX="no-such-compiler")
+    assert code == 0, text
+    assert said(text) == [
+        "divqat: building without CPU kernels: there is no C++ compiler (no-such-compiler)"
+    ]
+    (wheel,) = source.glob("dist/*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+def test_python_only_on_request_without_a_word(source):
+    code, text = build(source, "bdist_wheel", DIVQAT_BUILD="python")
+    assert code == 0 and said(text) == [], text
+    assert [path.name for path in source.glob("dist/*-py3-none-any.whl")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "reason"),
+    [
+        ("cpu", {"CXX": "no-such-compiler"}, "cannot be met: there is no C++ compiler"),
+        ("gpu", {}, "DIVQAT_BUILD: wanted one of auto, python, cpu, cuda, got 'gpu'"),
+        ("cuda", {"CUDA_HOME": ""}, "cannot be met: "),
+    ],
+)
+def test_what_was_asked_for_and_cannot_be_built_is_an_error(source, mode, environment, reason):
+    if mode == "cuda" and torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    code, text = build(source, "bdist_wheel", DIVQAT_BUILD=mode, **environment)
+    assert code != 0 and reason in text
+    assert not list(source.glob("dist/*"))
+
+
+def test_a_compiler_that_fails_is_an_error_or_one_line(source):
+    broken = source / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'cannot create executables' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    code, text = build(source, "bdist_wheel", CXX=str(broken), DIVQAT_BUILD="cpu")
+    assert code != 0
+    code, text = build(source, "bdist_wheel", CXX=str(broken))
+    assert code == 0, text
+    assert any("without native kernels: the compiler failed" in line for line in said(text))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_sdist_to_wheel_with_kernels_works_elsewhere(source, tmp_path):
+    code, text = build(source, "sdist", DIVQAT_BUILD="python")
+    assert code == 0, text
+    (archive,) = source.glob("dist/*.tar.gz")
+    unpacked = tmp_path / "unpacked"
+    with tarfile.open(archive) as files:
+        names = files.getnames()
+        files.extractall(unpacked, filter="data")
+    for part in ("csrc/cpu/simd_avx512.h", "csrc/cuda/fake_quantize.cu", "csrc/cuda/common.cuh"):
+        assert any(name.endswith(part) for name in names), part
+    (folder,) = unpacked.iterdir()
+    code, text = build(folder, "bdist_wheel", DIVQAT_BUILD="cpu")
+    assert code == 0, text
+    (wheel,) = folder.glob("dist/*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "installed")
+    code = """
+import torch, divqat
+y = divqat.ops.fake_quantize(torch.randn(9), torch.tensor(0.1), torch.tensor(0).int(), -8, 7)
+print(divqat._C.__file__, divqat.ops.backends()["fake_quantize"]["cpu"][0])
+"""
+    path, backend = python(tmp_path, code, tmp_path / "installed")
+    assert Path(path).parent == tmp_path / "installed" / "divqat" and backend == "native"
