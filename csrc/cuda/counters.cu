@@ -1,0 +1,92 @@
+// What launches need beside the kernels: counters, occupancy, and how many there were.
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "common.cuh"
+
+namespace divqat::cuda {
+namespace {
+
+// Kernels on one stream follow each other, so a stream needs one counter. A captured launch runs
+// whenever its graph does, beside anything, so it keeps a counter of its own; with very many of
+// them the first are handed out again, which only graphs that run at the same time would notice.
+constexpr uint32_t kStreams = 4096, kCaptured = 1 << 18;
+__device__ uint32_t counters[kStreams + kCaptured];
+
+std::atomic<int64_t> launches{0};
+std::mutex mutex;
+
+// Lets a module or kernel load on its first use even while a graph is being captured.
+class Relaxed {
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+int attribute_of(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+int64_t launch_count() { return launches.load(); }
+void count_launch() { ++launches; }
+
+uint32_t* next_counter(cudaStream_t stream) {
+  static std::map<int, uint32_t*> arrays;                                 // of each device
+  static std::map<std::pair<int, unsigned long long>, uint32_t> streams;  // (device, id) → slot
+  static uint32_t captured = 0;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  const int device = current_device();
+
+  const std::lock_guard<std::mutex> lock(mutex);
+  uint32_t*& array = arrays[device];
+  if (!array) {
+    const Relaxed relaxed;
+    void* address = nullptr;
+    check(cudaGetSymbolAddress(&address, counters), "cudaGetSymbolAddress");
+    array = static_cast<uint32_t*>(address);
+  }
+  if (status != cudaStreamCaptureStatusNone) return array + kStreams + captured++ % kCaptured;
+  unsigned long long id = 0;  // unlike a handle never given to another stream
+  check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+  const auto slot = streams.try_emplace({device, id}, uint32_t(streams.size()) % kStreams).first;
+  return array + slot->second;
+}
+
+int64_t resident_blocks(const void* kernel, int threads) {
+  static std::map<std::tuple<int, const void*, int>, int64_t> known;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& blocks = known[{device, kernel, threads}];
+  if (blocks == 0) {
+    const Relaxed relaxed;
+    int per_multiprocessor = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int count = attribute_of(device, cudaDevAttrMultiProcessorCount);
+    blocks = std::max<int64_t>(1, int64_t(per_multiprocessor) * count);
+  }
+  return blocks;
+}
+
+bool cooperates() {
+  return attribute_of(current_device(), cudaDevAttrCooperativeLaunch) != 0;
+}
+
+}  // namespace divqat::cuda

@@ -1,0 +1,301 @@
+// One row of divergence_loss: its logits in registers or memory, and the four passes over them.
+#pragma once
+#include <string.h>
+
+#include "common.cuh"
+#include "launchers.h"
+
+namespace divqat::cuda {
+
+template <int kGroup>
+constexpr int kBlockOf = kGroup > 128 ? kGroup : 128;
+
+template <class A>
+struct RowOptions {
+  A temperature, inv_temperature, bound, smoothing, weight;
+  bool bounded, non_label, guard;
+};
+
+template <class A>
+struct RowTerms {
+  A ce, divergence;
+};
+
+__device__ inline float exp_of(float x) { return expf(x); }
+__device__ inline double exp_of(double x) { return exp(x); }
+__device__ inline float log_of(float x) { return logf(x); }
+__device__ inline double log_of(double x) { return log(x); }
+__device__ inline float log1p_of(float x) { return log1pf(x); }
+__device__ inline double log1p_of(double x) { return log1p(x); }
+__device__ inline float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double fma_of(double a, double b, double c) { return fma(a, b, c); }
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+
+// Room for the three reductions of a row over a block. Each has its own, so that one barrier per
+// reduction is enough: who writes a slot again has passed the barriers of the other two since.
+template <class A, int kGroup>
+struct Exchange {
+  A at[3][kGroup > 32 ? kGroup / 32 : 1][4];
+};
+
+// Reduces kValues values over the group, to the same bits in each thread. All lanes of a warp, and
+// all threads of a block-wide group, take part.
+template <int kSlot, int kGroup, int kValues, class A, class Combine>
+__device__ void group_reduce(A (&values)[kValues], Exchange<A, kGroup>& exchange, Combine combine) {
+#pragma unroll
+  for (int offset = (kGroup < 32 ? kGroup : 32) / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = combine(values[i], __shfl_xor_sync(0xffffffffu, values[i], offset));
+    }
+  }
+  if constexpr (kGroup > 32) {
+    auto& slot = exchange.at[kSlot];
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) slot[threadIdx.x / 32][i] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = slot[0][i];
+    for (int warp = 1; warp < kGroup / 32; ++warp) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) values[i] = combine(values[i], slot[warp][i]);
+    }
+  }
+}
+
+// A row in packs of 16 bytes on the grid of the whole matrix, so that rows of any length are read
+// and written in aligned packs but for their two ends. Elements of a pack that belong to the
+// neighbours read as -inf: classes without probability, in no need of a test. kPacks per thread
+// are kept in registers; with 0, every pass reads the row again.
+template <class T, int kGroup, int kPacks>
+class LossRow {
+ public:
+  using A = compute_t<T>;
+  static constexpr int W = kWidth<T>, kThreads = kGroup;
+
+  __device__ LossRow(const T* logits, const T* teacher, T* grad, int64_t index, int classes,
+                 bool present, bool aligned)
+      : classes_(classes), aligned_(aligned) {
+    const int64_t begin = index * classes;
+    start_ = -int(begin % W);
+    packs_ = present ? int(divided_up(classes - start_, W)) : 0;
+    logits_ = logits + begin;
+    teacher_ = teacher + begin;
+    grad_ = grad + begin;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      z_[i] = load(logits_, thread() + i * kGroup);
+      t_[i] = load(teacher_, thread() + i * kGroup);
+    }
+  }
+
+  __device__ int classes() const { return classes_; }
+  __device__ A logit(int column) const { return to_compute(logits_[column]); }
+
+  // f(column, logit, teacher logit) for this thread's elements; the column is outside of
+  // [0, classes) for those of a neighbour.
+  template <class F>
+  __device__ void each(F&& f) const {
+    each_pack([&](int pack, const Pack<T, W>& z, const Pack<T, W>& t) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        f(start_ + pack * W + w, to_compute(z.at[w]), to_compute(t.at[w]));
+      }
+    });
+  }
+
+  // gradient ← f(column, logit, teacher logit)
+  template <class F>
+  __device__ void store_each(F&& f) const {
+    each_pack([&](int pack, const Pack<T, W>& z, const Pack<T, W>& t) {
+      const int column = start_ + pack * W;
+      Pack<T, W> result;
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        result.at[w] = from_compute<T>(f(column + w, to_compute(z.at[w]), to_compute(t.at[w])));
+      }
+      if (whole(column)) {
+        // As one word: the compiler would share the stores of the two branches, one by one.
+        uint4 word;
+        memcpy(&word, &result, sizeof(word));
+        __stcg(reinterpret_cast<uint4*>(grad_ + column), word);
+        return;
+      }
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        if (inside(column + w)) grad_[column + w] = result.at[w];
+      }
+    });
+  }
+
+  __device__ bool inside(int column) const { return column >= 0 && column < classes_; }
+
+ private:
+  __device__ static int thread() { return int(threadIdx.x) % kGroup; }
+
+  __device__ bool whole(int column) const {
+    return aligned_ && column >= 0 && column + W <= classes_;
+  }
+
+  __device__ Pack<T, W> load(const T* row, int pack) const {
+    const int column = start_ + pack * W;
+    if (pack < packs_ && whole(column)) {
+      return *reinterpret_cast<const Pack<T, W>*>(row + column);
+    }
+    Pack<T, W> result;
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      const bool mine = pack < packs_ && inside(column + w);
+      result.at[w] = mine ? row[column + w] : from_compute<T>(-A(INFINITY));
+    }
+    return result;
+  }
+
+  template <class F>
+  __device__ void each_pack(F&& f) const {
+    if constexpr (kPacks > 0) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        if (i * kGroup < packs_) f(thread() + i * kGroup, z_[i], t_[i]);
+      }
+    } else {
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
+      for (int pack = thread(); pack < packs_; pack += kGroup) {
+        f(pack, load(logits_, pack), load(teacher_, pack));
+      }
+    }
+  }
+
+  const T* logits_;
+  const T* teacher_;
+  T* grad_;
+  int classes_, start_, packs_;  // start_: column of the first pack's first element, <= 0
+  bool aligned_;
+  Pack<T, W> z_[kPacks > 0 ? kPacks : 1], t_[kPacks > 0 ? kPacks : 1];
+};
+
+// Whether torch.argmax takes the logit z of class k before the label's: the larger, NaN above all,
+// the first among equals.
+template <class A>
+__device__ bool beats(A z, int k, A label_logit, int label) {
+  const bool nan = z != z, label_nan = label_logit != label_logit;
+  if (nan || label_nan) return nan && (!label_nan || k < label);
+  return z > label_logit || (z == label_logit && k < label);
+}
+
+// log((q + p) / 2) from log q and log p
+template <class A>
+__device__ A log_mean(A log_q, A log_p) {
+  const A gap = log_q > log_p ? log_p - log_q : log_q - log_p;
+  return larger(log_q, log_p) + log1p_of(exp_of(gap)) - A(0.693147180559945309417);
+}
+
+// weight · value with 0 · anything = 0
+template <class A>
+__device__ A expected(A weight, A value) {
+  return weight > 0 ? weight * value : A(0);
+}
+
+// Writes the row's gradient of the mean loss and returns CE and D. A target that is no class gives
+// NaN: there is no error to raise from here.
+template <Direction kDirection, class Row>
+__device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_t target,
+                                              typename Row::A share,
+                                              const RowOptions<typename Row::A>& o,
+                                              Exchange<typename Row::A, Row::kThreads>& exchange) {
+  using A = typename Row::A;
+  constexpr int kGroup = Row::kThreads;
+  const A nan = A(NAN);
+  const bool known = valid && target >= 0 && target < row.classes();
+  const int label = known ? int(target) : 0;
+  const int skipped = o.non_label ? label : -1;  // the class outside of D
+  const A label_logit = known ? row.logit(label) : A(0);
+
+  // 1. Maxima of the classes in D, and whether a class beats the label.
+  A top[3] = {-A(INFINITY), -A(INFINITY), A(0)};
+  row.each([&](int k, A z, A t) {
+    if (o.guard && row.inside(k) && beats(z, k, label_logit, label)) top[2] = A(1);
+    if (k == skipped) return;
+    top[0] = larger(top[0], z);
+    top[1] = larger(top[1], t);
+  });
+  group_reduce<0, kGroup>(top, exchange, [](A a, A b) { return larger(a, b); });
+  const A z_top = o.non_label && known ? larger(top[0], label_logit) : top[0];
+  const A u_top = top[0], v_top = top[1];
+
+  // 2. Sums of exponentials: of CE, of q and of p; and the sum of the logits for label smoothing.
+  const bool own_softmax = o.non_label || o.temperature != 1;  // q is not softmax(z)
+  A sums[4] = {};
+  row.each([&](int k, A z, A t) {
+    sums[0] += exp_of(z - z_top);
+    if (o.smoothing > 0 && row.inside(k)) sums[3] += z - z_top;
+    if (k == skipped) return;
+    if (own_softmax) sums[1] += exp_of((z - u_top) * o.inv_temperature);
+    sums[2] += exp_of((t - v_top) * o.inv_temperature);
+  });
+  group_reduce<1, kGroup>(sums, exchange, [](A a, A b) { return a + b; });
+  const A log_z = log_of(sums[0]);
+  const A log_u = own_softmax ? log_of(sums[1]) : log_z;
+  const A log_v = log_of(sums[2]);
+  // CE = − Σ_k target_k · log softmax(z)_k, target = (1 − ε) onehot + ε / C
+  RowTerms<A> terms;
+  terms.ce = -((label_logit - z_top) - log_z);
+  const A smooth = o.smoothing / A(row.classes());
+  if (o.smoothing > 0) {
+    terms.ce = (1 - o.smoothing) * terms.ce - (smooth * sums[3] - o.smoothing * log_z);
+  }
+  if (!known) terms.ce = nan;
+
+  // log q = (u − max u) − log Σ exp(u − max u), and log p from v likewise
+  const auto log_q_of = [&](A z) { return fma_of(z - u_top, o.inv_temperature, -log_u); };
+  const auto log_p_of = [&](A t) { return fma_of(t - v_top, o.inv_temperature, -log_v); };
+
+  // 3. D, and for JS KL(q‖m) beside KL(p‖m)
+  A d[2] = {};
+  row.each([&](int k, A z, A t) {
+    if (k == skipped) return;
+    const A log_q = log_q_of(z), log_p = log_p_of(t);
+    if constexpr (kDirection == Direction::kStudentTeacher) {
+      d[0] += expected(exp_of(log_q), log_q - log_p);
+    } else if constexpr (kDirection == Direction::kTeacherStudent) {
+      d[0] += expected(exp_of(log_p), log_p - log_q);
+    } else {
+      const A log_m = log_mean(log_q, log_p);
+      d[0] += expected(exp_of(log_q), log_q - log_m);
+      d[1] += expected(exp_of(log_p), log_p - log_m);
+    }
+  });
+  group_reduce<2, kGroup>(d, exchange, [](A a, A b) { return a + b; });
+  const A student = d[0];
+  terms.divergence = kDirection == Direction::kJs ? A(0.5) * (d[0] + d[1]) : d[0];
+  // Without a class in D, or where guard holds it back, there is no D.
+  const bool active = !(o.guard && top[2] > 0) && !(o.non_label && row.classes() == 1);
+  const bool pulls = active && !(o.bounded && !(terms.divergence < o.bound)) && o.weight != 0;
+  if (o.bounded && terms.divergence > o.bound) terms.divergence = o.bound;
+  if (!active) terms.divergence = A(0);
+
+  // 4. From L = CE − λ T² D and du/dz = 1 / T:
+  // dL/dz = share · (softmax(z) − target − λ T dD/du)
+  const A pull = o.weight * o.temperature, at_label = 1 - o.smoothing + smooth;
+  row.store_each([&](int k, A z, A t) {
+    if (!known) return valid ? nan : A(0);
+    const A grad = exp_of((z - z_top) - log_z) - (k == label ? at_label : smooth);
+    if (!pulls || k == skipped) return share * grad;
+    const A log_q = log_q_of(z), log_p = log_p_of(t), q = exp_of(log_q);
+    A grad_u;
+    if constexpr (kDirection == Direction::kStudentTeacher) {
+      grad_u = q > 0 ? q * (log_q - log_p - student) : A(0);
+    } else if constexpr (kDirection == Direction::kTeacherStudent) {
+      grad_u = q - exp_of(log_p);
+    } else {
+      grad_u = q > 0 ? A(0.5) * q * (log_q - log_mean(log_q, log_p) - student) : A(0);
+    }
+    return share * (grad - pull * grad_u);
+  });
+  return terms;
+}
+
+}  // namespace divqat::cuda

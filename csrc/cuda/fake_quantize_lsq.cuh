@@ -1,0 +1,147 @@
+// What the kernels of fake_quantize_lsq share: the grid of a channel, and the backward's sums.
+#pragma once
+#include "common.cuh"
+
+namespace divqat::cuda {
+
+constexpr int kLsqThreads = 256;
+// Independent loads in flight per thread and tensor, within half the registers of a full block.
+template <class T, int W>
+constexpr int kLsqUnroll = W > 4 || sizeof(T) == 8 ? 2 : 4;
+// Pairs of partial sums that the last block is given at most: 256 KiB, some microseconds.
+constexpr int64_t kLsqMaxPartials = kLsqScratch / 2;
+
+template <class T>
+struct LsqTask {
+  LsqGrid grid;
+  int64_t parts;  // shares of a channel (runs) or of a tile of columns
+  const T* x;
+  const T* grad_y;  // backward only, as is all below
+  T* out;           // y, or grad_x
+  double grad_factor;
+  double* partial;  // [parts, channels, 2]
+  uint32_t* counter;
+  float* grad_scale;
+  float* grad_zero_point;
+};
+
+// The grid of one channel.
+template <class T>
+struct LsqLevel {
+  using A = compute_t<T>;
+  float scale;
+  A inv_scale, zero_point;
+
+  LsqLevel() = default;
+  __device__ LsqLevel(const LsqGrid& g, int64_t channel) {
+    scale = g.scale[channel];
+    inv_scale = A(1.0f / scale);
+    const float exact = g.learned ? static_cast<const float*>(g.zero_point)[channel]
+                                  : float(static_cast<const int32_t*>(g.zero_point)[channel]);
+    // zero_point = clamp(nearbyint(zero_point))
+    zero_point = A(at_most(at_least(rintf(exact), g.quant_min), g.quant_max));
+  }
+
+  // v = x / scale, r = nearbyint(v) + zero_point; returns q = clamp(r). NaN stays NaN.
+  __device__ A code(T x, const LsqGrid& g, A* v, A* rounded) const {
+    const A low = A(g.quant_min), high = A(g.quant_max);
+    *v = to_compute(x) * inv_scale;
+    *rounded = nearest(*v) + zero_point;
+    const A at_least_low = *rounded < low ? low : *rounded;
+    return at_least_low > high ? high : at_least_low;
+  }
+
+  __device__ T forward(T x, const LsqGrid& g) const {
+    A v, rounded;
+    const A level = code(x, g, &v, &rounded) - zero_point;
+    // y = (q − zero_point) · scale; one scale for a float64 tensor multiplies in float32
+    if (g.per_tensor) return from_compute<T>(A(float(level) * scale));
+    return from_compute<T>(level * A(scale));
+  }
+
+  // Returns grad_x; adds to the sums for the scale and, without its factor −scale, for the zero
+  // point.
+  __device__ T backward(T x, T grad_y, const LsqGrid& g, A* scale_sum, A* outside_sum) const {
+    A v, rounded;
+    const A q = code(x, g, &v, &rounded), grad = to_compute(grad_y);
+    const bool inside = rounded == q;
+    // dy/dscale = q − zero_point − (v inside, 0 outside)
+    *scale_sum += grad * (q - zero_point - (inside ? v : A(0)));
+    *outside_sum += inside ? A(0) : grad;
+    return inside ? grad_y : from_compute<T>(A(0));
+  }
+};
+
+struct LsqSums {
+  double scale, outside;
+
+  __device__ void operator+=(const LsqSums& other) {
+    scale += other.scale;
+    outside += other.outside;
+  }
+};
+
+__device__ inline LsqSums shuffled(const LsqSums& sums, int offset) {
+  LsqSums other;
+  other.scale = __shfl_xor_sync(0xffffffffu, sums.scale, offset);
+  other.outside = __shfl_xor_sync(0xffffffffu, sums.outside, offset);
+  return other;
+}
+
+// The block's sum, in thread 0. All threads take part.
+__device__ inline LsqSums block_sum(LsqSums sums) {
+  __shared__ LsqSums warps[kLsqThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) sums += shuffled(sums, offset);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sums;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kLsqThreads / 32; ++warp) sums += warps[warp];
+  }
+  return sums;
+}
+
+template <class T>
+__device__ void finish(const LsqTask<T>& task, int64_t channel, const LsqSums& sums) {
+  task.grad_scale[channel] = float(sums.scale * task.grad_factor);
+  // dy/dzero_point = −scale outside, 0 inside
+  const double offset = -sums.outside * double(task.grid.scale[channel]) * task.grad_factor;
+  task.grad_zero_point[channel] = task.grid.learned ? float(offset) : 0.0f;
+}
+
+// A share's sums: final where it is the only one, else for the last block.
+template <class T>
+__device__ void hand_in(const LsqTask<T>& task, int64_t part, int64_t channel,
+                        const LsqSums& sums) {
+  if (task.parts == 1) return finish(task, channel, sums);
+  double* partial = task.partial + 2 * (part * task.grid.channels + channel);
+  partial[0] = sums.scale;
+  partial[1] = sums.outside;
+}
+
+// The last block adds up the parts of each channel: `lanes` threads of one warp per channel, as
+// many as keep all threads busy.
+template <class T>
+__device__ void finish_in_last_block(const LsqTask<T>& task) {
+  if (task.parts == 1 || !last_block(task.counter)) return;
+  const int64_t channels = task.grid.channels;
+  int lanes = 32;
+  while (lanes > 1 && lanes * channels > kLsqThreads) lanes /= 2;
+  const int lane = int(threadIdx.x) % lanes;
+  for (int64_t first = 0; first < channels; first += kLsqThreads / lanes) {
+    const int64_t channel = first + int(threadIdx.x) / lanes;
+    LsqSums sums = {0, 0};
+    if (channel < channels) {
+#pragma unroll 8
+      for (int64_t part = lane; part < task.parts; part += lanes) {
+        const double* partial = task.partial + 2 * (part * channels + channel);
+        // Past L1, which is not coherent: other blocks wrote these.
+        sums.scale += __ldcg(partial);
+        sums.outside += __ldcg(partial + 1);
+      }
+    }
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sums += shuffled(sums, offset);
+    if (channel < channels && lane == 0) finish(task, channel, sums);
+  }
+}
+
+}  // namespace divqat::cuda

@@ -1,0 +1,143 @@
+// fake_quantize, observe, fake_quantize_observed: from tensors to their launchers.
+#include <ATen/ops/empty.h>
+
+#include "../checks.h"
+#include "device.h"
+#include "ops.h"
+
+namespace divqat::cuda {
+namespace {
+
+QuantizeGrid grid_of(const Tensor& dense_x, const Tensor& scale, const Tensor& zero_point,
+                  int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis) {
+  const Channels channels = channels_of(dense_x, ch_axis);
+  QuantizeGrid grid = {};
+  grid.scale = scale.const_data_ptr<float>();
+  grid.zero_point = zero_point.const_data_ptr<int32_t>();
+  grid.quant_min = float(quant_min);
+  grid.quant_max = float(quant_max);
+  grid.per_tensor = !ch_axis;
+  grid.propagate_nan = true;
+  grid.n = dense_x.numel();
+  grid.channels = channels.count;
+  grid.inner = channels.inner;
+  return grid;
+}
+
+Tensor mask_for(const Tensor& x) {
+  return at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+}
+
+// The buffers of an observer as contiguous memory, written back where they were not.
+class Buffers {
+ public:
+  Buffers(const Tensor& x, const Tensor& dense_x, const Tensor& running_min,
+          const Tensor& running_max, const Tensor& scale, const Tensor& zero_point,
+          int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
+          double averaging_constant, bool symmetric, bool relu)
+      : running_min_(running_min), running_max_(running_max), scale_(scale),
+        zero_point_(zero_point) {
+    check_range(quant_min, quant_max);
+    const int64_t count = channels_of(dense_x, ch_axis).count;
+    check_qparam("running_min", running_min, x, count, at::kFloat);
+    check_qparam("running_max", running_max, x, count, at::kFloat);
+    check_qparam("scale", scale, x, count, at::kFloat);
+    check_qparam("zero_point", zero_point, x, count, at::kInt);
+    state_.running_min = running_min_.data<float>();
+    state_.running_max = running_max_.data<float>();
+    state_.scale = scale_.data<float>();
+    state_.zero_point = zero_point_.data<int32_t>();
+    state_.options = {int32_t(quant_min), int32_t(quant_max), float(averaging_constant), symmetric,
+                      relu};
+    state_.weights = false;
+    scratch_ = at::empty({kObserverScratch}, x.options().dtype(at::kFloat));
+  }
+
+  const ObserverState& state() const { return state_; }
+  float* scratch() const { return scratch_.mutable_data_ptr<float>(); }
+
+ private:
+  InPlace running_min_, running_max_, scale_, zero_point_;
+  ObserverState state_;
+  Tensor scratch_;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> fake_quantize_cuda(const Tensor& x, const Tensor& scale,
+                                              const Tensor& zero_point, int64_t quant_min,
+                                              int64_t quant_max, std::optional<int64_t> ch_axis,
+                                              bool propagate_nan) {
+  check_float("x", x);
+  check_range(quant_min, quant_max);
+  const OnDevice device(x);
+  const Tensor from = dense(x);
+  const int64_t count = channels_of(from, ch_axis).count;
+  check_qparam("scale", scale, x, count, at::kFloat);
+  check_qparam("zero_point", zero_point, x, count, at::kInt);
+  Tensor y = at::empty_like(from), mask = mask_for(x);
+  if (x.numel() == 0) return {y, mask};
+  const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
+  QuantizeGrid grid = grid_of(from, scales, zero_points, quant_min, quant_max, ch_axis);
+  grid.propagate_nan = propagate_nan;
+  fake_quantize(dtype_of(x), grid, from.const_data_ptr(), y.mutable_data_ptr(),
+                mask.mutable_data_ptr<uint8_t>(), device.stream());
+  return {y, mask};
+}
+
+Tensor fake_quantize_backward_cuda(const Tensor& grad_y, const Tensor& mask) {
+  check_float("grad_y", grad_y);
+  check_mask(mask, grad_y);
+  const OnDevice device(grad_y);
+  Tensor grad_x = at::empty_like(grad_y);
+  if (grad_y.numel() == 0) return grad_x;
+  fake_quantize_backward(dtype_of(grad_y), grad_y.const_data_ptr(), mask.const_data_ptr<uint8_t>(),
+                         grad_x.mutable_data_ptr(), grad_y.numel(), device.stream());
+  return grad_x;
+}
+
+void observe_cuda(const Tensor& x, const Tensor& running_min, const Tensor& running_max,
+                  const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                  int64_t quant_max, std::optional<int64_t> ch_axis, double averaging_constant,
+                  bool symmetric, bool relu) {
+  check_float("x", x);
+  const OnDevice device(x);
+  const Tensor from = dense(x);
+  const Buffers buffers(x, from, running_min, running_max, scale, zero_point, quant_min, quant_max,
+                        ch_axis, averaging_constant, symmetric, relu);
+  if (x.numel() == 0) return;
+  const Channels channels = channels_of(from, ch_axis);
+  observe(dtype_of(x), buffers.state(), from.const_data_ptr(), x.numel(), channels.count,
+          channels.inner, buffers.scratch(), device.stream());
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_observed_cuda(
+    const Tensor& x, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
+    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
+    double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
+  check_float("x", x);
+  TORCH_CHECK_VALUE(mode == "exact" || mode == "delayed" || mode == "frozen",
+                    "observer_mode: wanted exact, delayed or frozen, got ", mode);
+  const OnDevice device(x);
+  const Tensor from = dense(x);
+  const Buffers buffers(x, from, running_min, running_max, scale, zero_point, quant_min, quant_max,
+                        ch_axis, averaging_constant, symmetric, relu);
+  Tensor y = at::empty_like(from), mask = mask_for(x);
+  if (x.numel() == 0) return {y, mask};
+  QuantizeGrid grid = grid_of(from, scale, zero_point, quant_min, quant_max, ch_axis);
+  grid.scale = buffers.state().scale;
+  grid.zero_point = buffers.state().zero_point;
+  grid.relu = relu;
+  const auto run = mode == "exact" ? fake_quantize_exact : fake_quantize_delayed;
+  uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
+  if (mode == "frozen") {
+    fake_quantize(dtype_of(x), grid, from.const_data_ptr(), y.mutable_data_ptr(), bits,
+                  device.stream());
+  } else {
+    run(dtype_of(x), buffers.state(), grid, from.const_data_ptr(), y.mutable_data_ptr(), bits,
+        buffers.scratch(), device.stream());
+  }
+  return {y, mask};
+}
+
+}  // namespace divqat::cuda

@@ -1,0 +1,225 @@
+// Quantize-dequantize of packs of elements, and masks of one bit per element.
+#pragma once
+#include "common.cuh"
+
+namespace divqat::cuda {
+
+constexpr int kQuantizeThreads = 256;
+// Blocks per multiprocessor that the registers must leave room for: with 64 bytes under way per
+// thread two of them cover the latency of memory, and nothing has to be spilled.
+constexpr int kQuantizeBlocks = 2;
+// Independent 16-byte loads in flight per thread.
+constexpr int kQuantizeUnroll = 4;
+// Packs that a block takes at a time, all of them at once.
+constexpr int64_t kQuantizeTile = kQuantizeThreads * kQuantizeUnroll;
+
+inline int64_t quantize_tiles_of(int64_t n, int width) {
+  return divided_up(divided_up(n, width), kQuantizeTile);
+}
+
+// Calls f(first pack, whole) for each tile of x that falls to this block, the last one first where
+// `reverse`: then what the block read last, and L2 still holds, comes first. `whole` is a constant,
+// so that whole tiles need no test per pack; only the last one of x may not be whole.
+template <int W, class F>
+__device__ void for_each_tile(int64_t n, bool reverse, F&& f) {
+  const int64_t tiles = divided_up(divided_up(n, W), kQuantizeTile);
+  const int64_t mine = tiles > blockIdx.x ? (tiles - blockIdx.x - 1) / gridDim.x + 1 : 0;
+  for (int64_t round = 0; round < mine; ++round) {
+    const int64_t tile = blockIdx.x + (reverse ? mine - 1 - round : round) * gridDim.x;
+    const int64_t first = tile * kQuantizeTile + threadIdx.x;
+    if ((tile + 1) * kQuantizeTile * W <= n) {
+      f(first, std::true_type());
+    } else {
+      f(first, std::false_type());
+    }
+  }
+}
+
+// The pack at element i of x [n]; past the end, zeros.
+template <bool kWhole, int W, class T>
+__device__ Pack<T, W> load_pack(const T* x, int64_t i, int64_t n) {
+  if constexpr (!kWhole) {
+    if (i + W > n) {
+      Pack<T, W> pack;
+#pragma unroll
+      for (int w = 0; w < W; ++w) pack.at[w] = i + w < n ? x[i + w] : from_compute<T>(0);
+      return pack;
+    }
+  }
+  return *reinterpret_cast<const Pack<T, W>*>(x + i);
+}
+
+template <bool kWhole, int W, class T>
+__device__ void store_pack(T* y, int64_t i, int64_t n, const Pack<T, W>& pack) {
+  if constexpr (!kWhole) {
+    if (i + W > n) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) {
+        if (i + w < n) y[i + w] = pack.at[w];
+      }
+      return;
+    }
+  }
+  *reinterpret_cast<Pack<T, W>*>(y + i) = pack;
+}
+
+// What holds for all channels, as values to select with instead of branches.
+template <class A>
+struct Limits {
+  A low, high;
+  A floor;     // 0 with relu, else -inf
+  A nan_code;  // what NaN becomes
+
+  __device__ explicit Limits(const QuantizeGrid& g)
+      : low(A(g.quant_min)),
+        high(A(g.quant_max)),
+        floor(g.relu ? A(0) : -A(INFINITY)),
+        nan_code(g.propagate_nan ? A(NAN) : low) {}
+};
+
+// The scale and zero point of one channel.
+template <class T>
+struct Step {
+  using A = compute_t<T>;
+  float scale;
+  A inv_scale, zero_point;
+
+  Step() = default;
+  __device__ Step(float scale, int32_t zero_point)
+      : scale(scale), inv_scale(A(1.0f / scale)), zero_point(A(zero_point)) {}
+  __device__ Step(const QuantizeGrid& g, int64_t channel)
+      : Step(g.scale[channel], g.zero_point[channel]) {}
+
+  // Returns whether the value was in range.
+  __device__ bool operator()(T x, const Limits<A>& limits, bool per_tensor, T* y) const {
+    const A given = to_compute(x);
+    const A value = given < limits.floor ? limits.floor : given;  // NaN stays
+    // q = clamp(nearbyint(x · (1/scale)) + zero_point)
+    const A rounded = nearest(value * inv_scale) + zero_point;
+    A q = rounded < limits.low ? limits.low : rounded;
+    q = q > limits.high ? limits.high : q;
+    q = rounded != rounded ? limits.nan_code : q;
+    // y = (q − zero_point) · scale; float64 codes with one scale in float32
+    const A level = q - zero_point;
+    A dequantized = level * A(scale);
+    if constexpr (std::is_same_v<A, double>) {
+      if (per_tensor) dequantized = A(float(level) * scale);
+    }
+    *y = from_compute<T>(dequantized);
+    return rounded == q && given > limits.floor;  // -inf was out of range anyway
+  }
+};
+
+// How the elements of a pack find their channel.
+enum class Spread { kOne, kPerPack, kPerElement };
+
+// The channel of an element, and of those that follow.
+class ChannelWalk {
+ public:
+  __device__ ChannelWalk(const QuantizeGrid& g, int64_t i) : g_(g) {
+    // 32-bit division where it reaches: the other is many times slower
+    if (g.n <= 0x7fffffff) {
+      const uint32_t run = uint32_t(i) / uint32_t(g.inner);
+      offset_ = int64_t(uint32_t(i) - run * uint32_t(g.inner));
+      channel_ = int64_t(run % uint32_t(g.channels));
+    } else {
+      const int64_t run = i / g.inner;
+      offset_ = i - run * g.inner;
+      channel_ = run % g.channels;
+    }
+  }
+  __device__ int64_t channel() const { return channel_; }
+  // On to the next element; whether it is of another channel.
+  __device__ bool next() {
+    if (++offset_ < g_.inner) return false;
+    offset_ = 0;
+    if (++channel_ == g_.channels) channel_ = 0;
+    return true;
+  }
+
+ private:
+  const QuantizeGrid& g_;
+  int64_t offset_, channel_;
+};
+
+// Quantizes one pack that starts at element i; returns a bit per element.
+template <class T, int W, Spread kSpread>
+__device__ uint32_t quantize_pack(const Pack<T, W>& x, const QuantizeGrid& g,
+                                  const Limits<compute_t<T>>& limits, const Step<T>& step,
+                                  int64_t i, Pack<T, W>* y) {
+  uint32_t bits = 0;
+  if constexpr (kSpread == Spread::kOne) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      bits |= uint32_t(step(x.at[w], limits, g.per_tensor, &y->at[w])) << w;
+    }
+  } else {
+    ChannelWalk walk(g, i);
+    Step<T> own(g, walk.channel());
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      if (kSpread == Spread::kPerElement && w > 0 && walk.next()) own = Step<T>(g, walk.channel());
+      bits |= uint32_t(own(x.at[w], limits, g.per_tensor, &y->at[w])) << w;
+    }
+  }
+  return bits;
+}
+
+// Stores the W bits of each lane's pack, the lanes' packs adjacent: words of 32 bits, whole where
+// the mask goes on that far. `pack` is this lane's; all lanes of the warp take part.
+template <bool kWhole, int W>
+__device__ void store_mask(uint8_t* mask, uint32_t bits, int64_t pack, int64_t n) {
+  constexpr int kLanes = 32 / W;  // that fill a word
+  uint32_t word;
+  if constexpr (W == 1) {
+    word = __ballot_sync(0xffffffffu, bits);
+  } else {
+    word = bits << (threadIdx.x % kLanes * W);
+#pragma unroll
+    for (int lane = 1; lane < kLanes; lane *= 2) word |= __shfl_xor_sync(0xffffffffu, word, lane);
+  }
+  const int64_t first = pack * W;  // element of bit 0, in the first lane of the word
+  if (!mask || threadIdx.x % kLanes != 0) return;
+  if (kWhole || n - first > 24) {
+    *reinterpret_cast<uint32_t*>(mask + first / 8) = word;
+  } else {
+#pragma unroll 1
+    for (int64_t at = first; at < n; at += 8, word >>= 8) mask[at / 8] = uint8_t(word);
+  }
+}
+
+// All of x's tiles that fall to this block. `seen` is shown every element that is read.
+template <class T, int W, Spread kSpread, class Seen>
+__device__ void quantize_tiles(const QuantizeGrid& g, const Step<T>& step, const T* x, T* y,
+                               uint8_t* mask, bool reverse, Seen&& seen) {
+  const Limits<compute_t<T>> limits(g);
+  for_each_tile<W>(g.n, reverse, [&](int64_t first, auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    Pack<T, W> values[kQuantizeUnroll];
+#pragma unroll
+    for (int u = 0; u < kQuantizeUnroll; ++u) {
+      values[u] = load_pack<kWhole, W>(x, (first + u * kQuantizeThreads) * W, g.n);
+    }
+#pragma unroll
+    for (int u = 0; u < kQuantizeUnroll; ++u) {
+      const int64_t pack = first + u * kQuantizeThreads, i = pack * W;
+      uint32_t bits = 0;
+      Pack<T, W> out;
+      if (kWhole || i < g.n) {
+        bits = quantize_pack<T, W, kSpread>(values[u], g, limits, step, i, &out);
+        store_pack<kWhole>(y, i, g.n, out);
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+          if (kWhole || i + w < g.n) {
+            seen(values[u].at[w]);
+          } else {
+            bits &= ~(1u << w);
+          }
+        }
+      }
+      store_mask<kWhole, W>(mask, bits, pack, g.n);
+    }
+  });
+}
+
+}  // namespace divqat::cuda
