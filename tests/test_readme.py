@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from testing import randn
 
 from divqat.cli import _parser
 from divqat.evaluate import Result, results_table
+from divqat.files import read_json
 from divqat.job import Job
 from divqat.models import build
 
 ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "bench" / "results" / "cpu-kernels.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -50,9 +53,20 @@ def test_the_shipped_configurations_are_valid():
 
 
 def test_the_tables_are_those_of_the_committed_results():
-    files = sorted((ROOT / "bench" / "results").glob("*.json"))
+    files = set((ROOT / "bench" / "results").glob("*.json")) - {KERNELS}
     assert files
     for file in files:
         result = Result.load(file)
         assert results_table(result) in README, f"paste the table of {file.name} into README.md"
         assert result.command in README
+
+
+def test_the_table_of_the_kernels_is_that_of_the_committed_run():
+    sys.path.insert(0, str(ROOT))  # bench/ is not installed
+    from bench.cpu import table
+
+    result = read_json(KERNELS)
+    assert table(result) in README, "paste what python -m bench.cpu printed into README.md"
+    assert result["command"] in README
+    for key in ("commit", "date", "hardware", "threads", "versions", "native_kernels"):
+        assert result[key]

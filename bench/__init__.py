@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench.cpu`` times the CPU kernels against their peers."""
