@@ -83,6 +83,24 @@ def test_masked_gradient_is_bit_equal(isa, dtype):
 
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_large_tensors_are_written_past_the_cache_and_bit_equal(isa, dtype, offset):
+    n = (9 << 20) // dtype.itemsize + 37  # more than kStreamBytes
+    x = torch.randn(n + offset, dtype=torch.float32).to(dtype)[offset:]
+    x[100] = NAN
+    q = (tensor(0.02), torch.tensor(3, dtype=torch.int32))
+    native, reference = both(isa, lambda: call.fake_quantize(x, *q, -60, 61, None, True))
+    same(native, reference)
+    grad, mask = torch.ones_like(x), native[1]
+    same(*both(isa, lambda: [call.fake_quantize_backward(grad, mask)]))
+    rows = [x[: n // 1000 * 1000].view(1000, -1)] * 4  # together more than kCacheBytes
+    args = (-127, 127, 0)
+    same(*both(isa, lambda: call.fake_quantize_weights(rows, *args)))
+    same(*both(isa, lambda: call.fake_quantize_weights_backward(rows, rows, *args)))
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_observed_is_bit_equal_buffers_included(isa, dtype, symmetric):
     for x in awkward(dtype):

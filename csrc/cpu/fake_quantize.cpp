@@ -34,11 +34,12 @@ Tensor fake_quantize_backward_cpu(const Tensor& grad_y, const Tensor& mask) {
   check_mask(mask, grad_y);
   Tensor grad_x = at::empty_like(grad_y);
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
+  const bool stream = grad_x.nbytes() > kStreamBytes;
   with_kernels(grad_y.scalar_type(), [&](const auto& kernels, auto* type) {
     const auto* from = data(grad_y, type);
     auto* to = mutable_data(grad_x, type);
     in_parallel(grad_y.numel(), [&](int64_t begin, int64_t end) {
-      kernels.masked_grad(from, bits, to, begin, end);
+      kernels.masked_grad(from, bits, to, begin, end, stream);
     });
   });
   return grad_x;

@@ -141,19 +141,23 @@ static void fake_quantize(const T* x, T* y, uint8_t* mask, int64_t begin, int64_
 }
 
 template <class T>
-static void masked_grad(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end) {
+static void masked_grad(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end,
+                        bool stream) {
   using S = Register<T>;
   constexpr int w = S::width;
   const typename S::reg zero = S::set(0);
+  stream = stream && reinterpret_cast<uintptr_t>(out + begin) % 64 == 0;
   int64_t i = begin;
   for (; i + 64 <= end; i += 64) {
     uint64_t bits;
     __builtin_memcpy(&bits, mask + i / 8, 8);
     for (int j = 0; j < 64; j += w) {
       const auto kept = S::from_bits(uint32_t(bits >> j));
-      S::store(out + i + j, S::select(kept, S::load(grad + i + j), zero));
+      const auto value = S::select(kept, S::load(grad + i + j), zero);
+      stream ? S::stream(out + i + j, value) : S::store(out + i + j, value);
     }
   }
+  if (stream) S::fence();
   for (; i < end; i += 8) {  // eight at a time: a byte of the mask
     const int lanes = end - i < 8 ? int(end - i) : 8;
     const auto kept = S::from_bits(mask[i / 8]);

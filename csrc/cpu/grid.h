@@ -13,6 +13,10 @@ namespace divqat {
 // Elements per thread below which another thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
+// An activation of more bytes than this is written past the cache: most of it would be gone before
+// anything reads it, and what it overwrites need not be read first.
+constexpr size_t kStreamBytes = 8 << 20;
+
 // Calls f(kernels of the dtype, pointer of its element type).
 template <class F>
 void with_kernels(at::ScalarType dtype, F&& f) {
@@ -78,8 +82,9 @@ void in_parallel(int64_t n, const F& f) {
 }
 
 // y and, unless it is undefined, mask from x; all dense in the same memory order.
-inline void quantize_all(const Tensor& x, const Tensor& y, const Tensor& mask, const Grid& grid,
+inline void quantize_all(const Tensor& x, const Tensor& y, const Tensor& mask, Grid grid,
                          Rule rule) {
+  grid.stream = y.nbytes() > kStreamBytes;
   uint8_t* const bits = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   with_kernels(x.scalar_type(), [&](const auto& kernels, auto* type) {
     const auto* from = data(x, type);

@@ -46,7 +46,8 @@ struct Kernels {
   void (*fake_quantize)(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const Grid&,
                         Rule);
   // out = grad where the mask is set, else 0.
-  void (*masked_grad)(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end);
+  void (*masked_grad)(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end,
+                      bool stream);
   // grad_x as above, and for n elements of one channel the sums of
   // grad · (level − x/scale inside, level outside) and of grad outside, added to sums [2].
   void (*lsq_backward)(const T* grad, const T* x, T* grad_x, int64_t n, const Grid&,
