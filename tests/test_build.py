@@ -1,6 +1,7 @@
 """What setup.py builds where: without a compiler, with one, and where CUDA was asked for."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,3 +100,19 @@ print(divqat._C.__file__, divqat.ops.backends()["fake_quantize"]["cpu"][0])
 """
     path, backend = python(tmp_path, code, tmp_path / "installed")
     assert Path(path).parent == tmp_path / "installed" / "divqat" and backend == "native"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_no_machine_runs_instructions_it_has_not(name, tmp_path):
+    """Of a file for an instruction set, nothing runs at load, and the linker takes nothing for the
+    rest: whatever it may merge with other files' code lies in the set's own namespace.
+    """
+    unit = tmp_path / f"{name}.o"
+    command = ["c++", "-O1", "-std=c++17", "-ffp-contract=off", "-c"]
+    subprocess.run([*command, ROOT / f"csrc/cpu/isa_{name}.cpp", "-o", unit], check=True)
+    symbols = subprocess.run(["nm", "-C", unit], check=True, capture_output=True, text=True).stdout
+    assert f"divqat::{name}::" in symbols
+    assert "_GLOBAL__" not in symbols
+    merged = [s for line in symbols.splitlines() for s in re.findall(r"^\S+ [VWu] (.+)", line)]
+    assert all(f"divqat::{name}::" in symbol for symbol in merged), merged

@@ -1,9 +1,15 @@
-// The kernels compiled for AVX2, FMA and F16C. Nothing with external inline linkage may be
-// instantiated here: the linker could take this file's copy for machines that cannot run it.
+// The kernels compiled for AVX2, FMA and F16C. What runs on every machine stands above the target,
+// as in isa_avx512.cpp.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+
+static bool runs_here() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -16,14 +22,9 @@ namespace avx2 {
 #include "simd_avx2.h"
 using Float = Avx2;
 #include "kernels.inc"
-
-static bool runs_here() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
 }  // namespace avx2
 
-static const InstructionSet set = avx2::kernels("avx2", avx2::runs_here);
+static constexpr InstructionSet set = avx2::kernels("avx2", runs_here);
 const InstructionSet* const kAvx2 = &set;
 
 }  // namespace divqat

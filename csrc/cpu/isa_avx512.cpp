@@ -1,9 +1,17 @@
-// The kernels compiled for AVX-512. Nothing with external inline linkage may be instantiated here:
-// the linker could take this file's copy for machines that cannot run it.
+// The kernels compiled for AVX-512. What runs on every machine stands above the target: runs_here();
+// the table is constexpr, or filling it would be AVX-512 code that runs at load. Nothing with
+// external inline linkage may be instantiated here: the linker could take this file's copy for all.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+
+static bool runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
@@ -17,15 +25,9 @@ namespace avx512 {
 #include "simd_avx512.h"
 using Float = Avx512;
 #include "kernels.inc"
-
-static bool runs_here() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma");
-}
 }  // namespace avx512
 
-static const InstructionSet set = avx512::kernels("avx512", avx512::runs_here);
+static constexpr InstructionSet set = avx512::kernels("avx512", runs_here);
 const InstructionSet* const kAvx512 = &set;
 
 }  // namespace divqat

@@ -8,7 +8,7 @@ using Float = Portable<float, 8>;
 #include "kernels.inc"
 }  // namespace portable
 
-static const InstructionSet set = portable::kernels("portable", [] { return true; });
+static constexpr InstructionSet set = portable::kernels("portable", [] { return true; });
 const InstructionSet* const kPortable = &set;
 
 }  // namespace divqat
