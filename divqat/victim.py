@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -176,7 +177,7 @@ def _runner(model: Any) -> Callable[[Tensor], Tensor]:
         _check_eval(model)
         return lambda images: _run_module(model, images)
     if isinstance(model, (str, Path)):
-        model = _open_onnx(Path(model))
+        model = open_onnx(Path(model))
     if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an onnxruntime.InferenceSession
         return _session_runner(model)
     if callable(model):
@@ -201,11 +202,36 @@ def _check_eval(model: nn.Module) -> None:
         )
 
 
-def _open_onnx(path: Path) -> Any:
+def open_onnx(path: Path) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU that computes what the file says.
+
+    CPUs without VNNI add products of 8-bit activations and weights in 16 bits, which saturate, and
+    by default ONNX Runtime takes that for speed: answers change. Its option
+    ``session.x64quantprecision`` keeps such weights from it, so all machines agree. It fails where
+    layers share a weight's zero point; then a warning says that the default is used.
+
+    Raises:
+        FileNotFoundError: there is no such file. ImportError: ONNX Runtime is not installed.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"model: no ONNX file at {path}")
     onnxruntime = require("onnxruntime", "export")
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 4  # a failure is reported below
+    providers = ["CPUExecutionProvider"]
+    try:  # ConstantSharing would merge zero points that are apart in the file
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
+        )
+    except Exception as error:
+        session = onnxruntime.InferenceSession(str(path), providers=providers)
+        warnings.warn(
+            f"{path}: sums of int8 products may saturate on this CPU, as ONNX Runtime could not "
+            f"open the file with session.x64quantprecision: {error}",
+            stacklevel=2,
+        )
+        return session
 
 
 def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ import divqat
 from divqat.export import export_onnx
 from divqat.nn._layer import QuantLayer
 from divqat.quantize.deployed import IntegerLayer
+from divqat.victim import open_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -24,8 +25,7 @@ INT8, UINT8, INT32 = (getattr(onnx.TensorProto, name) for name in ("INT8", "UINT
 
 
 def run(path, x):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(["logits"], {"images": x.numpy()})
+    (output,) = open_onnx(path).run(["logits"], {"images": x.numpy()})
     return torch.from_numpy(output)
 
 
@@ -130,6 +130,16 @@ def test_export_is_silent_and_leaves_the_model_alone(tmp_path, capfd):
     assert prepared.training
     for key, value in before.items():
         assert torch.equal(prepared.state_dict()[key], value)
+
+
+def test_every_weight_has_its_own_zero_point(exported):
+    points = [
+        node.input[2]
+        for node in exported.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in exported.initializers
+    ]
+    assert len(points) == len(set(points)) >= exported.report.layers
+    assert not any(exported.constant(name).any() for name in points)
 
 
 def test_narrow_activations_are_clipped_codes(tmp_path):

@@ -232,6 +232,23 @@ def test_onnx_session(tmp_path):
     assert torch.equal(Victim(session)(IMAGES), Victim(tmp_path / "model.onnx")(IMAGES))
 
 
+def test_a_file_that_opens_only_with_saturating_sums_is_used_with_a_warning(tmp_path, monkeypatch):
+    linear_onnx(tmp_path / "model.onnx", "batch")
+    expected = Victim(tmp_path / "model.onnx")(IMAGES)
+    import onnxruntime
+
+    class Picky(onnxruntime.InferenceSession):
+        def __init__(self, path, options=None, **rest):
+            if options is not None:
+                raise RuntimeError("Attempt to replace the existing tensor")
+            super().__init__(path, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Picky)
+    with pytest.warns(UserWarning, match=r"may saturate on this CPU.*x64quantprecision: Attempt"):
+        victim = Victim(tmp_path / "model.onnx")
+    assert torch.equal(victim(IMAGES), expected)
+
+
 def test_onnx_shape_is_checked(tmp_path):
     linear_onnx(tmp_path / "model.onnx", "batch")
     victim = Victim(tmp_path / "model.onnx")

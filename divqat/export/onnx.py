@@ -88,10 +88,12 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
             verbose=False,
         )
     assert program is not None
+    proto = program.model_proto
+    _separate_zero_points(proto.graph)
     kernels: dict[str, int] = {}
 
     def write(temporary: Path) -> None:
-        program.save(temporary)
+        temporary.write_bytes(proto.SerializeToString())
         kernels.update(runtime_kernels(temporary))
 
     path = write_atomic(path, write)
@@ -106,6 +108,25 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
         kernels=kernels,
         runtime=onnxruntime.__version__,
     )
+
+
+def _separate_zero_points(graph: Any) -> None:
+    """Give every weight a zero point of its own; the exporter merges equal ones.
+
+    For ``session.x64quantprecision``: ONNX Runtime 1.32 shifts weights and their zero points to
+    uint8 one layer at a time, and fails at one that it has shifted before.
+    """
+    constants = {constant.name: constant for constant in graph.initializer}
+    taken = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:
+            continue
+        shared = node.input[2]
+        if shared in taken:
+            own = graph.initializer.add()
+            own.CopyFrom(constants[shared])
+            own.name = node.input[2] = f"{node.output[0]}_zero_point"
+        taken.add(shared)
 
 
 def runtime_kernels(path: str | Path) -> dict[str, int]:

@@ -44,7 +44,7 @@ def preset(name: str, *, weight_bits: int = 8, activation_bits: int = 8) -> Quan
 
     * ``"x86"`` (ONNX Runtime, OpenVINO): uint8 affine activations, int8 weights with a scale per
       channel. CPUs without VNNI saturate when they add products of 8-bit weights and activations:
-      use ``weight_bits=7`` there.
+      there, turn on ONNX Runtime's ``session.x64quantprecision``, or use ``weight_bits=7``.
     * ``"tensorrt"``: symmetric int8 activations with zero point 0, weights as above.
     * ``"qnnpack"``: uint8 affine activations, int8 weights with one scale per tensor.
 
