@@ -3,11 +3,15 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
 #include <optional>
+#include <string_view>
+
+#include "qparams.h"
 
 namespace divqat {
 
@@ -80,6 +84,10 @@ inline void check_same(const char* name, const Tensor& value, const Tensor& x) {
 
 inline int64_t mask_bytes(int64_t elements) { return (elements + 7) / 8; }
 
+inline Tensor empty_mask(const Tensor& x) {
+  return at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+}
+
 inline void check_mask(const Tensor& mask, const Tensor& grad_y) {
   check_device("mask", mask, grad_y);
   TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte, "mask: wanted uint8, got ", mask.scalar_type());
@@ -89,6 +97,25 @@ inline void check_mask(const Tensor& mask, const Tensor& grad_y) {
   TORCH_CHECK_VALUE(grad_y.is_non_overlapping_and_dense(),
                     "grad_y: wanted a dense tensor in the mask's memory order, got strides ",
                     grad_y.strides());
+}
+
+inline void check_observer(const Tensor& x, const Tensor& running_min, const Tensor& running_max,
+                           const Tensor& scale, const Tensor& zero_point, int64_t count) {
+  check_qparam("running_min", running_min, x, count, at::kFloat);
+  check_qparam("running_max", running_max, x, count, at::kFloat);
+  check_qparam("scale", scale, x, count, at::kFloat);
+  check_qparam("zero_point", zero_point, x, count, at::kInt);
+}
+
+inline ObserverOptions observer_options(int64_t quant_min, int64_t quant_max,
+                                        double averaging_constant, bool symmetric, bool relu) {
+  check_range(quant_min, quant_max);
+  return {int32_t(quant_min), int32_t(quant_max), float(averaging_constant), symmetric, relu};
+}
+
+inline void check_observer_mode(std::string_view mode) {
+  TORCH_CHECK_VALUE(mode == "exact" || mode == "delayed" || mode == "frozen",
+                    "observer_mode: wanted exact, delayed or frozen, got ", mode);
 }
 
 // A buffer that is updated in place, as contiguous memory: written back if it was not.

@@ -26,8 +26,10 @@ DIVQAT_HOST_DEVICE inline float at_least(float x, float bound) { return x < boun
 DIVQAT_HOST_DEVICE inline float at_most(float x, float bound) { return x > bound ? bound : x; }
 DIVQAT_HOST_DEVICE inline bool is_finite(float x) { return x - x == 0.0f; }
 
-// scale = 2 · amax / (quant_max − quant_min), at least float32's epsilon.
-DIVQAT_HOST_DEVICE inline float symmetric_scale(float amax, int32_t quant_min, int32_t quant_max) {
+// scale = 2 · max(−low, high) / (quant_max − quant_min), at least float32's epsilon; NaN where low is.
+DIVQAT_HOST_DEVICE inline float symmetric_scale(float low, float high, int32_t quant_min,
+                                                int32_t quant_max) {
+  const float amax = -low > high || low != low ? -low : high;
   return at_least(amax * 2.0f / float(quant_max - quant_min), 1.1920928955078125e-7f);
 }
 
@@ -37,7 +39,7 @@ DIVQAT_HOST_DEVICE inline void choose_qparams(float low, float high, const Obser
   low = at_most(low, 0.0f);
   high = at_least(high, 0.0f);
   if (o.symmetric) {
-    *scale = symmetric_scale(-low > high ? -low : high, o.quant_min, o.quant_max);
+    *scale = symmetric_scale(low, high, o.quant_min, o.quant_max);
     *zero_point = o.quant_min < 0 ? 0 : (o.quant_max + 1) / 2;
     return;
   }

@@ -36,8 +36,10 @@ def serving(name: str) -> Iterator[None]:
     if name == EMULATED:
         with ops.backend("torch"):
             registration = build().Registration("cpu")
-            yield
-            registration.remove()
+            try:
+                yield
+            finally:
+                registration.remove()
         return
     if name == "cuda":
         with ops.backend("native"), torch.device("cuda"):
@@ -51,3 +53,10 @@ def serving(name: str) -> Iterator[None]:
             yield
     finally:
         extension.use_instruction_set(before)
+
+
+def launches(emulator, function) -> tuple:
+    """What the function returns and how many kernels it launched."""
+    before = emulator.launch_count()
+    result = function()
+    return result, emulator.launch_count() - before

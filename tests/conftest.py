@@ -18,6 +18,16 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def emulated_kernels():
+    """The CUDA kernels, run by the emulator, serve the module's tests."""
+    with backends.serving(backends.EMULATED):
+        module = backends.build()
+        yield module
+        # every launch leaves the counters of its last block as it found them
+        assert module.counters_are_zero()
+
+
 @pytest.fixture
 def one_thread():
     """Tiny layers on several threads mostly wait, very long where other processes run."""

@@ -164,3 +164,14 @@ def test_double_backward():
 def test_bad_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         fake_quantize_observed(torch.zeros(3), *buffers(), 0, 255, **change)
+
+
+def test_buffers_that_are_not_contiguous_are_written_back():
+    x = randn(4, 3, 5)
+    table = torch.full((3, 2), INF)
+    scale, zero_point = torch.ones(6)[::2], torch.zeros(6, dtype=torch.int32)[::2]
+    torch.ops.divqat.observe(
+        x, table[:, 0], table[:, 1].neg_(), scale, zero_point, 0, 255, 1, 0.1, False, False
+    )
+    assert torch.equal(table[:, 0], x.amin((0, 2))) and torch.equal(table[:, 1], x.amax((0, 2)))
+    assert (scale < 1).all() and (zero_point > 0).all()

@@ -34,6 +34,32 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(integer)
 
 
+def qparams_along(x: Tensor, ch_axis: int | None) -> tuple[Tensor, Tensor]:
+    """A scale and a zero point, or one for each channel, all different."""
+    n = 1 if ch_axis is None else x.shape[ch_axis]
+    scale = torch.linspace(0.03, 0.11, n)
+    zero_point = (torch.arange(n, dtype=torch.int32) * 7) % 11 - 5
+    return (scale[0], zero_point[0]) if ch_axis is None else (scale, zero_point)
+
+
+def axes(x: Tensor) -> list[int | None]:
+    """Per tensor, and every axis."""
+    return [None, *range(x.dim())]
+
+
+def variants(x: Tensor):
+    """A large x in other layouts, [N, C, H, W], and with NaN and infinities in it."""
+    yield x.to(memory_format=torch.channels_last)
+    yield x.permute(2, 0, 3, 1)
+    yield x[:, ::2, 1:, ::3]
+    yield x[:, :1].expand(-1, 4, -1, -1)
+    spoilt = x.clone()
+    spoilt.view(-1)[::1013] = torch.nan
+    spoilt.view(-1)[5::2017] = torch.inf
+    spoilt.view(-1)[6::2017] = -torch.inf
+    yield spoilt
+
+
 def same(got, wanted) -> None:
     """Two lists of tensors are equal in dtype, strides and bits; NaN where the other has NaN."""
     for a, b in zip(got, wanted, strict=True):

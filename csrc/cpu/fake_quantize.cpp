@@ -1,7 +1,4 @@
 // fake_quantize and its backward on the CPU.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
 #include "grid.h"
 #include "ops.h"
 
@@ -18,7 +15,7 @@ std::tuple<Tensor, Tensor> fake_quantize_cpu(const Tensor& x, const Tensor& scal
   check_qparam("scale", scale, x, channels.count, at::kFloat);
   check_qparam("zero_point", zero_point, x, channels.count, at::kInt);
   Tensor y = at::empty_like(from);
-  Tensor mask = at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+  Tensor mask = empty_mask(x);
   if (x.numel() == 0) return {y, mask};
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
   const int32_t* zero = zero_points.const_data_ptr<int32_t>();
@@ -33,6 +30,11 @@ Tensor fake_quantize_backward_cpu(const Tensor& grad_y, const Tensor& mask) {
   check_float("grad_y", grad_y);
   check_mask(mask, grad_y);
   Tensor grad_x = at::empty_like(grad_y);
+  masked_grad_all(grad_y, mask, grad_x);
+  return grad_x;
+}
+
+void masked_grad_all(const Tensor& grad_y, const Tensor& mask, const Tensor& grad_x) {
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
   const bool stream = grad_x.nbytes() > kStreamBytes;
   with_kernels(grad_y.scalar_type(), [&](const auto& kernels, auto* type) {
@@ -42,7 +44,6 @@ Tensor fake_quantize_backward_cpu(const Tensor& grad_y, const Tensor& mask) {
       kernels.masked_grad(from, bits, to, begin, end, stream);
     });
   });
-  return grad_x;
 }
 
 }  // namespace divqat

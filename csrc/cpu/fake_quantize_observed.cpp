@@ -1,10 +1,7 @@
 // observe and fake_quantize_observed on the CPU.
-#include <ATen/ops/empty.h>
-
 #include <limits>
 #include <mutex>
 
-#include "../qparams.h"
 #include "grid.h"
 #include "ops.h"
 
@@ -26,10 +23,7 @@ class Observer {
         running_max_(running_max),
         scale_(scale),
         zero_point_(zero_point) {
-    check_qparam("running_min", running_min, x, channels.count, at::kFloat);
-    check_qparam("running_max", running_max, x, channels.count, at::kFloat);
-    check_qparam("scale", scale, x, channels.count, at::kFloat);
-    check_qparam("zero_point", zero_point, x, channels.count, at::kInt);
+    check_observer(x, running_min, running_max, scale, zero_point, channels.count);
   }
 
   void observe(const Tensor& dense_x) {
@@ -58,12 +52,6 @@ class Observer {
   ObserverOptions options_;
   InPlace running_min_, running_max_, scale_, zero_point_;
 };
-
-ObserverOptions options_of(int64_t quant_min, int64_t quant_max, double averaging_constant,
-                           bool symmetric, bool relu) {
-  check_range(quant_min, quant_max);
-  return {int32_t(quant_min), int32_t(quant_max), float(averaging_constant), symmetric, relu};
-}
 
 }  // namespace
 
@@ -121,7 +109,7 @@ void observe_cpu(const Tensor& x, const Tensor& running_min, const Tensor& runni
   check_float("x", x);
   const Tensor from = dense(x);
   Observer observer(x, running_min, running_max, scale, zero_point, channels_of(from, ch_axis),
-                    options_of(quant_min, quant_max, averaging_constant, symmetric, relu));
+                    observer_options(quant_min, quant_max, averaging_constant, symmetric, relu));
   observer.observe(from);
 }
 
@@ -130,13 +118,12 @@ std::tuple<Tensor, Tensor> fake_quantize_observed_cpu(
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
     double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
   check_float("x", x);
-  TORCH_CHECK_VALUE(mode == "exact" || mode == "delayed" || mode == "frozen",
-                    "observer_mode: wanted exact, delayed or frozen, got ", mode);
+  check_observer_mode(mode);
   const Tensor from = dense(x);
   Observer observer(x, running_min, running_max, scale, zero_point, channels_of(from, ch_axis),
-                    options_of(quant_min, quant_max, averaging_constant, symmetric, relu));
+                    observer_options(quant_min, quant_max, averaging_constant, symmetric, relu));
   Tensor y = at::empty_like(from);
-  Tensor mask = at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+  Tensor mask = empty_mask(x);
   if (mode == "exact") observer.observe(from);
   observer.quantize(from, y, mask, !ch_axis);
   if (mode == "delayed") observer.observe(from);

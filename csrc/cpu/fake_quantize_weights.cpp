@@ -1,7 +1,5 @@
 // fake_quantize_weights and its backward on the CPU: every row of every weight in one parallel
 // loop, each read while it is in the cache.
-#include <ATen/ops/empty.h>
-
 #include <cstring>
 
 #include "../qparams.h"
@@ -28,8 +26,7 @@ void quantize_row(const Kernels& kernels, const T* from, const T* grad, T* out, 
                   int64_t quant_min, int64_t quant_max, bool stream) {
   float low, high;
   kernels.min_max(from, n, &low, &high);
-  const float amax = -low > high || low != low ? -low : high;
-  const float scale = symmetric_scale(amax, int32_t(quant_min), int32_t(quant_max));
+  const float scale = symmetric_scale(low, high, int32_t(quant_min), int32_t(quant_max));
   const float inv_scale = 1.0f / scale, zero_point = 0.0f;
   const Grid grid{&scale, &inv_scale, &zero_point, 1, n, float(quant_min), float(quant_max),
                   false,  stream};
@@ -51,17 +48,16 @@ void quantize_weight(const Weight& w, int64_t quant_min, int64_t quant_max, bool
   float *low = range.data(), *high = low + w.channels.count;
   min_max_all(w.from, w.channels, low, high);
   for (size_t c = 0; c < scale.size(); ++c) {
-    const float amax = -low[c] > high[c] || low[c] != low[c] ? -low[c] : high[c];
-    scale[c] = symmetric_scale(amax, int32_t(quant_min), int32_t(quant_max));
+    scale[c] = symmetric_scale(low[c], high[c], int32_t(quant_min), int32_t(quant_max));
   }
   const GridTables tables(
       scale.data(), [](int64_t) { return 0.0f; }, w.channels, quant_min, quant_max, per_tensor);
   if (!w.grad.defined()) {
     return quantize_all(w.from, w.out, Tensor(), *tables, Rule::kPropagateNan);
   }
-  Tensor mask = at::empty({mask_bytes(w.from.numel())}, w.from.options().dtype(at::kByte));
+  const Tensor mask = empty_mask(w.from);
   quantize_all(w.from, w.out, mask, *tables, Rule::kPropagateNan);
-  w.out.copy_(fake_quantize_backward_cpu(w.grad, mask));
+  masked_grad_all(w.grad, mask, w.out);
 }
 
 std::vector<Tensor> run(const std::vector<Weight>& weights, int64_t quant_min, int64_t quant_max,

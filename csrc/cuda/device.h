@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "../checks.h"
 #include "launchers.h"
 
 namespace divqat::cuda {
@@ -25,6 +26,23 @@ inline DType dtype_of(const at::Tensor& x) {
     case at::kBFloat16: return DType::kBFloat16;
     default: return DType::kHalf;  // check_float() let nothing else through
   }
+}
+
+// How a dense x is quantized with `channels` scales and zero points on the device.
+inline QuantizeGrid grid_of(const at::Tensor& dense_x, const float* scale,
+                            const int32_t* zero_point, int64_t quant_min, int64_t quant_max,
+                            Channels channels, bool per_tensor) {
+  QuantizeGrid grid = {};
+  grid.scale = scale;
+  grid.zero_point = zero_point;
+  grid.quant_min = float(quant_min);
+  grid.quant_max = float(quant_max);
+  grid.per_tensor = per_tensor;
+  grid.propagate_nan = true;
+  grid.n = dense_x.numel();
+  grid.channels = channels.count;
+  grid.inner = channels.inner;
+  return grid;
 }
 
 }  // namespace divqat::cuda

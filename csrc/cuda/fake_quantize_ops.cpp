@@ -8,47 +8,22 @@
 namespace divqat::cuda {
 namespace {
 
-QuantizeGrid grid_of(const Tensor& dense_x, const Tensor& scale, const Tensor& zero_point,
-                  int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis) {
-  const Channels channels = channels_of(dense_x, ch_axis);
-  QuantizeGrid grid = {};
-  grid.scale = scale.const_data_ptr<float>();
-  grid.zero_point = zero_point.const_data_ptr<int32_t>();
-  grid.quant_min = float(quant_min);
-  grid.quant_max = float(quant_max);
-  grid.per_tensor = !ch_axis;
-  grid.propagate_nan = true;
-  grid.n = dense_x.numel();
-  grid.channels = channels.count;
-  grid.inner = channels.inner;
-  return grid;
-}
-
-Tensor mask_for(const Tensor& x) {
-  return at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
-}
-
 // The buffers of an observer as contiguous memory, written back where they were not.
 class Buffers {
  public:
-  Buffers(const Tensor& x, const Tensor& dense_x, const Tensor& running_min,
+  Buffers(const Tensor& x, Channels channels, const Tensor& running_min,
           const Tensor& running_max, const Tensor& scale, const Tensor& zero_point,
-          int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
-          double averaging_constant, bool symmetric, bool relu)
+          int64_t quant_min, int64_t quant_max, double averaging_constant, bool symmetric,
+          bool relu)
       : running_min_(running_min), running_max_(running_max), scale_(scale),
         zero_point_(zero_point) {
-    check_range(quant_min, quant_max);
-    const int64_t count = channels_of(dense_x, ch_axis).count;
-    check_qparam("running_min", running_min, x, count, at::kFloat);
-    check_qparam("running_max", running_max, x, count, at::kFloat);
-    check_qparam("scale", scale, x, count, at::kFloat);
-    check_qparam("zero_point", zero_point, x, count, at::kInt);
+    state_.options =
+        observer_options(quant_min, quant_max, averaging_constant, symmetric, relu);
+    check_observer(x, running_min, running_max, scale, zero_point, channels.count);
     state_.running_min = running_min_.data<float>();
     state_.running_max = running_max_.data<float>();
     state_.scale = scale_.data<float>();
     state_.zero_point = zero_point_.data<int32_t>();
-    state_.options = {int32_t(quant_min), int32_t(quant_max), float(averaging_constant), symmetric,
-                      relu};
     state_.weights = false;
     scratch_ = at::empty({kObserverScratch}, x.options().dtype(at::kFloat));
   }
@@ -72,13 +47,15 @@ std::tuple<Tensor, Tensor> fake_quantize_cuda(const Tensor& x, const Tensor& sca
   check_range(quant_min, quant_max);
   const OnDevice device(x);
   const Tensor from = dense(x);
-  const int64_t count = channels_of(from, ch_axis).count;
-  check_qparam("scale", scale, x, count, at::kFloat);
-  check_qparam("zero_point", zero_point, x, count, at::kInt);
-  Tensor y = at::empty_like(from), mask = mask_for(x);
+  const Channels channels = channels_of(from, ch_axis);
+  check_qparam("scale", scale, x, channels.count, at::kFloat);
+  check_qparam("zero_point", zero_point, x, channels.count, at::kInt);
+  Tensor y = at::empty_like(from), mask = empty_mask(x);
   if (x.numel() == 0) return {y, mask};
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
-  QuantizeGrid grid = grid_of(from, scales, zero_points, quant_min, quant_max, ch_axis);
+  QuantizeGrid grid =
+      grid_of(from, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(),
+              quant_min, quant_max, channels, !ch_axis);
   grid.propagate_nan = propagate_nan;
   fake_quantize(dtype_of(x), grid, from.const_data_ptr(), y.mutable_data_ptr(),
                 mask.mutable_data_ptr<uint8_t>(), device.stream());
@@ -103,10 +80,10 @@ void observe_cuda(const Tensor& x, const Tensor& running_min, const Tensor& runn
   check_float("x", x);
   const OnDevice device(x);
   const Tensor from = dense(x);
-  const Buffers buffers(x, from, running_min, running_max, scale, zero_point, quant_min, quant_max,
-                        ch_axis, averaging_constant, symmetric, relu);
-  if (x.numel() == 0) return;
   const Channels channels = channels_of(from, ch_axis);
+  const Buffers buffers(x, channels, running_min, running_max, scale, zero_point, quant_min,
+                        quant_max, averaging_constant, symmetric, relu);
+  if (x.numel() == 0) return;
   observe(dtype_of(x), buffers.state(), from.const_data_ptr(), x.numel(), channels.count,
           channels.inner, buffers.scratch(), device.stream());
 }
@@ -116,17 +93,16 @@ std::tuple<Tensor, Tensor> fake_quantize_observed_cuda(
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
     double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
   check_float("x", x);
-  TORCH_CHECK_VALUE(mode == "exact" || mode == "delayed" || mode == "frozen",
-                    "observer_mode: wanted exact, delayed or frozen, got ", mode);
+  check_observer_mode(mode);
   const OnDevice device(x);
   const Tensor from = dense(x);
-  const Buffers buffers(x, from, running_min, running_max, scale, zero_point, quant_min, quant_max,
-                        ch_axis, averaging_constant, symmetric, relu);
-  Tensor y = at::empty_like(from), mask = mask_for(x);
+  const Channels channels = channels_of(from, ch_axis);
+  const Buffers buffers(x, channels, running_min, running_max, scale, zero_point, quant_min,
+                        quant_max, averaging_constant, symmetric, relu);
+  Tensor y = at::empty_like(from), mask = empty_mask(x);
   if (x.numel() == 0) return {y, mask};
-  QuantizeGrid grid = grid_of(from, scale, zero_point, quant_min, quant_max, ch_axis);
-  grid.scale = buffers.state().scale;
-  grid.zero_point = buffers.state().zero_point;
+  QuantizeGrid grid = grid_of(from, buffers.state().scale, buffers.state().zero_point, quant_min,
+                              quant_max, channels, !ch_axis);
   grid.relu = relu;
   const auto run = mode == "exact" ? fake_quantize_exact : fake_quantize_delayed;
   uint8_t* bits = mask.mutable_data_ptr<uint8_t>();

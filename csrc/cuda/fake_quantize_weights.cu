@@ -100,8 +100,8 @@ __device__ void quantize_row(const Table& table, const T* row, const T* grad, T*
     }
   });
   e = team_extremes<kTeam>(e);
-  const float amax = e.nan ? NAN : float(larger(-e.low, e.high));
-  const float scale = symmetric_scale(amax, int32_t(table.quant_min), int32_t(table.quant_max));
+  const float scale = symmetric_scale(e.nan ? NAN : float(e.low), float(e.high),
+                                      int32_t(table.quant_min), int32_t(table.quant_max));
   const A inv_scale = A(1.0f / scale);
   const A low = A(table.quant_min), high = A(table.quant_max);
   // q = clamp(nearbyint(w · (1/scale))), zero point 0

@@ -75,8 +75,7 @@ struct Updated {
   __device__ void observe(const ObserverState& s, const Range& range) {
     const float low = range.least(), high = range.most();
     if (s.weights) {
-      const float amax = -low > high || low != low ? -low : high;
-      scale = symmetric_scale(amax, s.options.quant_min, s.options.quant_max);
+      scale = symmetric_scale(low, high, s.options.quant_min, s.options.quant_max);
     } else {
       observe_channel(low, high, s.options, &running_min, &running_max, &scale, &zero_point);
     }

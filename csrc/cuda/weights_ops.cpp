@@ -27,21 +27,13 @@ void quantize_weight(const Tensor& from, const Tensor& grad, const Tensor& out, 
   const int64_t n = from.numel();
   observe(dtype, state, from.const_data_ptr(), n, channels.count, channels.inner,
           scratch.mutable_data_ptr<float>(), stream);
-  QuantizeGrid grid = {};
-  grid.scale = state.scale;
-  grid.zero_point = state.zero_point;
-  grid.quant_min = float(quant_min);
-  grid.quant_max = float(quant_max);
-  grid.per_tensor = per_tensor;
-  grid.propagate_nan = true;
-  grid.n = n;
-  grid.channels = channels.count;
-  grid.inner = channels.inner;
+  const QuantizeGrid grid = grid_of(from, state.scale, state.zero_point, quant_min, quant_max,
+                                    channels, per_tensor);
   if (!grad.defined()) {
     return fake_quantize(dtype, grid, from.const_data_ptr(), out.mutable_data_ptr(), nullptr,
                          stream);
   }
-  const Tensor mask = at::empty({mask_bytes(n)}, options.dtype(at::kByte));
+  const Tensor mask = empty_mask(from);
   uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
   fake_quantize(dtype, grid, from.const_data_ptr(), out.mutable_data_ptr(), bits, stream);
   fake_quantize_backward(dtype, grad.const_data_ptr(), bits, out.mutable_data_ptr(), n, stream);

@@ -88,6 +88,7 @@ class LearnedStepFakeQuantize(QuantState):
     """
 
     SWITCHES = ("fake_quant_enabled", "initialized")
+    relu = False  # never applied by this one: its gradient of the scale would have to know
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class QuantizeDequantize(nn.Module):
     def __init__(self, quantizer: FakeQuantize | LearnedStepFakeQuantize) -> None:
         super().__init__()
         self.spec: QuantSpec = quantizer.spec
-        self.relu = isinstance(quantizer, FakeQuantize) and quantizer.relu
+        self.relu = quantizer.relu
         scale, zero_point = quantizer.calculate_qparams()
         self.register_buffer("scale", scale.clone())
         self.register_buffer(

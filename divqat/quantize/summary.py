@@ -130,7 +130,7 @@ def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
 
             def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 x = args[0].detach().float()
-                seen[name] = x.relu() if getattr(module, "relu", False) else x
+                seen[name] = x.relu() if module.relu else x
 
             handles.append(module.register_forward_pre_hook(keep))
     training = {module: module.training for module in model.modules()}
