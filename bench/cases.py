@@ -129,29 +129,33 @@ def resnet50_weights() -> list[Tensor]:
     return [torch.randn(shape, generator=generator).mul_(0.05) for shape in [*shapes, (1000, 2048)]]
 
 
-def weights() -> Case:
-    """All weights of ResNet-50, per channel: 8 + 12 bytes per element."""
-    list_ = resnet50_weights()
+def weights(quant_min: int) -> Case:
+    """All weights of ResNet-50, per channel: 8 bytes per element, 20 if codes can be clipped."""
+    list_ = [w.requires_grad_() for w in resnet50_weights()]
     grads = [torch.randn_like(w) for w in list_]
+    levels = 127 - quant_min
 
     def ours() -> list[Tensor]:
-        y = call.fake_quantize_weights(list_, -127, 127, 0)
-        return y + call.fake_quantize_weights_backward(grads, list_, -127, 127, 0)
+        outputs = ops.fake_quantize_weights(list_, quant_min, 127)
+        return [*_detached(outputs), *torch.autograd.grad(outputs, list_, grads)]
 
     def peer() -> list[Tensor]:
         outputs = []
         for w in list_:
-            scale = w.flatten(1).abs().amax(1) / 127
+            scale = w.detach().flatten(1).abs().amax(1) * 2 / levels
             zero_point = torch.zeros(len(w), dtype=INT32)
-            op = aten.fake_quantize_per_channel_affine_cachemask
-            outputs.append(op(w, scale, zero_point, 0, -127, 127))
-        back = aten.fake_quantize_per_channel_affine_cachemask_backward
-        return [y for y, _ in outputs] + [
-            back(g, mask) for g, (_, mask) in zip(grads, outputs, strict=True)
-        ]
+            op = torch.fake_quantize_per_channel_affine
+            outputs.append(op(w, scale, zero_point, 0, quant_min, 127))
+        return [*_detached(outputs), *torch.autograd.grad(outputs, list_, grads)]
 
-    size = 20 * sum(w.numel() for w in list_)
-    return Case("fake_quantize_weights, ResNet-50", ours, {"ATen, a loop": peer}, size, list_)
+    per_element = 8 if quant_min == -127 else 20
+    name = f"fake_quantize_weights, ResNet-50, codes {quant_min} to 127"
+    size = per_element * sum(w.numel() for w in list_)
+    return Case(name, ours, {"torch, a loop": peer}, size, _detached(list_))
+
+
+def _detached(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.detach() for t in tensors]
 
 
 def loss(n: int, c: int, compile_: bool = True) -> Case:
@@ -203,6 +207,7 @@ def all_cases() -> Iterator[Callable[[], Case]]:
             yield lambda mb=megabytes, mode=mode: observed(mb, mode)
     for megabytes in (4, 16):
         yield lambda mb=megabytes: learned(mb)
-    yield weights
+    for quant_min in (-127, -128):
+        yield lambda quant_min=quant_min: weights(quant_min)
     for n, c in ((128, 10), (1024, 100), (1024, 1000), (256, 21841)):
         yield lambda n=n, c=c: loss(n, c)

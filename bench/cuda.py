@@ -129,7 +129,7 @@ def small_rows() -> list[dict[str, Any]]:
             weights, -127, 127, 0
         ),
         "fake_quantize_weights_backward, ResNet-50": lambda: call.fake_quantize_weights_backward(
-            grads, weights, -127, 127, 0
+            grads, weights, -128, 127, 0
         ),
         "divergence_loss, [1024, 1000]": lambda: call.divergence_loss(logits, teacher, *loss),
         "divergence_loss_backward, [1024, 1000]": lambda: call.divergence_loss_backward(

@@ -51,10 +51,23 @@ def test_one_scale_per_weight():
     assert y.tolist() == [[1.0, 0.0], [0.0, -2.0]]  # scale 1; 0.5 rounds to even
 
 
-def test_narrow_range_clips_nothing():
-    w = randn(16, 9).requires_grad_()
-    fake_quantize_weights([w], -127, 127)[0].sum().backward()
-    assert w.grad.min() == 1.0
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_max", [1, 7, 127, 2**16 - 1])
+def test_codes_symmetric_about_zero_clip_nothing_and_save_nothing(dtype, quant_max):
+    # any magnitude, the smallest and largest numbers included
+    w = randn(512, 9, dtype=torch.float64, seed=quant_max)
+    w *= 10.0 ** torch.linspace(-45, 38, 512, dtype=torch.float64)[:, None]
+    finite = torch.finfo(dtype).max
+    w = w.clamp(-finite, finite).to(dtype)
+    mask = torch.ops.divqat.fake_quantize_weights_backward(
+        [torch.ones_like(w)], [w], -quant_max, quant_max, 0
+    )[0]
+    assert mask.min() == 1.0
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        (y,) = fake_quantize_weights([w.requires_grad_()], -quant_max, quant_max)
+    grad = randn(512, 9, dtype=dtype, seed=1)
+    assert torch.equal(torch.autograd.grad(y, w, grad)[0], grad) and not saved
 
 
 def test_zero_row_nan_row_and_empty():

@@ -22,8 +22,9 @@ def fake_quantize_weights(
     """Symmetric fake-quantization of a list of weights, with scales taken from their rows.
 
     scale = 2 · max|row| / (quant_max − quant_min), zero point 0; value and gradient as in
-    :func:`fake_quantize`, with the scale a constant. The mask is computed from the weights again
-    in the backward, so nothing is saved but the weights themselves.
+    :func:`fake_quantize`, with the scale a constant. Codes that are symmetric about zero clip
+    nothing, so their gradient is passed on as it is, at no cost. Otherwise the mask is computed
+    from the weights again in the backward, and nothing is saved but the weights themselves.
 
     Args:
         weights: float32, float64, bfloat16 or float16 tensors of any shape.
@@ -45,15 +46,28 @@ def fake_quantize_weights(
     return list(FakeQuantizeWeights.apply(quant_min, quant_max, ch_axis, *weights))
 
 
+def _clips_nothing(quant_min: int, quant_max: int) -> bool:
+    """Whether every finite weight is in range of the scale that its row's largest one sets.
+
+    That one is max|row| · (1 / (max|row| / quant_max)) = quant_max · (1 + 4e), |e| < 2⁻²³ for the
+    roundings of float32, which rounds to quant_max while quant_max · 2⁻²¹ is below half a step.
+    """
+    return quant_min == -quant_max and quant_max < 2**16
+
+
 class FakeQuantizeWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *ctx.range, weights = *args[:3], args[3:]
-        ctx.save_for_backward(*weights)
+        ctx.straight_through = _clips_nothing(*args[:2])
+        if not ctx.straight_through:
+            ctx.save_for_backward(*weights)
         return tuple(torch.ops.divqat.fake_quantize_weights(list(weights), *ctx.range))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.straight_through:
+            return (None, None, None, *grads)
         weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *grads)
