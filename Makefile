@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test lint sanitize install clean
+.PHONY: demo fashion-mnist test test-triton lint sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -15,6 +15,19 @@ fashion-mnist: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+	$(MAKE) test-triton
+
+# The Triton kernels in Triton's interpreter, which a process has or has not: the installed release, and
+# the oldest that is supported, beside it.
+TRITON_TESTS := tests/test_triton.py tests/test_dispatch.py $(wildcard tests/test_fake_quantize*.py) tests/test_divergence_loss.py
+OLDEST_TRITON := .venv/triton-3.6.0
+test-triton: .venv/dev $(OLDEST_TRITON)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS)
+	TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest $(TRITON_TESTS)
+
+$(OLDEST_TRITON): .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0
+	@touch $@
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,23 +1,27 @@
-"""``python -m bench.cuda``: the CUDA kernels beside a copy on the same device.
+"""``python -m bench.cuda``: the CUDA and the Triton kernels beside a copy on the same device.
 
-Times are medians of CUDA events; inputs rotate through more memory than the L2 cache holds.
+``--tune`` tries other tiles for the Triton kernels instead. Times are medians of CUDA events;
+inputs rotate through more memory than the L2 cache holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.cases import resnet50_weights
 from bench.timing import environment
+from divqat import ops
 from divqat.files import write_json
-from divqat.ops import _native
+from divqat.ops import _native, _triton
 
 call = torch.ops.divqat
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,17 +42,39 @@ def milliseconds(functions: list[Callable[[], object]], repeats: int = 50) -> fl
     return statistics.median(times)
 
 
-def counted(function: Callable[[], object]) -> int:
-    """Kernels of ours that one call launches; a host synchronization is an error."""
-    extension: Any = _native.extension
+def counted(backend: str, function: Callable[[], object]) -> int:
+    """Kernels that one call launches; a host synchronization is an error."""
     function()
-    before = extension.launch_count()
+    torch.cuda.synchronize()
+    before = _launches[backend]()
     torch.cuda.set_sync_debug_mode("error")
     try:
         function()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return extension.launch_count() - before
+    return _launches[backend]() - before
+
+
+def _triton_launches() -> int:
+    """Launches of Triton kernels since the first call."""
+    from triton import knobs
+
+    if not hasattr(_triton_launches, "count"):
+        _triton_launches.count = 0  # type: ignore[attr-defined]
+
+        def count(*_: Any) -> None:
+            _triton_launches.count += 1  # type: ignore[attr-defined]
+
+        knobs.runtime.launch_enter_hook.add(count)
+    return _triton_launches.count  # type: ignore[attr-defined]
+
+
+def _native_launches() -> int:
+    extension: Any = _native.extension
+    return extension.launch_count()
+
+
+_launches = {"cuda": _native_launches, "triton": _triton_launches}
 
 
 def activation_ops(x: Tensor, grad: Tensor) -> dict[str, tuple[Callable[[], object], float]]:
@@ -86,7 +112,7 @@ def activation_ops(x: Tensor, grad: Tensor) -> dict[str, tuple[Callable[[], obje
     }
 
 
-def rows(megabytes: float, dtype: torch.dtype) -> list[dict[str, Any]]:
+def rows(megabytes: float, dtype: torch.dtype, backends: list[str]) -> list[dict[str, Any]]:
     """Every activation op on tensors of one size."""
     extension: Any = _native.extension
     n = int(megabytes * 2**20) // dtype.itemsize
@@ -102,21 +128,25 @@ def rows(megabytes: float, dtype: torch.dtype) -> list[dict[str, Any]]:
     bandwidth = 2 * target.nbytes / milliseconds([copy(x) for x in inputs])
     variants = [activation_ops(inputs[i], inputs[i + 1]) for i in range(sets)]
     results = []
-    for name, (function, size) in variants[0].items():
-        time = milliseconds([variant[name][0] for variant in variants])
-        results.append(
-            {
-                "name": f"{name}, {megabytes:g} MB {str(dtype).removeprefix('torch.')}",
-                "milliseconds": time,
-                "gb_per_s": size * n / time / 1e6,
-                "share_of_copy": size * n / time / bandwidth,
-                "launches": counted(function),
-            }
-        )
+    for name, (_, size) in variants[0].items():
+        for backend in backends:
+            with ops.backend(backend):
+                time = milliseconds([variant[name][0] for variant in variants])
+                launches = counted(backend, variants[0][name][0])
+            results.append(
+                {
+                    "name": f"{name}, {megabytes:g} MB {str(dtype).removeprefix('torch.')}",
+                    "backend": backend,
+                    "milliseconds": time,
+                    "gb_per_s": size * n / time / 1e6,
+                    "share_of_copy": size * n / time / bandwidth,
+                    "launches": launches,
+                }
+            )
     return results
 
 
-def small_rows() -> list[dict[str, Any]]:
+def small_rows(backends: list[str]) -> list[dict[str, Any]]:
     """What is bound by launches rather than bytes: all weights of ResNet-50, and the loss."""
     weights = [w.cuda() for w in resnet50_weights()]
     grads = [torch.randn_like(w) for w in weights]
@@ -136,30 +166,66 @@ def small_rows() -> list[dict[str, Any]]:
             logits, one
         ),
     }
-    return [
-        {"name": name, "milliseconds": milliseconds([f]), "launches": counted(f)}
-        for name, f in functions.items()
-    ]
+    results = []
+    for name, function in functions.items():
+        for backend in backends:
+            with ops.backend(backend):
+                row = {"name": name, "backend": backend, "milliseconds": milliseconds([function])}
+                results.append(row | {"launches": counted(backend, function)})
+    return results
+
+
+def tuned() -> list[dict[str, Any]]:
+    """The Triton kernels with other tiles and warps, on activations of 64 MB."""
+    from divqat.kernels import _channels, divergence_loss, fake_quantize, fake_quantize_observed
+
+    modules: list[Any] = [divergence_loss, fake_quantize, fake_quantize_observed]
+    results = []
+    for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)):
+        plan = _channels.plan
+
+        def other(*args: Any, block: int = block, warps: int = warps, plan: Any = plan) -> Any:
+            grid, meta = plan(*args)
+            return grid, meta | {"BLOCK_K": block // meta["BLOCK_C"], "num_warps": warps}
+
+        choice = {"BLOCK": block, "num_warps": warps}
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                replaced = mock.patch.object(module, "block_of", lambda *_, c=choice: c)
+                stack.enter_context(replaced)
+            for name in ("fake_quantize_observed", "fake_quantize_lsq"):
+                stack.enter_context(mock.patch(f"divqat.kernels.{name}.plan", other))
+            for dtype in DTYPES.values():
+                results += [row | choice for row in rows(64, dtype, ["triton"])]
+    return sorted(results, key=lambda row: (row["name"], row["milliseconds"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__)
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 16, 64, 256, 1024, 2048])
     parser.add_argument("--json", help="write the result here")
+    parser.add_argument("--tune", action="store_true", help="compare tiles of the Triton kernels")
     args = parser.parse_args()
-    if not torch.cuda.is_available() or _native.missing("cuda"):
-        reason = _native.missing("cuda") or "no CUDA device is available"
+    missing = {"cuda": _native.missing("cuda"), "triton": _triton.missing("cuda")}
+    # the extension has the copy that all is compared with
+    if not torch.cuda.is_available() or missing["cuda"]:
+        reason = missing["cuda"] or "no CUDA device is available"
         raise SystemExit(f"bench.cuda: nothing to measure: {reason}")
+    backends = [name for name, reason in missing.items() if not reason]
     result: dict[str, Any] = environment("python -m bench.cuda " + " ".join(sys.argv[1:]))
-    result |= {"device": torch.cuda.get_device_name(), "rows": small_rows()}
-    for dtype in DTYPES.values():
-        for megabytes in args.megabytes:
-            result["rows"] += rows(megabytes, dtype)
+    result |= {"device": torch.cuda.get_device_name(), "absent": missing}
+    if args.tune:
+        result["rows"] = tuned()
+    else:
+        result["rows"] = small_rows(backends)
+        for dtype in DTYPES.values():
+            for megabytes in args.megabytes:
+                result["rows"] += rows(megabytes, dtype, backends)
     for row in result["rows"]:
         share = f"{100 * row['share_of_copy']:5.0f} % of a copy" if "share_of_copy" in row else ""
-        print(
-            f"{row['name']:<60}{row['milliseconds']:9.4f} ms {row['launches']:3} launches {share}"
-        )
+        tile = f"{row['BLOCK']:5} x{row['num_warps']}" if "BLOCK" in row else ""
+        what = f"{row['name']:<55}{row['backend']:<7}{tile}"
+        print(f"{what}{row['milliseconds']:9.4f} ms {row['launches']:3} launches {share}")
     if args.json:
         write_json(args.json, result)
 

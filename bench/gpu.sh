@@ -33,5 +33,7 @@ else
   echo "sanitizer: there is no compute-sanitizer here"
 fi
 stage bench 180 $PYTHON -m bench.cuda --json "$OUT/cuda.json"
-tail -n 40 "$OUT/bench.log"
+stage host 60 $PYTHON -m bench.triton_host --json "$OUT/triton-host.json"
+stage tune 120 $PYTHON -m bench.cuda --tune --json "$OUT/triton-tune.json"
+tail -n 60 "$OUT/bench.log" "$OUT/host.log" "$OUT/tune.log"
 exit $failed

@@ -10,25 +10,36 @@ import torch
 from cuda_emulator.build import build, why_not
 
 from divqat import ops
-from divqat.ops import _native
+from divqat.ops import _native, _triton
 
 EMULATED = "cuda-emulated"
+INTERPRETED = "triton-interpreted"
 
 
 def names() -> list:
     """The PyTorch references, the native kernels for each instruction set of this machine, the CUDA
-    kernels run by the emulator, and on a CUDA device the CUDA kernels themselves (marked ``gpu``).
+    kernels run by the emulator, and on a CUDA device the CUDA and the Triton kernels themselves
+    (marked ``gpu``). Under ``TRITON_INTERPRET=1``, which holds for a whole process, nothing but the
+    Triton kernels on CPU tensors.
     """
+    if _triton.interpreted():
+        return [INTERPRETED]
     native = [] if _native.extension is None else _native.extension.instruction_sets()
     emulated = [EMULATED] if why_not() is None else []
-    cuda = torch.cuda.is_available() and not _native.missing("cuda")
-    device = [pytest.param("cuda", marks=pytest.mark.gpu)] if cuda else []
+    device = []
+    if torch.cuda.is_available():
+        absent = {"cuda": _native.missing("cuda"), "triton": _triton.missing("cuda")}
+        device = [pytest.param(n, marks=pytest.mark.gpu) for n in absent if not absent[n]]
     return ["torch", *native, *emulated, *device]
 
 
 @contextmanager
 def serving(name: str) -> Iterator[None]:
-    """Let the named kernels serve the ops; ``cuda`` puts new tensors on the device."""
+    """Let the named kernels serve the ops; those of a device put new tensors there."""
+    if name == INTERPRETED:
+        with ops.backend("triton"):
+            yield
+        return
     if name == "torch":
         with ops.backend("torch"):
             yield
@@ -41,8 +52,8 @@ def serving(name: str) -> Iterator[None]:
             finally:
                 registration.remove()
         return
-    if name == "cuda":
-        with ops.backend("native"), torch.device("cuda"):
+    if name in ("cuda", "triton"):
+        with ops.backend(name), torch.device("cuda"):
             yield
         return
     extension = _native.extension

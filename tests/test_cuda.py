@@ -1,26 +1,34 @@
-"""The CUDA kernels on a device: launches, streams, graphs, errors. The op suites run there too."""
+"""The CUDA and the Triton kernels on a device: launches, streams, graphs, errors. The op suites run
+there too.
+"""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from testing import bits, randn, tensor
 
 from divqat import ops
-from divqat.ops import _native
+from divqat.ops import _native, _triton
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
+from bench import cuda
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device is available", allow_module_level=True)
-if _native.missing("cuda"):
-    pytest.skip(_native.missing("cuda"), allow_module_level=True)
+MISSING = {"cuda": _native.missing("cuda"), "triton": _triton.missing("cuda")}
+if all(MISSING.values()):
+    pytest.skip("; ".join(MISSING.values()), allow_module_level=True)
 
-extension = _native.extension
 call = torch.ops.divqat
 
 
-@pytest.fixture(autouse=True)
-def on_the_device():
-    with torch.device("cuda"):
-        yield
+@pytest.fixture(autouse=True, params=[name for name, reason in MISSING.items() if not reason])
+def kernels(request):
+    with ops.backend(request.param), torch.device("cuda"):
+        yield request.param
 
 
 def state():
@@ -28,8 +36,9 @@ def state():
     return [*values, torch.tensor(0, dtype=torch.int32)]
 
 
-def everything(n):
+def everything(n, kernels="cuda"):
     """Each op on n elements, by name, with the launches that it may take."""
+    exact = {"cuda": 1, "triton": 2}[kernels]
     x, grad = randn(n), randn(n, seed=1)
     q = (tensor(0.05), torch.tensor(3, dtype=torch.int32))
     mask = call.fake_quantize(x, *q, -128, 127, None, True)[1]
@@ -42,7 +51,7 @@ def everything(n):
             lambda mode=mode: call.fake_quantize_observed(
                 x, *state(), 0, 255, None, 0.1, False, mode, True
             ),
-            1,
+            exact if mode == "exact" else 1,
         )
         for mode in ("exact", "delayed", "frozen")
     }
@@ -66,17 +75,9 @@ def test_small_inputs_under_a_memory_checker():
             assert all(out.isfinite().all() for out in function() if out.is_floating_point())
 
 
-def test_launches_and_no_host_synchronization():
-    for name, (function, launches) in everything(100_003).items():
-        function()
-        torch.cuda.synchronize()
-        before = extension.launch_count()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert extension.launch_count() - before == launches, name
+def test_launches_and_no_host_synchronization(kernels):
+    for name, (function, launches) in everything(100_003, kernels).items():
+        assert cuda.counted(kernels, function) == launches, name
 
 
 def test_equal_to_the_cpu_kernels_bit_for_bit():

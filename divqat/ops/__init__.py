@@ -1,8 +1,7 @@
 """The ops of divqat: differentiable functions over ``torch.ops.divqat.*``."""
 
-from divqat.ops import _native
-from divqat.ops._library import backends
-from divqat.ops._native import backend
+from divqat.ops import _backend
+from divqat.ops._backend import backend, backends
 from divqat.ops._native import describe as native_kernels
 from divqat.ops.divergence_loss import divergence_loss, divergence_loss_terms
 from divqat.ops.fake_quantize import fake_quantize
@@ -22,4 +21,4 @@ __all__ = [
     "native_kernels",
 ]
 
-_native.start()
+_backend.start()

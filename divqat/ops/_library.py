@@ -1,4 +1,4 @@
-"""Schemas of the ops, their registration, and which backend serves which device.
+"""Schemas of the ops and the registration of their references.
 
 The schemas are declared in Python, so every op exists on every machine. Its PyTorch reference is
 registered as ``CompositeExplicitAutograd`` and serves all devices; a C++ or Triton kernel
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-
-from divqat.ops import _native
 
 # Masks are uint8 [ceil(numel / 8)]: bit i of byte j belongs to element 8j + i in the memory order
 # of the dense output, so a mask fits any layout.
@@ -53,25 +51,3 @@ def register(name: str, reference: Callable, fake: Callable) -> None:
     # The gradient is the autograd.Function's business: inside, autograd is off.
     _library.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"divqat::{name}", fake, lib=_library)
-
-
-def backends() -> dict[str, dict[str, tuple[str, str]]]:
-    """Which backend serves which op.
-
-    Returns:
-        ``{op: {device: (backend, reason)}}`` with device ``"cpu"`` or ``"cuda"``, backend
-        ``"native"`` (a kernel registered for that device) or ``"torch"`` (the reference), and why
-        no faster one serves it (empty for ``"native"``).
-    """
-
-    def reason(device: str) -> str:
-        if device == "cuda" and not torch.cuda.is_available():
-            return "no CUDA device is available"
-        return _native.missing(device) or "the native kernels are switched off"
-
-    def serving(name: str, device: str) -> tuple[str, str]:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"divqat::{name}", device.upper()):
-            return "native", ""
-        return "torch", reason(device)
-
-    return {name: {d: serving(name, d) for d in ("cpu", "cuda")} for name in SCHEMAS}

@@ -1,0 +1,63 @@
+"""The Triton kernels, divqat.kernels: whether they can serve, and putting them into the dispatcher.
+
+They are registered as plain kernels under divqat's own schemas rather than as ``triton_op``s: those
+can be traced into but give Inductor nothing to fuse, cost several times the host time, and refuse
+ops that update buffers in place. To ``torch.compile`` an op stays one opaque call, no graph break.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing(device: str) -> str:
+    """Why Triton's kernels cannot serve a device, empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device == "cpu":
+        return "" if interpreted() else "Triton runs on a CPU only under TRITON_INTERPRET=1"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return ""
+
+
+def module_of(name: str) -> str:
+    """The file in kernels/ that has an op."""
+    return "fake_quantize_observed" if name == "observe" else name.removesuffix("_backward")
+
+
+def _lazy(name: str) -> Callable[..., Any]:
+    """The launcher of an op, imported (and triton with it) when it is first called."""
+
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"divqat.kernels.{module_of(name)}"), name)
+
+    return lambda *args: launcher()(*args)
+
+
+class Registration:
+    """The Triton kernels as the device's; they are taken out again by :meth:`remove`."""
+
+    def __init__(self, device: str) -> None:
+        from divqat.ops._library import SCHEMAS
+
+        self._library: Any = torch.library.Library("divqat", "IMPL")
+        for name in SCHEMAS:
+            kernel = torch.no_grad()(_lazy(name))
+            self._library.impl(name, kernel, device.upper())
+
+    def remove(self) -> None:
+        self._library._destroy()

@@ -1,0 +1,147 @@
+"""The host side that the kernels share: layouts, masks, counters, launches."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Large tensors go in tiles that keep two to four 16-byte loads per thread under way, small ones in
+# tiles that are enough to fill the device. Two classes of size: a new batch size compiles nothing.
+SMALL = 1 << 18  # elements
+# A launch whose index of an element fits 32 bits is the faster one.
+WIDE = 2**31 - 2**16
+
+
+def block_of(n: int, itemsize: int) -> dict[str, int]:
+    """BLOCK and num_warps for a pass over n elements."""
+    if n <= SMALL:
+        return {"BLOCK": 1024, "num_warps": 4}
+    return {"BLOCK": 4096 if itemsize <= 4 else 2048, "num_warps": 8}
+
+
+def dense(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, copied if its memory has holes or overlaps, and an empty tensor laid out alike."""
+    y = torch.empty_like(x)
+    return (x if x.stride() == y.stride() else torch.empty_like(x).copy_(x)), y
+
+
+def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the memory order of ``like``, which is dense."""
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
+def channels_of(dense_x: Tensor, ch_axis: int | None) -> tuple[int, int]:
+    """(channels, inner): the element at memory offset i has channel (i // inner) % channels."""
+    if ch_axis is None or dense_x.shape[ch_axis] == 1:
+        return 1, dense_x.numel()
+    return dense_x.shape[ch_axis], dense_x.stride(ch_axis)
+
+
+def check_values(x: Tensor, count: int, **values: Tensor) -> None:
+    """What a kernel reads through a pointer lies on x's device and has ``count`` values.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for name, value in values.items():
+        if value.device != x.device:
+            raise ValueError(f"{name}: wanted it on {x.device} like x, got {value.device}")
+        if value.numel() != count or not value.is_contiguous():
+            raise ValueError(
+                f"{name}: wanted {count} contiguous value(s) beside x {list(x.shape)}, "
+                f"got {list(value.shape)} with strides {value.stride()}"
+            )
+
+
+def check_same(name: str, value: Tensor, x: Tensor) -> None:
+    """``value`` has the device, dtype and shape of x.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if value.device != x.device or value.dtype != x.dtype or value.shape != x.shape:
+        raise ValueError(
+            f"{name}: wanted {list(x.shape)} {x.dtype} on {x.device}, "
+            f"got {list(value.shape)} {value.dtype} on {value.device}"
+        )
+
+
+def empty_mask(x: Tensor) -> Tensor:
+    """uint8 [ceil(N / 8)] whose memory ends with a whole int32, as kernels write words."""
+    n = x.numel()
+    if n % 32 == 0:
+        return x.new_empty(n // 8, dtype=torch.uint8)
+    return x.new_empty(4 * ((n + 31) // 32), dtype=torch.uint8)[: (n + 7) // 8]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; of the interpreter, which has none, a few."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def resident(device: torch.device) -> int:
+    """Programs of a launch with a reduction: one wave at 128 registers for each of 256 threads."""
+    return 2 * processors(device)
+
+
+class _Counters:
+    """int32 zeros for the launches of one device, which leave them at 0.
+
+    Launches that may run at the same time must not share a counter. Eager ones take turns in one
+    half, so two that share are half a million launches apart. A captured launch runs whenever its
+    graph does and takes from the other half, whose first ones are handed out again only after as
+    many captured launches.
+    """
+
+    HALF = 1 << 19
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "divqat: a captured step must have run once before: the Triton kernels are not "
+                f"set up on {device}"
+            )
+        self.zeros = torch.zeros(2 * self.HALF, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            # other streams than this one may use them
+            torch.cuda.current_stream(device).synchronize()
+        self.used = [0, 0]
+        self.lock = threading.Lock()
+
+    def take(self, count: int) -> Tensor:
+        count = (count + 3) // 4 * 4  # on 16 bytes: Triton compiles anew for another alignment
+        captured = self.zeros.is_cuda and torch.cuda.is_current_stream_capturing()
+        with self.lock:
+            first = self.used[captured]
+            if first + count > self.HALF:
+                first = 0
+            self.used[captured] = first + count
+        return self.zeros[self.HALF * captured + first :]
+
+
+_counters_of = functools.cache(_Counters)
+
+
+def counters(device: torch.device, count: int = 1) -> Tensor:
+    """At least ``count`` zeros for ``_math.is_last``."""
+    return _counters_of(device).take(count)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any
+) -> None:
+    """Launch on a device, without contraction to FMA, which would round differently."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, enable_fp_fusion=False, **meta)
+    else:
+        kernel[grid](*args, enable_fp_fusion=False, **meta)

@@ -1,0 +1,278 @@
+"""divergence_loss: value and gradient in one launch, 12 bytes per float32 logit; a second launch
+scales the gradient, or returns at once where there is nothing to scale.
+
+A program keeps whole rows in registers, where up to 4096 classes fit; longer rows are read three
+times, mostly from L2: an online softmax, the divergence, the gradient. The formulas are those of
+divqat/ops/reference_loss.py. The gradient needs the number of valid targets first: up to
+COUNTED_ALONE targets each program counts them all, beyond that a launch of its own does.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from divqat.kernels._launch import (
+    WIDE,
+    block_of,
+    check_same,
+    check_values,
+    counters,
+    laid_out_as,
+    launch,
+    resident,
+)
+from divqat.kernels._loss_rows import divergence, gradient, load_rows, log_softmax, statistics
+from divqat.kernels._math import cast, compute, divide, is_last, log
+from divqat.kernels.fake_quantize import offsets
+from torch import Tensor
+
+DIRECTIONS = {"student_teacher": 0, "teacher_student": 1, "js": 2}
+CLASSES = {"all": False, "non_label": True}
+COUNTED_ALONE = 8192
+COUNTS = 64  # programs of the launch that counts
+
+
+@triton.jit
+def _is_valid_count(target, first, step, n, ignore_index, BLOCK: tl.constexpr):
+    count = tl.full([BLOCK], 0, tl.int32)
+    for start in range(first * BLOCK, n, step * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        label = tl.load(target + i, i < n, other=0)
+        count += ((label != ignore_index) & (i < n)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _count(target, counts, n, ignore_index, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    count = _is_valid_count(target, program, tl.num_programs(0), n, ignore_index, BLOCK)
+    tl.store(counts + program, count)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _divergence_loss(
+    logits,  # [N, C]
+    teacher,  # [N, C]
+    target,  # [N]
+    weight,  # []
+    grad_logits,  # [N, C]
+    loss,  # [] as are the next two
+    ce_mean,
+    divergence_mean,
+    counts,  # [COUNTS], or None
+    partial,  # [programs, 2] float64
+    counter,
+    n,
+    ignore_index,
+    temperature: tl.float64,
+    bound: tl.float64,
+    smoothing: tl.float64,
+    C: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    NON_LABEL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    GUARD: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    OWN: tl.constexpr,  # q is not softmax(z)
+    COUNTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # at least as many as there are, a power of two
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    ONCE: tl.constexpr = BLOCK >= C  # the rows stay in registers
+    if counts is None:
+        count = _is_valid_count(target, 0, 1, n, ignore_index, 1024)
+    else:
+        count = tl.sum(tl.load(counts + tl.arange(0, COUNTS)), 0)
+    one = tl.full([1, 1], 1, A)
+    share = divide(one, one * count.to(A))
+    inv_t = divide(one, one * tl.full([1, 1], temperature, A))
+    eps, pull_all = tl.full([1], smoothing, A), tl.load(weight).to(A)
+    smooth = divide(eps, tl.full([1], C, A))
+    at_label = 1 - eps + smooth
+    factor = pull_all * tl.full([1, 1], temperature, A)
+    ce_total = tl.full([ROWS], 0, tl.float64)
+    divergence_total = tl.full([ROWS], 0, tl.float64)
+
+    for tile in range(tl.program_id(0), tl.cdiv(n, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        present = row < n
+        label = tl.load(target + row, present, other=ignore_index)
+        valid = present & (label != ignore_index)
+        known = valid & (label >= 0) & (label < C)
+        label = tl.where(known, label, 0).to(tl.int32)
+        begin = row.to(tl.int64) * C
+        label_logit = compute(tl.load(logits + begin + label, known, other=0.0))
+        ll, lab = label_logit[:, None], label[:, None]
+
+        # 1. Softmax statistics, and the classes that beat the label.
+        low, zero = tl.full([ROWS], float("-inf"), A), tl.full([ROWS], 0, A)
+        top, total = (low, low, low), (zero, zero, zero)
+        beaten, logit_sum = tl.full([ROWS], 0, tl.int32), zero
+        columns = tl.arange(0, BLOCK)[None, :]
+        if ONCE:
+            z = load_rows(logits, begin, columns, present, C)
+            t = load_rows(teacher, begin, columns, present, C)
+            top, total, beaten, logit_sum = statistics(
+                z, t, columns, lab, ll, inv_t, top, total, beaten, logit_sum, C, NON_LABEL, GUARD,
+                SMOOTHED, OWN,
+            )  # fmt: skip
+        else:
+            for start in range(0, C, BLOCK):
+                top, total, beaten, logit_sum = statistics(
+                    load_rows(logits, begin, start + columns, present, C),
+                    load_rows(teacher, begin, start + columns, present, C), start + columns, lab,
+                    ll, inv_t, top, total, beaten, logit_sum, C, NON_LABEL, GUARD, SMOOTHED, OWN,
+                )  # fmt: skip
+        z_log, u_log, v_log = log(total[0]), log(total[1]), log(total[2])
+        # CE = − Σ_k target_k · log softmax(z)_k, target = (1 − ε) onehot + ε / C
+        ce = -((label_logit - top[0]) - z_log)
+        if SMOOTHED:
+            ce = (1 - eps) * ce - (smooth * (logit_sum - C * top[0]) - eps * z_log)
+        ce = tl.where(known, ce, float("nan"))  # there is no error to raise from here
+
+        # 2. D, and for JS KL(q‖m) beside KL(p‖m)
+        student, other = zero, zero
+        if ONCE:
+            student, other = divergence(
+                log_softmax(z * inv_t, top[1], u_log), log_softmax(t * inv_t, top[2], v_log),
+                (columns != lab if NON_LABEL else columns >= 0) & (columns < C), DIRECTION,
+            )  # fmt: skip
+        else:
+            for start in range(0, C, BLOCK):
+                k = start + columns
+                z = load_rows(logits, begin, k, present, C)
+                t = load_rows(teacher, begin, k, present, C)
+                a, b = divergence(
+                    log_softmax(z * inv_t, top[1], u_log), log_softmax(t * inv_t, top[2], v_log),
+                    (k != lab if NON_LABEL else k >= 0) & (k < C), DIRECTION,
+                )  # fmt: skip
+                student += a
+                other += b
+        d = 0.5 * (student + other) if DIRECTION == 2 else student
+        # Without a class in D, or where guard holds it back, there is no D.
+        active = (beaten == 0) & ((1 if NON_LABEL else 0) < C)
+        pulls = active
+        if BOUNDED:
+            most = tl.full([1], bound, A)
+            pulls = active & (d < most)
+            d = tl.where(d > most, most, d)
+        d = tl.where(active, d, 0.0)
+
+        # 3. dL/dz = share · (softmax(z) − target − λ T dD/du), from L = CE − λ T² D and du/dz = 1/T
+        pull = tl.where(pulls[:, None], factor, 0.0)
+        for start in range(0, C, BLOCK):
+            k = start + columns
+            if not ONCE:
+                z = load_rows(logits, begin, k, present, C)
+                t = load_rows(teacher, begin, k, present, C)
+            grad = gradient(
+                log_softmax(z, top[0], z_log),
+                tl.where(k == lab, at_label[:, None], smooth[:, None]),
+                log_softmax(z * inv_t, top[1], u_log), log_softmax(t * inv_t, top[2], v_log),
+                student[:, None], tl.where(k == lab, 0.0, pull) if NON_LABEL else pull, DIRECTION,
+            )  # fmt: skip
+            grad = tl.where(known[:, None], share * grad, float("nan"))
+            grad = tl.where(valid[:, None], grad, 0.0)
+            out = cast(grad, grad_logits.dtype.element_ty)
+            tl.store(grad_logits + begin[:, None] + k, out, present[:, None] & (k < C))
+        ce_total += tl.where(valid, ce, 0.0).to(tl.float64)
+        divergence_total += tl.where(valid, d, 0.0).to(tl.float64)
+
+    # The last program adds up the sums of all of them, in their order.
+    program = tl.program_id(0)
+    tl.store(partial + 2 * program, tl.sum(ce_total, 0))
+    tl.store(partial + 2 * program + 1, tl.sum(divergence_total, 0))
+    if is_last(counter, tl.num_programs(0)):
+        p = tl.arange(0, PROGRAMS)
+        there = p < tl.num_programs(0)
+        ces = tl.load(partial + 2 * p, there, other=0.0, cache_modifier=".cg")
+        divergences = tl.load(partial + 2 * p + 1, there, other=0.0, cache_modifier=".cg")
+        samples = count.to(tl.float64)
+        ce_value, d_value = tl.sum(ces, 0) / samples, tl.sum(divergences, 0) / samples
+        # L = CE − λ T² D; λ = 0 switches the term off even where D is infinite.
+        strength = pull_all.to(tl.float64) * temperature * temperature
+        penalty = tl.where(strength == 0, 0.0, strength * d_value)
+        tl.store(loss, (ce_value - penalty).to(A))
+        tl.store(ce_mean, ce_value.to(A))
+        tl.store(divergence_mean, d_value.to(A))
+
+
+def _shape_of(c: int, itemsize: int) -> dict[str, int]:
+    """Rows of a program, columns at a time, and warps."""
+    most, per_warp = (4096, 256) if itemsize <= 4 else (1024, 128)
+    if c > most:  # in pieces of half as many per thread, as the loops need registers too
+        return {"ROWS": 1, "BLOCK": most // 2, "num_warps": most // per_warp}
+    block = triton.next_power_of_2(max(c, 2))
+    return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": max(4, block // per_warp)}
+
+
+def _choice(name: str, value: str, choices: dict[str, int]) -> int:
+    if value not in choices:
+        raise ValueError(f"{name}: wanted one of {', '.join(choices)}, got {value}")
+    return choices[value]
+
+
+def divergence_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    temperature: float,
+    direction: str,
+    classes: str,
+    bound: float | None,
+    guard: bool,
+    label_smoothing: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_same("teacher_logits", teacher_logits, logits)
+    n, c = logits.shape
+    like, device = torch.empty_like(logits), logits.device
+    logits, teacher_logits = logits.contiguous(), teacher_logits.contiguous()
+    target = target.contiguous()
+    check_values(logits, n, target=target)
+    check_values(logits, 1, weight=weight)
+    grad = torch.empty_like(logits)
+    scalar = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss, ce, divergence = (torch.empty((), dtype=scalar, device=device) for _ in range(3))
+    meta = _shape_of(c, logits.element_size())
+    programs = max(1, min(triton.cdiv(n, meta["ROWS"]), resident(device)))
+    counts = None
+    if n > COUNTED_ALONE:
+        counts = target.new_empty(COUNTS)
+        launch(_count, (COUNTS,), device, target, counts, n, ignore_index, BLOCK=1024)
+    partial = torch.empty(2 * programs, dtype=torch.float64, device=device)
+    non_label = bool(_choice("classes", classes, CLASSES))
+    launch(
+        _divergence_loss, (programs,), device, logits, teacher_logits, target, weight, grad, loss,
+        ce, divergence, counts, partial, counters(device), n, ignore_index, float(temperature),
+        0.0 if bound is None else float(bound), float(label_smoothing), C=c,
+        DIRECTION=_choice("direction", direction, DIRECTIONS), NON_LABEL=non_label,
+        BOUNDED=bound is not None, GUARD=guard, SMOOTHED=label_smoothing > 0,
+        OWN=non_label or temperature != 1, COUNTS=COUNTS,
+        PROGRAMS=triton.next_power_of_2(resident(device)), **meta,
+    )  # fmt: skip
+    return loss, ce, divergence, laid_out_as(grad, like)
+
+
+@triton.jit
+def _scale_in_place(values, factor_at, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(factor_at)
+    if factor != 1:
+        i = offsets(tl.program_id(0), BLOCK, WIDE)
+        scaled = compute(tl.load(values + i, i < n)) * factor
+        tl.store(values + i, cast(scaled, values.dtype.element_ty), i < n)
+
+
+def divergence_loss_backward(grad_logits: Tensor, grad_output: Tensor) -> None:
+    n = grad_logits.numel()
+    if torch.empty_like(grad_logits).stride() != grad_logits.stride():
+        raise ValueError(f"grad_logits: wanted a dense tensor, got strides {grad_logits.stride()}")
+    check_values(grad_logits, 1, grad_output=grad_output)
+    if n > 0:
+        meta = block_of(n, grad_logits.element_size())
+        grid, device = (triton.cdiv(n, meta["BLOCK"]),), grad_logits.device
+        launch(_scale_in_place, grid, device, grad_logits, grad_output, n, WIDE=n > WIDE, **meta)

@@ -1,0 +1,262 @@
+"""The Triton kernels, run by Triton's interpreter on CPU tensors, against the references.
+
+The op suites run over them too. All of that is a process of its own, with TRITON_INTERPRET=1
+(``make test-triton``): Triton decides when a kernel is defined.
+"""
+
+import backends
+import pytest
+import torch
+from testing import DTYPES, TOLERANCE, axes, qparams_along, randn, same, tensor, variants
+
+from divqat import ops
+from divqat.ops import _triton
+
+if not _triton.interpreted() or _triton.missing("cpu"):
+    pytest.skip("runs with TRITON_INTERPRET=1: make test-triton", allow_module_level=True)
+
+from divqat.kernels import (
+    _channels,
+    _launch,
+    divergence_loss,
+    fake_quantize,
+    fake_quantize_observed,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    # numpy warns where the device would not: NaN and infinities are part of these tests
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+call = torch.ops.divqat
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def counters_are_zero_again():
+    yield
+    assert not _launch.counters(torch.device("cpu")).any()
+
+
+def both(function):
+    """What the Triton kernels and the references answer."""
+    results = []
+    for name in (backends.INTERPRETED, "torch"):
+        with backends.serving(name):
+            results.append(function())
+    return results
+
+
+def awkward(dtype):
+    """Inputs around the sizes of a word, a tile and two tiles, and in every layout."""
+    for n in (1, 31, 33, 1024, 1025, 2500):
+        yield randn(n, dtype=dtype, seed=n).mul_(4)
+    yield randn(2, 130, 3, 3, dtype=dtype).mul_(4)
+    large = randn(2, 9, 13, 11, dtype=dtype).mul_(4)
+    yield large
+    yield from variants(large)
+    yield randn(1000, dtype=dtype).mul_(4)[3:]
+    yield torch.zeros(0, 3, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_quantize_is_bit_equal(dtype):
+    for x in awkward(dtype):
+        for ch_axis in axes(x):
+            args = (x, *qparams_along(x, ch_axis), -60, 61, ch_axis)
+            for propagate in (True, False):
+                triton, wanted = both(lambda a=args, p=propagate: call.fake_quantize(*a, p))
+                same(triton, wanted)
+            grad = torch.empty_like(triton[0]).copy_(x)
+            same(*both(lambda g=grad, m=wanted[1]: [call.fake_quantize_backward(g, m)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_observed_is_bit_equal_buffers_included(dtype, symmetric):
+    for x in awkward(dtype):
+        for ch_axis in (None, min(1, x.dim() - 1)):
+            n = [] if ch_axis is None else [x.shape[ch_axis]]
+
+            def steps(x=x, ch_axis=ch_axis, n=n):
+                buffers = [torch.full(n, INF), torch.full(n, -INF), torch.ones(n), torch.zeros(n)]
+                buffers[3] = buffers[3].int()
+                outputs = []
+                for i, mode in enumerate(("exact", "delayed", "frozen")):
+                    rest = (0, 255, ch_axis, 0.1, symmetric)
+                    batch = x * (1 + 0.3 * i)
+                    relu = i % 2 == 1
+                    outputs += call.fake_quantize_observed(batch, *buffers, *rest, mode, relu)
+                    call.observe(-batch, *buffers, *rest, relu)
+                    outputs += [b.clone() for b in buffers]
+                return outputs
+
+            same(*both(steps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lsq_is_bit_equal_and_its_sums_are_close(dtype):
+    for x in awkward(dtype):
+        for ch_axis in axes(x):
+            scale, _ = qparams_along(x, ch_axis)
+            zero_point = torch.linspace(-3.4, 9.6, scale.numel()).view_as(scale)
+            args = (scale, zero_point, -8, 7, ch_axis)
+            same(*both(lambda x=x, args=args: [call.fake_quantize_lsq(x, *args)]))
+            grad = randn(*x.shape, dtype=dtype, seed=9)
+            triton, wanted = both(
+                lambda x=x, g=grad, args=args: call.fake_quantize_lsq_backward(g, x, *args, 0.3)
+            )
+            same(triton[:1], wanted[:1])
+            per_scale = x.numel() // max(1, scale.numel())
+            tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1, per_scale), "equal_nan": True}
+            torch.testing.assert_close(triton[1:], wanted[1:], **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_min", [-127, -128])
+def test_weights_are_bit_equal(dtype, quant_min):
+    """Several weights in one launch, rows on 16 bytes and off them, longer than a tile, NaN."""
+    weights = [randn(6, 5, 3, 3, dtype=dtype), randn(4, 1600, dtype=dtype, seed=3)]
+    weights += [weights[0].repeat(1, 1, 2, 2).to(memory_format=torch.channels_last)]
+    weights += [randn(5, 16, dtype=dtype).t(), randn(3, 5, dtype=dtype)[:, ::2]]
+    weights += [torch.zeros(4, 3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)]
+    weights[0][1, 1, 1, 1] = NAN
+    grads = [torch.randn(w.shape).to(dtype) for w in weights]
+    for ch_axis in (0, 1, -1, None):
+        args = (weights, quant_min, 127, ch_axis)
+        same(*both(lambda args=args: call.fake_quantize_weights(*args)))
+        same(*both(lambda args=args: call.fake_quantize_weights_backward(grads, *args)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student", "js"])
+def test_loss_agrees_with_the_reference(dtype, direction):
+    exact = dtype == torch.float64
+    shapes = ((0, 5), (1, 1), (3, 2), (40, 10), (7, 17), (5, 1003), (2, 4096), (2, 4097), (1, 9000))
+    for n, c in shapes:
+        logits, teacher = randn(n, c, dtype=dtype).mul_(3), randn(n, c, dtype=dtype, seed=1).mul_(3)
+        target = torch.arange(n) % c
+        target[1::5] = -100
+        if c > 4 and n:
+            logits[0, 1] = teacher[0, 1] = -INF  # 0 · anything is 0
+            logits[n // 2] *= 1000
+        for options in (
+            (1.0, direction, "all", None, False, 0.0),
+            (4.0, direction, "all", 0.3, True, 0.1),
+            (2.0, direction, "non_label", None, True, 0.0),
+        ):
+            if c == 1 and options[2] == "non_label":
+                continue
+            args = (target, tensor(0.2), *options, -100)
+            triton = call.divergence_loss(logits, teacher, *args)
+            with ops.backend("torch"):
+                wanted = call.divergence_loss(logits.double(), teacher.double(), *args)
+            rtol, atol = (1e-11, 1e-11) if exact else (2e-5, 2e-6)
+            for a, b in zip(triton[:3], wanted[:3], strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, equal_nan=True)
+            rtol = max(rtol, TOLERANCE[dtype])
+            torch.testing.assert_close(
+                triton[3].double(), wanted[3], rtol=rtol, atol=atol, equal_nan=True
+            )
+
+
+@pytest.mark.parametrize("c", [20, 5000])
+def test_loss_lets_nan_through_in_its_row_only(c):
+    logits, teacher = randn(3, c), randn(3, c, seed=1)
+    logits[1, 7] = NAN
+    args = (torch.tensor([1, 2, 3]), tensor(0.2), 4.0, "student_teacher", "all", None, False, 0.0)
+    loss, ce, _, grad = call.divergence_loss(logits, teacher, *args, -100)
+    assert loss.isnan() and ce.isnan()
+    assert grad[1].isnan().all() and grad[::2].isfinite().all()
+
+
+def test_a_target_that_is_no_class_gives_nan_as_no_error_can_be_raised():
+    args = (torch.tensor([0, 4]), tensor(0.2), 4.0, "js", "all", None, False, 0.0, -100)
+    loss, *_, grad = call.divergence_loss(randn(2, 4), randn(2, 4, seed=1), *args)
+    assert loss.isnan() and grad[1].isnan().all() and grad[0].isfinite().all()
+
+
+def test_many_samples_are_counted_by_a_launch_of_its_own():
+    n = divergence_loss.COUNTED_ALONE + 5
+    target = torch.arange(n) % 2
+    target[::3] = -1
+    args = (target, tensor(0.2), 4.0, "student_teacher", "all", None, False, 0.0, -1)
+    triton, wanted = both(lambda: call.divergence_loss(randn(n, 2), randn(n, 2, seed=1), *args))
+    torch.testing.assert_close(triton, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_large_tensors_and_many_parts():
+    x = randn(_launch.SMALL + 4321)
+    start = [INF, -INF, 1.0]
+    for mode in ("exact", "delayed"):
+
+        def step(mode=mode):
+            buffers = [*map(tensor, start), torch.zeros((), dtype=torch.int32)]
+            rest = (0, 255, None, 0.1, False, mode, True)
+            return [*call.fake_quantize_observed(x, *buffers, *rest), *buffers]
+
+        same(*both(step))
+    lsq = (tensor(0.05), tensor(3.0), -128, 127, None, 1.0)
+    triton, wanted = both(lambda: call.fake_quantize_lsq_backward(x, x, *lsq))
+    exact = call.fake_quantize_lsq_backward(x.double(), x.double(), *lsq)
+    same(triton[:1], wanted[:1])
+    torch.testing.assert_close(triton[1:], exact[1:], rtol=1e-5, atol=1e-3)
+    same(triton, call.fake_quantize_lsq_backward(x, x, *lsq))  # deterministic
+
+
+def test_64_bit_offsets_give_the_same(monkeypatch):
+    x, logits = randn(2, 3, 40, 17), randn(5, 7)
+
+    def everything():
+        scale, zero_point = qparams_along(x, 1)
+        y, mask = call.fake_quantize(x, scale, zero_point, -60, 61, 1, True)
+        buffers = [torch.full([3], INF), torch.full([3], -INF), torch.ones(3), torch.zeros(3).int()]
+        rest = (0, 255, 1, 0.1, False, "exact", True)
+        observed = call.fake_quantize_observed(x, *buffers, *rest)
+        single = [tensor(-6.0), tensor(6.0), tensor(0.05), torch.tensor(3, dtype=torch.int32)]
+        delayed = call.fake_quantize_observed(x, *single, 0, 255, None, 0.1, False, "delayed", True)
+        lsq = call.fake_quantize_lsq_backward(x, x, scale, scale, -8, 7, 1, 0.3)
+        grad = logits.clone()
+        call.divergence_loss_backward(grad, tensor(0.3))
+        masked = call.fake_quantize_backward(x, mask)
+        return [y, mask, masked, *buffers, *observed, *single, *delayed, *lsq, grad]
+
+    narrow = everything()
+    for module in (_channels, divergence_loss, fake_quantize, fake_quantize_observed):
+        monkeypatch.setattr(module, "WIDE", 0)
+    same(narrow, everything())
+
+
+def test_dense_layouts_are_not_copied():
+    x = randn(2, 3, 4, 5)
+    for layout in (x, x.to(memory_format=torch.channels_last), x.permute(2, 0, 3, 1)):
+        assert _launch.dense(layout)[0] is layout
+    assert _launch.dense(x[:, ::2])[0].is_contiguous()
+
+
+def test_launches_do_not_share_a_counter_for_long():
+    counters = _launch._Counters(torch.device("cpu"))
+    first, second = counters.take(3), counters.take(1)
+    assert second.data_ptr() == first.data_ptr() + 16
+    counters.take(counters.HALF - 8)
+    assert counters.take(2).data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "error", "words"),
+    [
+        ("fake_quantize", {1: torch.ones(2)}, ValueError, r"scale: wanted 1 contiguous value"),
+        ("fake_quantize_backward", {1: torch.zeros(1).byte()}, ValueError, "mask: wanted 2"),
+        ("fake_quantize_backward", {1: torch.zeros(2)}, TypeError, "mask: wanted uint8"),
+        ("fake_quantize_backward", {0: randn(9, 4)[:, ::2]}, ValueError, "grad_y: wanted a dense"),
+    ],
+)
+def test_the_launchers_check_what_a_kernel_reads_through_a_pointer(name, args, error, words):
+    given = {
+        "fake_quantize": [randn(9), tensor(0.1), torch.tensor(0).int(), -8, 7, None, True],
+        "fake_quantize_backward": [randn(9), torch.zeros(2, dtype=torch.uint8)],
+    }[name]
+    for i, value in args.items():
+        given[i] = value
+    with pytest.raises(error, match=words):
+        getattr(call, name)(*given)
