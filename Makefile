@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test test-triton lint sanitize install clean
+.PHONY: demo fashion-mnist test test-triton triton-newest triton-oldest lint sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -18,15 +18,21 @@ test: lint
 	$(MAKE) test-triton
 
 # The Triton kernels in Triton's interpreter, which a process has or has not: the installed release, and
-# the oldest that is supported, beside it.
+# beside it the oldest that is supported, with a numpy that its interpreter still works with.
 TRITON_TESTS := tests/test_triton.py tests/test_dispatch.py $(wildcard tests/test_fake_quantize*.py) tests/test_divergence_loss.py
 OLDEST_TRITON := .venv/triton-3.6.0
 test-triton: .venv/dev $(OLDEST_TRITON)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TRITON_TESTS)
-	TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest $(TRITON_TESTS)
+	$(MAKE) -j2 --output-sync triton-newest triton-oldest
+
+triton-newest:
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider $(TRITON_TESTS)
+
+triton-oldest:
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST_TRITON) \
+		$(BIN)/python -m pytest -p no:cacheprovider $(TRITON_TESTS)
 
 $(OLDEST_TRITON): .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0 numpy==2.2.6
 	@touch $@
 
 lint: .venv/dev
