@@ -101,6 +101,15 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def table(result: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| op | launches | op µs | bare launches µs |", "|---|---:|---:|---:|"]
+    for row in result["rows"]:
+        op, bare = (f"{1000 * row[kind]['median']:.1f}" for kind in ("op", "bare"))
+        lines.append(f"| {row['name']} | {row['launches']} | {op} | {bare} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.triton_host", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contender")
@@ -112,10 +121,7 @@ def main() -> None:
         torch.cuda.get_device_name() if cuda else "none: the driver's call is left out"
     )
     result["rows"] = measure(args.seconds)
-    print("| op | launches | op µs | bare launches µs |\n|---|---:|---:|---:|")
-    for row in result["rows"]:
-        op, bare = (f"{1000 * row[kind]['median']:.1f}" for kind in ("op", "bare"))
-        print(f"| {row['name']} | {row['launches']} | {op} | {bare} |")
+    print(table(result))
     if args.json:
         write_json(args.json, result)
 
