@@ -180,11 +180,10 @@ def tuned() -> list[dict[str, Any]]:
     from divqat.kernels import _channels, divergence_loss, fake_quantize, fake_quantize_observed
 
     modules: list[Any] = [divergence_loss, fake_quantize, fake_quantize_observed]
-    results = []
+    results, plan = [], _channels.plan
     for block, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8)):
-        plan = _channels.plan
 
-        def other(*args: Any, block: int = block, warps: int = warps, plan: Any = plan) -> Any:
+        def other(*args: Any, block: int = block, warps: int = warps) -> Any:
             grid, meta = plan(*args)
             return grid, meta | {"BLOCK_K": block // meta["BLOCK_C"], "num_warps": warps}
 

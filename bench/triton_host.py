@@ -21,16 +21,15 @@ from bench.cases import resnet50_weights
 from bench.timing import environment, interleaved
 from divqat.files import write_json
 from divqat.ops import _triton
+from divqat.ops._library import SCHEMAS
 
 ELEMENTS = 64 * 64 * 28 * 28
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     """op and what on → call of its launcher."""
-
-    def op(name: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"divqat.kernels.{_triton.module_of(name)}"), name)
-
+    # looked up here: finding a launcher is no part of a call
+    op = {name: _triton.launcher(name) for name in SCHEMAS}
     with device:
         x, weights = torch.empty(ELEMENTS), [w.to(device) for w in resnet50_weights()]
         q = (torch.ones(()), torch.zeros((), dtype=torch.int32))
@@ -40,31 +39,33 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         weight = torch.full((), 0.1)
     options, lsq = (0, 255, None, 0.1, False), (q[0], offset, -128, 127, None)
     loss = (target, weight, 4.0, "student_teacher", "all", None, False, 0.0, -100)
-    observed = op("fake_quantize_observed")
     return {
-        "fake_quantize": lambda: op("fake_quantize")(x, *q, -128, 127, None, True),
-        "fake_quantize_backward": lambda: op("fake_quantize_backward")(x, mask),
-        "observe": lambda: op("observe")(x, *state, *options, True),
-        "fake_quantize_observed exact": lambda: observed(x, *state, *options, "exact", True),
-        "fake_quantize_observed delayed": lambda: observed(x, *state, *options, "delayed", True),
-        "fake_quantize_lsq": lambda: op("fake_quantize_lsq")(x, *lsq),
-        "fake_quantize_lsq_backward": lambda: op("fake_quantize_lsq_backward")(x, x, *lsq, 0.1),
-        "fake_quantize_weights, ResNet-50": lambda: op("fake_quantize_weights")(
+        "fake_quantize": lambda: op["fake_quantize"](x, *q, -128, 127, None, True),
+        "fake_quantize_backward": lambda: op["fake_quantize_backward"](x, mask),
+        "observe": lambda: op["observe"](x, *state, *options, True),
+        "fake_quantize_observed exact": lambda: op["fake_quantize_observed"](
+            x, *state, *options, "exact", True
+        ),
+        "fake_quantize_observed delayed": lambda: op["fake_quantize_observed"](
+            x, *state, *options, "delayed", True
+        ),
+        "fake_quantize_lsq": lambda: op["fake_quantize_lsq"](x, *lsq),
+        "fake_quantize_lsq_backward": lambda: op["fake_quantize_lsq_backward"](x, x, *lsq, 0.1),
+        "fake_quantize_weights, ResNet-50": lambda: op["fake_quantize_weights"](
             weights, -127, 127, 0
         ),
-        "fake_quantize_weights_backward, ResNet-50": lambda: op("fake_quantize_weights_backward")(
+        "fake_quantize_weights_backward, ResNet-50": lambda: op["fake_quantize_weights_backward"](
             weights, weights, -128, 127, 0
         ),
-        "divergence_loss, [1024, 1000]": lambda: op("divergence_loss")(logits, logits, *loss),
-        "divergence_loss_backward": lambda: op("divergence_loss_backward")(logits, weight),
+        "divergence_loss, [1024, 1000]": lambda: op["divergence_loss"](logits, logits, *loss),
+        "divergence_loss_backward": lambda: op["divergence_loss_backward"](logits, weight),
     }
 
 
 @contextlib.contextmanager
 def _noted(launches: list[Callable[[], object]]) -> Any:
     """Notes the launches inside the block, to be made again."""
-    names = {_triton.module_of(name) for name in ("fake_quantize", "observe", "fake_quantize_lsq")}
-    names |= {"fake_quantize_weights", "divergence_loss"}
+    names = {_triton.module_of(name) for name in SCHEMAS}
     modules = [importlib.import_module(f"divqat.kernels.{name}") for name in names]
     real = modules[0].launch
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from divqat.kernels._launch import channels_of, check_same, dense, empty_mask, laid_out_as, launch
 from divqat.kernels._math import cast, clamp, compute, round_to_code, symmetric_scale
-from divqat.kernels.fake_quantize import fake_quantize_backward, quantize
+from divqat.kernels.fake_quantize import mask_grad, quantize
 from divqat.kernels.fake_quantize_observed import observe_dense
 from torch import Tensor
 
@@ -150,7 +150,7 @@ def _one_by_one(
     mask = None if grad is None else empty_mask(w)
     quantize(w, y, mask, scale, zero_point, quant_min, quant_max, ch_axis)
     if grad is not None and mask is not None:
-        y.copy_(fake_quantize_backward(grad, mask))
+        mask_grad(grad, mask, y)
 
 
 def _run(

@@ -25,6 +25,7 @@ if _triton.interpreted():
 import triton
 
 from divqat.ops._library import SCHEMAS
+from divqat.ops._triton import launcher
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
 from bench import triton_host
@@ -39,10 +40,6 @@ MOST_REGISTERS = 128
 # Loads and stores that are scalar by nature: rows of 10 or 1000 classes do not begin on 16 bytes.
 UNALIGNED = "_divergence_loss"
 REDUCTIONS = {"_observe", "_delayed", "_lsq_backward", "_divergence_loss"}
-
-
-def launcher(name):
-    return getattr(importlib.import_module(f"divqat.kernels.{_triton.module_of(name)}"), name)
 
 
 def kernels():

@@ -68,3 +68,32 @@ def same(got, wanted) -> None:
             assert torch.equal(a.isnan(), b.isnan())
             a, b = bits(a.nan_to_num()), bits(b.nan_to_num())
         assert torch.equal(a, b)
+
+
+def loss_cases(dtype, direction, shapes):
+    """Arguments of the op divergence_loss over [N, C] shapes and options, awkward ones included."""
+    for n, c in shapes:
+        logits, teacher = randn(n, c, dtype=dtype).mul_(3), randn(n, c, dtype=dtype, seed=1).mul_(3)
+        target = torch.arange(n) % c
+        target[1::5] = -100
+        if c > 4 and n:
+            logits[0, 1] = teacher[0, 1] = -torch.inf  # 0 · anything is 0
+            logits[n // 2] *= 1000
+        for options in (
+            (1.0, direction, "all", None, False, 0.0),
+            (4.0, direction, "all", 0.3, True, 0.1),
+            (2.0, direction, "non_label", None, True, 0.0),
+        ):
+            if c == 1 and options[2] == "non_label":
+                continue
+            yield logits, teacher, target, tensor(0.2), *options, -100
+
+
+def close_to_float64(got, wanted) -> None:
+    """The loss, its two terms and the gradient agree with those of float64 logits."""
+    dtype = got[3].dtype
+    rtol, atol = (1e-11, 1e-11) if dtype == torch.float64 else (2e-5, 2e-6)
+    for a, b in zip(got[:3], wanted[:3], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol, equal_nan=True)
+    rtol = max(rtol, TOLERANCE[dtype])
+    torch.testing.assert_close(got[3].double(), wanted[3], rtol=rtol, atol=atol, equal_nan=True)

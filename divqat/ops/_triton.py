@@ -38,14 +38,10 @@ def module_of(name: str) -> str:
     return "fake_quantize_observed" if name == "observe" else name.removesuffix("_backward")
 
 
-def _lazy(name: str) -> Callable[..., Any]:
-    """The launcher of an op, imported (and triton with it) when it is first called."""
-
-    @functools.cache
-    def launcher() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"divqat.kernels.{module_of(name)}"), name)
-
-    return lambda *args: launcher()(*args)
+@functools.cache
+def launcher(name: str) -> Callable[..., Any]:
+    """The function in kernels/ that serves an op; imports it, and triton with it."""
+    return getattr(importlib.import_module(f"divqat.kernels.{module_of(name)}"), name)
 
 
 class Registration:
@@ -56,8 +52,9 @@ class Registration:
 
         self._library: Any = torch.library.Library("divqat", "IMPL")
         for name in SCHEMAS:
-            kernel = torch.no_grad()(_lazy(name))
-            self._library.impl(name, kernel, device.upper())
+            # imported when it is first called
+            kernel = lambda *args, name=name: launcher(name)(*args)  # noqa: E731
+            self._library.impl(name, torch.no_grad()(kernel), device.upper())
 
     def remove(self) -> None:
         self._library._destroy()
