@@ -1,0 +1,29 @@
+"""``python -m bench <command>``: kernels, training steps and how they scale, beside opponents."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+# command → module that has ``add_arguments`` and ``main``
+COMMANDS = {
+    "run": "bench.run",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all commands; what a command needs is imported when it is chosen."""
+    result = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = result.add_subparsers(dest="bench", required=True)
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        first_line = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
+        command = commands.add_parser(name, help=first_line, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    return result
+
+
+if __name__ == "__main__":
+    args = parser().parse_args()
+    args.main(args)

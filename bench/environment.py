@@ -1,0 +1,59 @@
+"""What a result needs to be made again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from divqat.evaluate.result import hardware, versions
+from divqat.ops import native_kernels
+
+PEERS = ("torchao", "brevitas", "liger-kernel")  # compared with, never needed
+SAME = ("commit", "hardware", "system", "threads", "versions", "native_kernels", "gpu")
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Command, commit, versions, hardware, date; ``gpu`` is null where there is none."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "command": command,
+        "commit": commit or "unknown",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "versions": versions() | {name: _version(name) for name in PEERS},
+        "native_kernels": native_kernels(),
+        "gpu": _gpu() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties("cuda")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    except FileNotFoundError:
+        driver = "unknown"
+    return {
+        "name": properties.name,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "memory": properties.total_memory,
+    }

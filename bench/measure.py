@@ -1,0 +1,195 @@
+"""What one call costs: time, launches, host reads, memory. Contenders take turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+CALLS_PER_TURN = 8  # on CUDA, where the host runs ahead within a turn
+
+
+def settle_allocator() -> None:
+    """Let glibc keep freed memory of up to 64 MB instead of handing it back to the system.
+
+    It adapts to the largest block freed so far, up to 32 MB; a training process has long freed one.
+    Without this the first sizes measured would pay for fresh pages that the later ones do not.
+    """
+    del_me = torch.ones(31 * 2**18)
+    del del_me
+
+
+@dataclass
+class Runner:
+    """A contender that is ready.
+
+    Attributes:
+        call: makes the ``i``-th call; ``i`` counts up, for inputs that take turns.
+        serving: a block in which its calls are made; entering it is not timed.
+    """
+
+    call: Callable[[int], object]
+    serving: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def interleaved(
+    runners: dict[str, Runner],
+    device: str,
+    seconds: float = 1.0,
+    warmup: int = 3,
+    rounds: int = 7,
+) -> dict[str, dict[str, float]]:
+    """Let the contenders take turns, A B C C B A …, for about ``seconds`` each.
+
+    Args:
+        rounds: at least so many turns each.
+
+    Returns:
+        For each name ``median``, ``p20`` and ``p80`` in milliseconds, and the number of ``rounds``.
+        On CUDA the time is that on the device between events; the host runs ahead, unless the
+        contender makes it wait.
+    """
+    turn = _cuda_turn if device == "cuda" else _cpu_turn
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for runner in runners.values():
+        with runner.serving():
+            for i in range(warmup):
+                runner.call(i)
+    done, deadline = 0, time.perf_counter() + seconds * len(runners)
+    while time.perf_counter() < deadline or done < rounds:
+        names = list(runners) if done % 2 == 0 else list(reversed(runners))
+        for name in names:
+            with runners[name].serving():
+                times[name] += turn(runners[name].call, done)
+        done += 1
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _cpu_turn(call: Callable[[int], object], done: int) -> list[float]:
+    start = time.perf_counter()
+    call(done)
+    return [1e3 * (time.perf_counter() - start)]
+
+
+def _cuda_turn(call: Callable[[int], object], done: int) -> list[float]:
+    first = done * CALLS_PER_TURN
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(CALLS_PER_TURN + 1)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host gets ahead
+    events[0].record()
+    for i in range(CALLS_PER_TURN):
+        call(first + i)
+        events[i + 1].record()
+    torch.cuda.synchronize()
+    return [events[i].elapsed_time(events[i + 1]) for i in range(CALLS_PER_TURN)]
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    quintiles = statistics.quantiles(values, n=5)
+    return {
+        "median": statistics.median(values),
+        "p20": quintiles[0],
+        "p80": quintiles[3],
+        "rounds": len(values),
+    }
+
+
+def enqueue_microseconds(runner: Runner, calls: int = 20) -> float:
+    """Median time that a call holds the host up on CUDA, from an empty queue."""
+    times = []
+    with runner.serving():
+        for i in range(calls):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            runner.call(i)
+            times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def costs(runner: Runner, device: str) -> dict[str, float | None]:
+    """What the profiler sees of one call.
+
+    Returns:
+        ``launches``: kernels, copies and fills on the device (null on the CPU).
+        ``operators``: PyTorch operators that the host dispatches; a compiled graph counts as one.
+        ``syncs``: how often the host waits for the device; on the CPU, how often it reads a
+        tensor's value (which is where it would wait).
+        ``extra_bytes``: the most memory in use beyond what was in use before.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    with runner.serving():
+        with profile(activities=activities, profile_memory=device == "cpu") as profiler:
+            kept = runner.call(0)
+        events = profiler.events()
+    del kept
+    result: dict[str, float | None] = {
+        "operators": sum(_is_operator(e) and not _inside_operator(e) for e in events),
+    }
+    if device == "cuda":
+        on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
+        waits = ("cudaStreamSynchronize", "cudaEventSynchronize")
+        return result | {
+            "launches": len(on_device) or None,  # no events: the profiler cannot see the device
+            "syncs": sum(e.name in waits for e in events) if on_device else None,
+            "extra_bytes": torch.cuda.max_memory_allocated() - before,
+        }
+    return result | {
+        "launches": None,
+        "syncs": sum(e.name == "aten::_local_scalar_dense" for e in events),
+        "extra_bytes": _peak(profiler),
+    }
+
+
+def _is_operator(event: Any) -> bool:
+    name = event.name
+    return ("::" in name and not name.startswith("autograd::")) or "Call CompiledFxGraph" in name
+
+
+def _inside_operator(event: Any) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and (_is_operator(parent) or _inside_operator(parent))
+
+
+def _peak(profiler: Any) -> int:
+    """The highest sum of the allocations and frees that a profile saw on the CPU."""
+    events = profiler.profiler.kineto_results.events()
+    memory = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for _, nbytes in sorted(memory, key=lambda item: item[0]):
+        now += nbytes
+        peak = max(peak, now)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], object], alive: list[Tensor]) -> int:
+    """Memory that a forward keeps for the backward, each storage once.
+
+    Args:
+        alive: tensors that are kept anyway, which do not count.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()  # kept while counting: a freed storage's address could come again
+    for tensor in alive:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del kept
+    return sum(storages.values())
