@@ -8,6 +8,12 @@ import importlib
 # command → module that has ``add_arguments`` and ``main``
 COMMANDS = {
     "run": "bench.run",
+    "step": "bench.step",
+    "scale": "bench.scale",
+    "host": "bench.triton_host",
+    "tune": "bench.tune",
+    "compare": "bench.compare",
+    "readme": "bench.readme",
 }
 
 

@@ -27,14 +27,14 @@ STEP = (HIGH - LOW) / 255
 OPS = (
     "fake_quantize",
     "fake_quantize_observed",
-    "relu + fake_quantize_observed",
+    "relu_fake_quantize_observed",
     "fake_quantize_lsq",
 )
 # Bytes per element beside multiples of the dtype's size: (multiple, others) for both directions.
 FLOORS = {
     "fake_quantize": (4, 2 / 8),
     "fake_quantize_observed": (5, 2 / 8),  # the range has to be known before the first output
-    "relu + fake_quantize_observed": (5, 2 / 8),
+    "relu_fake_quantize_observed": (5, 2 / 8),
     "fake_quantize_lsq": (5, 0),
 }
 

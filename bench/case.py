@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,8 +51,13 @@ class Plan:
     dtype: str = "float32"
     layout: str = "contiguous"
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What identifies a case among rows."""
+        return self.op, self.on, self.dtype, self.layout
+
     def __str__(self) -> str:
-        return f"{self.op}, {self.on}, {self.dtype}, {self.layout}"
+        return ", ".join(self.key)
 
 
 @dataclass
@@ -108,7 +113,6 @@ class Case:
     contenders: dict[str, Callable[[], Contender]]
     check: Callable[[Contender, Inputs, list[Tensor], list[Tensor]], None]
     inputs_live_on: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
 
     def run(self, contender: Contender, i: int) -> tuple[list[Tensor], list[Tensor]]:
         """Forward and backward on the ``i``-th inputs, in turn."""

@@ -1,4 +1,4 @@
-"""``python -m bench.triton_host``: what a call of each Triton op costs on the host.
+"""``python -m bench host``: what a call of each Triton op costs on the host.
 
 Beside each op stands the bare launch of the same kernels with arguments that are ready: the rest
 is checks and the allocation of outputs. With a CUDA device it is measured there, else for a GPU
@@ -10,20 +10,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import sys
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench.absent_gpu import absent_gpu
-from bench.cases import resnet50_weights
-from bench.timing import environment, interleaved
-from divqat.files import write_json
+from bench.command import add_common_arguments, measured, set_up
+from bench.measure import Runner, interleaved
+from bench.nets import weights as weights_of
 from divqat.ops import _triton
 from divqat.ops._library import SCHEMAS
 
 ELEMENTS = 64 * 64 * 28 * 28
+BARE = "bare launches"
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], object]]:
@@ -31,7 +31,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     # looked up here: finding a launcher is no part of a call
     op = {name: _triton.launcher(name) for name in SCHEMAS}
     with device:
-        x, weights = torch.empty(ELEMENTS), [w.to(device) for w in resnet50_weights()]
+        x, weights = torch.empty(ELEMENTS), [w.to(device) for w in weights_of("ResNet-50")]
         q = (torch.ones(()), torch.zeros((), dtype=torch.int32))
         state, offset = (torch.zeros(()), torch.ones(()), *q), torch.zeros(())
         mask = torch.empty(ELEMENTS // 8, dtype=torch.uint8)
@@ -82,50 +82,52 @@ def _noted(launches: list[Callable[[], object]]) -> Any:
             module.launch = real
 
 
-def measure(seconds: float) -> list[dict[str, Any]]:
-    """A row for each op: medians in milliseconds, of the op and of its bare launches."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    rows = []
-    with contextlib.nullcontext() if cuda else absent_gpu(90):
-        for name, call in calls(device).items():
-            launches: list[Callable[[], object]] = []
-            with _noted(launches):
-                call()
+def measure(name: str, call: Callable[[], object], seconds: float) -> list[dict[str, Any]]:
+    """Two rows: the op, and its bare launches."""
+    launches: list[Callable[[], object]] = []
+    with _noted(launches):
+        call()
 
-            def bare(launches: list[Callable[[], object]] = launches) -> None:
-                for launch in launches:
-                    launch()
+    def bare(_: int) -> None:
+        for launch in launches:
+            launch()
 
-            times = interleaved({"op": call, "bare": bare}, seconds)
-            rows.append({"name": name, "launches": len(launches), **times})
-    return rows
+    times = interleaved({"op": Runner(lambda i: call()), BARE: Runner(bare)}, "cpu", seconds)
+    return [
+        {"op": name, "launches": len(launches), "contender": kind, "milliseconds": times[kind]}
+        for kind in times
+    ]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The README's table."""
-    lines = ["| op | launches | op µs | bare launches µs |", "|---|---:|---:|---:|"]
-    for row in result["rows"]:
-        op, bare = (f"{1000 * row[kind]['median']:.1f}" for kind in ("op", "bare"))
-        lines.append(f"| {row['name']} | {row['launches']} | {op} | {bare} |")
-    return "\n".join(lines)
+def summary(rows: list[dict[str, Any]]) -> str:
+    """An op for the terminal."""
+    parts = [f"{row['contender']} {1e3 * row['milliseconds']['median']:.1f} µs" for row in rows]
+    return f"{rows[0]['op']}: {rows[0]['launches']} launches, {', '.join(parts)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.triton_host", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per contender")
-    parser.add_argument("--json", help="write the result here")
-    args = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    result: dict[str, Any] = environment("python -m bench.triton_host " + " ".join(sys.argv[1:]))
-    result["device"] = (
-        torch.cuda.get_device_name() if cuda else "none: the driver's call is left out"
-    )
-    result["rows"] = measure(args.seconds)
-    print(table(result))
-    if args.json:
-        write_json(args.json, result)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench host``."""
+    add_common_arguments(parser, seconds=1.0)
 
 
-if __name__ == "__main__":
-    main()
+def main(args: argparse.Namespace) -> None:
+    """Measure every op.
+
+    Raises:
+        SystemExit: there is no triton.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("bench host: nothing to measure: triton is not installed")
+    from bench.absent_gpu import absent_gpu
+
+    device = set_up(args)
+    with contextlib.nullcontext() if device == "cuda" else absent_gpu(90):
+        cases = calls(torch.device(device))
+        measured(
+            args,
+            device,
+            ("op",),
+            {(name,): (name, call) for name, call in cases.items()},
+            lambda case: measure(*case, args.seconds),
+            summary,
+        )

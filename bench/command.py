@@ -1,0 +1,130 @@
+"""What the commands share: options, results that a stopped run goes on with, CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bench.environment import SAME, environment
+from divqat.files import read_json, write_json, write_text
+from divqat.progress import progress
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """Device, threads, time, files."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--seconds", type=float, default=seconds, help="per contender and case")
+    parser.add_argument("--minutes", type=float, help="start no further case after so many")
+    parser.add_argument("--json", help="write the result here; a run that was stopped goes on")
+    parser.add_argument("--csv", help="write the rows here")
+    parser.add_argument("--plot", help="draw the rows here (.png, .svg, .pdf)")
+
+
+def set_up(args: argparse.Namespace) -> str:
+    """Set the threads; the device.
+
+    Raises:
+        SystemExit: there is no such device, or a number makes no sense.
+    """
+    for name in ("threads", "seconds", "minutes"):
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise SystemExit(f"bench: --{name}: wanted more than 0, got {value}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench: nothing to measure: no CUDA device is available")
+    return device
+
+
+def matches(name: str, parts: list[str] | None) -> bool:
+    """Whether the name contains one of the parts; nothing asked for is everything."""
+    return parts is None or any(part.lower() in name.lower() for part in parts)
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def measured(
+    args: argparse.Namespace,
+    device: str,
+    key: tuple[str, ...],
+    cases: Mapping[tuple[Any, ...], T],
+    measure: Callable[[T], list[Row]],
+    summary: Callable[[list[Row]], str],
+) -> dict[str, Any]:
+    """Measure case by case; the file is whole after each.
+
+    Args:
+        key: columns whose values identify a case among rows.
+        cases: those values → case.
+        measure: makes the rows of a case. summary: shows them on the terminal.
+    """
+    start = time.perf_counter()
+    result = _begin(args, device)
+    done = {tuple(row[name] for name in key) for row in result["rows"]}
+    todo = {names: case for names, case in cases.items() if names not in done}
+    for names, case in progress(todo.items(), f"bench {args.bench}", total=len(todo), unit="case"):
+        if args.minutes and time.perf_counter() - start > 60 * args.minutes:
+            what = ", ".join(str(name) for name in names)
+            print(f"not measured, {args.minutes:g} minutes are over: {what}", file=sys.stderr)
+            continue
+        rows = measure(case)
+        result["rows"] += rows
+        print(summary(rows), flush=True)
+        if args.json:
+            write_json(args.json, result)
+    if args.csv:
+        write_text(args.csv, as_csv(result["rows"]))
+    return result
+
+
+def _begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """A new result, or the one in the file if it was begun in the same way.
+
+    Raises:
+        SystemExit: the file holds another run.
+    """
+    result = environment("python -m bench " + " ".join(sys.argv[1:]))
+    result |= {"bench": args.bench, "device": device, "seconds": args.seconds, "rows": []}
+    if not args.json or not Path(args.json).is_file():
+        return result
+    before = read_json(args.json)
+    same = (*SAME, "bench", "device", "seconds")
+    differing = [name for name in same if before.get(name) != result[name]]
+    if differing:
+        raise SystemExit(
+            f"bench: {args.json} holds a run with other {', '.join(differing)}; name another file, "
+            "or remove it"
+        )
+    return before
+
+
+def as_csv(rows: list[Row]) -> str:
+    """One line per row; times in milliseconds, memory in bytes."""
+    flat = []
+    for row in rows:
+        rest = {name: value for name, value in row.items() if name != "milliseconds"}
+        times = row.get("milliseconds", {})
+        flat.append(rest | {f"{name}_ms": value for name, value in times.items()})
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()

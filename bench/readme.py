@@ -1,0 +1,95 @@
+"""``python -m bench readme``: the tables of the README from the committed results.
+
+A block of the README between ``<!-- bench NAME -->`` and ``<!-- /bench -->`` is filled from
+``bench/results/FILE.json``; ``bench/results/README.md`` gets the rest. No number is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import tables
+from divqat.files import read_json, write_text
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+# block → (file, table)
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "cpu-ops": ("cpu-ops.json", tables.ops),
+    "cpu-steps": ("cpu-steps.json", tables.steps),
+    "cpu-scaling": ("cpu-scaling.json", tables.scaling),
+    "cuda-ops": ("cuda-ops.json", tables.ops),
+    "cuda-steps": ("cuda-steps.json", tables.steps),
+    "cuda-scaling": ("cuda-scaling.json", tables.scaling),
+    "triton-host": ("triton-host.json", tables.host),
+}
+DETAILS = {"cpu-ops": "CPU", "cuda-ops": "GPU"}
+
+
+def block(name: str, results: Path = RESULTS) -> str:
+    """What stands between the marks."""
+    file, table = BLOCKS[name]
+    if not (results / file).is_file():
+        return "Not measured."
+    result = read_json(results / file)
+    return f"{tables.head(result)}:\n\n{table(result)}"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """The text with its blocks filled.
+
+    Raises:
+        KeyError: it has a block that is not known.
+    """
+    mark = re.compile(r"(<!-- bench (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+    return mark.sub(lambda m: f"{m[1]}{block(m[2], results)}\n{m[3]}", text)
+
+
+def details(results: Path = RESULTS) -> str:
+    """All rows: median times, and what does not depend on the machine."""
+    parts = [
+        "# All rows\n\nWritten by `python -m bench readme`. `--on` picks one shape: "
+        "`python -m bench run --op fake_quantize --on 'ResNet-50 [8, 64' --dtype bfloat16`."
+    ]
+    for name, title in DETAILS.items():
+        file = results / BLOCKS[name][0]
+        if not file.is_file():
+            parts.append(f"## {title}\n\nNot measured.")
+            continue
+        result = read_json(file)
+        parts += [
+            f"## {title}\n\n{tables.head(result)}",
+            tables.cases(result),
+            "### Dispatches and memory\n\nOf one forward and backward; memory in multiples of the "
+            "input.\n\n" + tables.costs(result),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench readme``."""
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Fill the tables.
+
+    Raises:
+        SystemExit: with ``--check``, a file is out of date.
+    """
+    readme = ROOT / "README.md"
+    wanted = {
+        readme: filled(readme.read_text(encoding="utf-8")),
+        RESULTS / "README.md": details(),
+    }
+    for file, text in wanted.items():
+        if file.is_file() and file.read_text(encoding="utf-8") == text:
+            continue
+        if args.check:
+            raise SystemExit(f"bench readme: {file.relative_to(ROOT)} is out of date")
+        write_text(file, text)
+        print(f"wrote {file.relative_to(ROOT)}")

@@ -1,0 +1,170 @@
+"""``python -m bench scale``: time and memory against elements, batch, classes, layers and threads.
+
+The exponent k of size^k is fitted to the upper half of the sizes, where fixed costs no longer
+matter: 1 is linear, 0 is constant; -1 against threads is a perfect speed-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import activations, losses, step, weights
+from bench.case import Plan, our_backends
+from bench.command import add_common_arguments, measured, set_up
+from bench.run import COPY, measure
+
+OBSERVED = "fake_quantize_observed"
+PEERS = ["torch.ao fused", "PyTorch, eager"]
+# sweep → (label of the size, sizes on the CPU, sizes on CUDA)
+SWEEPS: dict[str, tuple[str, list[int], list[int]]] = {
+    "elements": (
+        f"elements of the activation ({OBSERVED})",
+        [2**k for k in range(12, 25, 2)],
+        [2**k for k in range(12, 29, 2)],
+    ),
+    "classes": (
+        "classes (divergence_loss, 256 samples)",
+        [10, 32, 100, 316, 1000, 3162, 10000],
+        [10, 32, 100, 316, 1000, 3162, 10000, 31623],
+    ),
+    "layers": (
+        "weights of 64x64x3x3 (fake_quantize_weights)",
+        [1, 2, 4, 8, 16, 32, 64],
+        [1, 4, 16, 64, 256],
+    ),
+    "batch": (
+        "images per step (ResNet-20)",
+        [16, 32, 64, 128, 256],
+        [64, 128, 256, 512, 1024, 2048, 4096],
+    ),
+    "threads": (f"CPU threads ({OBSERVED}, 4 M elements)", [], []),
+}
+
+
+def sizes(sweep: str, device: str) -> list[int]:
+    """The points of a sweep; threads are 1, 2, 4 … up to the cores, on the CPU only."""
+    if sweep != "threads":
+        return SWEEPS[sweep][1 if device == "cpu" else 2]
+    cores = os.cpu_count() or 1
+    powers = [2**k for k in range(cores.bit_length()) if 2**k < cores]
+    return [*powers, cores] if device == "cpu" and cores > 1 else []
+
+
+def point(sweep: str, size: int, device: str, seconds: float) -> list[dict[str, Any]]:
+    """The rows of one size."""
+    ours = next(name for name, present in our_backends(device).items() if _is_there(present))
+    names = [ours, *PEERS]
+    if sweep == "batch":
+        rows = step.measure(
+            "ResNet-20", size, "float32", device, seconds, [ours, "torch.ao fused"], ["eager"]
+        )
+    elif sweep == "classes":
+        plan = Plan(losses.OP, f"logits [256, {size}]", (256, size))
+        rows = measure(losses.case(plan, device), device, seconds, names)
+    elif sweep == "layers":
+        plan = Plan(weights.OP, f"{size} weights", ())
+        tensors = [torch.empty(64, 64, 3, 3)] * size
+        rows = measure(weights.of_weights(plan, tensors, device), device, seconds, names)
+    else:
+        elements = size if sweep == "elements" else 2**22
+        before = torch.get_num_threads()
+        if sweep == "threads":
+            torch.set_num_threads(size)
+        plan = Plan(OBSERVED, f"{elements} elements", (elements,))
+        rows = measure(activations.case(plan, device), device, seconds, names)
+        torch.set_num_threads(before)
+    return [{"sweep": sweep, "size": size, **row} for row in rows]
+
+
+def _is_there(present: Any) -> bool:
+    try:
+        present()
+    except Exception:
+        return False
+    return True
+
+
+def curves(
+    rows: list[dict[str, Any]], sweep: str, value: str = "milliseconds"
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Contender → (sizes, values) of what was measured: median milliseconds, or a number."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        if row["sweep"] != sweep or "milliseconds" not in row:
+            continue
+        y = row["milliseconds"]["median"] if value == "milliseconds" else row[value]
+        xs, ys = found.setdefault(row["contender"], ([], []))
+        xs.append(row["size"])
+        ys.append(y)
+    return found
+
+
+def exponent(x: list[float], y: list[float]) -> tuple[float, float | None]:
+    """k of y ∝ x^k by least squares on the upper half of the sizes, and its standard error.
+
+    The error is None where there are fewer than three points, as they fit any line.
+    """
+    order = np.argsort(x)
+    first = min(len(x) // 2, max(0, len(x) - 3))
+    logs = np.log(np.array([x, y], dtype=float)[:, order[first:]])
+    if logs.shape[1] < 3:
+        return float(np.polyfit(*logs, 1)[0]), None
+    (slope, _), covariance = np.polyfit(*logs, 1, cov=True)
+    return float(slope), float(np.sqrt(covariance[0, 0]))
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A point for the terminal."""
+    parts = [
+        f"{row['contender']} {row['milliseconds']['median']:.3f} ms"
+        for row in rows
+        if "milliseconds" in row and row["contender"] != COPY
+    ]
+    return f"{rows[0]['sweep']} {rows[0]['size']}: {', '.join(parts)}"
+
+
+def fits(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of exponents."""
+    lines = ["| against | contender | time | extra memory |", "|---|---|---:|---:|"]
+    for sweep in SWEEPS:
+        memory = curves(rows, sweep, "extra_bytes")
+        for name, (x, y) in curves(rows, sweep).items():
+            if len(x) < 2 or name == COPY:
+                continue
+            cells = [exponent(x, y)]
+            if min(memory[name][1]) > 0:
+                cells.append(exponent(*memory[name]))
+            text = [f"{k:.2f}" if e is None else f"{k:.2f} ± {e:.2f}" for k, e in cells]
+            text = [t.replace("-0.00", "0.00") for t in text]
+            lines.append(f"| {sweep} | {name} | {' | '.join([*text, '0'][:2])} |")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench scale``."""
+    parser.add_argument("--over", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    add_common_arguments(parser, seconds=0.5)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    device = set_up(args)
+    cases = {(sweep, size): 0 for sweep in args.over for size in sizes(sweep, device)}
+    result = measured(
+        args,
+        device,
+        ("sweep", "size"),
+        {key: key for key in cases},
+        lambda key: point(*key, device, args.seconds),
+        summary,
+    )
+    print(fits(result["rows"]))
+    if args.plot:
+        from bench.plots import plot_scaling
+
+        plot_scaling(result, args.plot)
