@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+
+# Two lines per profile otherwise; read when torch is imported, so before that.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # command → module that has ``add_arguments`` and ``main``
 COMMANDS = {
