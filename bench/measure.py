@@ -184,7 +184,10 @@ def _peak(events: list[Any]) -> int:
 
 
 def saved_bytes(forward: Callable[[], object], alive: list[Tensor]) -> int:
-    """Memory that a forward keeps for the backward, each storage once.
+    """Memory that a forward keeps for the backward by ``save_for_backward``, each storage once.
+
+    What an ``autograd.Function`` holds as an attribute does not pass the hooks: the gradient that
+    ``divergence_loss`` computes in its forward is counted in ``extra_bytes`` only.
 
     Args:
         alive: tensors that are kept anyway, which do not count.

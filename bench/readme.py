@@ -65,7 +65,9 @@ def details(results: Path = RESULTS) -> str:
             f"## {title}\n\n{tables.head(result)}",
             tables.cases(result),
             "### Dispatches and memory\n\nOf one forward and backward; memory in multiples of the "
-            "input.\n\n" + tables.costs(result),
+            "input. *Kept* is what went through `save_for_backward`; the gradient that our "
+            "`divergence_loss` computes in its forward does not, and is in *extra memory* only.\n\n"
+            + tables.costs(result),
         ]
     return "\n\n".join(parts) + "\n"
 

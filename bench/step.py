@@ -57,7 +57,8 @@ def set_up_case(network: str, batch: int, device: str, dtype: torch.dtype) -> Se
         for _ in range(10):
             model(x)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        logits = teacher(x)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            logits = teacher(x)
     pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
     return Setup(model, teacher, x, target, logits, device, dtype, pool)
 

@@ -106,14 +106,22 @@ def _speedup(cases: list[dict[str, Row]], best: str, column: str) -> str:
 
 
 def _notes(rows: list[Row]) -> list[str]:
-    """Who is absent, fails or is wrong, and why; each reason once."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
+    """Who is absent, fails or is wrong, where, and why."""
+    every = {row["op"] for row in rows}
+    found: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
         status = _status(row)
         if status != "timed":
-            reason = row[status] if status != "wrong" else row[status].partition(":")[0]
-            found.setdefault((status, f"{row['contender']}: {reason}"), {})[row["op"]] = None
-    return [f"*{status}:* {what} ({', '.join(ops)})" for (status, what), ops in found.items()]
+            # what was wrong: its amount differs from row to row
+            reason = row[status].partition(":")[0] if status == "wrong" else row[status]
+            names, ops = found.setdefault((status, reason), ({}, {}))
+            names[row["contender"]] = None
+            ops[row["op"]] = None
+    lines = []
+    for (status, reason), (names, ops) in found.items():
+        where = "" if set(ops) == every else f" on {', '.join(ops)}"
+        lines.append(f"*{status}*{where}: {'; '.join(names)} ({reason})")
+    return lines
 
 
 def costs(result: dict[str, Any]) -> str:

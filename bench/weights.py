@@ -130,7 +130,9 @@ def _check(
 ) -> None:
     """Against the definition, in float64: on the row's grid, at most half a step away, and the
     gradient passes. A row's largest value may differ: Brevitas differentiates the scale that it
-    sets, and the scale of torch.ao's fused op is a little smaller, so that it is clipped."""
+    sets, and the scale of torch.ao's fused op is a little smaller, so that it is clipped. (On a
+    row whose values have one sign that op sets a zero point and half the scale, though a symmetric
+    grid was asked for, which is wrong here.)"""
     facts = contender.facts()
     for i, (w, y, dw) in enumerate(zip(inputs.leaves, outputs, grads, strict=True)):
         assert y.shape == w.shape and y.dtype == w.dtype
@@ -139,7 +141,8 @@ def _check(
         scale = largest / 127
         if "scales" in facts:
             scale = facts["scales"][i].double()[:, None]
-            assert torch.allclose(scale, largest / 127, rtol=0.01), "scale"
+            ratio = (scale / (largest / 127)).min().item()
+            assert 0.99 < ratio < 1.01, f"scale: down to {ratio:.2f} of that of the largest value"
         assert ((values - rows).abs() <= 0.501 * scale).all(), "more than half a step away"
         codes = values / scale
         assert ((codes - codes.round()).abs() <= 1e-3).all(), "not on the grid"

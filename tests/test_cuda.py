@@ -2,8 +2,8 @@
 there too.
 """
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +11,6 @@ from testing import bits, randn, tensor
 
 from divqat import ops
 from divqat.ops import _native, _triton
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
-from bench import cuda
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -23,6 +20,41 @@ if all(MISSING.values()):
     pytest.skip("; ".join(MISSING.values()), allow_module_level=True)
 
 call = torch.ops.divqat
+
+
+def counted(backend: str, function: Callable[[], object]) -> int:
+    """Kernels that one call launches; a host synchronization is an error."""
+    function()
+    torch.cuda.synchronize()
+    before = _launches[backend]()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return _launches[backend]() - before
+
+
+def _triton_launches() -> int:
+    """Launches of Triton kernels since the first call."""
+    from triton import knobs
+
+    if not hasattr(_triton_launches, "count"):
+        _triton_launches.count = 0  # type: ignore[attr-defined]
+
+        def count(*_: Any) -> None:
+            _triton_launches.count += 1  # type: ignore[attr-defined]
+
+        knobs.runtime.launch_enter_hook.add(count)
+    return _triton_launches.count  # type: ignore[attr-defined]
+
+
+def _native_launches() -> int:
+    extension: Any = _native.extension
+    return extension.launch_count()
+
+
+_launches = {"cuda": _native_launches, "triton": _triton_launches}
 
 
 @pytest.fixture(autouse=True, params=[name for name, reason in MISSING.items() if not reason])
@@ -77,7 +109,7 @@ def test_small_inputs_under_a_memory_checker():
 
 def test_launches_and_no_host_synchronization(kernels):
     for name, (function, launches) in everything(100_003, kernels).items():
-        assert cuda.counted(kernels, function) == launches, name
+        assert counted(kernels, function) == launches, name
 
 
 def test_equal_to_the_cpu_kernels_bit_for_bit():

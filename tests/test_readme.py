@@ -1,24 +1,21 @@
 """The README's example is a program, and its commands exist."""
 
-import importlib
 import re
 import shlex
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from testing import randn
 
 from divqat.cli import _parser
 from divqat.evaluate import Result, results_table
-from divqat.files import read_json
 from divqat.job import Job
 from divqat.models import build
 
 ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "bench" / "results" / "cpu-kernels.json"
-TRITON_HOST = KERNELS.with_name("triton-host.json")
+RESULTS = ROOT / "bench" / "results"
+JOBS = ("digits", "fashion-mnist")  # the others are benchmarks: tests/test_bench_step.py
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -55,25 +52,7 @@ def test_the_shipped_configurations_are_valid():
 
 
 def test_the_tables_are_those_of_the_committed_results():
-    files = set(KERNELS.parent.glob("*.json")) - set(KERNELS.parent.glob("cpu-kernels*.json"))
-    files.remove(TRITON_HOST)
-    assert files
-    for file in files:
+    for file in (RESULTS / f"{name}.json" for name in JOBS):
         result = Result.load(file)
         assert results_table(result) in README, f"paste the table of {file.name} into README.md"
         assert result.command in README
-
-
-@pytest.mark.parametrize(
-    ("file", "module"), [(KERNELS, "bench.cpu"), (TRITON_HOST, "bench.triton_host")]
-)
-def test_the_table_of_the_kernels_is_that_of_the_committed_run(monkeypatch, file, module):
-    monkeypatch.syspath_prepend(ROOT)  # bench/ is not installed
-    if module == "bench.triton_host":
-        pytest.importorskip("triton")
-    table = importlib.import_module(module).table
-    result = read_json(file)
-    assert table(result) in README, f"paste what python -m {module} printed into README.md"
-    assert result["command"] in README
-    for key in ("commit", "date", "hardware", "threads", "versions", "native_kernels"):
-        assert result[key]

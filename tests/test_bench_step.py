@@ -1,0 +1,234 @@
+"""Training steps train the same network, sweeps are fitted, tables are what was measured."""
+
+import copy
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
+from bench import readme, run, scale, step, tables, tune
+from bench.__main__ import parser
+from bench.case import Absent, our_backends
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
+
+
+def is_there(present):
+    try:
+        return present()
+    except Absent:
+        return None
+
+
+BACKENDS = [name for name, present in our_backends("cpu").items() if is_there(present)]
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return step.set_up_case("ResNet-20", 4, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """All contenders on the smallest network, eager."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = step.measure("ResNet-20", 4, "float32", "cpu", 0.0, modes=["eager"])
+    torch.set_num_threads(threads)
+    return rows
+
+
+def test_every_opponent_trains(small):
+    rows = {row["contender"]: row for row in small}
+    timed = {name for name, row in rows.items() if "milliseconds" in row}
+    peers = {"torch.ao FakeQuantize", "torch.ao fused", "torchao PT2E", "Brevitas", "PyTorch"}
+    assert {"float", "divqat torch", *peers} <= timed, rows
+    assert set(rows) - timed <= {name for name in rows if name.startswith("divqat native")}
+    assert rows["float"]["over_float"] == 1
+    for name in timed:
+        row = rows[name]
+        assert row["images_per_s"] == pytest.approx(4e3 / row["milliseconds"]["median"])
+        assert row["mode"] == "eager" and row["extra_bytes"] > 0
+        if name.startswith(("divqat", "PyTorch", "float")):
+            assert row["syncs"] == 0, name
+    assert rows["torch.ao FakeQuantize"]["syncs"] > 100
+
+
+def test_divqat_keeps_less_than_the_opponents(small):
+    memory = {row["contender"]: row.get("extra_bytes") for row in small}
+    ours = memory[BACKENDS[0]]
+    for name in ("torch.ao fused", "torch.ao FakeQuantize", "torchao PT2E", "Brevitas", "PyTorch"):
+        assert ours < memory[name], name
+
+
+def test_the_step_compiles_without_a_break(setup):
+    for name, recipe in step.recipes("cpu").items():
+        if not name.startswith((BACKENDS[0], "PyTorch")):
+            continue
+        one = step.Step(setup, recipe, "eager")
+        with one.serving():
+            found = torch._dynamo.explain(one._compute)()
+        assert found.graph_break_count == 0 and found.graph_count == 1, name
+        torch._dynamo.reset()
+
+
+def test_the_compiled_step_is_right():
+    rows = step.measure("ResNet-20", 2, "float32", "cpu", 0.0, ["PyTorch"], ["compiled"])
+    labels = {(row["contender"], row["mode"]): row for row in rows}
+    assert set(labels) == {("float", "eager"), ("float", "compiled"), ("PyTorch", "compiled")}
+    assert all("milliseconds" in row for row in rows), rows
+    assert labels["PyTorch", "compiled"]["over_float_same_mode"] > 0
+
+
+def test_a_step_that_does_not_train_the_network_gets_no_time(setup):
+    def unquantized(model, x):
+        return copy.deepcopy(model)
+
+    def shuffled(model, x):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 2:
+                    p.mul_(-50)
+        return model
+
+    def detached(model, x):
+        model = copy.deepcopy(model)
+        model.unused = nn.Linear(2, 2)
+        return model
+
+    reference = step.Step(setup, step.recipes("cpu")["float"], "eager")
+    for prepare, message in (
+        (unquantized, "nothing is quantized"),
+        (shuffled, "cosine|loss"),
+        (detached, "no gradient of unused.weight"),
+    ):
+        row = {"contender": prepare.__name__}
+        assert step.admitted(setup, step.Recipe(prepare), "eager", row, reference) is None
+        assert re.search(message, row["wrong"]), row
+
+    def raises(model, x):
+        raise RuntimeError("no such luck")
+
+    row = {"contender": "raises"}
+    assert step.admitted(setup, step.Recipe(raises), "eager", row, reference) is None
+    assert row["fails"] == "RuntimeError: no such luck"
+
+
+def test_bfloat16_is_autocast():
+    rows = step.measure("ResNet-20", 2, "bfloat16", "cpu", 0.0, [BACKENDS[0]], ["eager"])
+    plain = [row for row in rows if row["contender"] in ("float", BACKENDS[0])]
+    assert len(plain) == 2 and all("milliseconds" in row for row in plain), plain
+
+
+def test_exponents_are_those_of_powers():
+    x = [1, 10, 100, 1000, 10000, 100000]
+    for k in (0.0, 1.0, 1.5):
+        found, error = scale.exponent(x, [3 * v**k for v in x])
+        assert found == pytest.approx(k, abs=1e-9) and error < 1e-6
+    # fixed costs of the small sizes do not count
+    assert scale.exponent(x, [1000 + v for v in x])[0] == pytest.approx(0.95, abs=0.1)
+    assert scale.exponent([1, 2], [4.0, 2.0]) == (pytest.approx(-1), None)
+    assert scale.exponent(x[::-1], [v**2 for v in x[::-1]])[0] == pytest.approx(2)
+
+
+def test_every_sweep_has_points_that_are_measured(tmp_path):
+    rows = []
+    for sweep, sizes in {"elements": (64, 256), "classes": (3, 9), "layers": (1, 2)}.items():
+        for size in sizes:
+            rows += scale.point(sweep, size, "cpu", 0.0)
+    threads = torch.get_num_threads()
+    rows += scale.point("threads", 2, "cpu", 0.0)
+    assert torch.get_num_threads() == threads
+    assert {row["sweep"] for row in rows} == set(scale.SWEEPS) - {"batch"}
+    memory = scale.curves(rows, "elements", "extra_bytes")
+    assert memory["divqat torch" if len(BACKENDS) == 1 else "divqat native"][0] == [64, 256]
+    # all weights cost one operator, however many there are
+    ours = [r for r in rows if r["sweep"] == "layers" and r["contender"] == BACKENDS[0]]
+    assert max(row["operators"] for row in ours) <= 2
+    result = {"rows": rows, "hardware": "this", "date": "today"}
+    from bench.plots import plot_scaling
+
+    assert plot_scaling(result, str(tmp_path / "s.png")).stat().st_size > 1000
+    assert "| divqat" in tables.scaling(result)
+    for sweep in scale.SWEEPS:
+        assert sweep == "threads" or len(scale.sizes(sweep, "cpu")) >= 5
+        assert sweep == "threads" or len(scale.sizes(sweep, "cuda")) >= 5
+
+
+def test_results_become_pictures_and_tables(tmp_path, small):
+    from bench.plots import plot_rows, plot_steps
+
+    result = {"rows": small, "hardware": "this", "date": "today", "device": "cpu"}
+    assert plot_steps(result, str(tmp_path / "p.png")).stat().st_size > 1000
+    text = tables.steps(result)
+    assert "| Brevitas, eager | " in text and "images/s" in text
+    case = run.make(run.Plan("fake_quantize", "small", (2, 3, 4, 5)), "cpu", 2)
+    rows = run.measure(case, "cpu", 0.0, ["divqat", "torch.ao", "cooperative"])
+    result["rows"] = rows
+    assert plot_rows(result, str(tmp_path / "r.png")).stat().st_size > 1000
+    text = tables.ops(result)
+    assert "`--op fake_quantize --dtype float32 --layout contiguous`" in text
+    assert "torch.ao fused" in text and "*absent*: torch.compile, cooperative_reductions" in text
+    assert "small, float32, contiguous" in tables.cases(result)
+    assert "| 0.03 |" in tables.costs(result)  # kept for the backward: one bit of 32
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    """``python -m bench readme`` has been run."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- bench (\S+) -->", text)) == set(readme.BLOCKS)
+    assert readme.filled(text) == text, "run python -m bench readme"
+    details = readme.RESULTS / "README.md"
+    assert readme.details() == details.read_text(encoding="utf-8"), "run python -m bench readme"
+    for name, (file, _) in readme.BLOCKS.items():
+        if not (readme.RESULTS / file).is_file():
+            assert name.startswith("cuda") and readme.block(name) == "Not measured."
+            continue
+        result = json.loads((readme.RESULTS / file).read_text())
+        for key in ("command", "commit", "date", "hardware", "threads", "versions"):
+            assert result[key]
+
+
+def test_no_result_is_not_measured(tmp_path):
+    text = "a\n<!-- bench cpu-ops -->\nold\n<!-- /bench -->\nb"
+    wanted = "a\n<!-- bench cpu-ops -->\nNot measured.\n<!-- /bench -->\nb"
+    assert readme.filled(text, tmp_path) == wanted
+    assert readme.filled(wanted, tmp_path) == wanted
+    assert "Not measured." in readme.details(tmp_path)
+
+
+def test_every_command_that_is_written_down_is_understood():
+    count = 0
+    for file in ("README.md", "bench/README.md", "bench/gpu.sh", "bench/results/README.md"):
+        text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", "")
+        for words in re.findall(r"(?:python|PYTHON) -m bench ([a-z][^`\n#…]*)", text):
+            words = words.replace("'$OUT'", "out").replace("$OUT", "out")
+            parser().parse_args(shlex.split(words))
+            count += 1
+    assert count >= 10
+
+
+def test_tuning_says_why_it_measures_nothing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    args = parser().parse_args(["tune"])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        tune.main(args)
+
+
+def test_tiles_are_chosen_while_they_are_tried():
+    pytest.importorskip("triton")
+    from divqat.kernels import fake_quantize
+
+    before = fake_quantize.block_of
+    with tune.tiles(4096, 8):
+        assert fake_quantize.block_of(10, torch.float32) == {"BLOCK": 4096, "num_warps": 8}
+    assert fake_quantize.block_of is before
