@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of all commands; what a command needs is imported when it is chosen."""
+    """Of all commands."""
     result = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = result.add_subparsers(dest="bench", required=True)
     for name, module_name in COMMANDS.items():

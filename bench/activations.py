@@ -38,6 +38,10 @@ FLOORS = {
     "fake_quantize_lsq": (5, 0),
 }
 
+# what the check wants to know where the scale is given, and where it is learned
+GIVEN = {"scale": STEP, "zero_point": 128}
+LEARNED = {"scale": STEP, "zero_point": 0, "low": -128, "unit": 1.0}
+
 Make = Callable[[], Contender]
 
 
@@ -105,21 +109,21 @@ def _ours(op: str, device: str, backend: str, mode: str = "exact", saves: float 
             lambda x: ops.fake_quantize_lsq(x, scale, zero, -128, 127),
             [scale],
             backend,
-            lambda: {"scale": STEP, "zero_point": 0, "low": -128, "unit": 1.0},
+            lambda: LEARNED,
         )
     zero_point = torch.tensor(128, dtype=torch.int32, device=device)
     if op == "fake_quantize":
         return Contender(
             lambda x: ops.fake_quantize(x, scale, zero_point, 0, 255),
             backend=backend,
-            facts=lambda: {"scale": STEP, "zero_point": 128},
+            facts=lambda: GIVEN,
         )
     low, high = (torch.tensor(v, device=device) for v in (LOW, HIGH))
     options: Any = {"averaging_constant": AVERAGING, "mode": mode, "relu": op.startswith("relu")}
 
     def facts() -> dict[str, Any]:
         if mode == "delayed":  # with the range before this batch, which it updates for the next
-            return {"scale": STEP, "zero_point": 128, "delayed": True}
+            return GIVEN | {"delayed": True}
         return {"scale": scale.item(), "zero_point": zero_point.item()}
 
     return Contender(
@@ -134,12 +138,11 @@ def _plain(op: str, device: str, wrap: Callable[[Any], Any]) -> Contender:
     if op == "fake_quantize_lsq":
         scale = torch.tensor(STEP, device=device, requires_grad=True)
         run = wrap(lambda x, scale: plain.learned(x, scale, -128, 127))
-        facts = {"scale": STEP, "zero_point": 0, "low": -128, "unit": 1.0}
-        return Contender(lambda x: run(x, scale), [scale], facts=lambda: facts)
+        return Contender(lambda x: run(x, scale), [scale], facts=lambda: LEARNED)
     if op == "fake_quantize":
         args = torch.tensor(STEP, device=device), torch.tensor(128.0, device=device)
         run = wrap(lambda x: plain.fake_quantize(x, *args, 0, 255))
-        return Contender(run, facts=lambda: {"scale": STEP, "zero_point": 128})
+        return Contender(run, facts=lambda: GIVEN)
     module = plain.Observed(LOW, HIGH, AVERAGING, op.startswith("relu")).to(device)
 
     def facts_of_module() -> dict[str, Any]:
@@ -163,7 +166,7 @@ def _aten(device: str) -> Contender:
     zero_point = torch.tensor(128, dtype=torch.int32, device=device)
     return Contender(
         lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255),
-        facts=lambda: {"scale": STEP, "zero_point": 128},
+        facts=lambda: GIVEN,
     )
 
 
@@ -198,7 +201,7 @@ def _learned_peers(device: str) -> dict[str, Make]:
         return Contender(
             lambda x: op(x, scale, zero_point, -128, 127, 1.0),
             [scale],
-            facts=lambda: {"scale": STEP, "zero_point": 0, "low": -128, "unit": 1.0},
+            facts=lambda: LEARNED,
         )
 
     def brevitas() -> Contender:
@@ -214,7 +217,7 @@ def _learned_peers(device: str) -> dict[str, Make]:
         return Contender(
             module,
             [threshold],
-            facts=lambda: {"scale": STEP, "zero_point": 0, "low": -128, "unit": 1 / 128},
+            facts=lambda: LEARNED | {"unit": 1 / 128},
         )
 
     return {"ATen learnable": aten, "Brevitas": brevitas}

@@ -34,7 +34,7 @@ def need(module: str, package: str) -> Any:
         raise Absent(f"{package} is not installed ({error})") from error
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Plan:
     """Names a case before its memory is allocated.
 
@@ -60,6 +60,11 @@ class Plan:
         return ", ".join(self.key)
 
 
+def serving(backend: str | None) -> AbstractContextManager[None]:
+    """A block in which the divqat backend serves; None: whichever does."""
+    return nullcontext() if backend is None else ops.backend(backend)
+
+
 @dataclass
 class Contender:
     """One way of computing what a case asks for, as its users call it.
@@ -80,7 +85,7 @@ class Contender:
 
     def serving(self) -> AbstractContextManager[None]:
         """A block in which this contender runs."""
-        return nullcontext() if self.backend is None else ops.backend(self.backend)
+        return serving(self.backend)
 
 
 @dataclass

@@ -55,6 +55,11 @@ def matches(name: str, parts: list[str] | None) -> bool:
     return parts is None or any(part.lower() in name.lower() for part in parts)
 
 
+def status(row: Row) -> str:
+    """``timed``, or why there is no time: ``absent``, ``fails`` or ``wrong``."""
+    return next((name for name in ("absent", "fails", "wrong") if name in row), "timed")
+
+
 def first_line(error: Exception) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

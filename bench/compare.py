@@ -7,14 +7,16 @@ overlap; the rest is noise.
 from __future__ import annotations
 
 import argparse
-import math
+from statistics import geometric_mean
 from typing import Any
 
+from bench import run
+from bench.command import status
 from bench.environment import SAME
 from divqat.files import read_json
 
 KEYS = {
-    "run": ("op", "on", "dtype", "layout", "contender"),
+    "run": (*run.KEY, "contender"),
     "step": ("network", "batch", "dtype", "contender", "mode"),
     "scale": ("sweep", "size", "contender"),
 }
@@ -66,7 +68,7 @@ def compared(before: dict[str, Any], after: dict[str, Any], everything: bool = F
         if identity not in old:
             lines.append(f"only after    {label}")
             continue
-        states = [_state(old[identity]), _state(row)]
+        states = [status(old[identity]), status(row)]
         if states[0] != states[1]:
             lines.append(f"{states[0]} -> {states[1]}    {label}")
             continue
@@ -86,10 +88,5 @@ def compared(before: dict[str, Any], after: dict[str, Any], everything: bool = F
     lines += [f"only before   {', '.join(map(str, i))}" for i in old.keys() - new.keys()]
     lines.append("\ntime after / time before, geometric mean:")
     for name, values in ratios.items():
-        mean = math.exp(sum(map(math.log, values)) / len(values))
-        lines.append(f"  {mean:5.2f}x over {len(values)} rows  {name}")
+        lines.append(f"  {geometric_mean(values):5.2f}x over {len(values)} rows  {name}")
     return "\n".join(lines)
-
-
-def _state(row: dict[str, Any]) -> str:
-    return next((s for s in ("absent", "fails", "wrong") if s in row), "timed")

@@ -16,7 +16,7 @@ import torch
 
 from bench import activations, losses, weights
 from bench.case import DTYPES, LAYOUTS, Absent, Case, Contender, Plan
-from bench.command import add_common_arguments, first_line, matches, measured, set_up
+from bench.command import add_common_arguments, first_line, matches, measured, set_up, status
 from bench.measure import (
     Runner,
     costs,
@@ -27,8 +27,6 @@ from bench.measure import (
 )
 
 COPY = "copy"
-
-
 OPS = (*activations.OPS, weights.OP, losses.OP)
 KEY = ("op", "on", "dtype", "layout")  # identifies a case among rows
 
@@ -171,9 +169,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     lines = [f"\n{first['op']}, {first['on']}, {first['dtype']}, {first['layout']}"]
     for row in rows:
         name = f"  {row['contender']:<40}"
-        status = next((s for s in ("absent", "fails", "wrong") if s in row), None)
-        if status:
-            lines.append(f"{name}{status}: {row[status]}")
+        if (state := status(row)) != "timed":
+            lines.append(f"{name}{state}: {row[state]}")
             continue
         t = row["milliseconds"]
         lines.append(

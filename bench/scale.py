@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from bench import activations, losses, step, weights
-from bench.case import Plan, our_backends
+from bench.case import Plan
 from bench.command import add_common_arguments, measured, set_up
 from bench.run import COPY, measure
+from divqat.ops._backend import best
+from divqat.train.loop import cpu_threads
 
 OBSERVED = "fake_quantize_observed"
 PEERS = ["torch.ao fused", "PyTorch, eager"]
@@ -57,7 +59,7 @@ def sizes(sweep: str, device: str) -> list[int]:
 
 def point(sweep: str, size: int, device: str, seconds: float) -> list[dict[str, Any]]:
     """The rows of one size."""
-    ours = next(name for name, present in our_backends(device).items() if _is_there(present))
+    ours = f"divqat {best(device)}"
     names = [ours, *PEERS]
     if sweep == "batch":
         rows = step.measure(
@@ -72,21 +74,10 @@ def point(sweep: str, size: int, device: str, seconds: float) -> list[dict[str, 
         rows = measure(weights.of_weights(plan, tensors, device), device, seconds, names)
     else:
         elements = size if sweep == "elements" else 2**22
-        before = torch.get_num_threads()
-        if sweep == "threads":
-            torch.set_num_threads(size)
         plan = Plan(OBSERVED, f"{elements} elements", (elements,))
-        rows = measure(activations.case(plan, device), device, seconds, names)
-        torch.set_num_threads(before)
+        with cpu_threads(size if sweep == "threads" else None):
+            rows = measure(activations.case(plan, device), device, seconds, names)
     return [{"sweep": sweep, "size": size, **row} for row in rows]
-
-
-def _is_there(present: Any) -> bool:
-    try:
-        present()
-    except Exception:
-        return False
-    return True
 
 
 def curves(
@@ -128,23 +119,6 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return f"{rows[0]['sweep']} {rows[0]['size']}: {', '.join(parts)}"
 
 
-def fits(rows: list[dict[str, Any]]) -> str:
-    """The Markdown table of exponents."""
-    lines = ["| against | contender | time | extra memory |", "|---|---|---:|---:|"]
-    for sweep in SWEEPS:
-        memory = curves(rows, sweep, "extra_bytes")
-        for name, (x, y) in curves(rows, sweep).items():
-            if len(x) < 2 or name == COPY:
-                continue
-            cells = [exponent(x, y)]
-            if min(memory[name][1]) > 0:
-                cells.append(exponent(*memory[name]))
-            text = [f"{k:.2f}" if e is None else f"{k:.2f} ± {e:.2f}" for k, e in cells]
-            text = [t.replace("-0.00", "0.00") for t in text]
-            lines.append(f"| {sweep} | {name} | {' | '.join([*text, '0'][:2])} |")
-    return "\n".join(lines)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench scale``."""
     parser.add_argument("--over", nargs="+", choices=SWEEPS, default=list(SWEEPS))
@@ -154,16 +128,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     device = set_up(args)
-    cases = {(sweep, size): 0 for sweep in args.over for size in sizes(sweep, device)}
+    keys = [(sweep, size) for sweep in args.over for size in sizes(sweep, device)]
     result = measured(
         args,
         device,
         ("sweep", "size"),
-        {key: key for key in cases},
+        {key: key for key in keys},
         lambda key: point(*key, device, args.seconds),
         summary,
     )
-    print(fits(result["rows"]))
+    from bench import tables  # which reads this module
+
+    print(tables.scaling(result))
     if args.plot:
         from bench.plots import plot_scaling
 

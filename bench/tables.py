@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from statistics import geometric_mean
 from typing import Any
 
+from bench.command import Row, status
 from bench.run import COPY
 from bench.scale import SWEEPS, curves, exponent
-from bench.step import FLOAT
+from bench.training import FLOAT
 
-Row = dict[str, Any]
 # columns of the table of ops: names that are one opponent under another name per op
 ATEN = "ATen's own op"
 ALIASES = {
@@ -44,14 +44,6 @@ def _table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def _status(row: Row) -> str:
-    return next((s for s in ("absent", "fails", "wrong") if s in row), "timed")
-
-
 def _cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     """(op, dtype, layout, on) → contender → row."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -74,7 +66,7 @@ def ops(result: dict[str, Any]) -> str:
     names = dict.fromkeys(
         ALIASES.get(row["contender"], row["contender"])
         for row in result["rows"]
-        if row["contender"] not in (best, COPY) and _status(row) != "absent"
+        if row["contender"] not in (best, COPY) and status(row) != "absent"
     )
     lines = []
     for (op, dtype, layout), cases in groups.items():
@@ -98,11 +90,11 @@ def _speedup(cases: list[dict[str, Row]], best: str, column: str) -> str:
     ratios = [
         theirs["milliseconds"]["median"] / mine["milliseconds"]["median"]
         for mine, theirs in rows
-        if _status(mine) == _status(theirs) == "timed"
+        if status(mine) == status(theirs) == "timed"
     ]
     if ratios:
-        return f"{_mean(ratios):.1f}×"
-    return _status(rows[0][1]) if rows else ""
+        return f"{geometric_mean(ratios):.1f}×"
+    return status(rows[0][1]) if rows else ""
 
 
 def _notes(rows: list[Row]) -> list[str]:
@@ -110,17 +102,17 @@ def _notes(rows: list[Row]) -> list[str]:
     every = {row["op"] for row in rows}
     found: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
-        status = _status(row)
-        if status != "timed":
+        state = status(row)
+        if state != "timed":
             # what was wrong: its amount differs from row to row
-            reason = row[status].partition(":")[0] if status == "wrong" else row[status]
-            names, ops = found.setdefault((status, reason), ({}, {}))
+            reason = row[state].partition(":")[0] if state == "wrong" else row[state]
+            names, ops = found.setdefault((state, reason), ({}, {}))
             names[row["contender"]] = None
             ops[row["op"]] = None
     lines = []
-    for (status, reason), (names, ops) in found.items():
+    for (state, reason), (names, ops) in found.items():
         where = "" if set(ops) == every else f" on {', '.join(ops)}"
-        lines.append(f"*{status}*{where}: {'; '.join(names)} ({reason})")
+        lines.append(f"*{state}*{where}: {'; '.join(names)} ({reason})")
     return lines
 
 
@@ -160,7 +152,7 @@ def cases(result: dict[str, Any]) -> str:
             cells = [
                 f"{case[name]['milliseconds']['median']:.3g}"
                 if "milliseconds" in case.get(name, {})
-                else (_status(case[name]) if name in case else "")
+                else (status(case[name]) if name in case else "")
                 for name in names
             ]
             lines.append([f"{on}, {dtype}, {layout}", *cells])
@@ -174,9 +166,9 @@ def steps(result: dict[str, Any]) -> str:
     lines: dict[tuple[str, str], dict[tuple[Any, ...], str]] = {}
     for row in result["rows"]:
         cells = lines.setdefault((row["contender"], row["mode"]), {})
-        status = _status(row)
-        text = status
-        if status == "timed":
+        state = status(row)
+        text = state
+        if state == "timed":
             milliseconds = row["milliseconds"]["median"]
             text = f"{row['over_float']:.2f}× ({milliseconds:.0f} ms, {_mb(row)} MB)"
             if row["contender"] == FLOAT and row["mode"] == "eager":
@@ -188,9 +180,9 @@ def steps(result: dict[str, Any]) -> str:
         for (name, mode), cells in lines.items()
     ]
     notes = {
-        f"*{_status(row)}:* {row['contender']}, {row['mode']}: {row[_status(row)]}": None
+        f"*{status(row)}:* {row['contender']}, {row['mode']}: {row[status(row)]}": None
         for row in result["rows"]
-        if _status(row) != "timed"
+        if status(row) != "timed"
     }
     return "\n\n".join([_table(header, body), *(["  \n".join(notes)] if notes else [])])
 

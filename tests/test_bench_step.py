@@ -14,20 +14,13 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
 from bench import readme, run, scale, step, tables, tune
 from bench.__main__ import parser
-from bench.case import Absent, our_backends
+from divqat.ops._backend import best
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 
 
-def is_there(present):
-    try:
-        return present()
-    except Absent:
-        return None
-
-
-BACKENDS = [name for name, present in our_backends("cpu").items() if is_there(present)]
+OURS = f"divqat {best('cpu')}"
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +56,14 @@ def test_every_opponent_trains(small):
 
 def test_divqat_keeps_less_than_the_opponents(small):
     memory = {row["contender"]: row.get("extra_bytes") for row in small}
-    ours = memory[BACKENDS[0]]
+    ours = memory[OURS]
     for name in ("torch.ao fused", "torch.ao FakeQuantize", "torchao PT2E", "Brevitas", "PyTorch"):
         assert ours < memory[name], name
 
 
 def test_the_step_compiles_without_a_break(setup):
     for name, recipe in step.recipes("cpu").items():
-        if not name.startswith((BACKENDS[0], "PyTorch")):
+        if not name.startswith((OURS, "PyTorch")):
             continue
         one = step.Step(setup, recipe, "eager")
         with one.serving():
@@ -123,8 +116,8 @@ def test_a_step_that_does_not_train_the_network_gets_no_time(setup):
 
 
 def test_bfloat16_is_autocast():
-    rows = step.measure("ResNet-20", 2, "bfloat16", "cpu", 0.0, [BACKENDS[0]], ["eager"])
-    plain = [row for row in rows if row["contender"] in ("float", BACKENDS[0])]
+    rows = step.measure("ResNet-20", 2, "bfloat16", "cpu", 0.0, [OURS], ["eager"])
+    plain = [row for row in rows if row["contender"] in ("float", OURS)]
     assert len(plain) == 2 and all("milliseconds" in row for row in plain), plain
 
 
@@ -149,9 +142,9 @@ def test_every_sweep_has_points_that_are_measured(tmp_path):
     assert torch.get_num_threads() == threads
     assert {row["sweep"] for row in rows} == set(scale.SWEEPS) - {"batch"}
     memory = scale.curves(rows, "elements", "extra_bytes")
-    assert memory["divqat torch" if len(BACKENDS) == 1 else "divqat native"][0] == [64, 256]
+    assert memory[OURS][0] == [64, 256]
     # all weights cost one operator, however many there are
-    ours = [r for r in rows if r["sweep"] == "layers" and r["contender"] == BACKENDS[0]]
+    ours = [r for r in rows if r["sweep"] == "layers" and r["contender"] == OURS]
     assert max(row["operators"] for row in ours) <= 2
     result = {"rows": rows, "hardware": "this", "date": "today"}
     from bench.plots import plot_scaling

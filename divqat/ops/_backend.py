@@ -31,7 +31,8 @@ def missing(backend: str, device: str) -> str:
     return _triton.missing(device) if backend == "triton" else _native.missing(device)
 
 
-def _best(device: str) -> str:
+def best(device: str) -> str:
+    """The backend that serves a device where none is asked for."""
     return next(backend for backend in PREFERRED[device] if not missing(backend, device))
 
 
@@ -45,7 +46,7 @@ def _chosen(name: str) -> dict[str, str]:
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "torch":
         return {"cpu": "torch", "cuda": "torch"}
-    chosen = {device: _best(device) for device in PREFERRED}
+    chosen = {device: best(device) for device in PREFERRED}
     if name == "native":
         reason = _native.missing("cpu")
     elif name == "cuda":
@@ -122,9 +123,9 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
 
 def start() -> None:
     """Take ``DIVQAT_BACKEND``, or the best for each device."""
-    best = "torch"
+    first = "torch"
     if not missing("native", "cpu"):
-        best = "native"
+        first = "native"
     elif not missing("triton", "cuda"):
-        best = "triton"
-    use(os.environ.get("DIVQAT_BACKEND") or best)
+        first = "triton"
+    use(os.environ.get("DIVQAT_BACKEND") or first)
