@@ -3,6 +3,7 @@
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers
 from divqat.quantize.prepare import prepare
+from divqat.quantize.ranges import observe_first, sync_observers
 from divqat.quantize.summary import Summary, summary
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "convert",
     "freeze_batchnorm",
     "freeze_observers",
+    "observe_first",
     "prepare",
     "preset",
     "summary",
+    "sync_observers",
 ]
