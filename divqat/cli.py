@@ -20,6 +20,7 @@ from divqat.pipeline import run_job
 from divqat.steps import AttackConfig, answer_arguments, attack_run, export_run, verify_run
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.config import SHARED
+from divqat.train.distributed import launched
 from divqat.train.folder import read_checkpoint
 
 
@@ -28,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(arguments)
     args.command_line = shlex.join(["divqat", *arguments])
+    process, processes = launched()
+    where = f"divqat (process {process} of {processes})" if processes > 1 else "divqat"
     try:
+        if processes > 1 and args.command is not _train:
+            raise ConfigError("torchrun: of all commands, train alone runs in several processes")
         return args.command(args)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_how_to_continue(args)}", file=sys.stderr)
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"divqat: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 

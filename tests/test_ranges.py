@@ -9,8 +9,10 @@ from torch import nn
 
 import divqat
 from divqat.nn import FakeQuantize, QuantSpec
+from divqat.options import ConfigError
 from divqat.quantize import observe_first, sync_observers
 from divqat.quantize.ranges import Ranges
+from divqat.train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BUFFERS = ("running_min", "running_max", "scale", "zero_point")
@@ -62,3 +64,12 @@ def test_first_observation_moves_nothing_else():
 def test_synchronising_wants_processes():
     with pytest.raises(ValueError, match=r"group: wanted an initialized torch\.distributed"):
         sync_observers(nn.Sequential(FakeQuantize()))
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ConfigError, match="batch_size: wanted at least one image for each of 1"):
+        TrainConfig(batch_size=3, accumulate=4)
+    with pytest.raises(ConfigError, match="ranges: wanted delayed or auto with 1 processes"):
+        TrainConfig(ranges="exact", accumulate=2)
+    with pytest.raises(ConfigError, match=r"with 2 processes and accumulate = 1, got exact"):
+        TrainConfig(ranges="exact").delayed(2)

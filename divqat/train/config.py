@@ -59,7 +59,14 @@ class TrainConfig(Options):
     flip: bool = option(False, "Mirror training images at random.", group="data")
 
     epochs: int = option(10, "Passes over the training images.", group="optimizer", least=1)
-    batch_size: int = option(64, "Images per step.", group="optimizer", least=1)
+    batch_size: int = option(
+        64, "Images per step, of all processes together.", group="optimizer", least=1
+    )
+    accumulate: int = option(
+        1, "Parts that a process splits its images of a step into, to need less memory; same "
+        "gradient, BatchNorm and dropout aside.",
+        group="optimizer", least=1,
+    )  # fmt: skip
     lr: float = option(0.05, "Highest learning rate of SGD.", group="optimizer", above=0)
     schedule: str = option(
         "cosine",
@@ -119,6 +126,13 @@ class TrainConfig(Options):
     activation_bits: int = option(
         8, "Bits of an activation.", group="quantization", least=2, most=8
     )
+    ranges: str = option(
+        "auto",
+        "Activations of a batch are quantized with the range that includes it (exact) or the one "
+        "before it (delayed); auto: exact, but delayed with several processes or parts.",
+        group="quantization",
+        choices=("auto", "exact", "delayed"),
+    )
     freeze_observers_epoch: int | None = option(
         None,
         "Epoch (from 1) from which activation ranges stay fixed; beyond the last: never. "
@@ -157,6 +171,28 @@ class TrainConfig(Options):
                 raise ConfigError(
                     f"{name}: wanted at most epochs = {self.epochs}, got {getattr(self, name):g}"
                 )
+
+        self.delayed()
+
+    def delayed(self, processes: int = 1) -> bool:
+        """Whether activations are quantized with the range before the batch.
+
+        Raises:
+            ConfigError: fewer images per step than parts, or exact ranges, which a layer would
+                have to know of the whole batch while that is spread over several parts.
+        """
+        parts = processes * self.accumulate
+        if self.batch_size < parts:
+            raise ConfigError(
+                f"batch_size: wanted at least one image for each of {processes} processes times "
+                f"accumulate = {self.accumulate}, got {self.batch_size}"
+            )
+        if self.ranges == "exact" and parts > 1:
+            raise ConfigError(
+                f"ranges: wanted delayed or auto with {processes} processes and accumulate = "
+                f"{self.accumulate}, got exact"
+            )
+        return self.ranges == "delayed" or parts > 1
 
     def frozen(self, what: str, epoch: int) -> bool:
         """Whether ``what`` ("observers" or "batchnorm") is frozen in ``epoch``, counted from 1."""

@@ -101,7 +101,9 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> None:
     """Refuse a run folder whose checkpoint has other settings."""
-    pair = ({k: v for k, v in c.items() if k not in FREE} for c in (there, here.to_dict()))
+    # Through TrainConfig: a checkpoint from before a setting existed has its default.
+    configs = (TrainConfig.from_dict(there, where=str(folder / CHECKPOINT)), here)
+    pair = ({k: v for k, v in c.to_dict().items() if k not in FREE} for c in configs)
     different = differences(*pair)
     if different:
         raise ValueError(

@@ -15,6 +15,7 @@ from divqat.evaluate.plots import training_curves
 from divqat.files import read_json, write_json
 from divqat.options import write_yaml
 from divqat.train.config import SHARED, TrainConfig
+from divqat.train.distributed import Team, connect, local_device
 from divqat.train.folder import (
     CHECKPOINT,
     METRICS,
@@ -33,6 +34,10 @@ def train(
     config: TrainConfig, out: str | Path, *, log: Callable[[str], object] = print
 ) -> dict[str, Any]:
     """Train into a run folder, or go on with the training that is there.
+
+    Under torchrun, or where torch.distributed is initialized, the processes do the steps of one
+    together; process 0 alone writes and logs, and how many there are may change when a run goes
+    on. Each needs the data set and the teacher's folder.
 
     ``out`` gets ``config.yaml``, ``metrics.csv`` (a row per epoch), ``checkpoint.pt`` (after every
     epoch), and at the end ``summary.json`` and ``plots/``. A run that was killed at any moment and
@@ -55,34 +60,53 @@ def train(
             checkpoint stays.
         ImportError: PyYAML is missing.
     """
-    out = Path(out)
     require("yaml", "cli")
-    device = find_device(config.device)
-    state = None
-    if (out / CHECKPOINT).exists():
+    with connect(find_device(local_device(config.device))) as team:
+        return _train(config, Path(out), log if team.rank == 0 else _no_log, team)
+
+
+def _no_log(line: str) -> None:
+    pass
+
+
+def _train(
+    config: TrainConfig, out: Path, log: Callable[[str], object], team: Team
+) -> dict[str, Any]:
+    config.delayed(team.size)  # or an error, before anything is written
+    state, summary, writes = None, None, team.rank == 0
+    if writes and (out / CHECKPOINT).exists():
         state = read_checkpoint(out)
         check_same(out, state["config"], config)
+        if state["epoch"] == config.epochs and (out / SUMMARY).is_file():
+            summary = read_json(out / SUMMARY)
+    # Not all read the folder: process 0 may have written to it already, or be the one that has it.
+    state, summary = team.broadcast((state, summary))
     teacher = None if config.teacher is None else _load_teacher(config)
     if state is not None and teacher is not None and state["teacher"] != teacher.fingerprint:
         raise ValueError(f"teacher: {config.teacher} has changed since {out} was begun")
-    if state is not None and state["epoch"] == config.epochs and (out / SUMMARY).is_file():
+    if summary is not None:
         log(f"{out}: all {config.epochs} epochs are done")
-        return read_json(out / SUMMARY)
+        return summary
 
     splits = load_splits(config)
-    write_yaml(out / "config.yaml", config.to_dict())
+    if writes:
+        write_yaml(out / "config.yaml", config.to_dict())
     with cpu_threads(config.threads), _deterministic(config.deterministic):
-        trainer = Trainer(config, splits, teacher, device)
+        trainer = Trainer(config, splits, teacher, team)
         if state is None:
-            write_checkpoint(out, trainer.state())
+            if writes:
+                write_checkpoint(out, trainer.state())
         else:
             trainer.load(state)
             log(f"{out}: going on after epoch {trainer.epoch} of {config.epochs}")
         while trainer.epoch < config.epochs:
             row = trainer.run_epoch()
-            write_checkpoint(out, trainer.state())
+            if writes:
+                write_checkpoint(out, trainer.state())
             log(_line(row, config.epochs))
         summary = trainer.summary(splits)
+    if not writes:
+        return summary
     try:
         training_curves({out.name: [out / METRICS]}, out / "plots" / "training.png")
     except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,22 +14,28 @@ from torch.nn import functional as F
 from divqat.data import ImageSet, Splits, augment, batches
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.result import hardware, versions
-from divqat.nn import DivQATLoss
+from divqat.nn import DivQATLoss, FakeQuantize
 from divqat.progress import progress
-from divqat.quantize import freeze_batchnorm, freeze_observers
+from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.config import LOSS, TrainConfig
+from divqat.train.distributed import Part, Team
 from divqat.train.folder import Run, build_model, derived_seed
 
 CHECK_EVERY = 50  # steps between two looks at whether all numbers are finite
 
 
 class Trainer:
-    """Model, optimizer and what has been measured; ``epoch`` is the number of epochs done."""
+    """Model, optimizer and what has been measured; ``epoch`` is the number of epochs done.
+
+    After an epoch every process of the team holds the same.
+    """
 
     def __init__(
-        self, config: TrainConfig, splits: Splits, teacher: Run | None, device: torch.device
+        self, config: TrainConfig, splits: Splits, teacher: Run | None, team: Team
     ) -> None:
-        self.config, self.device = config, device
+        device = team.device
+        self.config, self.team, self.device = config, team, device
+        self.delayed = config.delayed(team.size)
         self.epoch, self.rows = 0, list[dict[str, Any]]()
         self.train_set = ImageSet(splits.train.images.to(device), splits.train.labels.to(device))
         self.validation = splits.validation
@@ -46,6 +53,11 @@ class Trainer:
             self.model.load_state_dict(teacher.model.state_dict())
         # Channels last: convolutions and batch norms are faster so on CPUs and on tensor cores.
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.delayed:
+            for module in self.model.modules():
+                if isinstance(module, FakeQuantize):
+                    module.mode = "delayed"
+        self.parallel = team.wrap(self.model)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -101,8 +113,9 @@ class Trainer:
             freeze_batchnorm(self.model)
         seed = derived_seed(config.seed, "epoch", epoch)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)  # dropout
+            torch.manual_seed(seed + self.team.rank)  # dropout
             loss, ce, divergence = self._steps(epoch, Generator().manual_seed(seed)).tolist()
+        self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
         try:
             logits = predict(self.model.eval(), self.validation.images)
@@ -141,27 +154,37 @@ class Trainer:
         sums, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
         finite: list[Tensor] = []
         done = (epoch - 1) * self.steps
-        named = progress(loader, f"epoch {epoch}/{config.epochs}", total=self.steps, unit="step")
-        for step, (images, labels) in enumerate(named, start=1):
+        if self.team.rank == 0:
+            name = f"epoch {epoch}/{config.epochs}"
+            loader = progress(loader, name, total=self.steps, unit="step")
+        for step, batch in enumerate(loader, start=1):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate(done + step - 1, self.steps)
-            images = images.contiguous(memory_format=torch.channels_last)
-            logits = self.model(images)
-            loss, ce, divergence = self._loss(logits, labels, images, done + step - 1)
+            if step == 1 and self.delayed:
+                observe_first(self.model, (part.images for part in self._parts(*batch)))
             self.optimizer.zero_grad()
-            loss.backward()
+            finite.append(torch.ones(3, dtype=torch.bool, device=self.device))
+            for part in self._parts(*batch):
+                images = part.images.contiguous(memory_format=torch.channels_last)
+                logits = self.parallel(images)
+                loss, ce, divergence = self._loss(logits, part.labels, images, done + step - 1)
+                (loss * part.weight).backward()
+                sums += part.count * torch.stack([loss.detach(), ce, divergence])
+                finite[-1] &= torch.stack(
+                    [t.detach().isfinite().all() for t in (images, logits, loss)]
+                )
+            count += len(batch[1])
             if config.grad_clip is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             self.optimizer.step()
-            sums += len(labels) * torch.stack([loss.detach(), ce, divergence])
-            count += len(labels)
-            finite.append(
-                torch.stack([t.detach().isfinite().all() for t in (images, logits, loss)])
-            )
             if step % CHECK_EVERY == 0 or step == self.steps:
-                _check_finite(torch.stack(finite), epoch, step)
+                # Of all processes: they stop together, with one error, and nobody waits.
+                _check_finite(self.team.reduce(torch.stack(finite).byte(), "MIN"), epoch, step)
                 finite.clear()
-        return sums / count
+        return self.team.reduce(sums) / count
+
+    def _parts(self, images: Tensor, labels: Tensor) -> Iterator[Part]:
+        return self.team.parts(self.parallel, images, labels, self.config.accumulate)
 
     def _loss(
         self, logits: Tensor, labels: Tensor, images: Tensor, step: int
@@ -201,8 +224,9 @@ class Trainer:
 
 
 def _check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
-    """Raise for the first row of ``finite`` (bool [steps, 3]: images, logits, loss) with a False;
+    """Raise for the first row of ``finite`` (uint8 [steps, 3]: images, logits, loss) with a 0;
     the last row is of ``last_step``."""
+    finite = finite.bool()
     if finite.all():
         return
     row = int((~finite).any(1).int().argmax())

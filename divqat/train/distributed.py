@@ -1,0 +1,202 @@
+"""Training in several processes, and a step's batch in several parts.
+
+``torchrun --nproc-per-node=N -m divqat train …`` does the steps that one process would do: the
+batch of a step is the same, process r of N takes every N-th image of it, from number r on.
+
+What is sent, for ResNet-50 (25.6 million parameters, 54 activation ranges):
+
+========  =========================================  ==========================
+each      what                                       bytes per process
+========  =========================================  ==========================
+step      gradients, by DistributedDataParallel, in  102 MB (float32), behind
+          buckets of 25 MB                           the backward pass
+step      ranges of all observers, one all-reduce    54 · 2 · 4 = 432
+50 steps  are images, logits and loss finite         50 · 3 = 150
+epoch     sums for the log; BatchNorm's statistics   24; 53,120 · 8 = 0.4 MB
+start     checkpoint of process 0; weights, by DDP   205 MB; 102 MB
+========  =========================================  ==========================
+
+The 432 bytes cost one latency. One collective per layer would cost 54, in a row, within the
+forward pass, and nothing could hide them.
+
+BatchNorm normalizes by the statistics of a process's own part, as is usual; at the end of an epoch
+the running ones are averaged, so that all processes, the checkpoint and a frozen BatchNorm hold
+the same. ``nn.SyncBatchNorm`` is not used: it is two collectives per layer and step again, and a
+:class:`divqat.nn.QuantConvBn2d` holds a plain one. Keep 16 images or more per process and part, or
+freeze it.
+
+At 1,000 GPUs this breaks, by calculation, not measured, in this order:
+
+1. Every process shuffles and augments the whole batch and keeps 1/N of it, so that the images are
+   those of one process. At 32,000 images per step that is the step's time. Remedy: draw for all,
+   gather for one's own.
+2. Every process holds the data set, and validates on all of it, while the epoch gets N times
+   shorter. Remedy: shards of both.
+3. One failure ends the job, and an epoch is lost. Remedy: checkpoints within an epoch.
+4. The gradients' ring sends 2 · 102 MB per GPU whatever N is (4 ms at 50 GB/s), and its latency
+   grows with N. Remedy: DDP's bfloat16 hook, a tree. The ranges stay at one latency, about 10
+   hops of a tree.
+
+And a batch that large wants another optimizer than SGD before any of this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from divqat.quantize.ranges import Ranges
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+# The longest that a process works alone is process 0 on a checkpoint. One that waits longer than
+# this has lost the others.
+TIMEOUT = timedelta(minutes=10)
+
+
+def launched() -> tuple[int, int]:
+    """This process's number and how many there are: as torchrun says, (0, 1) without it."""
+    if dist.is_available() and dist.is_torchelastic_launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def local_device(name: str) -> str:
+    """The device for this process where ``name``, ``auto`` or ``cuda``, leaves it open."""
+    if launched()[1] > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+@contextmanager
+def connect(device: torch.device) -> Iterator[Team]:
+    """The processes that torchrun started, those of the process group that is there, or this one.
+
+    After an error the group is left as it is: to take it down could mean to wait for the others,
+    and the sooner this process ends, the sooner torchrun ends them.
+    """
+    rank, size = launched()
+    if dist.is_available() and dist.is_initialized():
+        yield Team(dist.get_rank(), dist.get_world_size(), device)
+    elif size == 1:
+        yield Team(device=device)
+    else:
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        yield Team(rank, size, device)
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process runs forward and backward at a time.
+
+    Attributes:
+        images, labels: [n, C, H, W] and [n].
+        count: how many images of the batch they are: n, or less where images are repeated.
+        weight: what the mean loss of the part is multiplied by, so that the gradients add up (over
+            parts) and average (over processes, by DDP) to that of the mean over the batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    count: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Team:
+    """Process ``rank`` of ``size``; everything here sends nothing where there is only one."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """``model``, made to average gradients in its backward pass."""
+        if self.size == 1:
+            return model
+        net = DistributedDataParallel(model)
+        # Buffers are ours to synchronise: ranges once per step, BatchNorm once per epoch. Set here
+        # as torch 2.13 has renamed the argument.
+        net.broadcast_buffers = False
+        return net
+
+    def parts(
+        self,
+        model: nn.Module,  # of wrap
+        images: Tensor,  # [n, C, H, W], the whole batch, as in every process
+        labels: Tensor,  # [n]
+        count: int,
+    ) -> Iterator[Part]:
+        """This process's images in ``count`` parts, to run forward and backward one after another.
+
+        In between, and at the end over all processes, activation ranges are merged to what they
+        were had the batch been one. Gradients are sent with the last part only.
+
+        Where there are fewer images than processes times parts, a part repeats the batch's first
+        image and counts 0: DDP wants a backward from everyone, and a range does not change by an
+        image that it has seen. BatchNorm cannot train on a single image: it is repeated, too,
+        which leaves the mean over the part as it is.
+        """
+        if self.size == count == 1:
+            yield Part(images, labels, len(labels), 1.0)
+            return
+        ranges = Ranges(model)
+        before = merged = ranges.read() if ranges else torch.empty(0)
+        n = len(labels)
+        for index in range(count):
+            own = slice(self.rank + index * self.size, None, self.size * count)
+            mine = range(n)[own]
+            rows = own if len(mine) > 1 else [*mine, *mine, 0, 0][:2]
+            silent = isinstance(model, DistributedDataParallel) and index < count - 1
+            if index and ranges:
+                ranges.write(before)
+            with model.no_sync() if silent else nullcontext():  # type: ignore[operator]
+                yield Part(images[rows], labels[rows], len(mine), self.size * len(mine) / n)
+            if ranges:
+                merged = ranges.read() if index == 0 else torch.maximum(merged, ranges.read())
+        if ranges:
+            ranges.write(self.reduce(merged, "MAX"))
+
+    def reduce(self, value: Tensor, op: str = "SUM") -> Tensor:
+        """``value`` over all processes, in place; ``op``: SUM, MAX or MIN."""
+        if self.size > 1:
+            dist.all_reduce(value, getattr(dist.ReduceOp, op))
+        return value
+
+    def broadcast(self, value: T) -> T:
+        """What process 0 has: plain data and tensors. Others may not see the files that it sees."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    @torch.no_grad()
+    def average_batchnorm(self, model: nn.Module) -> None:
+        """Running means and variances become the mean over the processes; equal ones stay."""
+        if self.size == 1:
+            return
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        buffers = [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+        if buffers:
+            # float64: the mean of N equal float32 is that float32.
+            flat = torch.cat([buffer.view(-1).double() for buffer in buffers])
+            means = self.reduce(flat) / self.size
+            for buffer, mean in zip(
+                buffers, means.split([b.numel() for b in buffers]), strict=True
+            ):
+                buffer.copy_(mean)
