@@ -21,15 +21,16 @@ import divqat
 from divqat.files import load_checkpoint
 from divqat.nn import FakeQuantize
 from divqat.quantize import observe_first, preset, sync_observers
-from divqat.train import TrainConfig, train, trainer
+from divqat.train import TrainConfig, step, train, trainer
 from divqat.train.distributed import Team
 
 ROOT = str(Path(__file__).parent.parent)
 QUIET = dict(log=lambda line: None)
 BUFFERS = ("running_min", "running_max", "scale", "zero_point")
-# 1294 images: two uneven halves per step, and a last step of 7.
+# 1294 images: two uneven halves per step, and a last step of 7. A low lr: at 0.01, one activation
+# that another order of sums rounds to the next code becomes 10 % of a gradient within an epoch.
 QAT = dict(
-    dataset="digits", model="lenet", method="qat", epochs=2, batch_size=117, lr=0.01, threads=1,
+    dataset="digits", model="lenet", method="qat", epochs=2, batch_size=117, lr=0.001, threads=1,
     pad=1, ranges="delayed", freeze_batchnorm_epoch=1, freeze_observers_epoch=9,
 )  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +96,7 @@ def in_parts(rank, size, count):
         optimizer.zero_grad()
         with Collectives() as sent:
             for part in team.parts(net, *batch(n), count):
-                (F.cross_entropy(net(part.images), part.labels) * part.weight).backward()
+                (F.cross_entropy(net(part.images), part.index) * part.weight).backward()
         steps.append((gradients(model), state(model), sent.seen))
         optimizer.step()
     return steps
@@ -201,7 +202,7 @@ def assert_close(folder, one, start):
 
 def interrupted(config, folder, at):
     """Train, and be interrupted in the loss of step ``at``."""
-    steps, loss = [], trainer.Trainer._loss
+    steps, loss = [], step.Step.losses
 
     def failing(self, *args):
         steps.append(1)
@@ -210,7 +211,7 @@ def interrupted(config, folder, at):
         return loss(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Trainer, "_loss", failing)
+        patch.setattr(step.Step, "losses", failing)
         train(config, folder, **QUIET)
 
 
@@ -230,7 +231,7 @@ def trainings(rank, size, folder, teacher):
     def batches(*args, **kwargs):
         for images, labels in original(*args, **kwargs):
             steps.append(1)
-            if rank == 1 and len(steps) == 15:
+            if rank == 1 and len(steps) == 16:  # the first batch shows what memory is needed
                 images[1] = torch.nan  # of the second process
             yield images, labels
 
@@ -284,13 +285,15 @@ def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
     script.write_text(
         "import os, sys\n"
         "from divqat.cli import main\n"
-        "from divqat.train import trainer\n"
-        "loss = trainer.Trainer._loss\n"
+        "from divqat.train import step\n"
+        "loss = step.Step.losses\n"
+        "calls = []\n"
         "def failing(self, *args):\n"
-        "    if self.epoch == 1 and os.environ['RANK'] == '1':\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 13 and os.environ['RANK'] == '1':\n"  # of 12 per epoch
         "        raise RuntimeError('out of order')\n"
         "    return loss(self, *args)\n"
-        "trainer.Trainer._loss = failing\n"
+        "step.Step.losses = failing\n"
         "sys.exit(main())\n"
     )
     done, seconds = torchrun(script, "train", "--out", out, *flags(teacher))

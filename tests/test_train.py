@@ -12,7 +12,7 @@ from torch import nn
 
 from divqat.files import load_checkpoint, read_json
 from divqat.nn import FakeQuantize
-from divqat.train import TrainConfig, load_run, train, trainer
+from divqat.train import TrainConfig, load_run, step, train, trainer
 from divqat.train.folder import derived_seed
 
 QUIET = dict(log=lambda line: None)
@@ -53,7 +53,7 @@ def assert_same(a, b):
     assert_equal(a["model"], b["model"])
     assert_equal(a["optimizer"]["state"], b["optimizer"]["state"])
     for x, y in zip(a["rows"], b["rows"], strict=True):
-        timed = ("ms_per_step", "seconds")
+        timed = ("ms_per_step", "waiting", "seconds")
         assert {k: v for k, v in x.items() if k not in timed} == {
             k: v for k, v in y.items() if k not in timed
         }
@@ -121,7 +121,7 @@ def test_interrupted_run_ends_with_the_same_bits(teacher, divqat, tmp_path, monk
 
 
 def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path, monkeypatch):
-    steps, check = [], trainer.Trainer._loss
+    steps, check = [], step.Step.losses
 
     def interrupted(self, *args):
         steps.append(1)
@@ -130,7 +130,7 @@ def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path
         return check(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Trainer, "_loss", interrupted)
+        patch.setattr(step.Step, "losses", interrupted)
         train(config(teacher, **DIVQAT), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
     train(config(teacher, **DIVQAT), tmp_path, **QUIET)
@@ -217,12 +217,13 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
     tmp_path, monkeypatch, where, cause
 ):
     calls = []
-    batches, original_loss = trainer.batches, trainer.F.cross_entropy
+    batches, original_loss = trainer.batches, step.F.cross_entropy
 
     def spoil(value, name):
         calls.append(name) if name == where else None
-        # Epoch 2, step 3 of 11.
-        return value * float("nan") if name == where and len(calls) == 11 + 3 else value
+        # Epoch 2, step 3 of 11; one batch before shows what memory is needed.
+        at = 11 + 3 + (where != "loss")
+        return value * float("nan") if name == where and len(calls) == at else value
 
     def spoiled_batches(*args, **kwargs):
         for images, labels in batches(*args, **kwargs):
@@ -242,7 +243,7 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
 
     build = trainer.build_model
     monkeypatch.setattr(trainer, "batches", spoiled_batches)
-    monkeypatch.setattr(trainer.F, "cross_entropy", spoiled_loss)
+    monkeypatch.setattr(step.F, "cross_entropy", spoiled_loss)
     monkeypatch.setattr(trainer, "build_model", lambda *args: Spoiled(build(*args)))
     with pytest.raises(FloatingPointError, match=f"epoch 2, step 3: the {cause}"):
         train(TrainConfig(**FP), tmp_path, **QUIET)

@@ -11,6 +11,10 @@ from divqat.options import ConfigError, Options, option
 from divqat.quantize.config import PRESETS
 
 METHODS = ("fp", "qat", "divqat")
+PRECISIONS = ("float32", "bfloat16", "float16")
+OPTIMIZERS = ("sgd", "lars", "lamb")
+# Exponent of batch_size / base_batch_size in the learning rate.
+LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 # What a quantized run has to share with the full-precision run that it starts from.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
@@ -67,7 +71,24 @@ class TrainConfig(Options):
         "gradient, BatchNorm and dropout aside.",
         group="optimizer", least=1,
     )  # fmt: skip
-    lr: float = option(0.05, "Highest learning rate of SGD.", group="optimizer", above=0)
+    optimizer: str = option(
+        "sgd",
+        "sgd: Nesterov; lars and lamb scale each layer's step by the ratio of its norms, for large "
+        "batches.",
+        group="optimizer",
+        choices=OPTIMIZERS,
+    )
+    lr: float = option(0.05, "Highest learning rate.", group="optimizer", above=0)
+    lr_scaling: str = option(
+        "none",
+        "What lr is multiplied by: 1, or the ratio batch_size / base_batch_size (linear, for sgd), "
+        "or its square root (for lars and lamb).",
+        group="optimizer",
+        choices=tuple(LR_SCALING),
+    )
+    base_batch_size: int = option(
+        128, "Images per step that lr holds for, where it is scaled.", group="optimizer", least=1
+    )
     schedule: str = option(
         "cosine",
         "Course of the learning rate: cosine falls from lr to 0; "
@@ -82,7 +103,7 @@ class TrainConfig(Options):
         least=0,
     )
     momentum: float = option(
-        0.9, "Nesterov momentum; 0: plain SGD.", group="optimizer", least=0, below=1
+        0.9, "Momentum of sgd (Nesterov) and lars.", group="optimizer", least=0, below=1
     )
     weight_decay: float = option(5e-4, "L2 penalty.", group="optimizer", least=0)
     grad_clip: float | None = option(
@@ -145,6 +166,27 @@ class TrainConfig(Options):
         group="quantization", least=1,
     )  # fmt: skip
 
+    precision: str = option(
+        "float32",
+        "Autocast of forward and backward; scales, loss and weights stay in float32. With float16 "
+        "the loss is scaled, and a step whose gradients overflow is skipped.",
+        group="speed",
+        choices=PRECISIONS,
+    )
+    compile: bool = option(
+        False, "torch.compile the model, whole; the first steps take minutes.", group="speed"
+    )
+    cuda_graph: bool = option(
+        False, "Capture the whole step once and replay it: same bits, no launches one by one.",
+        group="speed",
+    )  # fmt: skip
+    cache_teacher: bool = option(
+        False,
+        "Ask the teacher about every training image once, and keep its answers in the run folder; "
+        "without pad and flip, as they belong to the images as they are.",
+        group="speed",
+    )
+
     seed: int = option(
         0, "Everything random follows from it: initial weights, order of the images, shifts.",
         group="running", least=0,
@@ -166,20 +208,30 @@ class TrainConfig(Options):
             raise ConfigError(
                 f"teacher: method {self.method} wants the run folder of an fp training, got none"
             )
+        if self.cache_teacher and (self.pad or self.flip):
+            raise ConfigError(
+                "cache_teacher: wanted images that are the same in every epoch, got pad = "
+                f"{self.pad}, flip = {str(self.flip).lower()}"
+            )
+        if self.cuda_graph and self.optimizer != "sgd":
+            raise ConfigError(
+                f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {self.optimizer}"
+            )
         for name in ("lr_warmup_epochs", "warmup_epochs"):
             if getattr(self, name) > self.epochs:
                 raise ConfigError(
                     f"{name}: wanted at most epochs = {self.epochs}, got {getattr(self, name):g}"
                 )
 
-        self.delayed()
+        self.check_team(1)
 
-    def delayed(self, processes: int = 1) -> bool:
-        """Whether activations are quantized with the range before the batch.
+    def check_team(self, processes: int, device: str = "cuda") -> None:
+        """Whether so many processes, on devices of this type, can do the steps.
 
         Raises:
-            ConfigError: fewer images per step than parts, or exact ranges, which a layer would
-                have to know of the whole batch while that is spread over several parts.
+            ConfigError: fewer images per step than parts; exact ranges, which a layer would have
+                to know of the whole batch while that is spread over several parts; or a graph
+                without a GPU, or of collectives.
         """
         parts = processes * self.accumulate
         if self.batch_size < parts:
@@ -192,7 +244,14 @@ class TrainConfig(Options):
                 f"ranges: wanted delayed or auto with {processes} processes and accumulate = "
                 f"{self.accumulate}, got exact"
             )
-        return self.ranges == "delayed" or parts > 1
+        if self.cuda_graph and (device != "cuda" or processes > 1):
+            raise ConfigError(
+                f"cuda_graph: wanted one process on a GPU, got {processes} on device {device}"
+            )
+
+    def delayed(self, processes: int = 1) -> bool:
+        """Whether activations are quantized with the range before the batch."""
+        return self.ranges == "delayed" or processes * self.accumulate > 1
 
     def frozen(self, what: str, epoch: int) -> bool:
         """Whether ``what`` ("observers" or "batchnorm") is frozen in ``epoch``, counted from 1."""
@@ -205,12 +264,15 @@ class TrainConfig(Options):
         """The learning rate of a step, counted from 0 over the whole run."""
         steps = self.epochs * steps_per_epoch
         warmup = self.lr_warmup_epochs * steps_per_epoch
+        # Goyal et al. 2017, §2.1 (linear); Krizhevsky 2014, §5 (square root)
+        ratio = self.batch_size / self.base_batch_size
+        lr = self.lr * ratio ** LR_SCALING[self.lr_scaling]
         if self.schedule == "one-cycle":
             warmup = warmup or 0.3 * steps
             if step < warmup:  # half a cosine from lr/25 to lr (Smith and Topin 2018)
                 rise = (1 - math.cos(math.pi * step / warmup)) / 2
-                return self.lr * (1 + 24 * rise) / 25
+                return lr * (1 + 24 * rise) / 25
         elif step < warmup:
-            return self.lr * (step + 1) / math.ceil(warmup)
+            return lr * (step + 1) / math.ceil(warmup)
         # lr_t = lr / 2 * (1 + cos(pi * t / T))
-        return self.lr / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return lr / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -104,14 +104,14 @@ class Part:
     """What one process runs forward and backward at a time.
 
     Attributes:
-        images, labels: [n, C, H, W] and [n].
+        images, index: [n, C, H, W], and [n]: their numbers in the training set.
         count: how many images of the batch they are: n, or less where images are repeated.
         weight: what the mean loss of the part is multiplied by, so that the gradients add up (over
             parts) and average (over processes, by DDP) to that of the mean over the batch.
     """
 
     images: Tensor
-    labels: Tensor
+    index: Tensor
     count: int
     weight: float
 
@@ -138,7 +138,7 @@ class Team:
         self,
         model: nn.Module,  # of wrap
         images: Tensor,  # [n, C, H, W], the whole batch, as in every process
-        labels: Tensor,  # [n]
+        index: Tensor,  # [n]
         count: int,
     ) -> Iterator[Part]:
         """This process's images in ``count`` parts, to run forward and backward one after another.
@@ -152,22 +152,22 @@ class Team:
         which leaves the mean over the part as it is.
         """
         if self.size == count == 1:
-            yield Part(images, labels, len(labels), 1.0)
+            yield Part(images, index, len(index), 1.0)
             return
         ranges = Ranges(model)
         before = merged = ranges.read() if ranges else torch.empty(0)
-        n = len(labels)
-        for index in range(count):
-            own = slice(self.rank + index * self.size, None, self.size * count)
+        n = len(index)
+        for number in range(count):
+            own = slice(self.rank + number * self.size, None, self.size * count)
             mine = range(n)[own]
             rows = own if len(mine) > 1 else [*mine, *mine, 0, 0][:2]
-            silent = isinstance(model, DistributedDataParallel) and index < count - 1
-            if index and ranges:
+            silent = isinstance(model, DistributedDataParallel) and number < count - 1
+            if number and ranges:
                 ranges.write(before)
             with model.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                yield Part(images[rows], labels[rows], len(mine), self.size * len(mine) / n)
+                yield Part(images[rows], index[rows], len(mine), self.size * len(mine) / n)
             if ranges:
-                merged = ranges.read() if index == 0 else torch.maximum(merged, ranges.read())
+                merged = ranges.read() if number == 0 else torch.maximum(merged, ranges.read())
         if ranges:
             ranges.write(self.reduce(merged, "MAX"))
 

@@ -56,6 +56,7 @@ def train(
         FileNotFoundError: the data set or the teacher is not there.
         ValueError: the folder holds a training with other settings or a damaged checkpoint, or
             the teacher does not fit.
+        MemoryError: the batch does not fit; it says how many images would.
         FloatingPointError: NaN or Inf; it names epoch, step and cause. The last epoch's
             checkpoint stays.
         ImportError: PyYAML is missing.
@@ -72,7 +73,7 @@ def _no_log(line: str) -> None:
 def _train(
     config: TrainConfig, out: Path, log: Callable[[str], object], team: Team
 ) -> dict[str, Any]:
-    config.delayed(team.size)  # or an error, before anything is written
+    config.check_team(team.size, team.device.type)  # before anything is written
     state, summary, writes = None, None, team.rank == 0
     if writes and (out / CHECKPOINT).exists():
         state = read_checkpoint(out)
@@ -92,7 +93,7 @@ def _train(
     if writes:
         write_yaml(out / "config.yaml", config.to_dict())
     with cpu_threads(config.threads), _deterministic(config.deterministic):
-        trainer = Trainer(config, splits, teacher, team)
+        trainer = Trainer(config, splits, teacher, team, out)
         if state is None:
             if writes:
                 write_checkpoint(out, trainer.state())
@@ -112,7 +113,11 @@ def _train(
     except ImportError as error:
         log(f"no plots: {error}")
     write_json(out / SUMMARY, summary)
-    log(f"test accuracy {summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s: {out}")
+    log(
+        f"test accuracy {summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s, "
+        f"{summary['waiting']:.1%} of the steps' time waiting for images, "
+        f"peak memory {_peak(summary, config)}: {out}"
+    )
     return summary
 
 
@@ -129,6 +134,19 @@ def _load_teacher(config: TrainConfig) -> Run:
         if there != here and name != "data_root":
             raise ValueError(f"{name}: wanted {there} as in {config.teacher}, got {here}")
     return teacher
+
+
+def _peak(summary: dict[str, Any], config: TrainConfig) -> str:
+    """The peak memory, beside that of the full-precision training."""
+    text = _megabytes(summary["peak_memory"])
+    if config.teacher is not None and (Path(config.teacher) / SUMMARY).is_file():
+        before = read_json(Path(config.teacher) / SUMMARY).get("peak_memory")
+        text += f" (full precision: {_megabytes(before)})"
+    return text
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return "not measured" if nbytes is None else f"{nbytes / 2**20:.0f} MB"
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

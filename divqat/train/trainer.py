@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from divqat.data import ImageSet, Splits, augment, batches
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.result import hardware, versions
-from divqat.nn import DivQATLoss, FakeQuantize
+from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
-from divqat.train.config import LOSS, TrainConfig
-from divqat.train.distributed import Part, Team
+from divqat.train.answers import teacher_logits
+from divqat.train.config import TrainConfig
+from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
+from divqat.train.graph import Captured, own_stream
+from divqat.train.memory import Need, peak_memory, reset_peak
+from divqat.train.optimizer import load_optimizer, set_learning_rate
+from divqat.train.step import Step
 
 CHECK_EVERY = 50  # steps between two looks at whether all numbers are finite
 
@@ -28,16 +33,26 @@ class Trainer:
     """Model, optimizer and what has been measured; ``epoch`` is the number of epochs done.
 
     After an epoch every process of the team holds the same.
+
+    Args:
+        config: the settings. splits: the data. teacher: of method qat and divqat.
+        team: this process and the others, on its device.
+        folder: the run folder, for the teacher's answers.
     """
 
     def __init__(
-        self, config: TrainConfig, splits: Splits, teacher: Run | None, team: Team
+        self, config: TrainConfig, splits: Splits, teacher: Run | None, team: Team, folder: Path
     ) -> None:
         device = team.device
+        reset_peak(device)
         self.config, self.team, self.device = config, team, device
         self.delayed = config.delayed(team.size)
         self.epoch, self.rows = 0, list[dict[str, Any]]()
-        self.train_set = ImageSet(splits.train.images.to(device), splits.train.labels.to(device))
+        # In the place of a label its image's number, as the teacher's kept answers need it, too.
+        labels = splits.train.labels.to(device)
+        self.train_set = ImageSet(
+            splits.train.images.to(device), torch.arange(len(labels), device=device)
+        )
         self.validation = splits.validation
         self.shape = {
             "in_channels": splits.channels,
@@ -57,33 +72,31 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, FakeQuantize):
                     module.mode = "delayed"
-        self.parallel = team.wrap(self.model)
-        self.teacher_id = None if teacher is None else teacher.fingerprint
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-        )
         # Batch norm cannot train on a single image.
         n, size = len(self.train_set), config.batch_size
         self.drop_last = n > size and n % size == 1
         self.steps = n // size if self.drop_last else -(-n // size)
-        self.loss: DivQATLoss | None = None
-        self.teacher: nn.Module | None = None
-        if config.method == "divqat":
-            settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
-            self.loss = DivQATLoss(
-                **settings,
-                warmup_steps=round(config.warmup_epochs * self.steps),
-                label_smoothing=config.label_smoothing,
-            ).to(device)
-            if config.weight and teacher is not None:  # λ = 0 is plain QAT and asks no teacher
-                teacher.model.requires_grad_(False)
-                self.teacher = teacher.model.to(  # type: ignore[call-overload]
-                    device, memory_format=torch.channels_last
+        self.teacher_id = None if teacher is None else teacher.fingerprint
+        asked: nn.Module | None = None  # λ = 0 is plain QAT and asks no teacher
+        if teacher is not None and config.method == "divqat" and config.weight:
+            asked = teacher.model.requires_grad_(False)
+            asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.diverges = asked is not None
+        warmup = round(config.warmup_epochs * self.steps)
+        self.step = Step(config, self.model, asked, labels, None, team, warmup)
+        if asked is not None and config.cache_teacher:
+            key = {"teacher": str(self.teacher_id), "precision": config.precision}
+            with self.step.autocast():
+                self.step.answers = teacher_logits(
+                    folder, asked, self.train_set.images, key, keep=team.rank == 0
                 )
+        self.need = self._need()
+        self.need.check()
+        self.frozen = (False, False)
+        self.stream: torch.cuda.Stream | None = None
+        self.do_step: Step | Captured = self.step
+        if config.cuda_graph:
+            self.stream, self.do_step = torch.cuda.Stream(device), Captured(self.step)
 
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on. Generators and the learning rate are functions of
@@ -94,27 +107,30 @@ class Trainer:
             "teacher": self.teacher_id,
             "epoch": self.epoch,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
             "rows": self.rows,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.step.optimizer, state["optimizer"])
+        self.step.scaler.load_state_dict(state.get("scaler", {}))
         self.epoch, self.rows = state["epoch"], state["rows"]
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, validate, and return its row of ``metrics.csv``."""
         start = time.perf_counter()
         config, epoch = self.config, self.epoch + 1
-        if config.frozen("observers", epoch):
-            freeze_observers(self.model)
-        if config.frozen("batchnorm", epoch) and config.method != "fp":
-            freeze_batchnorm(self.model)
+        self._freeze(epoch)
         seed = derived_seed(config.seed, "epoch", epoch)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            own_stream(self.stream),
+        ):
             torch.manual_seed(seed + self.team.rank)  # dropout
-            loss, ce, divergence = self._steps(epoch, Generator().manual_seed(seed)).tolist()
+            sums, waited = self._steps(epoch, Generator().manual_seed(seed))
+            loss, ce, divergence = sums.tolist()
         self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
         try:
@@ -128,18 +144,46 @@ class Trainer:
             "epoch": epoch,
             "loss": loss,
             "ce": ce,
-            "divergence": divergence if self.teacher is not None else None,
+            "divergence": divergence if self.diverges else None,
             "validation_accuracy": accuracy(logits, self.validation.labels),
             "top_probability": mean_top_probability(softmax(logits)),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
             "ms_per_step": 1000 * seconds / self.steps,
+            "waiting": waited / seconds,
             "seconds": time.perf_counter() - start,
         }
         self.epoch = epoch
         self.rows.append(row)
         return row
 
-    def _steps(self, epoch: int, generator: Generator) -> Tensor:  # [3]: loss, CE, divergence
+    def _need(self) -> Need:
+        """The memory of a step, from two images in a copy of the model."""
+        sample = ImageSet(self.train_set.images[:2], self.train_set.labels[:2])
+        images, _ = next(batches(sample, 2))
+
+        def forward(model: nn.Module) -> Tensor:
+            with self.step.autocast():
+                return model(images.contiguous(memory_format=torch.channels_last))
+
+        at_once = min(self.config.batch_size, len(self.train_set))
+        parts = self.team.size * self.config.accumulate
+        return Need.of(forward, self.model, len(images), -(-at_once // parts))
+
+    def _freeze(self, epoch: int) -> None:
+        """Freeze what is frozen from ``epoch`` on."""
+        config = self.config
+        frozen = config.frozen("observers", epoch), config.frozen("batchnorm", epoch)
+        if frozen[0]:
+            freeze_observers(self.model)
+        if frozen[1] and config.method != "fp":
+            freeze_batchnorm(self.model)
+        if frozen != self.frozen and isinstance(self.do_step, Captured):
+            self.do_step.reset()
+        self.frozen = frozen
+
+    def _steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
+        """All steps of an epoch: means of loss, cross-entropy and divergence, float64 [3], and the
+        seconds that the host waited for images."""
         self.model.train()
         config = self.config
         shift = partial(augment, pad=config.pad, flip=config.flip)
@@ -157,51 +201,27 @@ class Trainer:
         if self.team.rank == 0:
             name = f"epoch {epoch}/{config.epochs}"
             loader = progress(loader, name, total=self.steps, unit="step")
-        for step, batch in enumerate(loader, start=1):
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate(done + step - 1, self.steps)
+        waited, ready = 0.0, time.perf_counter()
+        for step, (images, index) in enumerate(loader, start=1):
+            waited += time.perf_counter() - ready
+            lr = config.learning_rate(done + step - 1, self.steps)
+            set_learning_rate(self.step.optimizer, lr)
+            if self.step.loss is not None:
+                self.step.loss.steps.fill_(done + step - 1)
             if step == 1 and self.delayed:
-                observe_first(self.model, (part.images for part in self._parts(*batch)))
-            self.optimizer.zero_grad()
-            finite.append(torch.ones(3, dtype=torch.bool, device=self.device))
-            for part in self._parts(*batch):
-                images = part.images.contiguous(memory_format=torch.channels_last)
-                logits = self.parallel(images)
-                loss, ce, divergence = self._loss(logits, part.labels, images, done + step - 1)
-                (loss * part.weight).backward()
-                sums += part.count * torch.stack([loss.detach(), ce, divergence])
-                finite[-1] &= torch.stack(
-                    [t.detach().isfinite().all() for t in (images, logits, loss)]
-                )
-            count += len(batch[1])
-            if config.grad_clip is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-            self.optimizer.step()
+                parts = self.step.parts(images, index)
+                observe_first(self.model, (part.images for part in parts))
+            with self.need.told():
+                result = self.do_step(images, index)
+            sums += result[:3]
+            finite.append(result[3:].clone())
+            count += len(index)
             if step % CHECK_EVERY == 0 or step == self.steps:
                 # Of all processes: they stop together, with one error, and nobody waits.
-                _check_finite(self.team.reduce(torch.stack(finite).byte(), "MIN"), epoch, step)
+                _check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
-        return self.team.reduce(sums) / count
-
-    def _parts(self, images: Tensor, labels: Tensor) -> Iterator[Part]:
-        return self.team.parts(self.parallel, images, labels, self.config.accumulate)
-
-    def _loss(
-        self, logits: Tensor, labels: Tensor, images: Tensor, step: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, cross-entropy and divergence of a batch, each []; only the first has a gradient."""
-        if self.loss is None:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-            return loss, loss.detach(), torch.zeros_like(loss)
-        answers = None
-        if self.teacher is not None:
-            # Not inference_mode: the backward pass keeps the teacher's logits.
-            with torch.no_grad():
-                answers = self.teacher(images)
-        self.loss.steps.fill_(step)
-        loss = self.loss(logits, labels, answers)
-        assert self.loss.ce is not None and self.loss.divergence is not None
-        return loss, self.loss.ce, self.loss.divergence
+            ready = time.perf_counter()
+        return self.team.reduce(sums) / count, waited
 
     def summary(self, splits: Splits) -> dict[str, Any]:
         """The content of ``summary.json``; looks at the test set."""
@@ -218,13 +238,15 @@ class Trainer:
             "test_accuracy": accuracy(logits, splits.test.labels),
             "test_top_probability": mean_top_probability(softmax(logits)),
             "seconds": sum(row["seconds"] for row in self.rows),
+            "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
+            "peak_memory": peak_memory(self.device),  # bytes, of process 0
             "versions": versions(),
             "hardware": hardware(),
         }
 
 
 def _check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
-    """Raise for the first row of ``finite`` (uint8 [steps, 3]: images, logits, loss) with a 0;
+    """Raise for the first row of ``finite`` (float [steps, 3]: images, logits, loss) with a 0;
     the last row is of ``last_step``."""
     finite = finite.bool()
     if finite.all():

@@ -1,0 +1,59 @@
+"""The optimizers by name, with a learning rate that a captured step can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from divqat.errors import require
+from divqat.train.config import TrainConfig
+
+EXTRA = "large-batch"
+
+
+def build_optimizer(
+    config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
+) -> Optimizer:
+    """The optimizer of a configuration, for ``parameters`` on ``device``.
+
+    SGD is PyTorch's fused one: one launch for all parameters, and with a gradient scaler no look
+    at a number on the host. Its learning rate is a float32 tensor [] on the device. LARS (You et
+    al. 2017) and LAMB (You et al. 2020, v3) are pytorch_optimizer's.
+
+    Raises:
+        ImportError: pytorch_optimizer is missing.
+    """
+    settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "sgd":
+        return SGD(
+            parameters,
+            **{**settings, "lr": torch.tensor(config.lr, device=device)},
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            fused=True,
+        )
+    library = require("pytorch_optimizer", EXTRA)
+    if config.optimizer == "lars":
+        return library.LARS(parameters, **settings, momentum=config.momentum)
+    return library.Lamb(parameters, **settings)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Use ``lr`` from now on; a tensor keeps its place in memory."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict, but keep how and where the learning rate is kept, and what is fused."""
+    own = [{key: group.get(key) for key in ("lr", "fused")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        group.update(kept)

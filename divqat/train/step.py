@@ -1,0 +1,123 @@
+"""One optimizer step, as a function of tensors on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from divqat.nn import DivQATLoss
+from divqat.train.config import LOSS, TrainConfig
+from divqat.train.distributed import Part, Team
+from divqat.train.optimizer import build_optimizer
+
+
+class Step:
+    """Forward, loss, backward and update.
+
+    Nothing is read on the host, and what changes from step to step is in tensors that keep their
+    place, so that a CUDA graph can hold all of it.
+
+    Args:
+        config: the settings.
+        model: trained in place.
+        teacher: asked for its answers, if the method wants them and ``answers`` is None.
+        labels: int64 [number of training images], on the device.
+        answers: float32 [number of training images, num_classes]: the teacher's kept ones.
+        team: the processes that do the step together.
+        warmup_steps: in which λ rises.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        labels: Tensor,
+        answers: Tensor | None,
+        team: Team,
+        warmup_steps: int,
+    ) -> None:
+        self.config, self.model, self.team = config, model, team
+        self.labels, self.answers = labels, answers
+        self.teacher: Callable[[Tensor], Tensor] | None = teacher
+        self.net = model
+        if config.compile:
+            self.net = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+            if teacher is not None:
+                self.teacher = torch.compile(teacher, fullgraph=True, dynamic=False)
+        self.net = team.wrap(self.net)
+        # Small gradients are 0 in float16 unless the loss is scaled up.
+        self.scaler = torch.amp.GradScaler(team.device.type, enabled=config.precision == "float16")
+        self.optimizer = build_optimizer(config, model.parameters(), team.device)
+        self.loss: DivQATLoss | None = None
+        if config.method == "divqat":
+            settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
+            self.loss = DivQATLoss(
+                **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
+            ).to(team.device)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """A block that runs in the precision that was asked for."""
+        dtype = getattr(torch, self.config.precision)
+        return torch.autocast(self.team.device.type, dtype, enabled=dtype != torch.float32)
+
+    def parts(self, images: Tensor, index: Tensor) -> Iterator[Part]:
+        """A batch in the parts that this process runs one after another."""
+        return self.team.parts(self.net, images, index, self.config.accumulate)
+
+    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+        """Do the step.
+
+        Args:
+            images: float32 [batch, C, H, W]. index: int64 [batch], which ones they are.
+
+        Returns:
+            float64 [6]: this process's sums over its images of loss, cross-entropy and divergence,
+            and whether (1) or not (0) images, logits and loss were finite.
+        """
+        config = self.config
+        self.optimizer.zero_grad()
+        sums = torch.zeros(3, dtype=torch.float64, device=images.device)
+        finite = torch.ones(3, dtype=torch.bool, device=images.device)
+        for part in self.parts(images, index):
+            batch = part.images.contiguous(memory_format=torch.channels_last)
+            with self.autocast():
+                logits = self.net(batch)
+            logits = logits.float()
+            loss, ce, divergence = self.losses(
+                logits, self.labels[part.index], self._answers(batch, part.index)
+            )
+            self.scaler.scale(loss * part.weight).backward()
+            sums += part.count * torch.stack([loss.detach(), ce, divergence])
+            finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, loss)])
+        if config.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return torch.cat([sums, finite.double()])
+
+    def losses(
+        self, logits: Tensor, labels: Tensor, answers: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, cross-entropy and divergence of a batch, each []; only the first has a gradient."""
+        if self.loss is None:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            return loss, loss.detach(), torch.zeros_like(loss)
+        loss = self.loss(logits, labels, answers)
+        assert self.loss.ce is not None and self.loss.divergence is not None
+        return loss, self.loss.ce, self.loss.divergence
+
+    def _answers(self, images: Tensor, index: Tensor) -> Tensor | None:
+        """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
+        if self.answers is not None:
+            return self.answers[index]
+        if self.teacher is None:
+            return None
+        with torch.inference_mode(), self.autocast():
+            logits = self.teacher(images)
+        return logits.float().clone()  # the backward pass may not keep an inference tensor
