@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "bench.run",
     "step": "bench.step",
     "scale": "bench.scale",
+    "accuracy": "bench.accuracy",
     "host": "bench.triton_host",
     "tune": "bench.tune",
     "compare": "bench.compare",

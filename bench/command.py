@@ -21,15 +21,18 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
-    """Device, threads, time, files."""
+def add_common_arguments(parser: argparse.ArgumentParser, seconds: float | None) -> None:
+    """Device, threads, time, files; ``seconds`` is None where no time is to be chosen."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
-    parser.add_argument("--seconds", type=float, default=seconds, help="per contender and case")
+    parser.set_defaults(seconds=None)
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help="per contender and case")
     parser.add_argument("--minutes", type=float, help="start no further case after so many")
     parser.add_argument("--json", help="write the result here; a run that was stopped goes on")
-    parser.add_argument("--csv", help="write the rows here")
-    parser.add_argument("--plot", help="draw the rows here (.png, .svg, .pdf)")
+    if seconds is not None:
+        parser.add_argument("--csv", help="write the rows here")
+        parser.add_argument("--plot", help="draw the rows here (.png, .svg, .pdf)")
 
 
 def set_up(args: argparse.Namespace) -> str:
@@ -94,7 +97,7 @@ def measured(
         print(summary(rows), flush=True)
         if args.json:
             write_json(args.json, result)
-    if args.csv:
+    if getattr(args, "csv", None):
         write_text(args.csv, as_csv(result["rows"]))
     return result
 

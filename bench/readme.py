@@ -25,6 +25,8 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cuda-ops": ("cuda-ops.json", tables.ops),
     "cuda-steps": ("cuda-steps.json", tables.steps),
     "cuda-scaling": ("cuda-scaling.json", tables.scaling),
+    "cpu-accuracy": ("cpu-accuracy.json", tables.accuracy),
+    "cuda-accuracy": ("cuda-accuracy.json", tables.accuracy),
     "triton-host": ("triton-host.json", tables.host),
 }
 DETAILS = {"cpu-ops": "CPU", "cuda-ops": "GPU"}

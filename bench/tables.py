@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import geometric_mean
+from statistics import geometric_mean, mean, stdev
 from typing import Any
 
+from bench.accuracy import VARIANTS
 from bench.command import Row, status
 from bench.run import COPY
 from bench.scale import SWEEPS, curves, exponent
@@ -211,6 +212,37 @@ def scaling(result: dict[str, Any]) -> str:
         lines.append(line)
     header = ["exponent of time / of extra memory", *(f"{sweep}" for sweep in sweeps)]
     return _table(header, lines)
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    """Test accuracies: mean and standard deviation over the seeds, and the difference."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["variant"], {})[row["seed"]] = row
+    lines = []
+    for name, rows in found.items():
+        base = found.get(VARIANTS[name][0], {})
+        line = [name, str(len(rows))]
+        for method in ("fp", "qat"):
+            values = {seed: 100 * row[method]["test_accuracy"] for seed, row in rows.items()}
+            line.append(_mean(list(values.values())))
+            shared = [
+                v - 100 * base[s][method]["test_accuracy"] for s, v in values.items() if s in base
+            ]
+            line.append(_mean(shared, "+") if shared and base is not rows else "")
+        line.append(f"{mean(100 * row['qat']['waiting'] for row in rows.values()):.1f} %")
+        lines.append(line)
+    header = ["Fashion-MNIST", "seeds", "full precision", "difference", "QAT", "difference"]
+    return _table([*header, "QAT's time waiting for images"], lines)
+
+
+def _accuracies(rows: dict[int, Row], method: str) -> dict[int, float]:
+    return {seed: 100 * row[method]["test_accuracy"] for seed, row in rows.items()}
+
+
+def _mean(values: list[float], sign: str = "") -> str:
+    text = f"{mean(values):{sign}.2f}"
+    return f"{text} ± {stdev(values):.2f}" if len(values) > 1 else text
 
 
 def host(result: dict[str, Any]) -> str:
