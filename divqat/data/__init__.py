@@ -9,20 +9,22 @@ Example:
     (torch.Size([32, 1, 8, 8]), torch.float32)
 """
 
-from divqat.data.batches import augment, batches, to_float
+from divqat.data.batches import augment, batches, shard_rows, to_float
 from divqat.data.catalog import load, names
-from divqat.data.sets import DataNotFound, ImageSet, Splits, hold_out
+from divqat.data.sets import DataNotFound, ImageSet, LabeledImages, Splits, hold_out
 from divqat.data.transfer import transfer_names, transfer_set
 
 __all__ = [
     "DataNotFound",
     "ImageSet",
+    "LabeledImages",
     "Splits",
     "augment",
     "batches",
     "hold_out",
     "load",
     "names",
+    "shard_rows",
     "to_float",
     "transfer_names",
     "transfer_set",

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from divqat.data.sets import ImageSet
+from divqat.data.sets import LabeledImages
+from divqat.data.upload import to_device
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -28,6 +29,8 @@ def augment(
     *,
     pad: int,
     flip: bool = False,
+    rows: slice = slice(None),
+    total: int | None = None,
 ) -> Tensor:  # like images
     """Shift every image by up to ``pad`` pixels and mirror it with probability 1/2.
 
@@ -38,78 +41,109 @@ def augment(
         generator: a CPU generator; it alone determines the result.
         pad: largest shift in each direction.
         flip: mirror left-right as well.
+        rows, total: ``images`` are these rows of a batch of ``total``, whose numbers are drawn for
+            all of it: the result is ``augment(batch, generator, …)[rows]``.
 
     Raises:
-        ValueError: ``images`` is not 4-dimensional or ``pad`` is negative.
+        ValueError: ``images`` is not 4-dimensional, ``pad`` is negative, or the images are not as
+            many as ``rows`` of ``total`` are.
     """
     if images.dim() != 4:
         raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
     if pad < 0:
         raise ValueError(f"pad must not be negative, got {pad}")
     n, channels, height, width = images.shape
-    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator)
-    rows = top + torch.arange(height)  # [N, H], in the padded image
-    columns = left + torch.arange(width)  # [N, W]
+    total, device = n if total is None else total, images.device
+    if len(range(total)[rows]) != n:
+        raise ValueError(
+            f"images must be {len(range(total)[rows])}, as {rows} of {total} are, got {n}"
+        )
+    draws = torch.randint(2 * pad + 1, (2, total, 1), generator=generator)
     if flip:
-        mirror = torch.randint(2, (n, 1), generator=generator).bool()
-        columns = torch.where(mirror, columns.flip(1), columns)
+        draws = torch.cat([draws, torch.randint(2, (1, total, 1), generator=generator)])
+    top, left, *mirror = to_device(draws[:, rows], device)
+    y = top + torch.arange(height, device=device)  # [N, H], in the padded image
+    x = left + torch.arange(width, device=device)  # [N, W]
+    if flip:
+        x = torch.where(mirror[0].bool(), x.flip(1), x)
     padded = F.pad(images, (pad,) * 4, value=-1 if images.is_floating_point() else 0)
-    device = images.device
     return padded[
         torch.arange(n, device=device)[:, None, None, None],
         torch.arange(channels, device=device)[:, None, None],
-        rows.to(device)[:, None, :, None],
-        columns.to(device)[:, None, None, :],
+        y[:, None, :, None],
+        x[:, None, None, :],
     ]
 
 
 def batches(
-    data: ImageSet,
+    data: LabeledImages,
     batch_size: int,
     *,
     generator: Generator | None = None,
-    augment: Callable[[Tensor, Generator], Tensor] | None = None,
+    augment: Callable[..., Tensor] | None = None,
     drop_last: bool = False,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate once over ``data``.
+
+    Nothing here waits for a GPU that ``data`` is on.
 
     Args:
         data: the images.
         batch_size: at least 1.
         generator: a CPU generator that shuffles and augments; None: in order.
         augment: called as ``augment(images_uint8, generator)``, for example
-            ``functools.partial(divqat.data.augment, pad=2, flip=True)``; needs ``generator``.
+            ``functools.partial(divqat.data.augment, pad=2, flip=True)``; needs ``generator``. With
+            several shards also with ``rows`` and ``total``, see :func:`augment`.
         drop_last: leave out a last batch that is not full.
+        shard: (rank, size): of each batch its rows rank, rank + size, rank + 2 size ..., see
+            :func:`shard_rows`; the batches of all shards together are those of ``(0, 1)``.
 
     Yields:
-        images float32 [batch, C, H, W] in [-1, 1] and labels int64 [batch].
+        images float32 [batch, C, H, W] in [-1, 1] and labels int64 [batch], on the set's device.
 
     Raises:
-        ValueError: ``batch_size`` below 1, or ``augment`` without ``generator``.
+        ValueError: ``batch_size`` below 1, ``augment`` without ``generator``, or no such shard.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if augment is not None and generator is None:
         raise ValueError("augment needs a generator, got None")
-    return _batches(data, batch_size, generator, augment, drop_last)
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (rank, size) with 0 <= rank < size, got {shard}")
+    return _batches(data, batch_size, generator, augment, drop_last, shard)
+
+
+def shard_rows(total: int, shard: tuple[int, int]) -> slice:
+    """The rows of a batch of ``total`` images that ``shard`` (rank, size) gets.
+
+    A batch with fewer images than shards leaves nothing for some, which get its first image:
+    they have something to run, and must let it count for nothing.
+    """
+    rank, size = shard
+    return slice(rank, total, size) if rank < total else slice(0, 1)
 
 
 # The checks above must not wait for the first batch, so the generator function is this one.
 def _batches(
-    data: ImageSet,
+    data: LabeledImages,
     batch_size: int,
     generator: Generator | None,
-    augment: Callable[[Tensor, Generator], Tensor] | None,
+    augment: Callable[..., Tensor] | None,
     drop_last: bool,
+    shard: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    order = None if generator is None else torch.randperm(len(data), generator=generator)
-    if order is not None:
-        order = order.to(data.images.device)
-    end = len(data) - len(data) % batch_size if drop_last else len(data)
-    for start in range(0, end, batch_size):
-        chunk = slice(start, min(start + batch_size, end))
-        batch = data.subset(chunk if order is None else order[chunk])
-        images = batch.images
-        if augment is not None and generator is not None:
+    n = len(data)
+    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+    end = n - n % batch_size if drop_last else n
+    totals = [min(batch_size, end - start) for start in range(0, end, batch_size)]
+    slices = [shard_rows(total, shard) for total in totals]
+    own = [batch[rows] for batch, rows in zip(order[:end].split(totals), slices, strict=True)]
+    # The images first: they are asked for once more after the last batch, to clean up.
+    gathered = data.gather(torch.cat([order[:0], *own]), [len(rows) for rows in own])
+    for (images, labels), total, rows in zip(gathered, totals, slices, strict=True):
+        if augment is not None and shard[1] > 1:
+            images = augment(images, generator, rows=rows, total=total)
+        elif augment is not None:
             images = augment(images, generator)
-        yield to_float(images), batch.labels
+        yield to_float(images), labels

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from divqat.data.upload import to_device
+
+S = TypeVar("S", bound="LabeledImages")
 
 
 class DataNotFound(FileNotFoundError):
     """A data set is not on this machine; the message says which command brings it."""
 
 
+class LabeledImages(Protocol):
+    """What splits and batches need of a set: an :class:`ImageSet` or a ``StreamedSet``."""
+
+    @property
+    def images(self) -> Tensor: ...  # uint8 [N, C, H, W]
+    @property
+    def labels(self) -> Tensor: ...  # int64 [N]
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...  # (C, H, W)
+    def __len__(self) -> int: ...
+    def subset(self: S, indices: Tensor | slice) -> S: ...
+    def to(self: S, device: torch.device) -> S: ...
+    def gather(self, rows: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def check_labels(labels: Tensor, n: int) -> None:
+    """Refuse what is no int64 [n], not negative.
+
+    Raises:
+        TypeError: wrong dtype. ValueError: wrong shape or a negative label.
+    """
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (n,):
+        raise ValueError(f"labels must be [{n}], one per image, got {list(labels.shape)}")
+    if n and labels.min() < 0:
+        raise ValueError(f"labels must not be negative, got {int(labels.min())}")
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labeled images.
+    """Labeled images in memory, the host's or a device's.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -31,16 +66,9 @@ class ImageSet:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8:
             raise TypeError(f"images must be uint8, got {self.images.dtype}")
-        if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {self.labels.dtype}")
         if self.images.dim() != 4:
             raise ValueError(f"images must be [N, C, H, W], got {list(self.images.shape)}")
-        if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels must be [{len(self.images)}], one per image, got {list(self.labels.shape)}"
-            )
-        if len(self) and self.labels.min() < 0:
-            raise ValueError(f"labels must not be negative, got {int(self.labels.min())}")
+        check_labels(self.labels, len(self.images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,6 +76,29 @@ class ImageSet:
     def subset(self, indices: Tensor | slice) -> ImageSet:
         """The images at ``indices``: int64 [M], bool [N] or a slice."""
         return ImageSet(self.images[indices], self.labels[indices])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.images.shape[1], self.images.shape[2], self.images.shape[3]
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same set on ``device``."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def gather(self, rows: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of given rows.
+
+        Args:
+            rows: int64 [M] on the CPU, those of the first batch, of the second, and so on.
+            lengths: how many of them each batch has; their sum is M.
+
+        Yields:
+            images uint8 [length, C, H, W] and labels int64 [length] on the set's device.
+        """
+        # All at once: no batch has to wait for its indices.
+        for index in to_device(rows, self.images.device).split(list(lengths)):
+            yield self.images[index], self.labels[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +111,18 @@ class Splits:
 
     name: str
     classes: tuple[str, ...]
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
+    train: LabeledImages
+    validation: LabeledImages
+    test: LabeledImages
 
     def __post_init__(self) -> None:
-        shape = self.train.images.shape[1:]
+        shape = self.train.image_shape
         for split in ("train", "validation", "test"):
-            data: ImageSet = getattr(self, split)
-            if data.images.shape[1:] != shape:
+            data: LabeledImages = getattr(self, split)
+            if data.image_shape != shape:
                 raise ValueError(
                     f"{split} images must be {list(shape)} as in train, "
-                    f"got {list(data.images.shape[1:])}"
+                    f"got {list(data.image_shape)}"
                 )
             if len(data) and data.labels.max() >= self.num_classes:
                 raise ValueError(
@@ -85,17 +136,17 @@ class Splits:
 
     @property
     def channels(self) -> int:
-        return self.train.images.shape[1]
+        return self.train.image_shape[0]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W)."""
-        return self.train.images.shape[2], self.train.images.shape[3]
+        return self.train.image_shape[1:]
 
 
 def hold_out(
-    data: ImageSet, fraction: float, *, groups: Tensor | None = None, seed: int = 0
-) -> tuple[ImageSet, ImageSet]:
+    data: S, fraction: float, *, groups: Tensor | None = None, seed: int = 0
+) -> tuple[S, S]:
     """Split ``data`` into (rest, held out) with ``fraction`` of every class held out.
 
     Args:
