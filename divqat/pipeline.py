@@ -142,12 +142,13 @@ class _Runner:
 
         def make() -> dict[str, Any]:
             test, queries = (
-                softmax(predict(onnx, images)) for images in (self.splits.test.images, self.queries)
+                softmax(predict(onnx, images)) for images in (self.splits.test, self.queries)
             )
+            some = self.splits.test.subset(slice(256)).images
             return {
                 "test": asdict(Confidence.of(test)),
                 "transfer": asdict(Confidence.of(queries)),
-                "deterministic": is_deterministic(Victim(onnx), self.splits.test.images[:256]),
+                "deterministic": is_deterministic(Victim(onnx), some),
                 "distributions": are_distributions(queries),
             }
 

@@ -130,7 +130,7 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
         raise ValueError(f"{run.folder} is full precision: only qat and divqat runs are exported")
 
     def make() -> dict[str, Any]:
-        images = to_float(splits.validation.images[:256])
+        images = to_float(splits.validation.subset(slice(256)).images)
         write_json(run.folder / "layers.json", summary(run.model, images).to_dict())
         report = export_onnx(run.model, run.example, run.folder / ONNX)
         return {**report.to_dict(), "text": str(report)}
@@ -147,7 +147,7 @@ def verify_run(run: Run, splits: Splits) -> dict[str, Any]:
     onnx = exported(run)
 
     def make() -> dict[str, Any]:
-        report = verify(run.model, onnx, splits.test.images, splits.test.labels)
+        report = verify(run.model, onnx, splits.test, splits.test.labels)
         return {**report.to_dict(), "text": str(report)}
 
     return step(run.folder / "verify.json", file_fingerprint(onnx), make)
@@ -223,7 +223,7 @@ def attack_run(
             write_json(begun, settings)
             extraction = config.knockoff()(victim, images, clone, resume_dir=out)
             test = splits.test
-            theirs, ours = predict(extraction.clone, test.images), predict(model, test.images)
+            theirs, ours = predict(extraction.clone, test), predict(model, test)
         return {
             "queries": extraction.queries,
             "accuracy": accuracy(theirs, test.labels),

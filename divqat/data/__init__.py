@@ -12,13 +12,16 @@ Example:
 from divqat.data.batches import augment, batches, shard_rows, to_float
 from divqat.data.catalog import load, names
 from divqat.data.sets import DataNotFound, ImageSet, LabeledImages, Splits, hold_out
+from divqat.data.streaming import Decoder, StreamedSet
 from divqat.data.transfer import transfer_names, transfer_set
 
 __all__ = [
     "DataNotFound",
+    "Decoder",
     "ImageSet",
     "LabeledImages",
     "Splits",
+    "StreamedSet",
     "augment",
     "batches",
     "hold_out",

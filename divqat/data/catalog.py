@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from divqat.data import formats, pictures
-from divqat.data.sets import DataNotFound, ImageSet, Splits, hold_out
+from divqat.data.pictures import STREAM, Reading
+from divqat.data.sets import DataNotFound, ImageSet, LabeledImages, Splits, hold_out
 from divqat.errors import require, unknown_name
 
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
+PICTURES = ("gtsrb", "folder")  # of picture files, which can be streamed
 _DIGITS = tuple("0123456789")
 _FASHION = (
     "T-shirt/top",
@@ -34,17 +36,18 @@ class _Raw:
     """What a reader found; a split that the files do not have is None."""
 
     classes: tuple[str, ...]
-    train: ImageSet
-    test: ImageSet | None = None
-    validation: ImageSet | None = None
+    train: LabeledImages
+    test: LabeledImages | None = None
+    validation: LabeledImages | None = None
     groups: Tensor | None = None  # int64 [N] of the training images, see hold_out
 
 
 @dataclass(frozen=True)
 class _Source:
-    """``read(folder, image_size)`` of the first folder that holds ``probe`` (a glob)."""
+    """``read(folder, reading)`` of the first folder that holds ``probe`` (a glob)."""
 
-    layouts: tuple[tuple[str, str, Callable[[Path, int], _Raw]], ...]  # (subfolder, probe, read)
+    # (subfolder, probe, read)
+    layouts: tuple[tuple[str, str, Callable[[Path, Reading], _Raw]], ...]
     remedy: str  # how to get the data
     system: str | None = None  # where a package of the operating system puts it
 
@@ -66,60 +69,57 @@ def _idx(folder: Path, stem: str) -> ImageSet:
     )
 
 
-def _fashion_mnist(folder: Path, image_size: int) -> _Raw:
+def _fashion_mnist(folder: Path, reading: Reading) -> _Raw:
     return _Raw(_FASHION, _idx(folder, "train"), _idx(folder, "t10k"))
 
 
-def _cifar10(folder: Path, image_size: int) -> _Raw:
+def _cifar10(folder: Path, reading: Reading) -> _Raw:
     batches = [folder / f"data_batch_{i}" for i in range(1, 6)]
     train = formats.read_cifar_pickles(batches, b"labels")
     test = formats.read_cifar_pickles([folder / "test_batch"], b"labels")
     return _Raw(formats.read_cifar_names(folder / "batches.meta", b"label_names"), train, test)
 
 
-def _cifar10_binary(folder: Path, image_size: int) -> _Raw:
+def _cifar10_binary(folder: Path, reading: Reading) -> _Raw:
     batches = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
     train = formats.read_cifar_binary(batches, label_bytes=1)
     test = formats.read_cifar_binary([folder / "test_batch.bin"], label_bytes=1)
     return _Raw(formats.read_cifar_names(folder / "batches.meta.txt"), train, test)
 
 
-def _cifar100(folder: Path, image_size: int) -> _Raw:
+def _cifar100(folder: Path, reading: Reading) -> _Raw:
     train = formats.read_cifar_pickles([folder / "train"], b"fine_labels")
     test = formats.read_cifar_pickles([folder / "test"], b"fine_labels")
     return _Raw(formats.read_cifar_names(folder / "meta", b"fine_label_names"), train, test)
 
 
-def _cifar100_binary(folder: Path, image_size: int) -> _Raw:
+def _cifar100_binary(folder: Path, reading: Reading) -> _Raw:
     train = formats.read_cifar_binary([folder / "train.bin"], label_bytes=2)
     test = formats.read_cifar_binary([folder / "test.bin"], label_bytes=2)
     return _Raw(formats.read_cifar_names(folder / "fine_label_names.txt"), train, test)
 
 
-def _svhn(folder: Path, image_size: int) -> _Raw:
+def _svhn(folder: Path, reading: Reading) -> _Raw:
     train = formats.read_svhn(folder / "train_32x32.mat")
     return _Raw(_DIGITS, train, formats.read_svhn(folder / "test_32x32.mat"))
 
 
-def _gtsrb(folder: Path, image_size: int) -> _Raw:
-    train, test, tracks = pictures.read_gtsrb(folder, image_size)
+def _gtsrb(folder: Path, reading: Reading) -> _Raw:
+    train, test, tracks = pictures.read_gtsrb(folder, reading)
     return _Raw(tuple(f"{i:05d}" for i in range(43)), train, test, groups=tracks)
 
 
-def _folder(folder: Path, image_size: int) -> _Raw:
+def _folder(folder: Path, reading: Reading) -> _Raw:
     split = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
     root = split.get("train", folder)
     classes = tuple(pictures.class_folders(root))
     channels = 1 if pictures.is_grey(pictures.list_pictures(root)) else 3
-
-    def read(name: str) -> ImageSet | None:
-        # Without train/ the folders beside it are classes, even one that is named test.
-        if "train" not in split or name not in split:
-            return None
-        return pictures.read_image_folder(split[name], classes, image_size, channels)
-
-    train = pictures.read_image_folder(root, classes, image_size, channels)
-    return _Raw(classes, train, read("test"), read("val"))
+    rows = {"train": pictures.labeled_pictures(root, classes)}
+    if "train" in split:  # else the folders beside it are classes, even one that is named test
+        rows |= {name: pictures.labeled_pictures(split[name], classes) for name in split}
+    sets = [data for data, _ in reading.sets(list(rows.values()), channels, "crop")]
+    found = dict(zip(rows, sets, strict=True))
+    return _Raw(classes, found["train"], found.get("test"), found.get("val"))
 
 
 _SOURCES = {
@@ -196,6 +196,8 @@ def load(
     data_root: str | Path | None = None,
     validation_fraction: float = 0.1,
     image_size: int = 32,
+    stream: str = "auto",
+    workers: int | None = None,
 ) -> Splits:
     """Load a data set from this machine; nothing is ever downloaded.
 
@@ -207,16 +209,27 @@ def load(
             validation split. The split is the same in every run. Frames of one GTSRB track stay
             on one side. Unused for a ``folder`` with a ``val/``.
         image_size: height and width of ``gtsrb`` and ``folder``, whose pictures vary in size.
+        stream: ``always`` leaves the pictures of ``gtsrb`` and ``folder`` in their files, and
+            decodes them batch by batch: all splits are a :class:`StreamedSet`. ``never`` decodes
+            them now. ``auto`` streams what would take more than 4 GiB decoded. The batches are the
+            same bit for bit, except that a damaged picture is left out here and an error there.
+        workers: processes that decode streamed pictures; None: one per core but one, shared by the
+            processes of torchrun; 0: decode in this process.
 
     Raises:
         DataNotFound: the files are not there.
-        ValueError: unknown name, a fraction outside [0, 1), or a damaged file.
+        ValueError: unknown name, a fraction outside [0, 1), ``always`` for another data set than
+            these two, negative ``workers``, or a damaged file.
         ImportError: an optional dependency that reads this data set is missing.
     """
     if name not in names():
         raise unknown_name("data set", name, names())
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
+    if stream not in STREAM:
+        raise ValueError(f"stream must be one of {', '.join(STREAM)}, got {stream!r}")
+    if stream == "always" and name not in PICTURES:
+        raise ValueError(f"stream must be auto or never for {name}, which has no picture files")
     if name == "digits":
         raw = _digits()
     else:
@@ -226,7 +239,7 @@ def load(
         if found is None:
             where = "" if data_root is None else f" in {data_root}"
             raise DataNotFound(f"data set {name!r} was not found{where}: {source.remedy}")
-        raw = source.layouts[found[1]][2](found[0], image_size)
+        raw = source.layouts[found[1]][2](found[0], Reading(image_size, stream, workers))
     train, test, validation = raw.train, raw.test, raw.validation
     if test is None:
         train, test = hold_out(train, TEST_FRACTION, seed=1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divqat.data.sets import ImageSet
+from divqat.data import streaming
+from divqat.data.sets import ImageSet, LabeledImages
 from divqat.errors import require
 from divqat.progress import progress
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 Fit = Literal["stretch", "crop", "contain"]
+STREAM = ("auto", "always", "never")
+Row = tuple[Path, int]  # a picture and its label
 
 
 def list_pictures(root: str | Path) -> list[Path]:
@@ -33,27 +38,41 @@ def list_pictures(root: str | Path) -> list[Path]:
     )
 
 
-def _open(path: Path, size: tuple[int, int], channels: int, fit: Fit) -> np.ndarray | None:
+def _open(path: str | Path, size: tuple[int, int], channels: int, fit: Fit) -> np.ndarray:
     from PIL import Image, ImageOps
 
     height, width = size
-    try:
-        with Image.open(path) as file:
-            file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded smaller, much faster
-            picture = file.convert("RGBA")
-        if fit == "contain":
-            picture = ImageOps.contain(picture, (width, height), Image.Resampling.BILINEAR)
-        elif fit == "crop":
-            picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-        else:
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    except Exception:  # a damaged file raises nearly anything
-        return None
+    with Image.open(path) as file:
+        file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded smaller, much faster
+        picture = file.convert("RGBA")
+    if fit == "contain":
+        picture = ImageOps.contain(picture, (width, height), Image.Resampling.BILINEAR)
+    elif fit == "crop":
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    else:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     canvas = Image.new("RGBA", (width, height), "white")
     corner = ((width - picture.width) // 2, (height - picture.height) // 2)
     canvas.alpha_composite(picture, corner)
     pixels = np.asarray(canvas.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _open_or_none(path: Path, **options: Any) -> np.ndarray | None:
+    try:
+        return _open(path, **options)
+    except Exception:  # a damaged file raises nearly anything
+        return None
+
+
+def _open_alone(path: str, **options: Any) -> np.ndarray:
+    """Like :func:`decode` of one file, but a damaged or too large one is an error. Not for several
+    threads: they share the filter of warnings."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return _open(path, **options)
 
 
 def decode(
@@ -82,7 +101,7 @@ def decode(
     # Decoding releases the interpreter lock, so threads suffice.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = pool.map(partial(_open, size=size, channels=channels, fit=fit), paths)
+        opened = pool.map(partial(_open_or_none, size=size, channels=channels, fit=fit), paths)
         pixels = list(progress(opened, "decoding pictures", total=len(paths)))
     good = [(i, array) for i, array in enumerate(pixels) if array is not None]
     if not good:
@@ -98,11 +117,47 @@ def decode(
     return torch.from_numpy(np.stack([array for _, array in good])), [i for i, _ in good]
 
 
-def _labeled(
-    rows: Sequence[tuple[Path, int]], size: int, channels: int, fit: Fit
-) -> tuple[ImageSet, list[int]]:
+@dataclass(frozen=True)
+class Reading:
+    """How the pictures of a data set become sets of square images.
+
+    Args:
+        size: height and width.
+        stream: ``always``: a :class:`StreamedSet`, decoded batch by batch; ``never``: an
+            :class:`ImageSet`, decoded now; ``auto``: streamed if the images of all splits together
+            are more than ``streaming.STREAM_ABOVE`` bytes.
+        workers: processes that decode streamed pictures, see :class:`Decoder`.
+    """
+
+    size: int
+    stream: str = "auto"
+    workers: int | None = None
+
+    def sets(
+        self, splits: Sequence[Sequence[Row]], channels: int, fit: Fit
+    ) -> list[tuple[LabeledImages, list[int]]]:
+        """The set of each split, and the indices of its rows: all, but without damaged pictures
+        where they are decoded now."""
+        shape = (channels, self.size, self.size)
+        nbytes = sum(map(len, splits)) * math.prod(shape)
+        if self.stream == "never" or (self.stream == "auto" and nbytes <= streaming.STREAM_ABOVE):
+            return [_decoded(rows, self.size, channels, fit) for rows in splits]
+        require("PIL.Image", "data")
+        read = partial(_open_alone, size=shape[1:], channels=channels, fit=fit)
+        decoder = streaming.Decoder(read, shape, self.workers)
+        return [(_streamed(rows, decoder), list(range(len(rows)))) for rows in splits]
+
+
+def _decoded(
+    rows: Sequence[Row], size: int, channels: int, fit: Fit
+) -> tuple[LabeledImages, list[int]]:
     images, kept = decode([path for path, _ in rows], (size, size), channels, fit)
     return ImageSet(images, torch.tensor([rows[i][1] for i in kept])), kept
+
+
+def _streamed(rows: Sequence[Row], decoder: streaming.Decoder) -> streaming.StreamedSet:
+    labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+    return streaming.StreamedSet([str(path) for path, _ in rows], labels, decoder)
 
 
 def _gtsrb_table(path: Path) -> list[tuple[str, int]]:
@@ -119,13 +174,13 @@ def _gtsrb_table(path: Path) -> list[tuple[str, int]]:
             ) from error
 
 
-def read_gtsrb(root: Path, size: int) -> tuple[ImageSet, ImageSet, Tensor]:
+def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImages, Tensor]:
     """The German traffic signs, as in ``GTSRB_Final_*_Images.zip`` and ``GTSRB_Final_Test_GT.zip``.
 
     Args:
         root: holds ``Final_Training/Images/00000/GT-00000.csv`` and so on, and
             ``Final_Test/Images``; ``GT-final_test.csv`` lies in either folder.
-        size: every picture is stretched to [size, size]; the originals vary.
+        reading: every picture is stretched to its size; the originals vary.
 
     Returns:
         train, test and the track (int64 [N]) of each training image. Thirty frames of one
@@ -141,18 +196,17 @@ def read_gtsrb(root: Path, size: int) -> tuple[ImageSet, ImageSet, Tensor]:
     if answers is None:
         raise ValueError(f"GT-final_test.csv (from GTSRB_Final_Test_GT.zip) is missing in {root}")
     test_rows = [(pictures / name, label) for name, label in _gtsrb_table(answers)]
-    train, kept = _labeled(rows, size, 3, "stretch")
-    test, _ = _labeled(test_rows, size, 3, "stretch")
+    (train, kept), (test, _) = reading.sets([rows, test_rows], 3, "stretch")
     tracks = [rows[i][0].name.split("_")[0] for i in kept]  # 00003_00017.ppm: track 3, frame 17
     _, numbers = np.unique(tracks, return_inverse=True)
     return train, test, torch.from_numpy(numbers)
 
 
-def read_image_folder(root: Path, classes: Sequence[str], size: int, channels: int) -> ImageSet:
-    """Pictures in one folder per class, cropped to a square around the center.
+def labeled_pictures(root: Path, classes: Sequence[str]) -> list[Row]:
+    """The pictures in one folder per class.
 
     Raises:
-        ValueError: a folder that is not in ``classes``, or no readable picture.
+        ValueError: a folder that is not in ``classes``, or no picture.
     """
     extra = set(class_folders(root)) - set(classes)
     if extra:
@@ -162,7 +216,7 @@ def read_image_folder(root: Path, classes: Sequence[str], size: int, channels: i
     rows = [(path, i) for i, name in enumerate(classes) for path in list_pictures(root / name)]
     if not rows:
         raise ValueError(f"{root} has no pictures in folders named after their class")
-    return _labeled(rows, size, channels, "crop")[0]
+    return rows
 
 
 def class_folders(root: Path) -> list[str]:

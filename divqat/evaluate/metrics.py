@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from divqat.data.batches import to_float
+from divqat.data.batches import batches, to_float
+from divqat.data.sets import LabeledImages
 from divqat.progress import progress
 from divqat.victim import Victim, logits_function
 
 HISTOGRAM_BINS = 20
 
 
-def predict(model: Any, images: Tensor, *, batch_size: int = 256) -> Tensor:
+def predict(model: Any, images: Tensor | LabeledImages, *, batch_size: int = 256) -> Tensor:
     """The logits of a model for uint8 images.
 
     Args:
         model: an ``nn.Module`` in eval mode, an ONNX path or session, or a function from float
             images to logits; see :class:`divqat.victim.Victim`.
-        images: uint8 [N, C, H, W].
+        images: uint8 [N, C, H, W], or a set, of which one batch after another is read.
         batch_size: images at once.
 
     Returns:
@@ -30,15 +32,17 @@ def predict(model: Any, images: Tensor, *, batch_size: int = 256) -> Tensor:
         FloatingPointError: a logit is NaN or Inf.
         TypeError, ValueError: not a model, a module in training mode, wrong or no images.
     """
-    if images.dim() != 4 or not len(images):
-        raise ValueError(
-            f"images: wanted [N, C, H, W] with N of at least 1, got {list(images.shape)}"
-        )
+    shape = [*images.shape] if isinstance(images, Tensor) else [len(images), *images.image_shape]
+    if len(shape) != 4 or not shape[0]:
+        raise ValueError(f"images: wanted [N, C, H, W] with N of at least 1, got {shape}")
     logits_of = logits_function(model)
-    chunks = images.split(batch_size)
-    return torch.cat(
-        [logits_of(to_float(chunk)) for chunk in progress(chunks, "predict", total=len(chunks))]
+    chunks: Iterator[Tensor] = (
+        map(to_float, images.split(batch_size))
+        if isinstance(images, Tensor)
+        else (floats for floats, _ in batches(images, batch_size))
     )
+    total = -(-shape[0] // batch_size)
+    return torch.cat([logits_of(chunk) for chunk in progress(chunks, "predict", total=total)])
 
 
 def softmax(logits: Tensor) -> Tensor:  # [N, num_classes] -> float32 [N, num_classes]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from divqat.data import LabeledImages
 from divqat.errors import require
 from divqat.evaluate.metrics import accuracy, fidelity, predict
 
@@ -55,7 +56,7 @@ class VerifyReport:
 def verify(
     model: nn.Module,
     onnx_path: str | Path,
-    images: Tensor,  # [N, C, H, W]
+    images: Tensor | LabeledImages,  # [N, C, H, W]
     labels: Tensor,  # [N]
     *,
     batch_size: int = 256,
@@ -68,7 +69,7 @@ def verify(
     Args:
         model: made by :func:`divqat.prepare` or :func:`divqat.convert`.
         onnx_path: what ``export_onnx`` wrote.
-        images: uint8. labels: int64.
+        images: uint8, or a set. labels: int64.
 
     Raises:
         ImportError: onnxruntime is missing. FileNotFoundError: no file at ``onnx_path``.
