@@ -15,6 +15,8 @@ from torch.utils.data import get_worker_info
 from divqat import data
 from divqat.data import ImageSet, StreamedSet, streaming
 from divqat.evaluate import predict
+from divqat.files import load_checkpoint
+from divqat.train import TrainConfig, train, trainer
 
 pytest.importorskip("PIL", reason="needs Pillow")
 SHIFT = partial(data.augment, pad=2, flip=True)
@@ -278,6 +280,34 @@ def test_predict_takes_a_set(folder, held):
         assert torch.equal(predict(model, images, batch_size=4), wanted)
     with pytest.raises(ValueError, match=r"N of at least 1, got \[0, 3, 8, 8\]"):
         predict(model, streamed.subset(slice(0)))
+
+
+def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypatch):
+    """Another run, interrupted in the middle of an epoch, changes over to streaming."""
+    options = dict(
+        dataset="folder", data_root=str(folder), image_size=8, model="lenet", epochs=3,
+        batch_size=16, threads=1, pad=1, flip=True,
+    )  # fmt: skip
+    lines, steps, loss = [], [], trainer.Trainer._loss
+
+    def failing(self, *args):
+        steps.append(1)
+        if len(steps) == 8:  # of 5 per epoch
+            raise KeyboardInterrupt
+        return loss(self, *args)
+
+    train(TrainConfig(**options), tmp_path / "memory", log=lines.append)
+    assert not any("decoded" in line for line in lines)
+    monkeypatch.setattr(streaming, "STREAM_ABOVE", 15_000)  # of 19,008
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.Trainer, "_loss", failing)
+        train(TrainConfig(**options, stream="never"), tmp_path / "streamed", log=lines.append)
+    del lines[:]
+    train(TrainConfig(**options, workers=1), tmp_path / "streamed", log=lines.append)
+    assert lines[0].endswith("decoded as they are needed; worker processes: 1")
+    there, here = (load_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("memory", "streamed"))
+    for name, value in there["model"].items():
+        assert torch.equal(here["model"][name], value), name
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from divqat import data, models
+from divqat.data.pictures import STREAM
 from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
 from divqat.options import ConfigError, Options, option
 from divqat.quantize.config import PRESETS
@@ -56,6 +57,18 @@ class TrainConfig(Options):
     validation_fraction: float = option(
         0.1, "Part of the training images kept aside to validate on.",
         group="data", above=0, below=1,
+    )  # fmt: skip
+    stream: str = option(
+        "auto",
+        "Decode the pictures of gtsrb and folder while training instead of holding them all; auto: "
+        "if they would take more than 4 GiB. The batches are the same.",
+        group="data",
+        choices=STREAM,
+    )
+    workers: int | None = option(
+        None, "Processes that decode streamed pictures; None: one per core but one, shared by the "
+        "processes of torchrun; 0: the training does it itself.",
+        group="data", least=0,
     )  # fmt: skip
     pad: int = option(
         0, "Shift each training image at random by up to so many pixels.", group="data", least=0

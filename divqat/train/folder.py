@@ -23,7 +23,7 @@ from divqat.train.config import TrainConfig
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
 # Where something lies or runs, not what it is: a run may go on with other values. That the teacher
 # is the same is seen from its weights.
-FREE = ("device", "data_root", "teacher")
+FREE = ("device", "data_root", "stream", "workers", "teacher")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,8 @@ def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
         data_root=data_root or config.data_root,
         validation_fraction=config.validation_fraction,
         image_size=config.image_size,
+        stream=config.stream,
+        workers=config.workers,
     )
 
 

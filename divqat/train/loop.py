@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from divqat.data import StreamedSet
 from divqat.errors import require
 from divqat.evaluate.plots import training_curves
 from divqat.files import read_json, write_json
@@ -90,6 +91,11 @@ def _train(
         return summary
 
     splits = load_splits(config)
+    if isinstance(splits.train, StreamedSet):
+        log(
+            f"{len(splits.train)} training images, {splits.train.nbytes / 2**30:.1f} GiB, are "
+            f"decoded as they are needed; worker processes: {splits.train.decoder.workers}"
+        )
     if writes:
         write_yaml(out / "config.yaml", config.to_dict())
     with cpu_threads(config.threads), _deterministic(config.deterministic):
