@@ -16,7 +16,7 @@ from divqat import data
 from divqat.data import ImageSet, StreamedSet, streaming
 from divqat.evaluate import predict
 from divqat.files import load_checkpoint
-from divqat.train import TrainConfig, train, trainer
+from divqat.train import TrainConfig, step, train
 
 pytest.importorskip("PIL", reason="needs Pillow")
 SHIFT = partial(data.augment, pad=2, flip=True)
@@ -288,7 +288,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
         dataset="folder", data_root=str(folder), image_size=8, model="lenet", epochs=3,
         batch_size=16, threads=1, pad=1, flip=True,
     )  # fmt: skip
-    lines, steps, loss = [], [], trainer.Trainer._loss
+    lines, steps, loss = [], [], step.Step.losses
 
     def failing(self, *args):
         steps.append(1)
@@ -300,7 +300,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
     assert not any("decoded" in line for line in lines)
     monkeypatch.setattr(streaming, "STREAM_ABOVE", 15_000)  # of 19,008
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.Trainer, "_loss", failing)
+        patch.setattr(step.Step, "losses", failing)
         train(TrainConfig(**options, stream="never"), tmp_path / "streamed", log=lines.append)
     del lines[:]
     train(TrainConfig(**options, workers=1), tmp_path / "streamed", log=lines.append)

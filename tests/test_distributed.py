@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import divqat
+from divqat.data import shard_rows
 from divqat.files import load_checkpoint
 from divqat.nn import FakeQuantize
 from divqat.quantize import observe_first, preset, sync_observers
@@ -91,11 +92,16 @@ def in_parts(rank, size, count):
     team, model, steps = Team(rank, size), network(), []
     net = team.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    observe_first(model, (part.images for part in team.parts(net, *batch(SIZES[0]), count)))
+
+    def parts(n):
+        rows = shard_rows(n, (rank, size))
+        return team.parts(net, *(whole[rows] for whole in batch(n)), n, count)
+
+    observe_first(model, (part.images for part in parts(SIZES[0])))
     for n in SIZES:
         optimizer.zero_grad()
         with Collectives() as sent:
-            for part in team.parts(net, *batch(n), count):
+            for part in parts(n):
                 (F.cross_entropy(net(part.images), part.index) * part.weight).backward()
         steps.append((gradients(model), state(model), sent.seen))
         optimizer.step()
@@ -232,7 +238,7 @@ def trainings(rank, size, folder, teacher):
         for images, labels in original(*args, **kwargs):
             steps.append(1)
             if rank == 1 and len(steps) == 16:  # the first batch shows what memory is needed
-                images[1] = torch.nan  # of the second process
+                images[0] = torch.nan  # of the second process
             yield images, labels
 
     trainer.batches = batches

@@ -6,7 +6,7 @@ from test_train import DIVQAT, QUIET, assert_same, config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from divqat.data import batches
+from divqat.data import Decoder, ImageSet, StreamedSet, batches
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, answers, graph, load_run, loop, memory, step, train, trainer
@@ -112,9 +112,13 @@ def test_the_teacher_is_asked_once(teacher, plain, tmp_path, monkeypatch):
         raise AssertionError("asked again")
 
     monkeypatch.setattr(type(run.model), "forward", counted)
-    again = teacher_logits(tmp_path, run.model, train_set.images, {
+    again = teacher_logits(tmp_path, run.model, train_set, {
         "teacher": run.fingerprint, "precision": "float32"})  # fmt: skip
     assert torch.equal(again, kept["logits"]) and not calls
+
+
+def labeled(images):
+    return ImageSet(images, torch.zeros(len(images)).long())
 
 
 def test_other_images_another_teacher_or_a_damaged_file_are_asked_again(tmp_path):
@@ -122,7 +126,7 @@ def test_other_images_another_teacher_or_a_damaged_file_are_asked_again(tmp_path
     images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8)
 
     def ask(images, name="a"):
-        return teacher_logits(tmp_path, teacher, images, {"teacher": name})
+        return teacher_logits(tmp_path, teacher, labeled(images), {"teacher": name})
 
     first = ask(images)
     with torch.no_grad():
@@ -136,7 +140,14 @@ def test_other_images_another_teacher_or_a_damaged_file_are_asked_again(tmp_path
     assert not torch.equal(kept[3], ask(images, "b")[3])
     (tmp_path / answers.FILE).write_bytes(b"damaged")
     assert torch.equal(ask(changed, "b"), kept)
-    assert len({digest(images), digest(changed), digest(images.view(7, 3, 4, 1))}) == 3
+    others = images, changed, images.view(7, 3, 4, 1)
+    assert len({digest(labeled(other)) for other in others}) == 3
+    streamed = StreamedSet(
+        [str(tmp_path / answers.FILE)], torch.zeros(1).long(), Decoder(str, (3, 2, 2))
+    )
+    before = digest(streamed)
+    (tmp_path / answers.FILE).write_bytes(b"damaged again")
+    assert digest(streamed) != before
 
 
 def test_kept_answers_and_augmentation_exclude_each_other():
@@ -263,9 +274,9 @@ class HostReads(TorchDispatchMode):
 def test_a_step_reads_nothing_on_the_host(teacher, tmp_path, monkeypatch, method, precision):
     seen, original = [], step.Step.__call__
 
-    def watched(self, *args):
+    def watched(self, *args, **kwargs):
         with HostReads() as reads:
-            result = original(self, *args)
+            result = original(self, *args, **kwargs)
         seen.append(reads.seen)
         return result
 
@@ -288,10 +299,10 @@ def test_a_step_reads_nothing_on_the_host(teacher, tmp_path, monkeypatch, method
 def test_a_step_does_not_wait_for_the_gpu(teacher, tmp_path, monkeypatch, precision):
     original = step.Step.__call__
 
-    def strict(self, *args):
+    def strict(self, *args, **kwargs):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return original(self, *args)
+            return original(self, *args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.data import to_float
+from divqat.data import LabeledImages, StreamedSet, batches
 from divqat.files import load_checkpoint, save_checkpoint
 
 FILE = "teacher_logits.pt"
@@ -20,7 +21,7 @@ BATCH = 512
 def teacher_logits(
     folder: Path,
     teacher: nn.Module,
-    images: Tensor,  # uint8 [N, C, H, W]
+    data: LabeledImages,
     key: Mapping[str, str],
     *,
     keep: bool = True,
@@ -29,20 +30,20 @@ def teacher_logits(
 
     Args:
         folder: the run folder; the file is ``teacher_logits.pt``.
-        teacher: in eval mode, on the device of ``images``.
+        teacher: in eval mode, on the device of ``data``, [N] images.
         key: what else the answers depend on, say the teacher's fingerprint and the precision. With
             a digest of the images it is kept beside the answers; a file of another key, or a
             damaged one, is replaced.
         keep: write the file. Of several processes one does; the others read it if it is there.
     """
-    wanted = {**key, "images": digest(images)}
+    wanted = {**key, "images": digest(data)}
     kept = _load(folder / FILE)
     if kept is not None and kept["key"] == wanted:
-        return kept["logits"].to(images.device)
+        return kept["logits"].to(data.labels.device)
     with torch.inference_mode():
         chunks = [
-            teacher(to_float(chunk).contiguous(memory_format=torch.channels_last)).float()
-            for chunk in images.split(BATCH)
+            teacher(images.contiguous(memory_format=torch.channels_last)).float()
+            for images, _ in batches(data, BATCH)
         ]
     # outside, so that it is an ordinary tensor, of which the backward pass may keep rows
     logits = torch.cat(chunks).clone()
@@ -51,11 +52,16 @@ def teacher_logits(
     return logits
 
 
-def digest(images: Tensor) -> str:
-    """16 hexadecimal digits that identify a tensor."""
-    data = images.cpu().contiguous()
-    found = hashlib.sha256(repr((list(data.shape), data.dtype)).encode())
-    found.update(data.numpy().tobytes())
+def digest(data: LabeledImages) -> str:
+    """16 hexadecimal digits that identify the images: their pixels; of files names, sizes and times
+    of change."""
+    found = hashlib.sha256(repr((len(data), data.image_shape)).encode())
+    if isinstance(data, StreamedSet):
+        for path in data.paths:
+            state = os.stat(path)
+            found.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
+    else:
+        found.update(data.images.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 

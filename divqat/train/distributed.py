@@ -1,7 +1,8 @@
 """Training in several processes, and a step's batch in several parts.
 
 ``torchrun --nproc-per-node=N -m divqat train …`` does the steps that one process would do: the
-batch of a step is the same, process r of N takes every N-th image of it, from number r on.
+batch of a step is the same, process r of N gathers and augments every N-th image of it, from
+number r on (``shard`` of :func:`divqat.data.batches`).
 
 What is sent, for ResNet-50 (25.6 million parameters, 54 activation ranges):
 
@@ -27,15 +28,14 @@ freeze it.
 
 At 1,000 GPUs this breaks, by calculation, not measured, in this order:
 
-1. Every process shuffles and augments the whole batch and keeps 1/N of it, so that the images are
-   those of one process. At 32,000 images per step that is the step's time. Remedy: draw for all,
-   gather for one's own.
-2. Every process holds the data set, and validates on all of it, while the epoch gets N times
-   shorter. Remedy: shards of both.
-3. One failure ends the job, and an epoch is lost. Remedy: checkpoints within an epoch.
-4. The gradients' ring sends 2 · 102 MB per GPU whatever N is (4 ms at 50 GB/s), and its latency
+1. Every process holds the data set (unless it is streamed), and validates on all of it, while the
+   epoch gets N times shorter. Remedy: shards of both.
+2. One failure ends the job, and an epoch is lost. Remedy: checkpoints within an epoch.
+3. The gradients' ring sends 2 · 102 MB per GPU whatever N is (4 ms at 50 GB/s), and its latency
    grows with N. Remedy: DDP's bfloat16 hook, a tree. The ranges stay at one latency, about 10
    hops of a tree.
+4. Every process draws the order and the shifts of the whole batch, 32,000 numbers per step, under
+   a millisecond, so that the images are those of one process.
 
 And a batch that large wants another optimizer than SGD before any of this.
 """
@@ -137,8 +137,9 @@ class Team:
     def parts(
         self,
         model: nn.Module,  # of wrap
-        images: Tensor,  # [n, C, H, W], the whole batch, as in every process
+        images: Tensor,  # [n, C, H, W], this process's own of the batch
         index: Tensor,  # [n]
+        total: int,  # images of the whole batch
         count: int,
     ) -> Iterator[Part]:
         """This process's images in ``count`` parts, to run forward and backward one after another.
@@ -146,26 +147,26 @@ class Team:
         In between, and at the end over all processes, activation ranges are merged to what they
         were had the batch been one. Gradients are sent with the last part only.
 
-        Where there are fewer images than processes times parts, a part repeats the batch's first
-        image and counts 0: DDP wants a backward from everyone, and a range does not change by an
-        image that it has seen. BatchNorm cannot train on a single image: it is repeated, too,
-        which leaves the mean over the part as it is.
+        A part that gets no image repeats the process's first one and counts 0: DDP wants a
+        backward from everyone, and a range does not change by an image that it has seen. So does a
+        process that has none of the batch; what it was given instead is the batch's first image.
+        BatchNorm cannot train on a single image: it is repeated, too, which leaves the mean over
+        the part as it is.
         """
         if self.size == count == 1:
-            yield Part(images, index, len(index), 1.0)
+            yield Part(images, index, total, 1.0)
             return
         ranges = Ranges(model)
         before = merged = ranges.read() if ranges else torch.empty(0)
-        n = len(index)
+        own = len(range(self.rank, total, self.size))
         for number in range(count):
-            own = slice(self.rank + number * self.size, None, self.size * count)
-            mine = range(n)[own]
-            rows = own if len(mine) > 1 else [*mine, *mine, 0, 0][:2]
+            mine = range(own)[number::count]
+            rows = slice(number, None, count) if len(mine) > 1 else [*mine, *mine, 0, 0][:2]
             silent = isinstance(model, DistributedDataParallel) and number < count - 1
             if number and ranges:
                 ranges.write(before)
             with model.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                yield Part(images[rows], index[rows], len(mine), self.size * len(mine) / n)
+                yield Part(images[rows], index[rows], len(mine), self.size * len(mine) / total)
             if ranges:
                 merged = ranges.read() if number == 0 else torch.maximum(merged, ranges.read())
         if ranges:

@@ -38,12 +38,13 @@ def own_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 class Captured:
-    """``function``, replayed from the fourth call with inputs of the shapes of the first one.
+    """``function``, replayed from the fourth call that is like the first one: of inputs of these
+    shapes, and with these constants.
 
     What else it reads has to stay where it is in memory; what it decides in Python is decided
     when it is captured. All calls have to be on one stream that is not the default one: the
-    nodes that accumulate gradients belong to the stream of their first use. Inputs of other shapes
-    run as ever.
+    nodes that accumulate gradients belong to the stream of their first use. Other calls run as
+    ever.
 
     Args:
         function: of tensors, to one tensor, which is overwritten by the next call.
@@ -56,23 +57,25 @@ class Captured:
 
     def reset(self) -> None:
         """Forget the graph: what the function decides in Python has changed."""
-        self.shapes: list[torch.Size] | None = None
-        self.calls = 0  # with inputs of these shapes
+        self.kind: object = None  # shapes and constants of the calls that are captured
+        self.calls = 0  # of this kind
         self.inputs: list[Tensor] = []
         self.replay: Callable[[], None] | None = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        shapes = [tensor.shape for tensor in inputs]
-        if self.shapes is None:
-            self.shapes = shapes
-        if shapes != self.shapes:
-            return self.function(*inputs)
+    def __call__(self, *inputs: Tensor, **constants: object) -> Tensor:
+        kind = [tensor.shape for tensor in inputs], constants
+        if self.kind is None:
+            self.kind = kind
+        if kind != self.kind:
+            return self.function(*inputs, **constants)
         self.calls += 1
         if self.calls <= WARMUP:
-            return self.function(*inputs)
+            return self.function(*inputs, **constants)
         if self.replay is None:
             self.inputs = [tensor.clone() for tensor in inputs]
-            self.output, self.replay = self.capture(lambda: self.function(*self.inputs))
+            self.output, self.replay = self.capture(
+                lambda: self.function(*self.inputs, **constants)
+            )
         else:
             for own, given in zip(self.inputs, inputs, strict=True):
                 own.copy_(given)

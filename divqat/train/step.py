@@ -65,15 +65,16 @@ class Step:
         dtype = getattr(torch, self.config.precision)
         return torch.autocast(self.team.device.type, dtype, enabled=dtype != torch.float32)
 
-    def parts(self, images: Tensor, index: Tensor) -> Iterator[Part]:
-        """A batch in the parts that this process runs one after another."""
-        return self.team.parts(self.net, images, index, self.config.accumulate)
+    def parts(self, images: Tensor, index: Tensor, *, total: int) -> Iterator[Part]:
+        """Images in the parts that this process runs one after another; see __call__."""
+        return self.team.parts(self.net, images, index, total, self.config.accumulate)
 
-    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, index: Tensor, *, total: int) -> Tensor:
         """Do the step.
 
         Args:
-            images: float32 [batch, C, H, W]. index: int64 [batch], which ones they are.
+            images: float32 [n, C, H, W], this process's own. index: int64 [n], which ones they are.
+            total: images of the whole batch.
 
         Returns:
             float64 [6]: this process's sums over its images of loss, cross-entropy and divergence,
@@ -83,7 +84,7 @@ class Step:
         self.optimizer.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=images.device)
         finite = torch.ones(3, dtype=torch.bool, device=images.device)
-        for part in self.parts(images, index):
+        for part in self.parts(images, index, total=total):
             batch = part.images.contiguous(memory_format=torch.channels_last)
             with self.autocast():
                 logits = self.net(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from divqat.data import ImageSet, Splits, augment, batches
+from divqat.data import Splits, augment, batches
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.result import hardware, versions
 from divqat.nn import FakeQuantize
@@ -48,11 +49,10 @@ class Trainer:
         self.config, self.team, self.device = config, team, device
         self.delayed = config.delayed(team.size)
         self.epoch, self.rows = 0, list[dict[str, Any]]()
+        train_set = splits.train.to(device)
         # In the place of a label its image's number, as the teacher's kept answers need it, too.
-        labels = splits.train.labels.to(device)
-        self.train_set = ImageSet(
-            splits.train.images.to(device), torch.arange(len(labels), device=device)
-        )
+        numbers = torch.arange(len(train_set), device=device)
+        self.train_set = replace(train_set, labels=numbers)  # type: ignore[type-var]
         self.validation = splits.validation
         self.shape = {
             "in_channels": splits.channels,
@@ -83,12 +83,12 @@ class Trainer:
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.diverges = asked is not None
         warmup = round(config.warmup_epochs * self.steps)
-        self.step = Step(config, self.model, asked, labels, None, team, warmup)
+        self.step = Step(config, self.model, asked, train_set.labels, None, team, warmup)
         if asked is not None and config.cache_teacher:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
             with self.step.autocast():
                 self.step.answers = teacher_logits(
-                    folder, asked, self.train_set.images, key, keep=team.rank == 0
+                    folder, asked, self.train_set, key, keep=team.rank == 0
                 )
         self.need = self._need()
         self.need.check()
@@ -134,7 +134,7 @@ class Trainer:
         self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
         try:
-            logits = predict(self.model.eval(), self.validation.images)
+            logits = predict(self.model.eval(), self.validation)
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"epoch {epoch}, step {self.steps}: the weights gave NaN or Inf on the validation "
@@ -158,8 +158,7 @@ class Trainer:
 
     def _need(self) -> Need:
         """The memory of a step, from two images in a copy of the model."""
-        sample = ImageSet(self.train_set.images[:2], self.train_set.labels[:2])
-        images, _ = next(batches(sample, 2))
+        images, _ = next(batches(self.train_set.subset(slice(2)), 2))
 
         def forward(model: nn.Module) -> Tensor:
             with self.step.autocast():
@@ -193,6 +192,7 @@ class Trainer:
             generator=generator,
             augment=shift if config.pad or config.flip else None,
             drop_last=self.drop_last,
+            shard=(self.team.rank, self.team.size),
         )
         # Read once per epoch: a number on the host would make every step wait for the device.
         sums, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
@@ -204,18 +204,19 @@ class Trainer:
         waited, ready = 0.0, time.perf_counter()
         for step, (images, index) in enumerate(loader, start=1):
             waited += time.perf_counter() - ready
+            total = min(config.batch_size, len(self.train_set) - count)
             lr = config.learning_rate(done + step - 1, self.steps)
             set_learning_rate(self.step.optimizer, lr)
             if self.step.loss is not None:
                 self.step.loss.steps.fill_(done + step - 1)
             if step == 1 and self.delayed:
-                parts = self.step.parts(images, index)
+                parts = self.step.parts(images, index, total=total)
                 observe_first(self.model, (part.images for part in parts))
             with self.need.told():
-                result = self.do_step(images, index)
+                result = self.do_step(images, index, total=total)
             sums += result[:3]
             finite.append(result[3:].clone())
-            count += len(index)
+            count += total
             if step % CHECK_EVERY == 0 or step == self.steps:
                 # Of all processes: they stop together, with one error, and nobody waits.
                 _check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
@@ -226,7 +227,7 @@ class Trainer:
     def summary(self, splits: Splits) -> dict[str, Any]:
         """The content of ``summary.json``; looks at the test set."""
         config, last = self.config, self.rows[-1]
-        logits = predict(self.model.eval(), splits.test.images)
+        logits = predict(self.model.eval(), splits.test)
         return {
             "method": config.method,
             "dataset": config.dataset,
