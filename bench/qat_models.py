@@ -28,7 +28,7 @@ def ours(mode: str = "exact") -> Prepare:
 
 def pure_pytorch(model: nn.Module, x: Tensor) -> nn.Module:
     """Our placement of the fake-quantizers, with those of ``plain.py`` in their places."""
-    prepared = divqat.prepare(model, "x86", x)
+    prepared = divqat.quantize.ungroup_weights(divqat.prepare(model, "x86", x))
     for name, module in list(prepared.named_modules()):
         if isinstance(module, FakeQuantize):
             observed = plain.Observed(-6.0, 6.0, module.spec.averaging_constant, module.relu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ class QuantLayer(QuantState):
     WEIGHT_AXIS = 0  # the output channels of the weight
     weight: Any  # nn.Parameter, declared by the base class that follows
     bias: Any
+    # The two of a forward that group_weights has opened; class attributes as well, so that models
+    # pickled without them load.
+    _group: Callable[[], None] | None = None  # hands this layer and its neighbours their weights
+    _handed: tuple[Tensor, Tensor | None] | None = None  # as quantized_weight returns it
 
     def __init__(
         self,
@@ -67,8 +72,29 @@ class QuantLayer(QuantState):
         """``weight`` fake-quantized by the layer's spec; same shape and dtype."""
         if self.weight_fake_quantize is not None:
             return self.weight_fake_quantize(weight)
-        spec = self.weight_spec
-        return fake_quantize_weights([weight], spec.quant_min, spec.quant_max, self._weight_axis)[0]
+        return fake_quantize_weights([weight], *self.weight_grid())[0]
+
+    def weight_grid(self) -> tuple[int, int, int | None]:
+        """``quant_min``, ``quant_max`` and ``ch_axis`` of the weight."""
+        return self.weight_spec.quant_min, self.weight_spec.quant_max, self._weight_axis
+
+    def scaled_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The tensor that an observed grid is laid over, and the factor of the weight in it."""
+        return self.weight, None
+
+    def quantized_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The quantized :meth:`scaled_weight` and its factor, quantized in a group if there is one.
+
+        What a group computed serves one call: a second may find another state of its BatchNorm.
+        """
+        if self._group is not None:
+            self._group()
+        handed = self._handed
+        if handed is not None:
+            self._handed = None
+            return handed
+        weight, factor = self.scaled_weight()
+        return self.quantize_weight(weight), factor
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias in float as they are deployed."""
@@ -79,13 +105,12 @@ class QuantLayer(QuantState):
         """The weight's scale, float32 [] or [C]; its zero point is 0."""
         if self.weight_fake_quantize is not None:
             return self.weight_fake_quantize.calculate_qparams()[0]
-        spec = self.weight_spec
-        return weight_scale(self.folded()[0], spec.quant_min, spec.quant_max, self._weight_axis)
+        return weight_scale(self.folded()[0], *self.weight_grid())
 
     def forward(self, input: Tensor) -> Tensor:
         """The operation of the replaced module on the quantized input and weight."""
         x = self.quantize_input(input)
-        return self.compute(x, self.quantize_weight(self.weight), self.bias)
+        return self.compute(x, self.quantized_weight()[0], self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_spec}"

@@ -83,22 +83,38 @@ class QuantConvBn2d(QuantConv2d):
         # γ = 0 must not become a scale of 0.
         return (scale * self._fold(self.bn.weight.detach()).flatten().abs()).clamp(min=EPS)
 
-    def _quantize_folded(self, s: Tensor) -> Tensor:
-        """Q(W·s): a learned scale is W's own, an observed one comes from W·s."""
-        if self.weight_fake_quantize is not None:
-            return self.quantize_weight(self.weight) * s
-        return self.quantize_weight(self.weight * s)
+    def _deployed(self) -> bool:
+        """Whether a call computes the deployed sum."""
+        return self.frozen or not self.training
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C_in, H, W] → [N, C_out, H', W']."""
-        x = self.quantize_input(input)
-        if self.frozen or not self.training:
-            weight = self._quantize_folded(self._fold(self.bn.weight))
-            return self.compute(x, weight, self.folded()[1])
+    def _factor(self) -> Tensor:
+        """s, [C_out, 1, 1, 1]; a constant where batch statistics are used."""
+        if self._deployed():
+            return self._fold(self.bn.weight)
         gamma = self.bn.weight.detach()
         # A channel switched off by γ ≈ 0 must not become 0/0. With a scale of its own, Q(W·s)/s
         # does not depend on the size of s; with a shared scale it has to stay small.
         tiny = self.bn.eps
         floor = 1.0 if self.weight_spec.per_channel else tiny
-        s = self._fold(torch.where(gamma.abs() < tiny, floor, gamma))
-        return self.bn(self.compute(x, self._quantize_folded(s) / s, self.bias))
+        return self._fold(torch.where(gamma.abs() < tiny, floor, gamma))
+
+    def scaled_weight(self) -> tuple[Tensor, Tensor | None]:
+        """W·s and s."""
+        s = self._factor()
+        return self.weight * s, s
+
+    def quantized_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Q(W·s) and s: a learned scale is W's own, an observed one comes from W·s."""
+        if self.weight_fake_quantize is None:
+            return super().quantized_weight()
+        s = self._factor()
+        return self.quantize_weight(self.weight) * s, s
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C_in, H, W] → [N, C_out, H', W']."""
+        x = self.quantize_input(input)
+        weight, s = self.quantized_weight()
+        if self._deployed():
+            return self.compute(x, weight, self.folded()[1])
+        assert s is not None
+        return self.bn(self.compute(x, weight / s, self.bias))

@@ -60,6 +60,8 @@ class FakeQuantizeWeights(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *ctx.range, weights = *args[:3], args[3:]
         ctx.straight_through = _clips_nothing(*args[:2])
+        # A weight whose output goes nowhere must get no gradient: zeros would let it decay.
+        ctx.set_materialize_grads(False)
         if not ctx.straight_through:
             ctx.save_for_backward(*weights)
         return tuple(torch.ops.divqat.fake_quantize_weights(list(weights), *ctx.range))
@@ -68,13 +70,16 @@ class FakeQuantizeWeights(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.straight_through:
             return (None, None, None, *grads)
-        weights = ctx.saved_tensors
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        weights, given = [ctx.saved_tensors[i] for i in used], [grads[i] for i in used]
         if torch.is_grad_enabled():  # create_graph=True
-            masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *grads)
+            masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *given)
         else:
-            op = torch.ops.divqat.fake_quantize_weights_backward
-            masked = op(list(grads), list(weights), *ctx.range)
-        return (None, None, None, *masked)
+            masked = torch.ops.divqat.fake_quantize_weights_backward(given, weights, *ctx.range)
+        result: list[Tensor | None] = [None] * len(grads)
+        for i, grad in zip(used, masked, strict=True):
+            result[i] = grad
+        return (None, None, None, *result)
 
 
 class WeightGrads(torch.autograd.Function):

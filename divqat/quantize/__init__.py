@@ -2,6 +2,7 @@
 
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers
+from divqat.quantize.group_weights import group_weights, ungroup_weights
 from divqat.quantize.prepare import prepare
 from divqat.quantize.ranges import observe_first, sync_observers
 from divqat.quantize.summary import Summary, summary
@@ -12,9 +13,11 @@ __all__ = [
     "convert",
     "freeze_batchnorm",
     "freeze_observers",
+    "group_weights",
     "observe_first",
     "prepare",
     "preset",
     "summary",
     "sync_observers",
+    "ungroup_weights",
 ]

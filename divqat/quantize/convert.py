@@ -11,6 +11,7 @@ from divqat.nn.conv_bn import QuantConvBn2d
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.quantize import patterns
 from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
+from divqat.quantize.group_weights import ungroup_weights
 
 
 def freeze_observers(model: nn.Module) -> nn.Module:
@@ -45,7 +46,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     for name, module in prepared.named_modules():
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)) and not module.has_range():
             raise ValueError(f"prepared: {name} has not seen a batch in training mode")
-    model = copy.deepcopy(prepared).requires_grad_(False)
+    model = ungroup_weights(copy.deepcopy(prepared).requires_grad_(False))
     scales = _input_scales(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):

@@ -16,6 +16,7 @@ from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.quantize import patterns
 from divqat.quantize.config import QuantConfig, preset
+from divqat.quantize.group_weights import group_weights
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
@@ -33,7 +34,8 @@ def prepare(
     output stays in float.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
-    BatchNorm and additions stay in float; a warning says so and why.
+    BatchNorm and additions stay in float; a warning says so and why. The weights of a traced model
+    are quantized together, see :func:`divqat.quantize.group_weights`.
 
     The float model's checkpoints load into the result (``load_state_dict``, strict).
 
@@ -76,7 +78,8 @@ def prepare(
     _quantize_activations(graph_module, config)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return graph_module.train()
+    # The graph calls every layer, in an order that is known.
+    return group_weights(graph_module).train()
 
 
 def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
