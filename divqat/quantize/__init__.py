@@ -5,6 +5,7 @@ from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers
 from divqat.quantize.group_weights import group_weights, ungroup_weights
 from divqat.quantize.prepare import prepare
 from divqat.quantize.ranges import observe_first, sync_observers
+from divqat.quantize.save_as_codes import save_as_codes
 from divqat.quantize.summary import Summary, summary
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "observe_first",
     "prepare",
     "preset",
+    "save_as_codes",
     "summary",
     "sync_observers",
     "ungroup_weights",

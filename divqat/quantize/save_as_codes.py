@@ -1,0 +1,180 @@
+"""Fake-quantized activations kept for the backward pass as the 8-bit codes that they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.nn.spec import QuantSpec
+
+Quantizer = FakeQuantize | LearnedStepFakeQuantize
+
+
+@contextmanager
+def save_as_codes(model: nn.Module) -> Iterator[None]:
+    """A block whose forward passes save fake-quantized activations in a byte per element.
+
+    ``with save_as_codes(model): loss = loss_fn(model(images), labels)``; the backward may come
+    after the block. A layer keeps its input for its backward; if that is a fake-quantizer's output,
+    or a view of it, it lies on a grid of at most 256 levels, and is kept as codes of one byte with
+    scale and zero point: a quarter of float32, half of bfloat16. Layers that read the same output
+    share its codes. Gradients are the same, bit for bit: values, dtype and strides come back as
+    they were. It costs time: two passes over an activation where it is saved and one or two for
+    each layer that reads it back.
+
+    * All else is saved as usual: what BatchNorm reads, the output of a max pooling, what autocast
+      has cast, an output changed in place, an activation with a scale per channel.
+    * An activation with NaN, or an infinity of its dtype, comes back as NaN everywhere, so that the
+      gradients become NaN, if not the same ones. The host does not wait to find out.
+    * ``torch.compile`` decides itself what it keeps. Compiled parts of ``model`` are not changed.
+
+    Like ``torch.autograd.graph.save_on_cpu`` this is a ``saved_tensors_hooks``, of which the
+    innermost is called: within ``torch.utils.checkpoint`` it does nothing.
+
+    Args:
+        model: prepared, or built of the layers of :mod:`divqat.nn`.
+
+    Raises:
+        ValueError: ``model`` was made by ``torch.compile``.
+    """
+    if any("_orig_mod" in m._modules or m._compiled_call_impl for m in model.modules()):
+        raise ValueError("model: wanted one that is not compiled, got one by torch.compile")
+    saver = _Saver()
+    handles = [model.register_forward_pre_hook(saver.sweep)]
+    for module in model.modules():
+        if isinstance(module, Quantizer) and module.ch_axis is None:
+            handles.append(module.register_forward_pre_hook(saver.before))
+            # first, so that what another hook puts in its place is not taken for it
+            handles.append(module.register_forward_hook(saver.after, prepend=True))
+    try:
+        with saved_tensors_hooks(saver.pack, _unpack):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Output:
+    """What is known of a quantizer's output ``y``, without keeping it alive."""
+
+    def __init__(self, y: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> None:
+        self.storage = StorageWeakRef(y.untyped_storage())
+        self.version, self.dtype = y._version, y.dtype
+        self.grid = scale, zero_point, spec.quant_min, spec.quant_max - spec.quant_min
+        self.codes: weakref.ref[_Codes] | None = None
+
+
+class _Saver:
+    """The hooks of one block.
+
+    Outputs are found again by their storage, as views and the aliases that autograd saves have it
+    in common. A weak reference holds the address, not the memory: no other storage can have it.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, _Output] = {}
+        self.qparams: dict[Quantizer, tuple[Tensor, Tensor] | None] = {}
+
+    def sweep(self, model: nn.Module, args: Any) -> None:
+        """Forget outputs that are gone."""
+        if torch.compiler.is_compiling():
+            return
+        live = {key: output for key, output in self.outputs.items() if not output.storage.expired()}
+        self.outputs = live
+
+    def before(self, quantizer: Quantizer, args: Any) -> None:
+        """Keep the range before the batch, which a delayed observer quantizes with."""
+        if torch.compiler.is_compiling():
+            return
+        self.qparams[quantizer] = _qparams(quantizer) if _is_delayed(quantizer) else None
+
+    def after(self, quantizer: Quantizer, args: Any, y: Tensor) -> None:
+        """Remember the output, unless the quantizer has handed on its input."""
+        if torch.compiler.is_compiling():
+            return
+        scale, zero_point = self.qparams.pop(quantizer) or _qparams(quantizer)
+        dense = y.untyped_storage().nbytes() == y.numel() * y.element_size()
+        if y.numel() and dense and torch.is_grad_enabled() and _has_quantized(quantizer):
+            output = _Output(y, scale, zero_point, quantizer.spec)
+            self.outputs[output.storage.cdata] = output
+
+    def pack(self, tensor: Tensor) -> Any:
+        """``tensor``, or the codes of the output that it is (a view of)."""
+        if tensor.layout != torch.strided:
+            return tensor
+        output = self.outputs.get(tensor.untyped_storage()._cdata)
+        if output is None or (tensor._version, tensor.dtype) != (output.version, output.dtype):
+            return tensor
+        # The graph alone keeps the codes: a second layer finds those of the first.
+        codes = output.codes() if output.codes else None
+        if codes is None:
+            codes = _Codes(tensor, *output.grid)
+            output.codes = weakref.ref(codes)
+        return codes, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _is_delayed(quantizer: Quantizer) -> bool:
+    return (
+        isinstance(quantizer, FakeQuantize) and quantizer.mode == "delayed" and quantizer.calibrated
+    )
+
+
+def _has_quantized(quantizer: Quantizer) -> bool:
+    """Whether the call that has ended put its output on the grid."""
+    seen = quantizer.calibrated if isinstance(quantizer, FakeQuantize) else quantizer.initialized
+    return quantizer.fake_quant_enabled and seen
+
+
+def _qparams(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Copies, as the next batch changes them: scale float32 [] and zero point int32 []."""
+    scale, zero_point = quantizer.calculate_qparams()
+    return scale.detach().clone(), zero_point.clone()
+
+
+def _unpack(saved: Any) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    codes, shape, stride, offset = saved
+    return codes.values().as_strided(shape, stride, offset)
+
+
+class _Codes:
+    """The elements of a storage, in their order: uint8 [n], counted from the lowest code."""
+
+    @torch.no_grad()
+    def __init__(
+        self, y: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, levels: int
+    ) -> None:
+        n = y.untyped_storage().nbytes() // y.element_size()
+        y = y.detach().as_strided((n,), (1,), 0)
+        self.dtype = y.dtype
+        # y = (code − zero) · scale
+        self.zero = (zero_point - quant_min).float()
+        low, high = torch.aminmax(y)
+        finite = low.isfinite() & high.isfinite()
+        self.scale = torch.where(finite, scale, torch.nan)
+        # code = floor(y / scale + zero + 1/2)
+        if y.dtype in (torch.float32, torch.float64):
+            code = torch.addcmul((self.zero + 0.5).to(y.dtype), y, scale.reciprocal().to(y.dtype))
+        else:
+            wide = y.float()
+            code = torch.addcmul(self.zero + 0.5, wide, scale.reciprocal()).floor_()
+            # y is a level rounded to bfloat16's 8 digits: it may be nearest to one outside the
+            # grid, or, where it is a power of two, to one that rounds to the number below it.
+            code.clamp_(0, levels)
+            nearest = (code - self.zero).mul_(scale).to(y.dtype)
+            code.add_(wide.sub_(nearest).sign_())
+        self.codes = code.to(torch.uint8)
+
+    @torch.no_grad()
+    def values(self) -> Tensor:  # [n]
+        """The elements again, by the arithmetic of fake_quantize."""
+        return torch.sub(self.codes, self.zero).mul_(self.scale).to(self.dtype)
