@@ -211,8 +211,14 @@ def tape(function):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(), dict(precision="float16"), dict(method="qat", accumulate=2), dict(cache_teacher=True)],
-    ids=["divqat", "float16", "accumulate", "cached"],
+    [
+        dict(),
+        dict(precision="float16"),
+        dict(method="qat", accumulate=2),
+        dict(save_as_codes=True),
+        dict(cache_teacher=True),
+    ],
+    ids=["divqat", "float16", "accumulate", "codes", "cached"],
 )
 def test_a_replayed_step_is_the_step_bit_for_bit(teacher, tmp_path, monkeypatch, changes):
     """Observers' buffers, momentum, the rise of λ and the learning rate included."""
@@ -232,6 +238,14 @@ def test_a_replayed_step_is_the_step_bit_for_bit(teacher, tmp_path, monkeypatch,
     # 5 full steps per epoch; three to warm up whenever something has been frozen
     assert len(plays) == 3 * 5 + 5 - 3 * 3
     assert_same(tmp_path / "eager", tmp_path / "replayed")
+
+
+def test_activations_kept_as_codes_change_no_bit(teacher, plain, tmp_path):
+    trained(teacher, tmp_path, save_as_codes=True)
+    assert_same(tmp_path, plain)
+    for settings in (dict(method="qat", teacher="a", compile=True), dict(method="fp")):
+        with pytest.raises(ConfigError, match="save_as_codes: wanted qat or divqat without"):
+            TrainConfig(save_as_codes=True, **settings)
 
 
 def test_a_graph_wants_a_gpu_and_one_process(teacher, tmp_path):

@@ -200,6 +200,12 @@ class TrainConfig(Options):
         group="speed",
     )
 
+    save_as_codes: bool = option(
+        False, "Keep quantized activations for the backward pass as 8-bit codes: less memory, more "
+        "time, same bits.",
+        group="speed",
+    )  # fmt: skip
+
     seed: int = option(
         0, "Everything random follows from it: initial weights, order of the images, shifts.",
         group="running", least=0,
@@ -225,6 +231,11 @@ class TrainConfig(Options):
             raise ConfigError(
                 "cache_teacher: wanted images that are the same in every epoch, got pad = "
                 f"{self.pad}, flip = {str(self.flip).lower()}"
+            )
+        if self.save_as_codes and (self.compile or self.method == "fp"):
+            raise ConfigError(
+                "save_as_codes: wanted qat or divqat without compile, which decides itself what to "
+                f"keep, got method {self.method}, compile = {str(self.compile).lower()}"
             )
         if self.cuda_graph and self.optimizer != "sgd":
             raise ConfigError(

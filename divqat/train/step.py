@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from divqat.nn import DivQATLoss
+from divqat.quantize import save_as_codes
 from divqat.train.config import LOSS, TrainConfig
 from divqat.train.distributed import Part, Team
 from divqat.train.optimizer import build_optimizer
@@ -65,6 +66,9 @@ class Step:
         dtype = getattr(torch, self.config.precision)
         return torch.autocast(self.team.device.type, dtype, enabled=dtype != torch.float32)
 
+    def _saving(self) -> AbstractContextManager[None]:
+        return save_as_codes(self.model) if self.config.save_as_codes else nullcontext()
+
     def parts(self, images: Tensor, index: Tensor, *, total: int) -> Iterator[Part]:
         """Images in the parts that this process runs one after another; see __call__."""
         return self.team.parts(self.net, images, index, total, self.config.accumulate)
@@ -86,7 +90,7 @@ class Step:
         finite = torch.ones(3, dtype=torch.bool, device=images.device)
         for part in self.parts(images, index, total=total):
             batch = part.images.contiguous(memory_format=torch.channels_last)
-            with self.autocast():
+            with self.autocast(), self._saving():
                 logits = self.net(batch)
             logits = logits.float()
             loss, ce, divergence = self.losses(

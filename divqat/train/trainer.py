@@ -164,9 +164,11 @@ class Trainer:
             with self.step.autocast():
                 return model(images.contiguous(memory_format=torch.channels_last))
 
+        # Codes are a quarter of float32; what else is kept is at least as much.
+        share = 4 if self.config.save_as_codes else 1
         at_once = min(self.config.batch_size, len(self.train_set))
         parts = self.team.size * self.config.accumulate
-        return Need.of(forward, self.model, len(images), -(-at_once // parts))
+        return Need.of(forward, self.model, share * len(images), -(-at_once // parts))
 
     def _freeze(self, epoch: int) -> None:
         """Freeze what is frozen from ``epoch`` on."""
