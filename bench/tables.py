@@ -221,7 +221,7 @@ def accuracy(result: dict[str, Any]) -> str:
         found.setdefault(row["variant"], {})[row["seed"]] = row
     lines = []
     for name, rows in found.items():
-        base = found.get(VARIANTS[name][0], {})
+        base = found.get(VARIANTS[name].base, {})
         line = [name, str(len(rows))]
         for method in ("fp", "qat"):
             values = {seed: 100 * row[method]["test_accuracy"] for seed, row in rows.items()}
