@@ -17,10 +17,10 @@ INTERPRETED = "triton-interpreted"
 
 
 def names() -> list:
-    """The PyTorch references, the native kernels for each instruction set of this machine, the CUDA
-    kernels run by the emulator, and on a CUDA device the CUDA and the Triton kernels themselves
-    (marked ``gpu``). Under ``TRITON_INTERPRET=1``, which holds for a whole process, nothing but the
-    Triton kernels on CPU tensors.
+    """The PyTorch references, as ops and ``traceable``, the native kernels for each instruction set
+    of this machine, the CUDA kernels run by the emulator, and on a CUDA device the CUDA and the
+    Triton kernels themselves (marked ``gpu``). Under ``TRITON_INTERPRET=1``, which holds for a
+    whole process, nothing but the Triton kernels on CPU tensors.
     """
     if _triton.interpreted():
         return [INTERPRETED]
@@ -30,7 +30,7 @@ def names() -> list:
     if torch.cuda.is_available():
         absent = {"cuda": _native.missing("cuda"), "triton": _triton.missing("cuda")}
         device = [pytest.param(n, marks=pytest.mark.gpu) for n in absent if not absent[n]]
-    return ["torch", *native, *emulated, *device]
+    return ["torch", "traceable", *native, *emulated, *device]
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def serving(name: str) -> Iterator[None]:
         with ops.backend("triton"):
             yield
         return
-    if name == "torch":
-        with ops.backend("torch"):
+    if name in ("torch", "traceable"):
+        with ops.backend(name):
             yield
         return
     if name == EMULATED:

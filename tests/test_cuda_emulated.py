@@ -10,11 +10,14 @@ from cuda_emulator.build import why_not
 from testing import DTYPES, axes, qparams_along, randn, same, variants
 
 from divqat.ops import reference
+from divqat.ops._mask import unpack_mask, with_packed_mask
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 INF, NAN = math.inf, math.nan
 call = torch.ops.divqat
+fake_quantize = with_packed_mask(reference.fake_quantize_ref)
+fake_quantize_observed = with_packed_mask(reference.fake_quantize_observed_ref)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,7 @@ def test_fake_quantize(dtype):
         for ch_axis in axes(x):
             for propagate in (True, False):
                 args = (x, *qparams_along(x, ch_axis), -60, 61, ch_axis, propagate)
-                same(call.fake_quantize(*args), reference.fake_quantize_ref(*args))
+                same(call.fake_quantize(*args), fake_quantize(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,7 +60,7 @@ def test_masked_gradient(dtype):
         mask = torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8)
         same(
             [call.fake_quantize_backward(grad, mask)],
-            [reference.fake_quantize_backward_ref(grad, mask)],
+            [reference.fake_quantize_backward_ref(grad, unpack_mask(mask, grad))],
         )
 
 
@@ -76,7 +79,7 @@ def test_observed(dtype):
                 batch, relu = x * (1 - 0.3 * i), i == shape % 3
                 same(
                     call.fake_quantize_observed(batch, *mine, *rest, mode, relu),
-                    reference.fake_quantize_observed_ref(batch, *wanted, *rest, mode, relu),
+                    fake_quantize_observed(batch, *wanted, *rest, mode, relu),
                 )
                 same(mine, wanted)
             call.observe(-x, *mine, *rest, True)
@@ -97,7 +100,7 @@ def test_one_bad_element_anywhere_is_seen(ch_axis, bad):
             rest = (0, 255, ch_axis, 0.1, False, mode, False)
             same(
                 call.fake_quantize_observed(x, *mine, *rest),
-                reference.fake_quantize_observed_ref(x, *wanted, *rest),
+                fake_quantize_observed(x, *wanted, *rest),
             )
             same(mine, wanted)
 
@@ -186,7 +189,7 @@ def test_without_cooperative_launches_exact_takes_two(emulator):
             rest = (0, 255, None, 0.1, False, "exact", True)
             same(
                 call.fake_quantize_observed(x, *mine, *rest),
-                reference.fake_quantize_observed_ref(x, *wanted, *rest),
+                fake_quantize_observed(x, *wanted, *rest),
             )
             same(mine, wanted)
     finally:
@@ -253,6 +256,6 @@ def test_no_order_of_blocks_and_threads_changes_a_bit(emulator, seed):
             rest = (0, 255, ch_axis, 0.1, True, mode, True)
             same(
                 call.fake_quantize_observed(x, *mine, *rest),
-                reference.fake_quantize_observed_ref(x, *wanted, *rest),
+                fake_quantize_observed(x, *wanted, *rest),
             )
             same(mine, wanted)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from divqat.ops.reference import fake_quantize_backward_ref
+
 
 def with_stride(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     """``grad`` laid out with ``stride``: masks are in memory order, so layouts must agree."""
@@ -19,6 +21,13 @@ def masked_grad(grad_y: Tensor, mask: Tensor) -> Tensor:
     """grad_y where the mask is set, else 0; differentiable where a graph is asked for."""
     if torch.is_grad_enabled():
         return MaskedGrad.apply(grad_y, mask)
+    return _masked(grad_y, mask)
+
+
+def _masked(grad_y: Tensor, mask: Tensor) -> Tensor:
+    # By the mask that was saved: the backend may have changed since.
+    if mask.dtype == torch.bool:
+        return fake_quantize_backward_ref(grad_y, mask)
     return torch.ops.divqat.fake_quantize_backward(grad_y, mask)
 
 
@@ -32,7 +41,7 @@ class MaskedGrad(torch.autograd.Function):
     def forward(ctx: Any, grad_y: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.stride = grad_y.stride()
-        return torch.ops.divqat.fake_quantize_backward(grad_y, mask)
+        return _masked(grad_y, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

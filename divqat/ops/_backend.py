@@ -2,7 +2,7 @@
 
 On CUDA the order of preference is ``cuda`` (the compiled kernels), ``triton``, ``torch`` (the
 references); on the CPU ``native`` (the compiled kernels), ``torch``. Triton serves the CPU only
-where it is asked for, and only under its interpreter.
+where it is asked for, and only under its interpreter; ``traceable`` only where it is asked for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from divqat.ops import _native, _triton
+from divqat.ops import _library, _native, _triton
 from divqat.ops._library import SCHEMAS
 
-BACKENDS = ("native", "cuda", "triton", "torch")
+BACKENDS = ("native", "cuda", "triton", "torch", "traceable")
 PREFERRED = {"cpu": ("native", "torch"), "cuda": ("cuda", "triton", "torch")}
 # device → (backend, registration, which lives as long as it is kept); none for the references.
 _serving: dict[str, tuple[str, Any]] = {}
@@ -26,7 +26,7 @@ _current = "torch"  # the last that was asked for
 
 def missing(backend: str, device: str) -> str:
     """Why a backend cannot serve a device, empty where it can."""
-    if backend == "torch":
+    if backend in ("torch", "traceable"):
         return ""
     return _triton.missing(device) if backend == "triton" else _native.missing(device)
 
@@ -44,7 +44,7 @@ def _chosen(name: str) -> dict[str, str]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "torch":
+    if name in ("torch", "traceable"):
         return {"cpu": "torch", "cuda": "torch"}
     chosen = {device: best(device) for device in PREFERRED}
     if name == "native":
@@ -65,6 +65,7 @@ def use(name: str) -> None:
     global _current
     chosen = _chosen(name)
     _current = name
+    _library.traceable = name == "traceable"
     for device, wanted in chosen.items():
         if _serving.get(device, ("torch",))[0] == wanted:
             continue
@@ -84,7 +85,11 @@ def backend(name: str) -> Iterator[None]:
     ``"cuda"`` and ``"triton"`` choose for CUDA tensors (``"triton"`` for CPU tensors too under
     ``TRITON_INTERPRET=1``, for tests), ``"native"`` the compiled kernels on every device that they
     were built for; what is not chosen keeps the best that there is. ``"torch"`` is the PyTorch
-    references everywhere. The choice holds for the whole process, all threads.
+    references everywhere, ``"traceable"`` the same ones, bit for bit, but as calls of PyTorch's own
+    ops in place of ``torch.ops.divqat.*``: ``torch.compile`` sees through them and Inductor fuses
+    them with what is around. Without a compiler it is for tests; its masks take a byte per element.
+    The choice holds for the whole process, all threads, and when a function is compiled: under
+    another one it is compiled again.
     ``DIVQAT_BACKEND`` makes it for a run.
 
     Raises:
@@ -107,7 +112,9 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
     """
 
     def serving(name: str, device: str) -> tuple[str, str]:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"divqat::{name}", device.upper()):
+        if _library.traceable:
+            backend = "traceable"
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"divqat::{name}", device.upper()):
             backend = "torch"
         else:
             backend = _serving[device][0] if device in _serving else "native"

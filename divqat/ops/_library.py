@@ -3,11 +3,15 @@
 The schemas are declared in Python, so every op exists on every machine. Its PyTorch reference is
 registered as ``CompositeExplicitAutograd`` and serves all devices; a C++ or Triton kernel
 registered for CPU or CUDA takes over there, through the dispatcher and without an ``if``.
+
+To a compiler each of them is one opaque call. :func:`op` can hand out the references themselves
+instead: calls of PyTorch's own ops, which a tracer sees and Inductor fuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -46,8 +50,32 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=_TAGS)
 
 
-def register(name: str, reference: Callable, fake: Callable) -> None:
-    """Register the PyTorch reference of an op for every device, and its fake kernel."""
+# Whether op() is the reference. A plain global: Dynamo guards on it, so what was compiled under
+# another choice is compiled again.
+traceable = False
+_references: dict[str, Callable[..., Any]] = {}
+
+
+def op(name: str) -> Callable[..., Any]:
+    """What an autograd.Function calls: the dispatcher's op, or its reference if ``traceable``.
+
+    They take and return the same but for masks, which are the references' bool ones.
+    """
+    return _references[name] if traceable else getattr(torch.ops.divqat, name)
+
+
+def register(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    packed: Callable[..., Any] | None = None,
+) -> None:
+    """Register the PyTorch reference of an op for every device, and its fake kernel.
+
+    ``packed`` is the reference with a mask as in the schema, if the op has one.
+    """
+    _references[name] = reference
     # The gradient is the autograd.Function's business: inside, autograd is off.
-    _library.impl(name, torch.no_grad()(reference), "CompositeExplicitAutograd")
+    kernel = torch.no_grad()(packed or reference)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"divqat::{name}", fake, lib=_library)

@@ -1,6 +1,13 @@
-"""Masks of one bit per element, packed in memory order."""
+"""Masks of one bit per element, packed in memory order.
+
+The ops keep such masks; the references have bool ones. Packing is a view of bytes as int64, which
+no compiler fuses with anything, whereas a bool mask need not even be stored: torch.compile decides
+whether to keep it or to compute it again in the backward."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +31,20 @@ def pack_mask(mask: Tensor) -> Tensor:
     return flat.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
 
 
-def unpack_mask(packed: Tensor, n: int) -> Tensor:
-    """The first ``n`` bits of a packed mask as bool [n]."""
+def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
+    """A packed mask as bool, laid out like ``like``, which is dense."""
     spread = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT)
-    return spread.view(torch.uint8).ne_(0).view(torch.bool)[:n]
+    kept = spread.view(torch.uint8).ne_(0).view(torch.bool)
+    return kept.as_strided(like.shape, like.stride())
+
+
+def with_packed_mask(
+    reference: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function that returns a value and a dense bool mask, with that mask packed."""
+
+    def op(*args: Any) -> tuple[Tensor, Tensor]:
+        y, mask = reference(*args)
+        return y, pack_mask(mask)
+
+    return op

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from divqat.ops._check import check_choice, check_float
-from divqat.ops._library import register
+from divqat.ops._library import op, register
 from divqat.ops.reference_loss import divergence_loss_backward_ref, divergence_loss_ref
 
 DIRECTIONS = ("student_teacher", "teacher_student", "js")
@@ -147,7 +147,7 @@ def divergence_loss_terms(
 class DivergenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, ce, divergence, ctx.grad = torch.ops.divqat.divergence_loss(logits, *args)
+        loss, ce, divergence, ctx.grad = op("divergence_loss")(logits, *args)
         teacher_logits, target, weight, *ctx.options = args
         ctx.save_for_backward(logits, teacher_logits, target, weight)
         ctx.mark_non_differentiable(ce, divergence)
@@ -166,8 +166,8 @@ class DivergenceLoss(torch.autograd.Function):
         # retained graph computes it again.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
-            grad = torch.ops.divqat.divergence_loss(*inputs)[3]
-        torch.ops.divqat.divergence_loss_backward(grad, grad_loss)
+            grad = op("divergence_loss")(*inputs)[3]
+        op("divergence_loss_backward")(grad, grad_loss)
         return (grad, *[None] * 10)
 
 

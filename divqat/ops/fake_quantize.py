@@ -10,7 +10,8 @@ from torch import Tensor
 from divqat.ops import reference
 from divqat.ops._autograd import masked_grad, with_stride
 from divqat.ops._check import check_axis, check_choice, check_float, check_qparam, check_range
-from divqat.ops._library import register
+from divqat.ops._library import op, register
+from divqat.ops._mask import unpack_mask, with_packed_mask
 
 
 def fake_quantize(
@@ -59,7 +60,7 @@ def fake_quantize(
 class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        y, mask = torch.ops.divqat.fake_quantize(x, *args)
+        y, mask = op("fake_quantize")(x, *args)
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
         ctx.inputs = 1 + len(args)
@@ -77,9 +78,15 @@ def fake_output_and_mask(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
-register("fake_quantize", reference.fake_quantize_ref, fake_output_and_mask)
+register(
+    "fake_quantize",
+    reference.fake_quantize_ref,
+    fake_output_and_mask,
+    with_packed_mask(reference.fake_quantize_ref),
+)
 register(
     "fake_quantize_backward",
     reference.fake_quantize_backward_ref,
     lambda grad_y, mask: torch.empty_like(grad_y),
+    lambda grad_y, mask: reference.fake_quantize_backward_ref(grad_y, unpack_mask(mask, grad_y)),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from divqat.ops import reference
 from divqat.ops._check import check_axis, check_float, check_qparam, check_range
-from divqat.ops._library import register
+from divqat.ops._library import op, register
 
 
 def fake_quantize_lsq(
@@ -63,7 +63,7 @@ class FakeQuantizeLSQ(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any) -> Tensor:
         *ctx.range, ctx.grad_factor = args
         ctx.save_for_backward(x, scale, zero_point)
-        return torch.ops.divqat.fake_quantize_lsq(x, scale, zero_point, *ctx.range)
+        return op("fake_quantize_lsq")(x, scale, zero_point, *ctx.range)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,7 +71,7 @@ class FakeQuantizeLSQ(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the formulas as differentiable ops
             grads = reference.fake_quantize_lsq_backward_ref(*args)
         else:
-            grads = torch.ops.divqat.fake_quantize_lsq_backward(*args)
+            grads = op("fake_quantize_lsq_backward")(*args)
         grad_x, grad_scale, grad_zero_point = grads
         learned = ctx.saved_tensors[2].is_floating_point()
         return (grad_x, grad_scale, grad_zero_point if learned else None, *[None] * 4)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from divqat.ops import reference
 from divqat.ops._check import check_axis, check_choice, check_float, check_qparam, check_range
-from divqat.ops._library import register
+from divqat.ops._library import op, register
+from divqat.ops._mask import with_packed_mask
 from divqat.ops.fake_quantize import FakeQuantize, fake_output_and_mask
 
 
@@ -75,7 +76,7 @@ def fake_quantize_observed(
         mode = "frozen"
     if not fake_quant:
         if mode != "frozen":
-            torch.ops.divqat.observe(x.detach(), *buffers, *options, relu)
+            op("observe")(x.detach(), *buffers, *options, relu)
         return x.relu() if relu else x
     return FakeQuantizeObserved.apply(x, *buffers, *options, mode, relu)
 
@@ -85,7 +86,7 @@ class FakeQuantizeObserved(FakeQuantize):
 
     @staticmethod
     def forward(ctx, x: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-        y, mask = torch.ops.divqat.fake_quantize_observed(x, *args)
+        y, mask = op("fake_quantize_observed")(x, *args)
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
         ctx.inputs = 1 + len(args)
@@ -93,4 +94,9 @@ class FakeQuantizeObserved(FakeQuantize):
 
 
 register("observe", reference.observe_ref, lambda *args: None)
-register("fake_quantize_observed", reference.fake_quantize_observed_ref, fake_output_and_mask)
+register(
+    "fake_quantize_observed",
+    reference.fake_quantize_observed_ref,
+    fake_output_and_mask,
+    with_packed_mask(reference.fake_quantize_observed_ref),
+)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from divqat.ops import reference
 from divqat.ops._check import check_axis, check_float, check_range
-from divqat.ops._library import register
+from divqat.ops._library import op, register
 
 
 def fake_quantize_weights(
@@ -64,7 +64,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not ctx.straight_through:
             ctx.save_for_backward(*weights)
-        return tuple(torch.ops.divqat.fake_quantize_weights(list(weights), *ctx.range))
+        return tuple(op("fake_quantize_weights")(list(weights), *ctx.range))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,7 +75,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *given)
         else:
-            masked = torch.ops.divqat.fake_quantize_weights_backward(given, weights, *ctx.range)
+            masked = op("fake_quantize_weights_backward")(given, weights, *ctx.range)
         result: list[Tensor | None] = [None] * len(grads)
         for i, grad in zip(used, masked, strict=True):
             result[i] = grad
@@ -90,9 +90,8 @@ class WeightGrads(torch.autograd.Function):
         *ctx.range, count = args[:4]
         weights, grads = args[4 : 4 + count], args[4 + count :]
         ctx.save_for_backward(*weights)
-        return tuple(
-            torch.ops.divqat.fake_quantize_weights_backward(list(grads), list(weights), *ctx.range)
-        )
+        backward = op("fake_quantize_weights_backward")
+        return tuple(backward(list(grads), list(weights), *ctx.range))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

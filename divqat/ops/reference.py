@@ -7,14 +7,14 @@ One rule for all backends:
 * The gradient mask is taken on the *rounded* value, inclusive at both ends.
 * float32 inside and one rounding at the store for bfloat16 and float16; float64 stays float64.
 * NaN stays NaN with gradient 0; ±Inf saturates with gradient 0.
+
+Masks are bool here, one element per element of x; the ops pack them (``_mask.py``).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from divqat.ops._mask import pack_mask, unpack_mask
 
 # Smallest scale that an observer hands out, so that an all-zero tensor is defined.
 EPS = torch.finfo(torch.float32).eps
@@ -46,16 +46,14 @@ def _quantize(
     quant_max: int,
     ch_axis: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The dequantized value and whether its code was in range, both dense like x.
+    """The dequantized value and whether its code was in range, both dense.
 
     In place wherever it can be: fresh memory costs more than arithmetic.
     """
     dtype = compute_dtype(x.dtype)
     scale, zero_point = along(scale, x, ch_axis), along(zero_point, x, ch_axis)
-    rounded = torch.empty_like(x, dtype=dtype)
     # q = nearbyint(x · (1/scale)) + zero_point
-    torch.mul(x.to(dtype), scale.reciprocal().to(dtype), out=rounded)
-    rounded.round_().add_(zero_point)
+    rounded = (x.to(dtype) * scale.reciprocal().to(dtype)).round_().add_(zero_point)
     q = rounded.clamp(quant_min, quant_max)
     mask = rounded == q
     # y = (q − zero_point) · scale. ATen multiplies float64 codes in float32 for one tensor and in
@@ -75,25 +73,19 @@ def fake_quantize_ref(
     ch_axis: int | None,
     propagate_nan: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize-dequantize ``x``; returns y like ``x`` and the packed in-range mask."""
+    """Quantize-dequantize ``x``; returns y and the in-range mask, laid out like ``x``."""
     y, mask = _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)
     if not propagate_nan:
         # The lowest level, by the same arithmetic.
         lowest = torch.full_like(y, -torch.inf)
         lowest, _ = _quantize(lowest, scale, zero_point, quant_min, quant_max, ch_axis)
         y = torch.where(x.isnan(), lowest, y)
-    return _like(x, y), pack_mask(_like(x, mask))
+    return _like(x, y), _like(x, mask)
 
 
 def fake_quantize_backward_ref(grad_y: Tensor, mask: Tensor) -> Tensor:
-    """grad_x = grad_y where the rounded value was in range, else 0. grad_y is dense like y."""
-    n = grad_y.numel()
-    grad_x = torch.empty_like(grad_y)
-    kept = unpack_mask(mask, n)
-    torch.where(
-        kept, grad_y.as_strided((n,), (1,)), grad_y.new_zeros(()), out=grad_x.as_strided((n,), (1,))
-    )
-    return grad_x
+    """grad_x = grad_y where the rounded value was in range, else 0; mask is bool like grad_y."""
+    return _like(grad_y, torch.where(mask, grad_y, 0.0))
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:
@@ -192,7 +184,7 @@ def fake_quantize_observed_ref(
         mask = mask & (x > 0)
     if mode == "delayed":
         observe_ref(x, *observe)
-    return _like(x, y), pack_mask(_like(x, mask))
+    return _like(x, y), _like(x, mask)
 
 
 def fake_quantize_lsq_ref(
