@@ -48,8 +48,10 @@ class FakeQuantize(MovingAverageMinMaxObserver):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized; any shape, dtype kept."""
         observing = self.training and self.observer_enabled
-        calibrated = self.calibrated
-        if observing and not calibrated and x.numel():
+        # Not read where it makes no difference: torch.compile guards on what was read, and would
+        # compile again after the first batch.
+        calibrated = (observing and self.mode == "exact") or self.calibrated
+        if observing and x.numel():
             self.calibrated = True
         return self._observed(
             x,
