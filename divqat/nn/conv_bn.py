@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from divqat.nn.conv import QuantConv2d
 from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
+from divqat.ops._snapshot import snapshot
 from divqat.ops.reference import EPS
 
 
@@ -96,7 +97,9 @@ class QuantConvBn2d(QuantConv2d):
         # does not depend on the size of s; with a shared scale it has to stay small.
         tiny = self.bn.eps
         floor = 1.0 if self.weight_spec.per_channel else tiny
-        return self._fold(torch.where(gamma.abs() < tiny, floor, gamma))
+        # BatchNorm is about to move the variance that s comes from.
+        (s,) = snapshot(self._fold(torch.where(gamma.abs() < tiny, floor, gamma)))
+        return s
 
     def scaled_weight(self) -> tuple[Tensor, Tensor | None]:
         """W·s and s."""

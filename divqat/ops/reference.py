@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from divqat.ops._snapshot import snapshot
+
 # Smallest scale that an observer hands out, so that an all-zero tensor is defined.
 EPS = torch.finfo(torch.float32).eps
 
@@ -178,6 +180,8 @@ def fake_quantize_observed_ref(
     observe = (*buffers, quant_min, quant_max, ch_axis, averaging_constant, symmetric, relu)
     if mode == "exact":
         observe_ref(x, *observe)
+    if mode != "frozen":
+        scale, zero_point = snapshot(scale, zero_point)
     positive = x.relu() if relu else x
     y, mask = _quantize(positive, scale, zero_point, quant_min, quant_max, ch_axis)
     if relu:
