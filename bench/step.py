@@ -18,10 +18,9 @@ from bench.case import DTYPES, Absent
 from bench.command import add_common_arguments, first_line, matches, measured, set_up, status
 from bench.measure import Runner, costs, interleaved, settle_allocator
 from bench.nets import NETWORKS
-from bench.training import FLOAT, Recipe, Setup, Step, recipes, set_up_case
+from bench.training import FLOAT, MODES, Recipe, Setup, Step, recipes, set_up_case
 
 FLOAT_EAGER = f"{FLOAT}, eager"
-MODES = {"cpu": ("eager", "compiled"), "cuda": ("eager", "compiled", "CUDA graph")}
 
 
 def check(step: Step, reference: Step) -> None:
@@ -57,7 +56,7 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
     contenders = recipes(device)
-    for name, mode in _chosen(contenders, names, modes or MODES[device]):
+    for name, mode in _chosen(contenders, names, modes or _modes(device)):
         label = f"{name}, {mode}"
         rows[label] = {**identity, "contender": name, "mode": mode}
         reference = steps.get(FLOAT_EAGER)
@@ -83,6 +82,10 @@ def measure(
     return list(rows.values())
 
 
+def _modes(device: str) -> tuple[str, ...]:
+    return MODES if device == "cuda" else MODES[:2]
+
+
 def _chosen(
     contenders: dict[str, Recipe], names: list[str] | None, modes: Iterable[str]
 ) -> list[tuple[str, str]]:
@@ -91,7 +94,7 @@ def _chosen(
     for mode in modes:
         for name, recipe in contenders.items():
             wanted = name == FLOAT or matches(name, names)
-            if wanted and (recipe.whole or mode == "eager") and (name, mode) not in chosen:
+            if wanted and mode in recipe.modes and (name, mode) not in chosen:
                 chosen.append((name, mode))
     return chosen
 
@@ -137,16 +140,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", help="images per step; default: by network")
     parser.add_argument("--contender", action="append", help="names that contain this (repeatable)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument(
-        "--mode", nargs="+", choices=MODES["cuda"], help="default: all of the device"
-    )
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all of the device")
     add_common_arguments(parser, seconds=5.0)
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure what was asked for."""
     device = set_up(args)
-    if args.mode and (missing := set(args.mode) - set(MODES[device])):
+    if args.mode and (missing := set(args.mode) - set(_modes(device))):
         raise SystemExit(f"bench step: there is no {missing.pop()} on the {device.upper()}")
     cases = [
         (network, batch, dtype)

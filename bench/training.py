@@ -18,6 +18,7 @@ from bench.case import our_backends, serving
 from bench.nets import NETWORKS
 
 FLOAT = "float"
+MODES = ("eager", "compiled", "CUDA graph")
 LEARNING_RATE = 1e-6  # so that all contenders stay at the same weights while they are timed
 
 
@@ -60,33 +61,37 @@ class Recipe:
         prepare: float model and one batch → model.
         loss: ``ce``, or DivQAT's with the ``teacher`` run in the step, or its logits ``cached``.
         backend: names the divqat backend, if it is one of ours, or raises :class:`Absent`.
-        whole: it can be compiled, and captured, without a break.
+        modes: those that say something: what breaks a graph cannot be compiled or captured.
     """
 
     prepare: qat_models.Prepare
     loss: str = "ce"
     backend: Callable[[], str] | None = None
-    whole: bool = True
+    modes: tuple[str, ...] = MODES
 
 
 def recipes(device: str) -> dict[str, Recipe]:
     """Name → contender."""
     found = {
         FLOAT: Recipe(lambda model, x: copy.deepcopy(model)),
-        "torch.ao FakeQuantize": Recipe(qat_models.torch_ao(fused=False), whole=False),
-        "torch.ao fused": Recipe(qat_models.torch_ao(fused=True), whole=False),
-        "torchao PT2E": Recipe(qat_models.pt2e, whole=False),
-        "Brevitas": Recipe(qat_models.brevitas, whole=False),
+        "torch.ao FakeQuantize": Recipe(qat_models.torch_ao(fused=False), modes=("eager",)),
+        "torch.ao fused": Recipe(qat_models.torch_ao(fused=True), modes=("eager",)),
+        "torchao PT2E": Recipe(qat_models.pt2e, modes=("eager",)),
+        "Brevitas": Recipe(qat_models.brevitas, modes=("eager",)),
         "PyTorch": Recipe(qat_models.pure_pytorch),
     }
     for name, backend in our_backends(device).items():
         if name == "divqat torch":  # the fallback, for comparison
-            found[name] = Recipe(qat_models.ours(), backend=backend, whole=False)
+            found[name] = Recipe(qat_models.ours(), backend=backend, modes=("eager",))
             continue
         found[name] = Recipe(qat_models.ours(), backend=backend)
         found[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
         for loss, label in (("teacher", "teacher in the step"), ("cached", "cached teacher")):
             found[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
+    for name, mode in (("divqat traceable", "exact"), ("divqat traceable, delayed", "delayed")):
+        found[name] = Recipe(
+            qat_models.ours(mode), backend=lambda: "traceable", modes=("compiled",)
+        )
     return found
 
 
@@ -102,7 +107,8 @@ class Step:
         self.loss = divqat.nn.DivQATLoss(weight=0.05, temperature=4.0).to(setup.device)
         self.compute: Callable[[], Tensor] = self._compute
         self.graph: Any = None
-        with self.serving():
+        # all compiled contenders are forms of one function, of which eight are allowed
+        with self.serving(), torch._dynamo.config.patch(recompile_limit=64):
             self.value = self._step()  # the first batch sets ranges: it is no step to time
             if mode == "compiled":
                 self.compute = torch.compile(self._compute, fullgraph=True, dynamic=False)

@@ -45,7 +45,8 @@ def test_triton_serves_the_cpu_only_where_it_can(machine):
     machine(("native", "cpu"))
     assert _backend._chosen("triton") == {"cpu": "triton", "cuda": "triton"}
     assert _backend._chosen("cuda") == {"cpu": "torch", "cuda": "cuda"}
-    assert _backend._chosen("torch") == {"cpu": "torch", "cuda": "torch"}
+    for name in ("torch", "traceable"):
+        assert _backend._chosen(name) == {"cpu": "torch", "cuda": "torch"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,14 @@ def run(code, **environment):
 def test_importing_divqat_imports_no_triton():
     code = "import sys, divqat, divqat.ops, divqat.nn; print('triton' in sys.modules)"
     assert run(code) == (0, "False\n")
+
+
+def test_the_environment_chooses_traceable():
+    code = (
+        "from divqat import ops\n"
+        "print({backend for op in ops.backends().values() for backend, _ in op.values()})"
+    )
+    assert run(code, DIVQAT_BACKEND="traceable") == (0, "{'traceable'}\n")
 
 
 @pytest.mark.skipif(
