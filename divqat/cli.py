@@ -149,7 +149,7 @@ def _info(args: argparse.Namespace) -> int:
     print("\nbackends of the ops")
     for name, devices in info["backends"].items():
         for device, (backend, reason) in devices.items():
-            print(f"  {name:<32}{device:<6}{backend:<8}{reason}".rstrip())
+            print(f"  {name:<32}{device:<6}{backend:<10}{reason}".rstrip())
     return 0
 
 

@@ -78,7 +78,7 @@ def test_backend_switches_and_says_what_is_wrong():
             assert ops.backends()["observe"]["cpu"] == ("native", "")
         assert ops.backends()["observe"]["cpu"][0] == "torch"
     assert ops.backends()["observe"]["cpu"] == ("native", "")
-    with pytest.raises(ValueError, match="wanted one of native, cuda, triton, torch, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"wanted one of native, .*, traceable, got 'gpu'"):
         ops.backend("gpu").__enter__()
 
 
