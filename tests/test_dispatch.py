@@ -3,6 +3,7 @@
 import pytest
 import torch
 from testing import DTYPES, randn, tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
@@ -111,7 +112,7 @@ def test_compiles_with_inductor():
 
 
 def test_a_new_weight_does_not_recompile():
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def loss(logits, weight):
