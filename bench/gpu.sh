@@ -46,13 +46,16 @@ stage ops 150 $PYTHON -m bench run --device cuda --layout contiguous --seconds 0
 stage steps 90 $PYTHON -m bench step --device cuda --seconds 0.5 --dtype bfloat16 \
   --network ResNet-50 ResNet-20 MobileNetV2 --batch 256 --mode eager "CUDA graph" --minutes 1 \
   --json "$OUT/cuda-steps.json" --plot "$OUT/cuda-steps.png"
+stage large 60 $PYTHON -m bench step --device cuda --seconds 0.5 --dtype bfloat16 \
+  --network ResNet-50 --batch 1024 --mode eager "CUDA graph" --contender "divqat cuda" \
+  --json "$OUT/cuda-options.json" --plot "$OUT/cuda-options.png"
 stage scaling 60 $PYTHON -m bench scale --device cuda --seconds 0.05 --minutes 0.7 \
   --json "$OUT/cuda-scaling.json" --plot "$OUT/cuda-scaling.png"
 stage host 30 $PYTHON -m bench host --seconds 0.2 --json "$OUT/triton-host.json"
 stage tune 60 $PYTHON -m bench tune --seconds 0.02 --minutes 0.7 --json "$OUT/triton-tune.json"
 stage compiled 120 $PYTHON -m bench step --device cuda --seconds 0.5 --dtype bfloat16 \
   --network ResNet-50 --batch 256 --mode compiled --json "$OUT/cuda-steps-compiled.json"
-for log in ops steps scaling host tune compiled; do
+for log in ops steps large scaling host tune compiled; do
   if [[ -f $OUT/$log.log ]]; then echo "== $log"; tail -n 40 "$OUT/$log.log"; fi
 done
 exit $failed

@@ -26,9 +26,14 @@ def ours(mode: str = "exact") -> Prepare:
     return lambda model, x: divqat.prepare(model, config, x)
 
 
+def one_by_one(model: nn.Module, x: Tensor) -> nn.Module:
+    """The same without its groups of weights: every layer quantizes its own."""
+    return divqat.quantize.ungroup_weights(divqat.prepare(model, "x86", x))
+
+
 def pure_pytorch(model: nn.Module, x: Tensor) -> nn.Module:
     """Our placement of the fake-quantizers, with those of ``plain.py`` in their places."""
-    prepared = divqat.quantize.ungroup_weights(divqat.prepare(model, "x86", x))
+    prepared = one_by_one(model, x)
     for name, module in list(prepared.named_modules()):
         if isinstance(module, FakeQuantize):
             observed = plain.Observed(-6.0, 6.0, module.spec.averaging_constant, module.relu)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,14 @@ class Recipe:
         loss: ``ce``, or DivQAT's with the ``teacher`` run in the step, or its logits ``cached``.
         backend: names the divqat backend, if it is one of ours, or raises :class:`Absent`.
         modes: those that say something: what breaks a graph cannot be compiled or captured.
+        as_codes: activations are kept for the backward pass as 8-bit codes.
     """
 
     prepare: qat_models.Prepare
     loss: str = "ce"
     backend: Callable[[], str] | None = None
     modes: tuple[str, ...] = MODES
+    as_codes: bool = False
 
 
 def recipes(device: str) -> dict[str, Recipe]:
@@ -88,6 +90,10 @@ def recipes(device: str) -> dict[str, Recipe]:
         found[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
         for loss, label in (("teacher", "teacher in the step"), ("cached", "cached teacher")):
             found[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
+        found[f"{name}, a call per weight"] = Recipe(qat_models.one_by_one, backend=backend)
+        found[f"{name}, saved as codes"] = Recipe(
+            qat_models.ours(), backend=backend, modes=("eager", "CUDA graph"), as_codes=True
+        )
     for name, mode in (("divqat traceable", "exact"), ("divqat traceable, delayed", "delayed")):
         found[name] = Recipe(
             qat_models.ours(mode), backend=lambda: "traceable", modes=("compiled",)
@@ -101,7 +107,7 @@ class Step:
     def __init__(self, setup: Setup, recipe: Recipe, mode: str) -> None:
         self.backend = recipe.backend() if recipe.backend else None
         self.setup = setup
-        self.kind = recipe.loss
+        self.kind, self.as_codes = recipe.loss, recipe.as_codes
         self.model = recipe.prepare(setup.model, setup.x).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
         self.loss = divqat.nn.DivQATLoss(weight=0.05, temperature=4.0).to(setup.device)
@@ -122,8 +128,10 @@ class Step:
 
     def _compute(self) -> Tensor:
         setup = self.setup
+        saving = divqat.quantize.save_as_codes(self.model) if self.as_codes else nullcontext()
         with torch.autocast(setup.device, setup.dtype, enabled=setup.dtype != torch.float32):
-            logits = self.model(setup.x)
+            with saving:
+                logits = self.model(setup.x)
             if self.kind == "ce":
                 return F.cross_entropy(logits, setup.target)
             teacher_logits = setup.teacher_logits

@@ -61,9 +61,17 @@ def test_divqat_keeps_less_than_the_opponents(small):
         assert ours < memory[name], name
 
 
+def test_options_do_what_they_are_for(small):
+    rows = {row["contender"]: row for row in small}
+    ours, codes = rows[OURS], rows[f"{OURS}, saved as codes"]
+    single = rows[f"{OURS}, a call per weight"]
+    assert codes["extra_bytes"] < 0.75 * ours["extra_bytes"] < 0.8 * single["extra_bytes"]
+    assert single["operators"] - ours["operators"] >= 2 * 20  # of 22 weights, forward and backward
+
+
 def test_the_step_compiles_without_a_break(setup):
     for name, recipe in step.recipes("cpu").items():
-        if not name.startswith((OURS, "PyTorch")):
+        if not name.startswith((OURS, "PyTorch")) or "compiled" not in recipe.modes:
             continue
         one = step.Step(setup, recipe, "eager")
         with one.serving():
