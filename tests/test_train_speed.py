@@ -11,6 +11,7 @@ from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, answers, graph, load_run, loop, memory, step, train, trainer
 from divqat.train.answers import digest, teacher_logits
+from divqat.train.optimizer import build_optimizer
 
 PLAIN = {**DIVQAT, "pad": 0, "epochs": 3}
 
@@ -64,6 +65,44 @@ def test_steps_whose_scaled_gradients_overflow_are_skipped(teacher, tmp_path, mo
     start = load_run(teacher).model
     for name, value in start.named_parameters():
         assert torch.equal(value, state["model"].get(name, value)), name
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_a_skipped_step_leaves_the_optimizer_as_it_was(device):
+    """The first one, too; the others are those of SGD that is not fused."""
+    settings = dict(lr=0.1, momentum=0.9, weight_decay=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(3, 2, 3, 3, generator=generator).to(device) for _ in range(5))
+    start = start.contiguous(memory_format=torch.channels_last)
+    theirs, ours = (start.clone().requires_grad_() for _ in range(2))
+    plain = torch.optim.SGD([theirs], **settings, nesterov=True, foreach=False)
+    fused = build_optimizer(TrainConfig(**settings), [ours], torch.device(device))
+    scalers = [torch.amp.GradScaler(device, init_scale=4.0) for _ in range(2)]
+    for i, grad in enumerate(grads):
+        for parameter, optimizer, scaler in zip(
+            (theirs, ours), (plain, fused), scalers, strict=True
+        ):
+            before = parameter.detach().clone()
+            optimizer.zero_grad()
+            scaler.scale((parameter * grad).sum()).backward()
+            if i in (0, 2):
+                parameter.grad[0, 0, 0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(parameter.detach(), before) == (i in (0, 2))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_an_interrupted_float16_run_ends_with_the_same_bits(teacher, tmp_path):

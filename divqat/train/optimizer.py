@@ -29,13 +29,18 @@ def build_optimizer(
     """
     settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay)
     if config.optimizer == "sgd":
-        return SGD(
+        sgd = SGD(
             parameters,
             **{**settings, "lr": torch.tensor(config.lr, device=device)},
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             fused=True,
         )
+        # Its own first step makes the buffers, and leaves garbage in them if a gradient scaler has
+        # that step skipped (torch 2.13). From zeros it is the same step, bit for bit.
+        for parameter in sgd.param_groups[0]["params"] if config.momentum else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     library = require("pytorch_optimizer", EXTRA)
     if config.optimizer == "lars":
         return library.LARS(parameters, **settings, momentum=config.momentum)
