@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import backends
+import trainings
 
 
 @pytest.fixture(scope="module", params=backends.names())
@@ -35,3 +36,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def vgg_teacher(tmp_path_factory):
+    """The run folder of a full-precision training."""
+    return trainings.teach(tmp_path_factory.mktemp("teacher") / "fp")
+
+
+@pytest.fixture(scope="session")
+def vgg_divqat(vgg_teacher, tmp_path_factory):
+    """The run folder of a DivQAT training from it, in float32 and eager."""
+    folder = tmp_path_factory.mktemp("plain")
+    trainings.trained(vgg_teacher, folder)
+    return folder

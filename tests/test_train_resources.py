@@ -1,0 +1,112 @@
+"""What a training needs: memory, optimizers for large batches, time to wait."""
+
+import pytest
+import torch
+from test_train import QUIET, assert_same, config
+from trainings import PLAIN, trained
+
+from divqat.files import load_checkpoint
+from divqat.train import TrainConfig, memory, step, train
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_path, monkeypatch):
+    each = []
+    check = memory.Need.check
+
+    def noted(need):
+        each.append(need.each)
+        check(need)
+
+    monkeypatch.setattr(memory.Need, "check", noted)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
+    trained(vgg_teacher, tmp_path / "a", batch_size=1000, accumulate=4, epochs=2)
+    # vgg_small on 8x8 images keeps between 100 KB and 1 MB of each
+    assert 1e5 < each[0] < 1e6
+    for accumulate in (1, 2):
+        with pytest.raises(MemoryError) as error:
+            trained(vgg_teacher, tmp_path / "b", batch_size=1000, accumulate=accumulate, epochs=2)
+        fits = f"enough for about {100 * 2**20 // each[0]:,}"
+        assert f"{1000 // accumulate:,} images at a time do not fit" in str(error.value)
+        assert fits in str(error.value)
+    assert not (tmp_path / "b" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_running_out_of_memory_says_what_fits(vgg_teacher, tmp_path, monkeypatch, error):
+    def full(self, *args):
+        raise error
+
+    monkeypatch.setattr(step.Step, "losses", full)
+    with pytest.raises(MemoryError, match=r"256 images at a time do not fit.*enough for about"):
+        trained(vgg_teacher, tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted():
+    weight = torch.randn(8, 4, requires_grad=True)
+    x = torch.randn(2, 4, requires_grad=True)
+    # exp keeps its output and the product its input, but the weight is there anyway
+    assert memory.saved_bytes(lambda: (x @ weight.T).exp(), [weight]) == 4 * (2 * 8 + 2 * 4)
+
+    def twice():
+        y = x.exp()  # kept by exp and by both squares
+        return y.square() + y.square()
+
+    assert memory.saved_bytes(twice, [x]) == 4 * 2 * 4
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "lamb"])
+def test_every_optimizer_learns_resumes_and_follows_the_schedule(tmp_path, optimizer):
+    lr = dict(sgd=0.05, lars=8.0, lamb=0.01)[optimizer]
+    settings = TrainConfig(
+        dataset="digits", model="lenet", batch_size=128, epochs=4, threads=1, lr=lr,
+        optimizer=optimizer, lr_warmup_epochs=1,
+    )  # fmt: skip
+
+    def stop(line):
+        if line.startswith("epoch 2/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "a", log=stop)
+    train(settings, tmp_path / "a", **QUIET)
+    summary = train(settings, tmp_path / "b", **QUIET)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    assert summary["test_accuracy"] > 0.85
+    group = load_checkpoint(tmp_path / "a" / "checkpoint.pt")["optimizer"]["param_groups"][0]
+    assert float(group["lr"]) == pytest.approx(settings.learning_rate(4 * 11 - 1, 11))
+
+
+def test_the_learning_rate_follows_the_batch():
+    def peak(**settings):
+        config = TrainConfig(batch_size=1024, lr=0.1, epochs=4, lr_warmup_epochs=1, **settings)
+        rates = [config.learning_rate(i, 10) for i in range(40)]
+        assert rates.index(max(rates)) in (9, 10) and rates[0] == pytest.approx(max(rates) / 10)
+        return max(rates)
+
+    assert peak() == pytest.approx(0.1)
+    assert peak(lr_scaling="linear") == pytest.approx(0.8)
+    assert peak(lr_scaling="sqrt") == pytest.approx(0.1 * 8**0.5)
+    assert peak(lr_scaling="linear", base_batch_size=512) == pytest.approx(0.2)
+
+
+def test_a_run_tells_its_memory_and_its_wait(vgg_teacher, tmp_path):
+    lines = []
+    settings = config(vgg_teacher, **{**PLAIN, "epochs": 2})
+    summary = train(settings, tmp_path, log=lines.append)
+    assert "of the steps' time waiting for images, peak memory" in lines[-1]
+    assert "(full precision: " in lines[-1]
+    assert 0 < summary["waiting"] < 1
+    assert summary["peak_memory"] > 100 * 2**20
+
+
+def test_the_peak_is_that_of_the_run():
+    device = torch.device("cpu")
+    memory.reset_peak(device)
+    low = memory.peak_memory(device)
+    torch.ones(64 * 2**20)
+    assert memory.peak_memory(device) > low + 200 * 2**20
+    memory.reset_peak(device)
+    assert memory.peak_memory(device) < low + 100 * 2**20

@@ -1,0 +1,21 @@
+"""Short trainings of a network with BatchNorm, for the tests of what makes a training fast."""
+
+from test_train import DIVQAT, QUIET, config
+
+from divqat.files import load_checkpoint
+from divqat.train import TrainConfig, train
+
+PLAIN = {**DIVQAT, "pad": 0, "epochs": 3, "model": "vgg_small"}
+
+
+def teach(folder):
+    """A full-precision training."""
+    settings = dict(dataset="digits", model="vgg_small", batch_size=64, epochs=3, threads=1)
+    train(TrainConfig(**settings), folder, **QUIET)
+    return folder
+
+
+def trained(teacher, folder, **changes):
+    """The checkpoint of a DivQAT training of six steps per epoch, the last of 14 images."""
+    train(config(teacher, **{**PLAIN, **changes}), folder, **QUIET)
+    return load_checkpoint(folder / "checkpoint.pt")
