@@ -286,6 +286,17 @@ def test_torchrun(teacher, one, tmp_path):
     assert names == {"checkpoint.pt", "config.yaml", "metrics.csv", "plots", "summary.json"}
 
 
+def test_processes_in_mixed_precision_with_kept_answers_and_codes(teacher, tmp_path):
+    out = tmp_path / "out"
+    options = [*flags(teacher), "--method", "divqat", "--weight", 0.05, "--pad", 0]
+    options += ["--precision", "bfloat16", "--cache-teacher", "--save-as-codes", "--accumulate", 2]
+    done, _ = torchrun("-m", "divqat", "train", "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert (out / "teacher_logits.pt").is_file()
+    rows = load_checkpoint(out / "checkpoint.pt")["rows"]
+    assert rows[-1]["divergence"] > 0 and rows[-1]["validation_accuracy"] > 0.8
+
+
 def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
     script, out = tmp_path / "fails.py", tmp_path / "out"
     script.write_text(
