@@ -25,7 +25,7 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_pat
     for accumulate in (1, 2):
         with pytest.raises(MemoryError) as error:
             trained(vgg_teacher, tmp_path / "b", batch_size=1000, accumulate=accumulate, epochs=2)
-        fits = f"enough for about {100 * 2**20 // each[0]:,}"
+        fits = f"enough for at most {100 * 2**20 // each[0]:,}"
         assert f"{1000 // accumulate:,} images at a time do not fit" in str(error.value)
         assert fits in str(error.value)
     assert not (tmp_path / "b" / "checkpoint.pt").exists()
@@ -39,7 +39,7 @@ def test_running_out_of_memory_says_what_fits(vgg_teacher, tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(step.Step, "losses", full)
-    with pytest.raises(MemoryError, match=r"256 images at a time do not fit.*enough for about"):
+    with pytest.raises(MemoryError, match=r"256 images at a time do not fit.*enough for at most"):
         trained(vgg_teacher, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
 
