@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing import seeded
 
 from divqat import data
 from divqat.data import DataNotFound, ImageSet, Splits
@@ -22,10 +23,6 @@ needs_sklearn = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn"
 )
 needs_pillow = pytest.mark.skipif(importlib.util.find_spec("PIL") is None, reason="needs Pillow")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images(n=20, channels=1, height=6, width=5, seed=0):

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from testing import assert_same_batches, seeded
 from torch.utils.data import get_worker_info
 
 from divqat import data
@@ -58,18 +59,6 @@ def load(root, **options):
     return data.load("folder", data_root=root, image_size=8, **options)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def assert_equal(got, wanted):
-    got, wanted = list(got), list(wanted)
-    assert len(got) == len(wanted) > 0
-    for (images, labels), (wanted_images, wanted_labels) in zip(got, wanted, strict=True):
-        assert images.dtype == wanted_images.dtype and torch.equal(images, wanted_images)
-        assert torch.equal(labels, wanted_labels)
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_streamed_batches_are_those_in_memory(folder, held, workers):
     streamed = load(folder, stream="always", workers=workers)
@@ -79,7 +68,7 @@ def test_streamed_batches_are_those_in_memory(folder, held, workers):
         there, here = getattr(held, name), getattr(streamed, name)
         assert isinstance(here, StreamedSet) and isinstance(there, ImageSet)
         assert torch.equal(here.labels, there.labels) and len(here) == len(there)
-        assert_equal(data.batches(here, 16), data.batches(there, 16))
+        assert_same_batches(data.batches(here, 16), data.batches(there, 16))
     state = torch.get_rng_state()
     for options in (
         dict(batch_size=64),  # two pieces
@@ -91,7 +80,7 @@ def test_streamed_batches_are_those_in_memory(folder, held, workers):
             data.batches(splits.train, generator=seeded(3), **options)
             for splits in (streamed, held)
         )
-        assert_equal(here, there)
+        assert_same_batches(here, there)
     assert torch.equal(torch.get_rng_state(), state)  # a training's dropout depends on it
 
 
@@ -269,7 +258,9 @@ def test_gtsrb(tmp_path):
         for s in ("never", "always")
     )
     for name in ("train", "validation", "test"):
-        assert_equal(data.batches(getattr(here, name), 5), data.batches(getattr(there, name), 5))
+        assert_same_batches(
+            data.batches(getattr(here, name), 5), data.batches(getattr(there, name), 5)
+        )
 
 
 def test_predict_takes_a_set(folder, held):
@@ -322,4 +313,4 @@ def test_streamed_batches_on_a_gpu_do_not_wait_for_it(folder, held):
         got = list(data.batches(on_gpu, 16, generator=seeded(), **options))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_equal([(x.cpu(), y.cpu()) for x, y in got], wanted)
+    assert_same_batches([(x.cpu(), y.cpu()) for x, y in got], wanted)

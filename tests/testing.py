@@ -28,6 +28,20 @@ def randn(*shape: int, dtype=torch.float32, device=None, seed: int = 0) -> Tenso
     return values.to(device or torch.get_default_device(), dtype)
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    """A CPU generator."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def assert_same_batches(got, wanted) -> None:
+    """Two iterables of images and labels have the same bits."""
+    got, wanted = list(got), list(wanted)
+    assert len(got) == len(wanted) > 0
+    for (images, labels), (wanted_images, wanted_labels) in zip(got, wanted, strict=True):
+        assert images.dtype == wanted_images.dtype and torch.equal(images, wanted_images)
+        assert torch.equal(labels, wanted_labels)
+
+
 def bits(x: Tensor) -> Tensor:
     """The bit pattern of a float tensor, so that 0.0 and -0.0 differ and NaN equals itself."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
