@@ -20,7 +20,7 @@ QAT = dict(epochs=3, lr=0.005)
 LENET = dict(model="lenet")  # float16, which CPUs multiply slowly, takes too long with more
 BFLOAT16, FLOAT16 = dict(precision="bfloat16"), dict(precision="float16")
 LARGE = dict(batch_size=1024, base_batch_size=128)
-LINEAR, ROOT = dict(LARGE, lr_scaling="linear"), dict(LARGE, lr_scaling="sqrt")
+LINEAR = dict(LARGE, lr_scaling="linear")
 VGG_SMALL, LENET_NAME = "VGG-small", "LeNet"
 
 
@@ -39,11 +39,8 @@ VARIANTS = {
     "VGG-small, QAT with batch 1024, linear": Variant(
         VGG_SMALL, qat=dict(LINEAR, lr_warmup_epochs=0.5)
     ),
-    "VGG-small, QAT with batch 1024, square root": Variant(
-        VGG_SMALL, qat=dict(ROOT, lr_warmup_epochs=0.5)
-    ),
     "VGG-small, QAT with batch 1024, LARS": Variant(
-        VGG_SMALL, qat=dict(LARGE, lr_warmup_epochs=0.5, optimizer="lars", lr=1.0)
+        VGG_SMALL, qat=dict(LARGE, lr_warmup_epochs=0.5, optimizer="lars", lr=0.2)
     ),
     "VGG-small, QAT with batch 1024, LAMB": Variant(
         VGG_SMALL, qat=dict(LARGE, lr_warmup_epochs=0.5, optimizer="lamb", lr=0.001)
