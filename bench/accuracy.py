@@ -36,17 +36,18 @@ class Variant:
 VARIANTS = {
     VGG_SMALL: Variant(VGG_SMALL),
     "VGG-small, bfloat16": Variant(VGG_SMALL, BFLOAT16, BFLOAT16),
-    "VGG-small, QAT with batch 1024, linear": Variant(
-        VGG_SMALL, qat=dict(LINEAR, lr_warmup_epochs=0.5)
-    ),
+    "VGG-small, QAT with batch 1024": Variant(VGG_SMALL, qat=dict(LINEAR, lr_warmup_epochs=0.5)),
     "VGG-small, QAT with batch 1024, LARS": Variant(
         VGG_SMALL, qat=dict(LARGE, lr_warmup_epochs=0.5, optimizer="lars", lr=0.2)
     ),
     "VGG-small, QAT with batch 1024, LAMB": Variant(
         VGG_SMALL, qat=dict(LARGE, lr_warmup_epochs=0.5, optimizer="lamb", lr=0.001)
     ),
-    "VGG-small, both with batch 1024, linear": Variant(
+    "VGG-small, both with batch 1024": Variant(
         VGG_SMALL, dict(LINEAR, lr_warmup_epochs=2), dict(LINEAR, lr_warmup_epochs=0.5)
+    ),
+    "VGG-small, both with batch 1024, 10 epochs before QAT": Variant(
+        VGG_SMALL, dict(LINEAR, lr_warmup_epochs=2, epochs=10), dict(LINEAR, lr_warmup_epochs=0.5)
     ),
     LENET_NAME: Variant(LENET_NAME, LENET, LENET),
     "LeNet, bfloat16": Variant(LENET_NAME, LENET | BFLOAT16, LENET | BFLOAT16),
