@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -108,7 +109,7 @@ def _begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
     Raises:
         SystemExit: the file holds another run.
     """
-    result = environment("python -m bench " + " ".join(sys.argv[1:]))
+    result = environment(shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
     result |= {"bench": args.bench, "device": device, "seconds": args.seconds, "rows": []}
     if not args.json or not Path(args.json).is_file():
         return result
