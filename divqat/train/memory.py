@@ -87,7 +87,7 @@ class Need:
         room = "memory is full"
         if free is not None:
             room = (
-                f"{free / 2**20:,.0f} MB are free, enough for about {free // max(1, self.each):,}"
+                f"{free / 2**20:,.0f} MB are free, enough for at most {free // max(1, self.each):,}"
             )
         return MemoryError(
             f"batch_size: {self.images:,} images at a time do not fit: they keep at least "
