@@ -49,6 +49,11 @@ VARIANTS = {
     "VGG-small, both with batch 1024, 10 epochs before QAT": Variant(
         VGG_SMALL, dict(LINEAR, lr_warmup_epochs=2, epochs=10), dict(LINEAR, lr_warmup_epochs=0.5)
     ),
+    "VGG-small, both with batch 1024, 10 epochs before QAT, square root": Variant(
+        VGG_SMALL,
+        dict(LINEAR, lr_warmup_epochs=2, epochs=10),
+        dict(LARGE, lr_scaling="sqrt", lr_warmup_epochs=0.5),
+    ),
     LENET_NAME: Variant(LENET_NAME, LENET, LENET),
     "LeNet, bfloat16": Variant(LENET_NAME, LENET | BFLOAT16, LENET | BFLOAT16),
     "LeNet, float16": Variant(LENET_NAME, LENET | FLOAT16, LENET | FLOAT16),
