@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -48,7 +49,12 @@ def _process(rank, size, folder, function, args):
     torch.set_num_threads(1)
     options = dict(timeout=timedelta(seconds=60), rank=rank, world_size=size)
     dist.init_process_group("gloo", f"file://{folder}/store", **options)
-    torch.save(function(rank, size, *args), folder / f"{rank}.pt")
+    try:
+        torch.save(function(rank, size, *args), folder / f"{rank}.pt")
+    except BaseException:
+        # Threads of gloo abort a process that ends with them, and its error would not be seen.
+        traceback.print_exc()
+        raise
     dist.destroy_process_group()
 
 
