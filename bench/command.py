@@ -26,7 +26,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, seconds: float | None)
     """Device, threads, time, files; ``seconds`` is None where no time is to be chosen."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
-    parser.set_defaults(seconds=None)
+    parser.set_defaults(seconds=None, csv=None)
     if seconds is not None:
         parser.add_argument("--seconds", type=float, default=seconds, help="per contender and case")
     parser.add_argument("--minutes", type=float, help="start no further case after so many")
@@ -98,7 +98,7 @@ def measured(
         print(summary(rows), flush=True)
         if args.json:
             write_json(args.json, result)
-    if getattr(args, "csv", None):
+    if args.csv:
         write_text(args.csv, as_csv(result["rows"]))
     return result
 

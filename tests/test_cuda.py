@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from testing import bits, randn, tensor
+from testing import bits, no_waiting, randn, tensor
 
 from divqat import ops
 from divqat.ops import _native, _triton
@@ -27,11 +27,8 @@ def counted(backend: str, function: Callable[[], object]) -> int:
     function()
     torch.cuda.synchronize()
     before = _launches[backend]()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         function()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     return _launches[backend]() - before
 
 

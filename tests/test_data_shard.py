@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from testing import assert_same_batches, seeded
+from testing import assert_same_batches, no_waiting, seeded
 
 from divqat import data
 from divqat.data import ImageSet
@@ -70,9 +70,6 @@ def test_batches_on_a_gpu_do_not_wait_for_it():
     options = dict(augment=SHIFT, shard=(1, 2))
     wanted = list(data.batches(FULL, 16, generator=seeded(), **options))
     list(data.batches(on_gpu, 16, generator=seeded(), **options))  # loads the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         got = list(data.batches(on_gpu, 16, generator=seeded(), **options))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_same_batches([(x.cpu(), y.cpu()) for x, y in got], wanted)

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from testing import assert_same_batches, seeded
+from testing import assert_same_batches, no_waiting, seeded
 from torch.utils.data import get_worker_info
 
 from divqat import data
@@ -308,9 +308,6 @@ def test_streamed_batches_on_a_gpu_do_not_wait_for_it(folder, held):
     options = dict(augment=SHIFT, shard=(1, 2))
     wanted = list(data.batches(held.train, 16, generator=seeded(), **options))
     list(data.batches(on_gpu, 16, generator=seeded(), **options))  # starts the workers
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         got = list(data.batches(on_gpu, 16, generator=seeded(), **options))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_same_batches([(x.cpu(), y.cpu()) for x, y in got], wanted)

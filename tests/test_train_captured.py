@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_train import QUIET, assert_same
+from testing import no_waiting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainings import trained
@@ -159,11 +160,8 @@ def test_a_step_does_not_wait_for_the_gpu(vgg_teacher, tmp_path, monkeypatch, pr
     original = step.Step.__call__
 
     def strict(self, *args, **kwargs):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             return original(self, *args, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(step.Step, "__call__", strict)
     trained(vgg_teacher, tmp_path, precision=precision, device="cuda", cache_teacher=True)

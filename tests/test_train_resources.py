@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_train import QUIET, assert_same, config
-from trainings import PLAIN, trained
+from trainings import PLAIN, train_interrupted, trained
 
 from divqat.files import load_checkpoint
 from divqat.train import TrainConfig, memory, step, train
@@ -64,14 +64,7 @@ def test_every_optimizer_learns_resumes_and_follows_the_schedule(tmp_path, optim
         dataset="digits", model="lenet", batch_size=128, epochs=4, threads=1, lr=lr,
         optimizer=optimizer, lr_warmup_epochs=1,
     )  # fmt: skip
-
-    def stop(line):
-        if line.startswith("epoch 2/"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, tmp_path / "a", log=stop)
-    train(settings, tmp_path / "a", **QUIET)
+    train_interrupted(settings, tmp_path / "a", 2)
     summary = train(settings, tmp_path / "b", **QUIET)
     assert_same(tmp_path / "a", tmp_path / "b")
     assert summary["test_accuracy"] > 0.85

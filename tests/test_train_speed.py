@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_train import QUIET, assert_same, config
-from trainings import PLAIN, trained
+from trainings import PLAIN, train_interrupted, trained
 
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
@@ -82,14 +82,7 @@ def test_a_skipped_step_leaves_the_optimizer_as_it_was(device):
 
 def test_an_interrupted_float16_run_ends_with_the_same_bits(vgg_teacher, tmp_path):
     settings = config(vgg_teacher, **{**PLAIN, "precision": "float16"})
-
-    def log(line):
-        if line.startswith("epoch 1/"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, tmp_path / "a", log=log)
-    train(settings, tmp_path / "a", **QUIET)
+    train_interrupted(settings, tmp_path / "a", 1)
     train(settings, tmp_path / "b", **QUIET)
     assert_same(tmp_path / "a", tmp_path / "b")
 

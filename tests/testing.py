@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -40,6 +43,16 @@ def assert_same_batches(got, wanted) -> None:
     for (images, labels), (wanted_images, wanted_labels) in zip(got, wanted, strict=True):
         assert images.dtype == wanted_images.dtype and torch.equal(images, wanted_images)
         assert torch.equal(labels, wanted_labels)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """A block in which the host must not wait for a GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def bits(x: Tensor) -> Tensor:

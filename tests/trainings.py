@@ -1,5 +1,6 @@
 """Short trainings of a network with BatchNorm, for the tests of what makes a training fast."""
 
+import pytest
 from test_train import DIVQAT, QUIET, config
 
 from divqat.files import load_checkpoint
@@ -13,6 +14,18 @@ def teach(folder):
     settings = dict(dataset="digits", model="vgg_small", batch_size=64, epochs=3, threads=1)
     train(TrainConfig(**settings), folder, **QUIET)
     return folder
+
+
+def train_interrupted(config, folder, epoch):
+    """Train, interrupted after ``epoch``, and go on to the end."""
+
+    def log(line):
+        if line.startswith(f"epoch {epoch}/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, folder, log=log)
+    train(config, folder, **QUIET)
 
 
 def trained(teacher, folder, **changes):

@@ -25,9 +25,8 @@ class Step:
     Args:
         config: the settings.
         model: trained in place.
-        teacher: asked for its answers, if the method wants them and ``answers`` is None.
+        teacher: asked for its answers, if the method wants them and none are kept in ``answers``.
         labels: int64 [number of training images], on the device.
-        answers: float32 [number of training images, num_classes]: the teacher's kept ones.
         team: the processes that do the step together.
         warmup_steps: in which λ rises.
     """
@@ -38,12 +37,12 @@ class Step:
         model: nn.Module,
         teacher: nn.Module | None,
         labels: Tensor,
-        answers: Tensor | None,
         team: Team,
         warmup_steps: int,
     ) -> None:
         self.config, self.model, self.team = config, model, team
-        self.labels, self.answers = labels, answers
+        self.labels = labels
+        self.answers: Tensor | None = None  # float32 [number of images, num_classes], if kept
         self.teacher: Callable[[Tensor], Tensor] | None = teacher
         self.net = model
         if config.compile:

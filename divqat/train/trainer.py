@@ -81,9 +81,8 @@ class Trainer:
         if teacher is not None and config.method == "divqat" and config.weight:
             asked = teacher.model.requires_grad_(False)
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.diverges = asked is not None
         warmup = round(config.warmup_epochs * self.steps)
-        self.step = Step(config, self.model, asked, train_set.labels, None, team, warmup)
+        self.step = Step(config, self.model, asked, train_set.labels, team, warmup)
         if asked is not None and config.cache_teacher:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
             with self.step.autocast():
@@ -144,7 +143,7 @@ class Trainer:
             "epoch": epoch,
             "loss": loss,
             "ce": ce,
-            "divergence": divergence if self.diverges else None,
+            "divergence": divergence if self.step.teacher is not None else None,
             "validation_accuracy": accuracy(logits, self.validation.labels),
             "top_probability": mean_top_probability(softmax(logits)),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
