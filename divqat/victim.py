@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from divqat.errors import require, unknown_name
 
+# Released answers from probabilities [N, num_classes] and images [N, C, H, W].
+Defense = Callable[[Tensor, Tensor], Tensor]
 ANSWERS = ("probs", "label", "topk", "rounded")
 
 
@@ -33,6 +35,9 @@ class Victim:
             rounded to ``decimals`` places, not renormalized. Ties go to the lower class index.
         k: for ``"topk"`` only.
         decimals: for ``"rounded"`` only.
+        defense: a function of the probabilities [N, num_classes] and the images [N, C, H, W],
+            float32 on the CPU, to what is released in their place, of the same shape; ``answer``
+            then decides what of it is shown. See :mod:`divqat.defenses`.
         query_budget: most images that are answered in total; None: no limit.
         batch_size: images that the model sees at once.
 
@@ -59,6 +64,7 @@ class Victim:
         answer: str = "probs",
         k: int | None = None,
         decimals: int | None = None,
+        defense: Defense | None = None,
         query_budget: int | None = None,
         batch_size: int = 256,
     ) -> None:
@@ -80,6 +86,7 @@ class Victim:
             raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
         self._logits = logits_function(model)
         self._answer, self._k, self._decimals = answer, k, decimals
+        self._defense = defense
         self._query_budget, self._batch_size = query_budget, batch_size
         self._queries = 0
 
@@ -103,8 +110,8 @@ class Victim:
                 f"{len(images)} images asked, but {self.remaining} of {self._query_budget} "
                 "queries remain"
             )
-        logits = torch.cat([self._logits(x) for x in images.detach().split(self._batch_size)])
-        answers = self._show(logits)
+        parts = images.detach().split(self._batch_size)
+        answers = torch.cat([self._show(self._logits(part), part) for part in parts])
         self._queries += len(images)
         return answers
 
@@ -128,8 +135,18 @@ class Victim:
             self._answer, self._answer
         )
 
-    def _show(self, logits: Tensor) -> Tensor:
-        probs = logits.softmax(1)
+    @property
+    def defense(self) -> str:
+        """The defense as text, with its settings; ``none`` without one."""
+        return "none" if self._defense is None else str(self._defense)
+
+    def _show(self, logits: Tensor, images: Tensor) -> Tensor:
+        probs = order = logits.softmax(1)
+        if self._defense is None:
+            # By logit, not by probability: probabilities that round to the same float still differ.
+            order = logits
+        else:
+            probs = order = self._defend(probs, images)
         if self._answer == "probs":
             return probs
         if self._decimals is not None:
@@ -137,10 +154,19 @@ class Victim:
         k = 1 if self._k is None else self._k
         if k > logits.shape[1]:
             raise ValueError(f"k: wanted at most the {logits.shape[1]} classes, got {k}")
-        # By logit, not by probability: probabilities that round to the same float still differ.
-        top = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        top = order.sort(dim=1, descending=True, stable=True).indices[:, :k]
         shown = torch.ones_like(probs) if self._answer == "label" else probs
         return torch.zeros_like(probs).scatter(1, top, shown.gather(1, top))
+
+    def _defend(self, probs: Tensor, images: Tensor) -> Tensor:
+        assert self._defense is not None
+        shown = self._defense(probs, images.to("cpu", torch.float32))
+        if shown.shape != probs.shape or not shown.isfinite().all():
+            raise ValueError(
+                f"defense: {self.defense} wanted finite {list(probs.shape)}, "
+                f"got {list(shown.shape)} with {int((~shown.isfinite()).sum())} not finite"
+            )
+        return shown
 
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:

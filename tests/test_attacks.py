@@ -1,44 +1,18 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from toys import QUERIES, TEST_IMAGES, TEST_LABELS, same_bits, toy_model, toy_victim
 
-from divqat.attacks import KnockoffNets, knockoff
+from divqat.attacks import KnockoffNets, attack, folder
+from divqat.attacks.answers import distributions, reading
 from divqat.data import to_float
 from divqat.evaluate import accuracy, chance, fidelity, predict
 from divqat.files import load_checkpoint
 from divqat.victim import QueryBudgetExceeded, Victim
 
-CLASSES = 4
-
-
-def toy_images(n, seed):
-    """Noisy uint8 images of four fixed patterns, and which pattern each is."""
-    patterns = torch.randint(
-        90, 166, (CLASSES, 1, 8, 8), generator=torch.Generator().manual_seed(0)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(CLASSES, (n,), generator=generator)
-    noise = torch.randint(-80, 81, (n, 1, 8, 8), generator=generator)
-    return (patterns[labels] + noise).to(torch.uint8), labels
-
-
-def toy_model(seed=0, classes=CLASSES, dropout=0.0):
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Flatten(),
-            nn.Linear(8 * 36, classes),
-        )
-
-
-TEST_IMAGES, TEST_LABELS = toy_images(400, seed=2)
-QUERIES = toy_images(500, seed=3)[0]
 CLONE = toy_model(seed=1, dropout=0.3)
 QUICK = KnockoffNets(epochs=3, query_budget=100, batch_size=32, pad=1, flip=True)
 
@@ -54,19 +28,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def model():
-    images, labels = toy_images(800, seed=1)
-    model = toy_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(to_float(images)), labels).backward()
-        optimizer.step()
-    return model.eval()
-
-
-def same_bits(a, b):
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
+    return toy_victim()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +107,7 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, when):
     """Kill the run before (``when`` = n) or right after (n + 0.5) its n-th checkpoint."""
-    save, count = knockoff.save_checkpoint, [0]
+    save, count = folder.save_checkpoint, [0]
 
     def save_or_die(path, state):
         if count[0] == when:
@@ -155,13 +117,13 @@ def kill_at(monkeypatch, when):
             raise Killed
         count[0] += 1
 
-    monkeypatch.setattr(knockoff, "save_checkpoint", save_or_die)
+    monkeypatch.setattr(folder, "save_checkpoint", save_or_die)
 
 
 @pytest.mark.parametrize("when", [0, 0.5, 1, 1.5, 2, 2.5, 4, 4.5, 5, 6.5])
 def test_killed_run_goes_on_bit_identically(model, tmp_path, monkeypatch, when):
     # The checkpoints: 0 the first weights, 1-3 answers (40 + 40 + 20), 4-6 the epochs.
-    monkeypatch.setattr(knockoff, "QUERIES_PER_SAVE", 40)
+    monkeypatch.setattr(attack, "QUERIES_PER_SAVE", 40)
     whole = QUICK(Victim(model, query_budget=100), QUERIES, CLONE)
     with monkeypatch.context() as patch:
         kill_at(patch, when)
@@ -243,7 +205,7 @@ def test_single_last_image_does_not_break_batch_norm(model):
 def test_targets_are_rows_of_sum_one():
     answers = torch.tensor([[0.5, 0.0, 0.0, 0.3], [0, 0, 0, 0], [0, 1, 0, 0]])
     wanted = torch.tensor([[0.625, 0, 0, 0.375], [0.25] * 4, [0, 1, 0, 0]])
-    torch.testing.assert_close(knockoff._targets(answers), wanted)
+    torch.testing.assert_close(distributions(answers), wanted)
 
 
 def test_learning_rate_falls_along_a_cosine(model, monkeypatch):
@@ -259,9 +221,9 @@ def test_learning_rate_falls_along_a_cosine(model, monkeypatch):
 
 
 def test_diverging_clone_is_an_error(model, tmp_path):
-    attack = KnockoffNets(epochs=2, query_budget=100, lr=1e30)
+    extreme = KnockoffNets(epochs=2, query_budget=100, lr=1e30)
     with pytest.raises(FloatingPointError, match=r"loss is nan .* lower lr"):
-        attack(Victim(model), QUERIES, CLONE, resume_dir=tmp_path)
+        extreme(Victim(model), QUERIES, CLONE, resume_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -301,3 +263,52 @@ def test_clone_trains_on_its_device(model, tmp_path):
     assert torch.equal(torch.cuda.get_rng_state(), before)
     again = QUICK(Victim(model), QUERIES, clone, resume_dir=tmp_path)
     assert same_bits(again.clone, extraction.clone)
+
+
+ANSWERS = torch.tensor([[0.64, 0.04, 0.16, 0.16], [0.1, 0.7, 0.2, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("as_given", [[0.64, 0.04, 0.16, 0.16], [0.1, 0.7, 0.2, 0.0]]),
+        ("label", [[1, 0, 0, 0], [0, 1, 0, 0]]),
+        ("temperature2", [[8 / 18, 2 / 18, 4 / 18, 4 / 18], None]),
+        ("top2", [[0.8, 0, 0.2, 0], [0, 7 / 9, 2 / 9, 0]]),
+        ("rounded1", [[0.6, 0, 0.2, 0.2], [0.1, 0.7, 0.2, 0.0]]),
+        ("rounded0", [[1, 0, 0, 0], [0, 1, 0, 0]]),
+    ],
+)
+def test_readings(text, wanted):
+    got = reading(text)(ANSWERS)
+    torch.testing.assert_close(got.sum(1), torch.ones(2))
+    for row, values in zip(got, wanted, strict=True):
+        if values is not None:
+            torch.testing.assert_close(row, torch.tensor(values, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("text", ["labels", "top", "top0", "top1.5", "temperature0", "rounded0.5"])
+def test_unknown_reading(text):
+    with pytest.raises(ValueError, match="reading: wanted"):
+        KnockoffNets(reading=text)
+
+
+def test_reading_the_label_is_being_shown_the_label(model):
+    shown = QUICK(Victim(model, answer="label"), QUERIES, CLONE)
+    read = replace(QUICK, reading="label")(Victim(model), QUERIES, CLONE)
+    assert same_bits(shown.clone, read.clone)
+
+
+def test_watch_sees_every_epoch(model):
+    seen = []
+    extraction = QUICK(
+        Victim(model), QUERIES, CLONE, watch=lambda clone: seen.append(copy.deepcopy(clone))
+    )
+    assert len(seen) == QUICK.epochs and not seen[0].training
+    assert same_bits(seen[-1], extraction.clone) and not same_bits(seen[0], seen[-1])
+
+
+def test_bfloat16_clone_is_as_good(model):
+    clone = KnockoffNets(precision="bfloat16", batch_size=32)(Victim(model), QUERIES, CLONE).clone
+    assert next(clone.parameters()).dtype == torch.float32
+    assert accuracy(predict(clone, TEST_IMAGES), TEST_LABELS) > 0.8

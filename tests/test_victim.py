@@ -94,7 +94,7 @@ def test_public_attributes_do_not_lead_to_the_model():
     model = nn.Flatten().eval()
     victim = Victim(model)
     public = {name: getattr(victim, name) for name in dir(victim) if not name.startswith("_")}
-    assert public == {"answer": "probs", "queries": 0, "remaining": None}
+    assert public == {"answer": "probs", "defense": "none", "queries": 0, "remaining": None}
     assert model not in vars(victim).values()
 
 
@@ -292,3 +292,29 @@ def test_logits_function_gives_logits():
 def test_images_go_to_the_device_of_the_module():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval().cuda()
     assert Victim(model)(IMAGES).device.type == "cpu"
+
+
+def test_defense_comes_before_what_is_shown():
+    seen = []
+
+    def reverse(probs, images):
+        seen.append((probs, images))
+        return probs.flip(1)
+
+    probs = Victim(flat)(IMAGES)
+    assert torch.equal(Victim(flat, defense=reverse, batch_size=2)(IMAGES), probs.flip(1))
+    assert torch.equal(torch.cat([images for _, images in seen]), IMAGES)
+    label = Victim(flat, answer="label", defense=reverse)(IMAGES)
+    assert torch.equal(label, Victim(flat, answer="label")(IMAGES).flip(1))
+    rounded = Victim(flat, answer="rounded", decimals=1, defense=reverse)(IMAGES)
+    assert torch.equal(rounded, probs.flip(1).round(decimals=1))
+
+
+@pytest.mark.parametrize(
+    "broken", [lambda probs, images: probs[:, :2], lambda probs, images: probs / 0]
+)
+def test_defense_that_breaks_costs_no_query(broken):
+    victim = Victim(flat, defense=broken)
+    with pytest.raises(ValueError, match=r"defense: .* wanted finite \[5, 4\]"):
+        victim(IMAGES)
+    assert victim.queries == 0

@@ -1,0 +1,61 @@
+"""What an attacker can make of the answers it got, without asking more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from divqat.options import ConfigError
+
+READINGS = "as_given, label, temperature<T>, top<k> or rounded<decimals>"
+
+
+def distributions(answers: Tensor) -> Tensor:  # [N, num_classes] -> rows of sum 1
+    """Answers scaled to sum 1; a row without mass, which rounding can leave, becomes uniform.
+
+    Negative entries, which some defenses' formulas allow, count as 0.
+    """
+    answers = answers.clamp(min=0)
+    total = answers.sum(1, keepdim=True)
+    return torch.where(total > 0, answers / total, 1 / answers.shape[1])
+
+
+def reading(text: str) -> Callable[[Tensor], Tensor]:
+    """A function from answers [N, num_classes] to the targets that a clone learns.
+
+    ``as_given``: scaled to sum 1. ``label``: the class with the largest entry, one-hot.
+    ``temperature<T>``: y^(1/T), which softens for T above 1 and sharpens below.
+    ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if text == "as_given":
+        return distributions
+    if text == "label":
+        return _label
+    found = re.fullmatch(r"(temperature|top|rounded)(\d+(?:\.\d+)?)", text)
+    number = float(found[2]) if found else 0.0
+    if found is None or (number <= 0 and found[1] != "rounded"):
+        raise ConfigError(f"reading: wanted {READINGS}, got {text!r}")
+    if found[1] == "temperature":
+        return lambda answers: distributions(distributions(answers) ** (1 / number))
+    if number % 1:
+        raise ConfigError(f"reading: wanted a whole number after {found[1]}, got {text!r}")
+    if found[1] == "top":
+        return lambda answers: distributions(_top(answers, int(number)))
+    return lambda answers: distributions(answers.round(decimals=int(number)))
+
+
+def _label(answers: Tensor) -> Tensor:
+    return torch.zeros_like(answers).scatter(1, answers.argmax(1, keepdim=True), 1.0)
+
+
+def _top(answers: Tensor, k: int) -> Tensor:
+    if k > answers.shape[1]:
+        raise ValueError(f"reading: wanted at most the {answers.shape[1]} classes, got top{k}")
+    top = answers.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(answers).scatter(1, top, answers.gather(1, top))

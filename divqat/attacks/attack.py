@@ -1,0 +1,172 @@
+"""What all attacks share: how they are called, what they own, what they end with."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from divqat.attacks.folder import Folder
+from divqat.data.batches import to_float
+from divqat.options import Options, option
+from divqat.progress import progress
+from divqat.victim import QueryBudgetExceeded, Victim
+
+PRECISIONS = ("float32", "bfloat16")
+# Answers are stored after this many: what a killed run has to ask again at most.
+QUERIES_PER_SAVE = 4096
+# Called with the clone, in eval mode, whenever it is a result: after every epoch over a transfer
+# set, after every round of the attacks that have rounds. It sees, it does not steer.
+Watch = Callable[[nn.Module], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """What an attack ends with."""
+
+    clone: nn.Module  # after the last epoch, in eval mode
+    transfer_set: tuple[Tensor, Tensor]  # images uint8 [N, C, H, W], answers float32 [N, classes]
+    queries: int  # images answered for this attack, those before an interruption included
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One call of an attack: what it works on. The clone is the attack's own copy."""
+
+    victim: Victim
+    query_set: Tensor  # uint8 [N, C, H, W]
+    clone: nn.Module
+    classes: int  # of the clone
+    folder: Folder
+    watch: Watch
+
+    @property
+    def device(self) -> torch.device:
+        """Where the clone trains."""
+        return next(self.clone.parameters()).device
+
+    def ask(self, images: Tensor, name: str = "transfer.pt") -> Tensor:
+        """The victim's answers to uint8 ``images``, float32 [N, classes] on the CPU.
+
+        They are kept under ``name``: what is there already is not asked again.
+
+        Raises:
+            QueryBudgetExceeded: before the first query, when the victim's budget is too small.
+            ValueError: the victim has other classes than the clone.
+        """
+        stored = self.folder.load(name)
+        parts = [] if stored is None else [stored["answers"]]
+        done = sum(map(len, parts))
+        left = self.victim.remaining
+        if left is not None and len(images) - done > left:
+            raise QueryBudgetExceeded(
+                f"the attack needs {len(images) - done} queries, the victim allows {left} more"
+            )
+        chunks = images[done:].split(QUERIES_PER_SAVE) if done < len(images) else ()
+        for chunk in progress(chunks, "queries", total=len(chunks), unit="chunk"):
+            parts.append(self.victim(to_float(chunk)))
+            self.folder.save(name, {"answers": torch.cat(parts)})
+        answers = torch.cat(parts)
+        if answers.shape[1] != self.classes:
+            raise ValueError(
+                f"clone: wanted {answers.shape[1]} classes like the victim, got {self.classes}"
+            )
+        return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Options, ABC):
+    """An attack is its settings: ``attack(victim, query_set, clone)`` runs it.
+
+    Those below say how every attack trains its clone: SGD with Nesterov momentum, the learning rate
+    falling to 0 along a cosine, step by step. The clone of the last epoch is the result, not the
+    best one: choosing would need test data.
+
+    Raises:
+        ConfigError: (a ValueError) an argument of a wrong type or out of its range.
+    """
+
+    query_budget: int | None = option(
+        None, "Images asked about at most; None: what the attack has by default.", least=1
+    )
+    epochs: int = option(10, "Passes over the transfer set.", least=1)
+    batch_size: int = option(64, "Images per step.", least=1)
+    lr: float = option(0.02, "First learning rate.", above=0)
+    momentum: float = option(0.9, "Momentum.", least=0, below=1)
+    weight_decay: float = option(5e-4, "L2 penalty.", least=0)
+    pad: int = option(0, "Shift the images at random by up to so many pixels.", least=0)
+    flip: bool = option(False, "Mirror the images at random.")
+    precision: str = option("float32", "Autocast of the clone's training.", choices=PRECISIONS)
+    seed: int = option(0, "Everything random follows from it.", least=0)
+
+    def __call__(
+        self,
+        victim: Victim,
+        query_set: Tensor,  # uint8 [N, C, H, W]
+        clone: nn.Module,
+        *,
+        resume_dir: str | Path | None = None,
+        watch: Watch = lambda clone: None,
+    ) -> Extraction:
+        """Run the attack.
+
+        Args:
+            victim: the black box.
+            query_set: images the attacker owns, of the size that victim and clone take.
+            clone: initial weights and architecture; it is copied and stays as it was. The copy
+                trains on the device of ``clone``.
+            resume_dir: keeps answers and the clone of every epoch or round. A run that was killed
+                goes on from there, ends with the same bits as one that was not, and asks nothing
+                twice. One folder belongs to one victim.
+            watch: called with the clone after every epoch or round.
+
+        Raises:
+            QueryBudgetExceeded: before the first query, when the victim's budget is too small.
+            TypeError, ValueError: wrong kind of argument, a budget larger than the query set, a
+                clone with other classes than the victim, a ``resume_dir`` of other settings.
+            FloatingPointError: the clone's loss is no longer finite.
+        """
+        if not isinstance(victim, Victim):
+            raise TypeError(f"victim: wanted a divqat.Victim, got {type(victim).__name__}")
+        if query_set.dtype != torch.uint8 or query_set.dim() != 4 or not len(query_set):
+            raise ValueError(
+                f"query_set: wanted uint8 [N, C, H, W], got {query_set.dtype} "
+                f"{list(query_set.shape)}"
+            )
+        clone = copy.deepcopy(clone).to(  # type: ignore[call-overload]
+            memory_format=torch.channels_last  # the faster one for convolutions
+        )
+        classes = _classes(clone, query_set[:1])  # a clone that does not fit must cost no query
+        folder = Folder(resume_dir, self._identity(victim, query_set, clone))
+        task = Task(victim, query_set, clone, classes, folder, watch)
+        device = task.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return self._extract(task)
+
+    @abstractmethod
+    def _extract(self, task: Task) -> Extraction:
+        """The attack itself. It may seed torch's global generators: the caller restores them."""
+
+    def _identity(self, victim: Victim, query_set: Tensor, clone: nn.Module) -> dict[str, object]:
+        """What a folder belongs to."""
+        shapes = {name: list(value.shape) for name, value in clone.state_dict().items()}
+        return {
+            "attack": type(self).__name__,
+            **self.to_dict(),
+            "answer": victim.answer,
+            "defense": victim.defense,
+            "query_set": hashlib.sha256(query_set.cpu().numpy().tobytes()).hexdigest()[:16],
+            "clone": hashlib.sha256(f"{clone} {shapes}".encode()).hexdigest()[:16],
+        }
+
+
+def _classes(clone: nn.Module, images: Tensor) -> int:
+    clone.eval()
+    with torch.no_grad():
+        return clone(to_float(images).to(next(clone.parameters()).device)).shape[1]

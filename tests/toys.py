@@ -1,0 +1,54 @@
+"""A toy problem that a model learns, and a clone steals, within a second."""
+
+import torch
+from torch import nn
+
+from divqat.data import to_float
+
+CLASSES = 4
+
+
+def toy_images(n, seed):
+    """Noisy uint8 images of four fixed patterns, and which pattern each is."""
+    patterns = torch.randint(
+        90, 166, (CLASSES, 1, 8, 8), generator=torch.Generator().manual_seed(0)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    noise = torch.randint(-80, 81, (n, 1, 8, 8), generator=generator)
+    return (patterns[labels] + noise).to(torch.uint8), labels
+
+
+def toy_model(seed=0, classes=CLASSES, dropout=0.0):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Flatten(),
+            nn.Linear(8 * 36, classes),
+        )
+
+
+TEST_IMAGES, TEST_LABELS = toy_images(400, seed=2)
+QUERIES = toy_images(500, seed=3)[0]
+
+
+def toy_victim():
+    """A toy model that has learned its images, in eval mode."""
+    images, labels = toy_images(800, seed=1)
+    model = toy_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(to_float(images)), labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def same_bits(a, b):
+    """Whether two modules have the same state."""
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
