@@ -9,42 +9,15 @@ they exist, ``OUT/seed<n>/<victim>/metrics.csv`` (columns ``epoch`` and those of
 
 from __future__ import annotations
 
-import base64
 import math
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from divqat.evaluate import plots, tables
-from divqat.evaluate.audits import Audit, audits
+from divqat.evaluate.audits import audits
+from divqat.evaluate.page import Section, write_page
 from divqat.evaluate.result import Result
 from divqat.evaluate.tables import Table
-from divqat.files import read_json, write_text
-
-CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin: 2rem 0 .4rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; margin: .6rem 0 }
-th, td { padding: .32rem .65rem; border-bottom: 1px solid #e2e2e2; text-align: left;
-  vertical-align: top }
-thead th { border-bottom: 2px solid #999 } tbody tr:hover { background: #f6f8fa }
-.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-img { max-width: 100%; display: block; margin: .6rem 0 } ul { padding-left: 0 }
-li { list-style: none } li b { display: inline-block; width: 1.5rem; color: #1a7f37 }
-.check { font-weight: 600 } .check b { color: #b35900 }
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with text, a table, a plot or audits below it."""
-
-    title: str
-    text: str = ""
-    table: Table | None = None
-    plot: Path | None = None
-    audits: tuple[Audit, ...] = ()
+from divqat.files import read_json
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -66,8 +39,7 @@ def write_report(run_dir: str | Path) -> Path:
     result = Result.load(run_dir / "result.json")
     sections = _sections(result, run_dir)
     title = f"Extraction of int8 models on {result.dataset}"
-    write_text(run_dir / "report.md", _markdown(title, sections, run_dir))
-    return write_text(run_dir / "report.html", _html(title, sections))
+    return write_page(run_dir, title, sections)
 
 
 def _sections(result: Result, run_dir: Path) -> list[Section]:
@@ -138,44 +110,3 @@ def _provenance(result: Result) -> Table:
         ["Hardware", result.hardware],
     ]
     return Table(["What", "Value"], rows, text_columns=2)
-
-
-def _markdown(title: str, sections: list[Section], run_dir: Path) -> str:
-    parts = [f"# {title}"]
-    for section in sections:
-        plot = section.plot.relative_to(run_dir).as_posix() if section.plot else ""
-        parts += [
-            f"## {section.title}",
-            section.text,
-            section.table.markdown() if section.table else "",
-            f"![{section.title}]({plot})" if plot else "",
-            "\n".join(f"- {audit}" for audit in section.audits),
-        ]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _html(title: str, sections: list[Section]) -> str:
-    parts = [f"<h1>{escape(title)}</h1>"]
-    for section in sections:
-        parts.append(f"<h2>{escape(section.title)}</h2>")
-        if section.text:
-            parts.append(f"<p>{escape(section.text)}</p>")
-        if section.table:
-            parts.append(f'<div class="wide">{section.table.html()}</div>')
-        if section.plot:
-            data = base64.b64encode(section.plot.read_bytes()).decode()
-            parts.append(f'<img alt="{escape(section.title)}" src="data:image/png;base64,{data}">')
-        if section.audits:
-            parts.append(f"<ul>{''.join(map(_html_audit, section.audits))}</ul>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
-
-
-def _html_audit(audit: Audit) -> str:
-    kind, mark = ("ok", "✓") if audit.ok else ("check", "✗")
-    return f'<li class="{kind}"><b>{mark}</b>{escape(audit.name)}: {escape(audit.detail)}</li>'
