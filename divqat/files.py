@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,24 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict")
     return state
+
+
+def step(
+    path: Path, source: str, make: Callable[[], Mapping[str, Any]], *, product: Path | None = None
+) -> dict[str, Any]:
+    """The content of ``path`` if it was made from ``source`` (and ``product`` is there), else that
+    of ``make()``, which is written to ``path`` with ``source`` and the seconds it took."""
+    if path.is_file() and (product is None or product.is_file()):
+        done = read_json(path)
+        if done.get("source") == source:
+            return done
+    start = time.perf_counter()
+    done = dict(make())
+    done |= {"source": source, "seconds": time.perf_counter() - start}
+    write_json(path, done)
+    return done
+
+
+def file_fingerprint(path: Path) -> str:
+    """16 hexadecimal digits that identify a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -75,13 +75,18 @@ class Options:
             object.__setattr__(self, name, _checked(name, value, kind, spec))
 
     @classmethod
+    def names(cls) -> list[str]:
+        """The fields."""
+        return list(_specs(cls))
+
+    @classmethod
     def from_dict(cls: type[O], data: Mapping[str, Any], *, where: str = "") -> O:
         """Make one from ``{field: value}``; ``where`` says in an error what ``data`` is.
 
         Raises:
             ConfigError: an unknown key (the message names the nearest known one) or a bad value.
         """
-        check_keys(data, _specs(cls), where=where)
+        check_keys(data, cls.names(), where=where)
         try:
             return cls(**data)
         except ConfigError as error:

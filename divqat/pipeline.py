@@ -27,15 +27,13 @@ from divqat.evaluate import (
     write_report,
 )
 from divqat.evaluate.result import hardware, versions
-from divqat.files import read_json
+from divqat.files import file_fingerprint, read_json, step
 from divqat.job import Job
 from divqat.options import differences, read_yaml, write_yaml
 from divqat.steps import (
     attack_run,
     export_run,
     exported,
-    file_fingerprint,
-    step,
     verify_run,
 )
 from divqat.train import Run, TrainConfig, load_run, train

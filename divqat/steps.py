@@ -6,10 +6,7 @@ input, is not done again.
 
 from __future__ import annotations
 
-import hashlib
 import re
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from divqat.attacks import KnockoffNets
 from divqat.data import Splits, to_float, transfer_names, transfer_set
 from divqat.evaluate import accuracy, fidelity, predict
 from divqat.export import export_onnx, verify
-from divqat.files import read_json, write_json
+from divqat.files import file_fingerprint, read_json, step, write_json
 from divqat.options import ConfigError, Options, differences, option
 from divqat.quantize import summary
 from divqat.train.folder import Run, derived_seed
@@ -102,22 +99,6 @@ def answer_arguments(answer: str) -> dict[str, Any]:
     if found[1] == "top":
         return {"answer": "topk", "k": number}
     return {"answer": "rounded", "decimals": number}
-
-
-def step(
-    path: Path, source: str, make: Callable[[], Mapping[str, Any]], *, product: Path | None = None
-) -> dict[str, Any]:
-    """The content of ``path`` if it was made from ``source`` (and ``product`` is there), else that
-    of ``make()``, which is written to ``path`` with ``source`` and the seconds it took."""
-    if path.is_file() and (product is None or product.is_file()):
-        done = read_json(path)
-        if done.get("source") == source:
-            return done
-    start = time.perf_counter()
-    done = dict(make())
-    done |= {"source": source, "seconds": time.perf_counter() - start}
-    write_json(path, done)
-    return done
 
 
 def export_run(run: Run, splits: Splits) -> dict[str, Any]:
@@ -233,8 +214,3 @@ def attack_run(
         }
 
     return step(out / "summary.json", source, make)
-
-
-def file_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that identify a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -302,7 +302,7 @@ def test_reading_the_label_is_being_shown_the_label(model):
 def test_watch_sees_every_epoch(model):
     seen = []
     extraction = QUICK(
-        Victim(model), QUERIES, CLONE, watch=lambda clone: seen.append(copy.deepcopy(clone))
+        Victim(model), QUERIES, CLONE, watch=lambda clone, _: seen.append(copy.deepcopy(clone))
     )
     assert len(seen) == QUICK.epochs and not seen[0].training
     assert same_bits(seen[-1], extraction.clone) and not same_bits(seen[0], seen[-1])

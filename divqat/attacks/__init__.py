@@ -3,4 +3,7 @@
 from divqat.attacks.attack import Attack, Extraction
 from divqat.attacks.knockoff import KnockoffNets
 
-__all__ = ["Attack", "Extraction", "KnockoffNets"]
+#: By the name that the command line and YAML files know.
+ATTACKS: dict[str, type[Attack]] = {"knockoff": KnockoffNets}
+
+__all__ = ["ATTACKS", "Attack", "Extraction", "KnockoffNets"]

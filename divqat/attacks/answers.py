@@ -10,7 +10,7 @@ from torch import Tensor
 
 from divqat.options import ConfigError
 
-READINGS = "as_given, label, temperature<T>, top<k> or rounded<decimals>"
+READINGS = "as_given, label, temperature<T>, top<k>, rounded<decimals> or shuffled"
 
 
 def distributions(answers: Tensor) -> Tensor:  # [N, num_classes] -> rows of sum 1
@@ -28,7 +28,8 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
 
     ``as_given``: scaled to sum 1. ``label``: the class with the largest entry, one-hot.
     ``temperature<T>``: y^(1/T), which softens for T above 1 and sharpens below.
-    ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals.
+    ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals. ``shuffled``: answers to other
+    images, a control that has to end at chance.
 
     Raises:
         ConfigError: none of these.
@@ -37,6 +38,8 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
         return distributions
     if text == "label":
         return _label
+    if text == "shuffled":
+        return _shuffled
     found = re.fullmatch(r"(temperature|top|rounded)(\d+(?:\.\d+)?)", text)
     number = float(found[2]) if found else 0.0
     if found is None or (number <= 0 and found[1] != "rounded"):
@@ -52,6 +55,11 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
 
 def _label(answers: Tensor) -> Tensor:
     return torch.zeros_like(answers).scatter(1, answers.argmax(1, keepdim=True), 1.0)
+
+
+def _shuffled(answers: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return distributions(answers[torch.randperm(len(answers), generator=generator)])
 
 
 def _top(answers: Tensor, k: int) -> Tensor:

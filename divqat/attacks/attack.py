@@ -21,9 +21,10 @@ from divqat.victim import QueryBudgetExceeded, Victim
 PRECISIONS = ("float32", "bfloat16")
 # Answers are stored after this many: what a killed run has to ask again at most.
 QUERIES_PER_SAVE = 4096
-# Called with the clone, in eval mode, whenever it is a result: after every epoch over a transfer
-# set, after every round of the attacks that have rounds. It sees, it does not steer.
-Watch = Callable[[nn.Module], object]
+# Called with the clone, in eval mode, and a count from 1 whenever the clone is a result: after each
+# epoch over a transfer set, after each round of the attacks that have rounds. It sees, it does not
+# steer. A run that goes on after an interruption may say the last count again.
+Watch = Callable[[nn.Module, int], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ class Attack(Options, ABC):
         clone: nn.Module,
         *,
         resume_dir: str | Path | None = None,
-        watch: Watch = lambda clone: None,
+        watch: Watch = lambda clone, count: None,
     ) -> Extraction:
         """Run the attack.
 
@@ -124,7 +125,7 @@ class Attack(Options, ABC):
             resume_dir: keeps answers and the clone of every epoch or round. A run that was killed
                 goes on from there, ends with the same bits as one that was not, and asks nothing
                 twice. One folder belongs to one victim.
-            watch: called with the clone after every epoch or round.
+            watch: called with the clone and a count from 1 after every epoch or round.
 
         Raises:
             QueryBudgetExceeded: before the first query, when the victim's budget is too small.

@@ -75,8 +75,8 @@ class Training:
         while self.epoch < len(self.seeds):
             self._run_epoch(data, targets, loss)
             self.epoch += 1
+            self.task.watch(self.task.clone.eval(), self.epoch)
             self._save()
-            self.task.watch(self.task.clone.eval())
         return self.task.clone.eval()
 
     def _run_epoch(self, data: ImageSet, targets: Tensor, loss: Loss) -> None:

@@ -67,7 +67,7 @@ def training_curves(files: dict[str, list[Path]], path: Path) -> Path | None:
         for ax in axes[len(panels) :]:
             ax.remove()
         for ax, column in zip(axes, panels, strict=False):
-            for color, (name, seeds) in zip(_cycle(), curves.items(), strict=False):
+            for color, (name, seeds) in zip(colors(), curves.items(), strict=False):
                 _curve(ax, [seed[column] for seed in seeds if seed.get(column)], color, name)
             ax.set(title=CURVES[column], xlabel="epoch")
         handles, labels = axes[0].get_legend_handles_labels()
@@ -77,7 +77,7 @@ def training_curves(files: dict[str, list[Path]], path: Path) -> Path | None:
                     handles, labels = [*handles, handle], [*labels, label]
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
 
-    return _save(path, (4.2 * columns, 2.7 * rows + 0.3), draw)
+    return save_plot(path, (4.2 * columns, 2.7 * rows + 0.3), draw)
 
 
 def clone_bars(result: Result, path: Path) -> Path:
@@ -118,7 +118,7 @@ def clone_bars(result: Result, path: Path) -> Path:
         ax.set(ylabel="test accuracy (%)", ylim=(0, 105), xlim=(-0.6, len(victims) - 0.4))
         figure.legend(handles=shown, loc="outside upper center", ncols=3)
 
-    return _save(path, (max(6.0, 1.8 * len(victims) + 1), 4.0), draw)
+    return save_plot(path, (max(6.0, 1.8 * len(victims) + 1), 4.0), draw)
 
 
 def confidence_histograms(result: Result, path: Path) -> Path | None:
@@ -132,7 +132,7 @@ def confidence_histograms(result: Result, path: Path) -> Path | None:
         axes = figure.subplots(1, 2, sharey=True)
         edges = [i / HISTOGRAM_BINS for i in range(HISTOGRAM_BINS + 1)]
         for ax, (field, title) in zip(axes, sets.items(), strict=True):
-            for color, (name, runs) in zip(_cycle(), result.by_victim.items(), strict=False):
+            for color, (name, runs) in zip(colors(), result.by_victim.items(), strict=False):
                 found = [c.histogram for v in runs if (c := getattr(v, field)) is not None]
                 counts = [sum(column) for column in zip(*found, strict=True)]
                 if sum(counts):
@@ -143,7 +143,7 @@ def confidence_histograms(result: Result, path: Path) -> Path | None:
         drawn = max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1]))
         figure.legend(*drawn.get_legend_handles_labels(), loc="outside upper center", ncols=4)
 
-    return _save(path, (8.4, 3.2), draw)
+    return save_plot(path, (8.4, 3.2), draw)
 
 
 def layer_sqnr(layers: dict[str, list[tuple[str, float]]], path: Path) -> Path | None:
@@ -155,7 +155,7 @@ def layer_sqnr(layers: dict[str, list[tuple[str, float]]], path: Path) -> Path |
 
     def draw(figure: Any) -> None:
         ax = figure.subplots()
-        for color, (victim, rows) in zip(_cycle(), layers.items(), strict=False):
+        for color, (victim, rows) in zip(colors(), layers.items(), strict=False):
             if rows:
                 places = [names.index(name) for name, _ in rows]
                 ax.plot([value for _, value in rows], places, "o", color=color, ms=5, label=victim)
@@ -163,7 +163,7 @@ def layer_sqnr(layers: dict[str, list[tuple[str, float]]], path: Path) -> Path |
         ax.set(xlabel="SQNR (dB, more is better)", ylim=(len(names) - 0.5, -0.5))
         figure.legend(loc="outside upper center", ncols=4)
 
-    return _save(path, (7.0, 0.24 * len(names) + 1.3), draw)
+    return save_plot(path, (7.0, 0.24 * len(names) + 1.3), draw)
 
 
 def _curve(ax: Any, seeds: list[Values], color: str, label: str) -> None:
@@ -195,12 +195,18 @@ def _read_curves(path: Path) -> dict[str, Values]:
     return curves
 
 
-def _cycle() -> Iterable[str]:
+def colors() -> Iterable[str]:
+    """Colors without end."""
     while True:
         yield from COLORS
 
 
-def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path:
+def save_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path:
+    """Let ``draw`` fill a matplotlib Figure of ``size`` inches, and write it atomically.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     matplotlib = require("matplotlib", "report")
     # Not pyplot: it keeps every figure and wants to choose a window system.
     figure_class = require("matplotlib.figure", "report").Figure

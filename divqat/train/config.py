@@ -12,6 +12,7 @@ from divqat.options import ConfigError, Options, option
 from divqat.quantize.config import PRESETS
 
 METHODS = ("fp", "qat", "divqat")
+FLOAT_METHODS = ("fp",)  # not quantized, not exported
 PRECISIONS = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.

@@ -1,0 +1,15 @@
+"""How extractable is a model? Victims behind defenses, attacked in every way.
+
+Example:
+    >>> from divqat.evaluate.grid import Grid, Subject, evaluate
+    >>> grid = Grid(attacks=("knockoff", "knockoff:reading=label"), defenses=("none",), seeds=3)
+    >>> evaluate([Subject("mine", "model.onnx")], splits, grid, "runs/mine")  # doctest: +SKIP
+"""
+
+from divqat.evaluate.grid.config import Grid
+from divqat.evaluate.grid.report import write_report
+from divqat.evaluate.grid.result import Cell, Evaluation, Released
+from divqat.evaluate.grid.run import evaluate
+from divqat.evaluate.grid.subject import Subject
+
+__all__ = ["Cell", "Evaluation", "Grid", "Released", "Subject", "evaluate", "write_report"]

@@ -1,0 +1,155 @@
+"""Questions that an evaluation has to answer before its numbers mean anything."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from divqat.evaluate.audits import ABOVE_CHANCE, ACCURACY_LOSS, AGREEMENT, SEEDS, Audit
+from divqat.evaluate.grid.result import CONTROL, HARD, SOFT, Evaluation, Released, best_of, reads
+from divqat.evaluate.grid.specs import UNDEFENDED
+from divqat.evaluate.grid.tables import floor
+
+NEAR_CHANCE = 0.1  # a clone of shuffled answers may be better than chance by so much
+
+
+def audits(result: Evaluation) -> list[Audit]:
+    """All audits of an evaluation; what was not measured counts as not ok."""
+    done = [row for row in result.released if not row.unreachable]
+    found = [_seeds(result), _control(result), _attacks(result), _works(result), _chance(result)]
+    for field, name, good in (
+        ("deterministic", "victims are deterministic, in eval mode", "same images, same answers"),
+        ("distributions", "answers are distributions", "non-negative, sum 1"),
+    ):
+        bad = [row for row in done if getattr(row, field) is not True]
+        found.append(Audit(name, bool(done) and not bad, f"not {_names(bad)}" if bad else good))
+    found += [_deployed(result), _budget(result), _overlap(result), _epochs(result)]
+    return found + _costs(result) + _floors(result)
+
+
+def _seeds(result: Evaluation) -> Audit:
+    counts = [len(_seeds_of(result, *pair)) for pair in result.pairs()]
+    least = min(counts, default=0)
+    return Audit("seeds", least >= SEEDS, f"at least {least}; a spread wants {SEEDS}")
+
+
+def _seeds_of(result: Evaluation, victim: str, defense: str) -> set[int]:
+    return {c.seed for c in result.select(result.cells, victim=victim, defense=defense)}
+
+
+def _control(result: Evaluation) -> Audit:
+    found = result.select(result.released, method="qat", defense=UNDEFENDED)
+    name = "plain QAT without a defense is in the table"
+    return Audit(name, bool(found), _names(found) if found else "no victim of method qat")
+
+
+def _attacks(result: Evaluation) -> Audit:
+    bad = [
+        f"{victim} behind {defense}"
+        for victim, defense in result.pairs()
+        if not (
+            result.per_seed(victim, defense, reads(SOFT))
+            and result.per_seed(victim, defense, reads(HARD))
+        )
+        and not any(
+            row.unreachable
+            for row in result.select(result.released, victim=victim, defense=defense)
+        )
+    ]
+    detail = f"not {', '.join(bad)}" if bad else "answers as given and their labels"
+    return Audit("attacked from soft and from hard answers", not bad and bool(result.cells), detail)
+
+
+def _works(result: Evaluation) -> Audit:
+    best = [
+        cell
+        for victim in dict.fromkeys(row.victim for row in result.released)
+        for cell in result.per_seed(victim, UNDEFENDED, best_of)
+    ]
+    name = "the attack works on an undefended victim"
+    if not best:
+        return Audit(name, False, f"not tried; chance is {result.chance:.1%}")
+    accuracy = max(cell.accuracy for cell in best)
+    detail = f"best clone {accuracy:.1%}, chance {result.chance:.1%}"
+    return Audit(name, accuracy >= result.chance + ABOVE_CHANCE, detail)
+
+
+def _chance(result: Evaluation) -> Audit:
+    found = [cell.accuracy for cell in result.cells if cell.reading == CONTROL]
+    name = "answers to other images teach nothing"
+    if not found:
+        detail = f"not tried: add the attack knockoff:reading={CONTROL}"
+        return Audit(name, False, detail)
+    detail = f"clones of shuffled answers {mean(found):.1%}, chance {result.chance:.1%}"
+    return Audit(name, mean(found) <= result.chance + NEAR_CHANCE, detail)
+
+
+def _deployed(result: Evaluation) -> Audit:
+    known = [row.agreement for row in result.released if row.agreement is not None]
+    name = "the deployed model is the trained one"
+    if len(known) < len(result.released):
+        return Audit(name, False, f"attacked: {result.deployed}; agreement not measured for all")
+    detail = f"attacked: {result.deployed}; argmax agreement at least {min(known):.2%}"
+    return Audit(name, min(known) >= AGREEMENT, detail)
+
+
+def _budget(result: Evaluation) -> Audit:
+    over = [cell for cell in result.cells if cell.queries > cell.budget]
+    most = max((cell.queries for cell in result.cells), default=0)
+    detail = f"exceeded in {len(over)} attacks" if over else f"at most {most} queries"
+    return Audit("query budgets are respected", bool(result.cells) and not over, detail)
+
+
+def _overlap(result: Evaluation) -> Audit:
+    detail = ", ".join(f"{count} {name}" for name, count in result.overlap.items()) or "not checked"
+    ok = bool(result.overlap) and not any(
+        count for name, count in result.overlap.items() if name.startswith("queries")
+    )
+    return Audit("queries are not the victim's images", ok, detail)
+
+
+def _epochs(result: Evaluation) -> Audit:
+    if not result.cells:
+        return Audit("clones are those of the last epoch", False, "no clone")
+    gain = 100 * mean(cell.best_accuracy - cell.accuracy for cell in result.cells)
+    detail = f"choosing the best epoch with the test set would add {gain:.1f} points on average"
+    return Audit("clones are those of the last epoch", True, detail)
+
+
+def _costs(result: Evaluation) -> list[Audit]:
+    """Whether each victim and defense keeps the accuracy of undefended plain QAT, seed by seed."""
+    control = {
+        row.seed: row.accuracy
+        for row in result.select(result.released, method="qat", defense=UNDEFENDED)
+        if row.accuracy is not None
+    }
+    found = []
+    for victim, defense in result.pairs():
+        rows = result.select(result.released, victim=victim, defense=defense)
+        losses = [
+            control[row.seed] - row.released_accuracy
+            for row in rows
+            if row.released_accuracy is not None and row.seed in control
+        ]
+        if losses and (rows[0].method, defense) != ("qat", UNDEFENDED):
+            detail = f"{-100 * mean(losses):+.2f} points, -{100 * ACCURACY_LOSS} allowed"
+            name = f"{victim} behind {defense} keeps plain QAT's accuracy"
+            found.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
+    return found
+
+
+def _floors(result: Evaluation) -> list[Audit]:
+    lowest = floor(result)
+    found = []
+    for victim, defense in result.pairs():
+        method = result.select(result.released, victim=victim)[0].method
+        best = result.per_seed(victim, defense, best_of)
+        if lowest is not None and best and (method, defense) != ("qat", UNDEFENDED):
+            accuracy = mean(cell.accuracy for cell in best)
+            detail = f"best of all attacks {accuracy:.1%}, floor {lowest:.1%}"
+            name = f"{victim} behind {defense} beats showing labels only"
+            found.append(Audit(name, accuracy < lowest, detail))
+    return found
+
+
+def _names(rows: list[Released]) -> str:
+    return ", ".join(dict.fromkeys(f"{row.victim} behind {row.defense}" for row in rows))

@@ -1,0 +1,72 @@
+"""One attack of an evaluation."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from divqat.attacks import Attack
+from divqat.data import ImageSet
+from divqat.evaluate.grid.defended import Defended
+from divqat.evaluate.metrics import accuracy, fidelity, predict
+from divqat.files import read_json, write_json
+
+
+class Curve:
+    """Watches a clone's test accuracy; what an interrupted attack has seen is kept in ``file``."""
+
+    def __init__(self, file: Path, test: ImageSet) -> None:
+        self.file, self.test = file, test
+        self.values: list[float] = read_json(file) if file.is_file() else []
+
+    def __call__(self, clone: nn.Module, count: int) -> None:
+        value = accuracy(predict(clone, self.test), self.test.labels)
+        self.values[count - 1 :] = [value]
+        write_json(self.file, self.values)
+
+
+def run_attack(
+    attack: Attack,
+    defended: Defended,
+    queries: Tensor,  # uint8 [N, C, H, W]
+    clone: nn.Module,
+    work: Path,
+    *,
+    test: ImageSet,
+    released: Tensor,  # [N, num_classes], to the test images
+    holdout: ImageSet,
+) -> dict[str, Any]:
+    """Run an attack and measure its clone: the measured fields of
+    :class:`divqat.evaluate.grid.result.Cell`.
+
+    Args:
+        attack: an attack that wants to know the defense (it has ``against``) is told.
+        defended: the victim.
+        queries: the attacker's images.
+        clone: with its first weights.
+        work: keeps the checkpoints.
+        test: where clone and victim are measured.
+        released: what the victim releases there.
+        holdout: the attacker's labeled images.
+    """
+    curve = Curve(work / "curve.json", test)
+    if hasattr(attack, "against"):
+        attack = attack.against(copy.deepcopy(defended.defense))
+    victim = defended.victim(attack.query_budget)
+    start = time.perf_counter()
+    extraction = attack(victim, queries, clone, resume_dir=work, watch=curve)
+    seconds = time.perf_counter() - start
+    answers = predict(extraction.clone, test)
+    return {
+        "accuracy": accuracy(answers, test.labels),
+        "fidelity": fidelity(answers, released),
+        "holdout_accuracy": accuracy(predict(extraction.clone, holdout), holdout.labels),
+        "best_accuracy": max(curve.values),
+        "curve": curve.values,
+        "queries": extraction.queries,
+        "seconds": seconds,
+    }

@@ -1,0 +1,121 @@
+"""What an evaluation tries: each field is a flag of ``divqat evaluate`` and a key of ``evaluate:``
+in the YAML file of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from divqat import models
+from divqat.attacks import ATTACKS, Attack
+from divqat.attacks.attack import PRECISIONS
+from divqat.data import Splits, transfer_names, transfer_set
+from divqat.defenses import DEFENSES
+from divqat.evaluate.grid.specs import UNDEFENDED, make_attack, make_defense
+from divqat.options import ConfigError, Options, option
+
+SPEC = "name or name:setting=value,setting=value"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Options):
+    """Every defense with every attack, budget and clone.
+
+    Raises:
+        ConfigError: a value of a wrong type or out of range, an unknown attack or defense.
+    """
+
+    attacks: tuple[str, ...] = option(
+        ("knockoff", "knockoff:reading=label"),
+        f"{SPEC}; of {', '.join(ATTACKS)}.",
+        group="what is tried",
+    )
+    defenses: tuple[str, ...] = option(
+        (UNDEFENDED,),
+        f"{SPEC}; of {', '.join([UNDEFENDED, *DEFENSES])}. l1=0.5 sets the strength so that "
+        "released answers to the queries are so far from the clean ones.",
+        group="what is tried",
+    )
+    budgets: tuple[int, ...] | None = option(
+        None,
+        "Queries of each attack; several give a curve. None: as many as the query set has images.",
+        group="what is tried", least=1,
+    )  # fmt: skip
+    clones: tuple[str, ...] = option(
+        ("vgg_small",),
+        "Networks that the attacker trains.",
+        group="what is tried",
+        choices=models.names(),
+    )
+    seeds: int = option(
+        3, "Attacks of each kind, with seeds 0, 1 ...", group="what is tried", least=1
+    )
+
+    query_set: str = option(
+        "photos",
+        "Images that the attacker asks about.",
+        group="attacker",
+        choices=transfer_names(),
+    )
+    query_root: str | None = option(
+        None, "Folder with these images, where they are not found by themselves.", group="attacker"
+    )
+    query_limit: int | None = option(
+        None, "Images of the query set; None: all.", group="attacker", least=1
+    )
+    holdout: int = option(
+        200, "Labeled images of the victim's kind that the attacker owns, to choose its best clone "
+        "with; from the validation split.",
+        group="attacker", least=1,
+    )  # fmt: skip
+    epochs: int = option(10, "Passes over the answers.", group="attacker", least=1)
+    batch_size: int = option(64, "Images per step.", group="attacker", least=1)
+    lr: float = option(0.02, "Highest learning rate.", group="attacker", above=0)
+    pad: int = option(0, "Shift the images at random by so many pixels.", group="attacker", least=0)
+    flip: bool = option(False, "Mirror the images at random.", group="attacker")
+    precision: str = option(
+        "float32", "Autocast of the clone's training.", group="attacker", choices=PRECISIONS
+    )
+    surrogate: str = option(
+        "lenet", "Network of the defenses that need one.", group="owner", choices=models.names()
+    )
+    device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
+    threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for attack in self.attacks:
+            self.attack(attack, 1, 0)
+        for defense in self.defenses:
+            make_defense(defense)
+        for name in ("attacks", "defenses", "budgets", "clones"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise ConfigError(
+                    f"{name}: wanted each only once, got {', '.join(map(str, values))}"
+                )
+
+    def attack(self, text: str, budget: int, seed: int) -> Attack:
+        """The attack of a spec; settings that the spec leaves out are those of the grid."""
+        names = ("epochs", "batch_size", "lr", "pad", "flip", "precision")
+        usual = {name: getattr(self, name) for name in names}
+        return make_attack(text, {**usual, "query_budget": budget, "seed": seed})
+
+    def attacker(self, queries: int) -> Iterator[tuple[str, int, str]]:
+        """Attack, budget and clone of every cell of a defended victim."""
+        for budget in self.budgets or (queries,):
+            for clone in self.clones:
+                for attack in self.attacks:
+                    yield attack, budget, clone
+
+    def queries(self, splits: Splits) -> Tensor:
+        """The query set, uint8 [N, C, H, W]; the same for every seed."""
+        return transfer_set(
+            self.query_set,
+            channels=splits.channels,
+            image_size=splits.image_size,
+            data_root=self.query_root,
+            limit=self.query_limit,
+        )

@@ -1,0 +1,153 @@
+"""Plots of an evaluation; see :func:`divqat.evaluate.plots.save_plot` for the errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from divqat.evaluate.grid.result import (
+    CONTROL,
+    HARD,
+    SOFT,
+    Evaluation,
+    best_of,
+    reads,
+)
+from divqat.evaluate.grid.specs import UNDEFENDED
+from divqat.evaluate.grid.tables import floor
+from divqat.evaluate.metrics import HISTOGRAM_BINS
+from divqat.evaluate.plots import BARS, colors, save_plot
+
+MARKERS = "osD^vPX*<>ph8d"
+LINE = {"color": "#808080", "lw": 1}
+WHISKER = {"ecolor": "#909090", "capsize": 2, "lw": 1}
+
+
+def front(result: Evaluation, path: Path) -> Path | None:
+    """The trade-off: accuracy of what is released against that of the best clone."""
+    points = {}
+    for victim, defense in result.pairs():
+        rows = result.select(result.released, victim=victim, defense=defense)
+        theirs = [100 * cell.accuracy for cell in result.per_seed(victim, defense, best_of)]
+        ours = [100 * row.released_accuracy for row in rows if row.released_accuracy is not None]
+        if ours and theirs:
+            points[victim, defense] = (theirs, ours)
+    if not points:
+        return None
+    defenses = list(dict.fromkeys(defense for _, defense in points))
+    victims = dict(zip(dict.fromkeys(victim for victim, _ in points), colors(), strict=False))
+
+    def draw(figure: Any) -> None:
+        ax = figure.subplots()
+        for (victim, defense), (theirs, ours) in points.items():
+            marker = MARKERS[defenses.index(defense) % len(MARKERS)]
+            ax.errorbar(
+                mean(theirs), mean(ours), _std(ours), _std(theirs), marker, ms=7,
+                color=victims[victim], ecolor="#b0b0b0", elinewidth=1,
+            )  # fmt: skip
+        for victim, color in victims.items():
+            ax.plot([], [], "s", color=color, label=victim)
+        for i, defense in enumerate(defenses):
+            ax.plot([], [], MARKERS[i % len(MARKERS)], color="#606060", label=defense)
+        ax.axvline(100 * result.chance, ls=":", **LINE)
+        lowest = floor(result)
+        if lowest is not None:
+            ax.axvline(100 * lowest, ls="--", **LINE)
+        ax.set(xlabel="best clone's test accuracy (%), less is better")
+        ax.set(ylabel="accuracy of released answers (%)")
+        figure.legend(loc="outside right upper", fontsize=8)
+
+    return save_plot(path, (8.0, 4.6), draw)
+
+
+def bars(result: Evaluation, path: Path) -> Path | None:
+    """Soft, hard and best clone of every victim and defense."""
+    pairs = [pair for pair in result.pairs() if result.per_seed(*pair, best_of)]
+    if not pairs:
+        return None
+    groups = {"soft answers": reads(SOFT), "hard answers": reads(HARD), "best of all": best_of}
+
+    def draw(figure: Any) -> None:
+        ax = figure.subplots()
+        for i, (color, (label, pick)) in enumerate(zip(BARS, groups.items(), strict=False)):
+            values = [[100 * c.accuracy for c in result.per_seed(*pair, pick)] for pair in pairs]
+            known = [(place, some) for place, some in enumerate(values) if some]
+            ax.barh(
+                [place + 0.25 * (i - 1) for place, _ in known],
+                [mean(some) for _, some in known],
+                0.23,
+                xerr=[_std(some) for _, some in known],
+                error_kw=WHISKER,
+                color=color,
+                label=label,
+            )
+        ax.axvline(100 * result.chance, ls=":", label="chance", **LINE)
+        lowest = floor(result)
+        if lowest is not None:
+            ax.axvline(100 * lowest, ls="--", label="label-only floor", **LINE)
+        ax.set_yticks(range(len(pairs)), [" · ".join(pair) for pair in pairs], fontsize=8)
+        ax.set(xlabel="clone's test accuracy (%)", xlim=(0, 100), ylim=(len(pairs) - 0.5, -0.5))
+        ax.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=5)
+
+    return save_plot(path, (8.0, 0.42 * len(pairs) + 1.2), draw)
+
+
+def budget_curve(result: Evaluation, path: Path) -> Path | None:
+    """Clone accuracy against queries, on undefended victims; None with one budget."""
+    cells = [c for c in result.cells if c.defense == UNDEFENDED and c.reading != CONTROL]
+    budgets = sorted({cell.budget for cell in cells})
+    if len(budgets) < 2:
+        return None
+    victims = list(dict.fromkeys(cell.victim for cell in cells))
+    attacks = list(dict.fromkeys((cell.attack, cell.clone) for cell in cells))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(victims), sharey=True, squeeze=False)[0]
+        for ax, victim in zip(axes, victims, strict=True):
+            for color, (attack, clone) in zip(colors(), attacks, strict=False):
+                points = []
+                for budget in budgets:
+                    some = result.select(
+                        cells, victim=victim, attack=attack, clone=clone, budget=budget
+                    )
+                    if some:
+                        values = [100 * cell.accuracy for cell in some]
+                        points.append((budget, mean(values), _std(values)))
+                if points:
+                    ax.errorbar(*zip(*points, strict=True), color=color, marker="o", ms=4,
+                                capsize=2, label=f"{attack} ({clone})")  # fmt: skip
+            ax.set(title=victim, xlabel="queries", xscale="log")
+            ax.axhline(100 * result.chance, ls=":", **LINE)
+        axes[0].set_ylabel("clone's test accuracy (%)")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+    return save_plot(path, (max(5.0, 3.4 * len(victims)), 3.8), draw)
+
+
+def answers(result: Evaluation, path: Path) -> Path | None:
+    """How sure the undefended victims are of test images and of the attacker's."""
+    rows = [row for row in result.select(result.released, defense=UNDEFENDED) if row.test]
+    if not rows:
+        return None
+    victims = list(dict.fromkeys(row.victim for row in rows))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 2, sharey=True)
+        edges = [i / HISTOGRAM_BINS for i in range(HISTOGRAM_BINS + 1)]
+        for ax, name in zip(axes, ("test", "queries"), strict=True):
+            for color, victim in zip(colors(), victims, strict=False):
+                found = [getattr(row, name).histogram for row in rows if row.victim == victim]
+                counts = [sum(column) for column in zip(*found, strict=True)]
+                shares = [100 * count / sum(counts) for count in counts]
+                ax.stairs(shares, edges, color=color, lw=1.6, label=victim)
+            ax.set(title=f"{name}", xlabel="victim's top probability", xlim=(0, 1))
+        axes[0].set_ylabel("share of images (%)")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+    return save_plot(path, (8.4, 3.2), draw)
+
+
+def _std(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0

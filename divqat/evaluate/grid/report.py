@@ -1,0 +1,86 @@
+"""The report of an evaluation: ``report.md``, ``report.html`` and plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from divqat.evaluate.grid import plots, tables
+from divqat.evaluate.grid.audits import audits
+from divqat.evaluate.grid.result import EVALUATION, Evaluation
+from divqat.evaluate.page import Section, write_page
+from divqat.evaluate.tables import Table, settings_text
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write the report of an evaluation into its folder.
+
+    Returns:
+        ``folder/report.html``: one file that needs nothing else. ``folder/report.md`` says the same
+        and shows ``folder/plots/*.png``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no ``evaluation.json``, or it is none.
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    result = Evaluation.load(folder / EVALUATION)
+    title = f"How extractable: {result.dataset}"
+    return write_page(folder, title, _sections(result, folder / "plots"))
+
+
+def _sections(result: Evaluation, folder: Path) -> list[Section]:
+    grid = result.grid
+    training = {name: grid[name] for name in ("epochs", "batch_size", "lr", "precision")}
+    main = (
+        f"Attacked: {result.deployed}. Percent on the test set, mean ± standard deviation over the "
+        f"seeds, for {result.budget} queries of {grid['query_set']}. Clones "
+        f"({', '.join(grid['clones'])}) train with {settings_text(training)} unless their attack "
+        "says otherwise. Soft: from the answers as they are given; hard: from their largest entry; "
+        f"best of all: of every attack and clone, the one that does best on {grid['holdout']} "
+        "labeled images of the attacker's own. Fidelity: same top-1 as the released answers. "
+        f"{_floor(result)}"
+    )
+    sections = [
+        Section("Results", main, tables.main_table(result)),
+        Section("Trade-off", "Left of the dashed line a clone is worse than what labels alone "
+                "give away; dotted: chance.", plot=plots.front(result, folder / "front.png")),
+        Section("Clones", plot=plots.bars(result, folder / "clones.png")),
+        Section("Audits", audits=tuple(audits(result))),
+        Section(
+            "All attacks",
+            "Clone accuracy by victim; what choosing the best epoch with the test set would add, "
+            "in points; seconds of an attack.",
+            tables.attacks_table(result),
+        ),
+        Section("More queries", plot=plots.budget_curve(result, folder / "budget.png")),
+        Section(
+            "Answers",
+            "What is released, before any attack.",
+            tables.released_table(result),
+            plots.answers(result, folder / "answers.png"),
+        ),
+    ]  # fmt: skip
+    shown = [section for section in sections if section.table or section.plot or section.audits]
+    return [*shown, Section("How this was made", table=_provenance(result))]
+
+
+def _floor(result: Evaluation) -> str:
+    lowest = tables.floor(result)
+    if lowest is None:
+        return "Label-only floor: unknown, no hard-label attack on undefended plain QAT was run."
+    return f"Label-only floor (hard-label clone of undefended plain QAT): {lowest:.1%}."
+
+
+def _provenance(result: Evaluation) -> Table:
+    seeds = sorted({cell.seed for cell in result.cells})
+    rows = [
+        ["Command", result.command],
+        ["Date", result.date],
+        ["Seeds", ", ".join(map(str, seeds))],
+        ["Time", f"{sum(cell.seconds for cell in result.cells) / 60:.0f} min in attacks"],
+        ["Data", f"{result.dataset}, {result.num_classes} classes"],
+        ["Queries", f"{result.grid['query_set']}, {result.query_images} images"],
+        ["Versions", ", ".join(f"{name} {number}" for name, number in result.versions.items())],
+        ["Hardware", result.hardware],
+    ]
+    return Table(["What", "Value"], rows, text_columns=2)

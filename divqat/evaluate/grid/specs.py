@@ -1,0 +1,90 @@
+"""Attacks and defenses as text: ``name`` or ``name:setting=value,setting=value``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from divqat.attacks import ATTACKS, Attack
+from divqat.defenses import DEFENSES, Defense
+from divqat.errors import unknown_name
+from divqat.options import ConfigError, check_keys
+
+UNDEFENDED = "none"
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def split_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """``"jbda:rounds=4,flip=true"`` as ``("jbda", {"rounds": 4, "flip": True})``.
+
+    Raises:
+        ConfigError: a part is no ``setting=value``, or a setting comes twice.
+    """
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key or not value or key in settings:
+            raise ConfigError(f"wanted name:setting=value,setting=value, got {text!r}")
+        settings[key] = _value(value)
+    return name, settings
+
+
+def _value(text: str) -> Any:
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
+    """The attack that ``text`` names.
+
+    Args:
+        text: its spec.
+        defaults: settings for those of the attack's settings that the spec leaves out; what the
+            attack does not have is ignored.
+
+    Raises:
+        ConfigError: an unknown attack or setting, or a bad value.
+    """
+    name, settings = split_spec(text)
+    if name not in ATTACKS:
+        raise ConfigError(str(unknown_name("attack", name, ATTACKS)))
+    kind = ATTACKS[name]
+    known = kind.names()
+    check_keys(settings, known, where=text)
+    usual = {key: value for key, value in defaults.items() if key in known}
+    return kind.from_dict({**usual, **settings}, where=text)
+
+
+def make_defense(text: str) -> tuple[Defense | None, float | None]:
+    """The defense that ``text`` names, and the L1 distance that it is to be set to.
+
+    ``none`` is None. Beside the defense's own settings a spec takes ``l1``: the mean L1 distance
+    between clean and released answers to the query set that its strength is chosen for.
+
+    Raises:
+        ConfigError: an unknown defense or setting, a bad value, or ``l1`` where nothing decides it.
+    """
+    name, settings = split_spec(text)
+    if name == UNDEFENDED and not settings:
+        return None, None
+    if name not in DEFENSES:
+        raise ConfigError(str(unknown_name("defense", name, [UNDEFENDED, *DEFENSES])))
+    kind = DEFENSES[name]
+    l1 = settings.pop("l1", None)
+    check_keys(settings, kind.names(), where=text)
+    if l1 is not None and not (isinstance(l1, (int, float)) and 0 < l1 < 2):
+        raise ConfigError(f"{text}: l1: wanted a number between 0 and 2, got {l1!r}")
+    if l1 is not None and (kind.strength is None or kind.strength in settings):
+        raise ConfigError(
+            f"{text}: l1: {name} has no strength to choose"
+            if kind.strength is None
+            else f"{text}: l1: wanted it or {kind.strength}, not both"
+        )
+    return kind.from_dict(settings, where=text), l1

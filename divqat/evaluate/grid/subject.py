@@ -1,0 +1,95 @@
+"""A deployed model that is to be evaluated, and its answers, each computed once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat.data import ImageSet, Splits, to_float
+from divqat.evaluate.metrics import predict
+from divqat.files import file_fingerprint
+from divqat.train.folder import fingerprint
+from divqat.victim import logits_function
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A victim.
+
+    Args:
+        name: in tables; victims of several seeds share it.
+        model: whatever :class:`divqat.victim.Victim` takes: an ``nn.Module`` in eval mode, the path
+            of an ONNX file, an open session, or a function from float images to logits.
+        method: how it was trained; ``qat`` is the undefended control.
+        seed: of its training, and of the attacks on it; None: it is attacked with every seed.
+        agreement: share of test images that the trained and the deployed model put in one class.
+    """
+
+    name: str
+    model: Any
+    method: str = "unknown"
+    seed: int | None = None
+    agreement: float | None = None
+
+    def fingerprint(self, images: Tensor) -> str:
+        """What identifies the model: its file, its weights, or its answers to uint8 ``images``."""
+        if isinstance(self.model, (str, Path)) and Path(self.model).is_file():
+            return file_fingerprint(Path(self.model))
+        if isinstance(self.model, nn.Module):
+            return fingerprint(self.model.state_dict())
+        return fingerprint({"logits": predict(self.model, images)})
+
+
+class Remembered:
+    """A model as a function from float images [N, C, H, W] to logits [N, num_classes], which knows
+    those of given images: many attacks ask the same questions, and the model is the slow part.
+
+    Args:
+        model: as of :class:`Subject`.
+        images: uint8 [N, C, H, W].
+    """
+
+    def __init__(self, model: Any, images: Tensor) -> None:
+        self._logits_of = logits_function(model)
+        self.logits = predict(model, images)  # [N, num_classes]
+        self._rows = {key: row for row, key in enumerate(image_keys(to_float(images)))}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        rows = [self._rows.get(key, -1) for key in image_keys(images)]
+        known = torch.tensor(rows)
+        logits = self.logits[known.clamp(min=0)]
+        new = known < 0
+        if new.any():
+            logits[new] = self._logits_of(images[new.to(images.device)])
+        return logits
+
+
+def image_keys(images: Tensor) -> list[bytes]:
+    """What tells the images of a batch [N, ...] apart."""
+    rows = images.cpu().contiguous().flatten(1).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def overlaps(splits: Splits, queries: Tensor) -> dict[str, int]:
+    """How many images of one set are in another, pixel by pixel; sets that are streamed are left
+    out, as reading them all takes too long.
+
+    Args:
+        splits: the victim's data.
+        queries: uint8 [N, C, H, W].
+    """
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    keys = {"queries": image_keys(queries)}
+    keys |= {k: image_keys(s.images) for k, s in sets.items() if isinstance(s, ImageSet)}
+    found = {}
+    for one, other in (("queries", "train"), ("queries", "test"), ("test", "train"),
+                       ("validation", "test")):  # fmt: skip
+        if one in keys and other in keys:
+            there = set(keys[other])
+            found[f"{one} in {other}"] = sum(key in there for key in keys[one])
+    return found

@@ -1,0 +1,126 @@
+"""Tables of an evaluation, in percent, mean ± standard deviation over the seeds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from statistics import mean
+from typing import Any
+
+from divqat.evaluate.grid.result import (
+    HARD,
+    SOFT,
+    Cell,
+    Evaluation,
+    Released,
+    best_of,
+    reads,
+)
+from divqat.evaluate.tables import ABSENT, Table, percent, spread
+
+
+def main_table(result: Evaluation) -> Table:
+    """One row per victim and defense: what it costs, and what the attackers get."""
+    header = (
+        "Victim|Defense|Victim acc|Released acc|L1 queries|Clone soft|Clone hard|Best of all|"
+        "Fidelity|Best attack"
+    )
+    rows = []
+    for victim, defense in result.pairs():
+        released = result.select(result.released, victim=victim, defense=defense)
+        soft, hard, best = (
+            result.per_seed(victim, defense, pick) for pick in (reads(SOFT), reads(HARD), best_of)
+        )
+        unreachable = any(row.unreachable for row in released)
+        rows.append(
+            [
+                victim,
+                f"{defense} (out of reach)" if unreachable else defense,
+                percent(row.accuracy for row in released),
+                percent(row.released_accuracy for row in released),
+                _spread(released, "l1_queries", 2),
+                *(percent(cell.accuracy for cell in cells) for cells in (soft, hard, best)),
+                percent(cell.fidelity for cell in best),
+                _most(cell.attack for cell in best),
+            ]
+        )
+    return Table(header.split("|"), rows, text_columns=2)
+
+
+def floor(result: Evaluation) -> float | None:
+    """Mean accuracy of hard-label clones of undefended plain QAT: what showing nothing but labels
+    leaves to an attacker; None where it was not measured."""
+    names = [row.victim for row in result.select(result.released, method="qat", defense="none")]
+    cells = result.per_seed(names[0], "none", reads(HARD)) if names else []
+    return mean(cell.accuracy for cell in cells) if cells else None
+
+
+def attacks_table(result: Evaluation) -> Table:
+    """Clone accuracy of every attack, clone and budget: one column for each victim."""
+    victims = list(dict.fromkeys(row.victim for row in result.released))
+    keys = list(dict.fromkeys((c.defense, c.attack, c.clone, c.budget) for c in result.cells))
+    rows = []
+    for defense, attack, clone, budget in keys:
+        same = result.select(
+            result.cells, defense=defense, attack=attack, clone=clone, budget=budget
+        )
+        cells = [result.select(same, victim=victim) for victim in victims]
+        rows.append(
+            [
+                defense,
+                attack,
+                clone,
+                str(max(cell.queries for cell in same)),
+                *(percent(cell.accuracy for cell in some) for some in cells),
+                _gain(same),
+                spread((cell.seconds for cell in same), digits=0),
+            ]
+        )
+    header = ["Defense", "Attack", "Clone", "Queries", *victims, "Best epoch", "Seconds"]
+    return Table(header, rows, text_columns=3)
+
+
+def released_table(result: Evaluation) -> Table:
+    """What each defense does to the answers, and what it costs."""
+    header = (
+        "Victim|Defense|Top-1 kept, test|Top-1 kept, queries|L1 test|L1 queries|Top prob. test|"
+        "Top prob. queries|Entropy test (nats)|Entropy queries (nats)|µs per query"
+    )
+    rows = []
+    for victim, defense in result.pairs():
+        released = result.select(result.released, victim=victim, defense=defense)
+        answers = [[getattr(row, name) for row in released] for name in ("test", "queries")]
+        answers = [[c for c in confidences if c is not None] for confidences in answers]
+        rows.append(
+            [
+                victim,
+                _settings(released) or defense,
+                percent(row.top1_kept for row in released),
+                percent(row.top1_kept_queries for row in released),
+                _spread(released, "l1_test", 2),
+                _spread(released, "l1_queries", 2),
+                *(spread((c.top_probability for c in some), digits=3) for some in answers),
+                *(spread((c.entropy for c in some), digits=2) for some in answers),
+                _spread(released, "microseconds", 1),
+            ]
+        )
+    return Table(header.split("|"), rows, text_columns=2)
+
+
+def _settings(released: list[Released]) -> str:
+    """The settings of a defense, which a wanted L1 distance decides seed by seed."""
+    return released[0].settings + (" …" if len({row.settings for row in released}) > 1 else "")
+
+
+def _spread(rows: Iterable[Any], name: str, digits: int) -> str:
+    return spread((getattr(row, name) for row in rows), digits=digits)
+
+
+def _gain(cells: list[Cell]) -> str:
+    """How much better the best epoch is than the last, in points."""
+    return f"+{100 * mean(cell.best_accuracy - cell.accuracy for cell in cells):.1f}"
+
+
+def _most(names: Iterable[str]) -> str:
+    counts = Counter(names).most_common()
+    return " / ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts) or ABSENT

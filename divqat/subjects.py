@@ -1,0 +1,90 @@
+"""From run folders and ONNX files to the victims of an evaluation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from divqat.data import Splits, load
+from divqat.evaluate.grid import Subject
+from divqat.options import ConfigError
+from divqat.steps import export_run, exported, verify_run
+from divqat.train import Run, load_run
+from divqat.train.config import FLOAT_METHODS
+
+INT8, FAKE, FLOAT, FILE = (
+    "the exported int8 model in ONNX Runtime",
+    "the fake-quantized model as trained",
+    "the full-precision model",
+    "the ONNX file in ONNX Runtime",
+)
+
+
+def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False) -> Subject:
+    """A finished training as it is deployed: exported and verified first where it was not.
+
+    A full-precision run is attacked as it is, and so is any with ``fake_quant``.
+    """
+    method, seed = run.config.method, run.config.seed
+    if method in FLOAT_METHODS or fake_quant:
+        return Subject(name, run.model, method, seed, agreement=1.0)
+    export_run(run, splits)
+    agreement = verify_run(run, splits)["argmax_agreement"]
+    return Subject(name, exported(run), method, seed, agreement)
+
+
+def kind_of(run: Run, *, fake_quant: bool = False) -> str:
+    """What :func:`subject_of` deploys, for a report."""
+    if run.config.method in FLOAT_METHODS:
+        return FLOAT
+    return FAKE if fake_quant else INT8
+
+
+def load_subjects(
+    victims: Sequence[str],
+    *,
+    dataset: str | None = None,
+    data_root: str | None = None,
+    fake_quant: bool = False,
+) -> tuple[list[Subject], Splits, str]:
+    """The victims that a command line names, their data, and what they are.
+
+    Args:
+        victims: ``PATH`` or ``NAME=PATH`` of run folders or ONNX files. Run folders of one name are
+            taken for the seeds of one victim, and each is attacked with its own; else every victim
+            is attacked with all seeds.
+        dataset: what the victims learned, where no run folder tells.
+        data_root: the folder of the data set.
+        fake_quant: attack runs as they were trained.
+
+    Raises:
+        ConfigError: victims of different data sets, or none that is known.
+        FileNotFoundError, ValueError: no such file, no finished run.
+    """
+    named = [_name(victim) for victim in victims]
+    count = Counter(name for name, _ in named)
+    runs = {path: load_run(path) for _, path in named if path.suffix != ".onnx"}
+    data = {run.config.dataset for run in runs.values()} | ({dataset} if dataset else set())
+    if len(data) != 1:
+        raise ConfigError(f"dataset: wanted one for all victims, got {sorted(data) or 'none'}")
+    first = next(iter(runs.values()), None)
+    splits = load(data.pop(), data_root=data_root) if first is None else first.splits(data_root)
+    subjects, kinds = [], []
+    for name, path in named:
+        if path in runs:
+            subject = subject_of(runs[path], splits, name=name, fake_quant=fake_quant)
+            kinds.append(kind_of(runs[path], fake_quant=fake_quant))
+        else:
+            subject = Subject(name, path)
+            kinds.append(FILE)
+        seed = subject.seed if count[name] > 1 else None
+        subjects.append(Subject(name, subject.model, subject.method, seed, subject.agreement))
+    return subjects, splits, "; ".join(dict.fromkeys(kinds))
+
+
+def _name(victim: str) -> tuple[str, Path]:
+    name, equals, path = victim.partition("=")
+    if not equals:
+        name, path = "", victim
+    return name or Path(path).resolve().stem, Path(path)

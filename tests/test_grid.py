@@ -1,0 +1,216 @@
+"""An evaluation on the toy problem; the parts of a grid by themselves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toys import TEST_IMAGES, TEST_LABELS, toy_images, toy_victim
+
+from divqat.data import ImageSet, Splits, to_float
+from divqat.evaluate.grid import Evaluation, Grid, Subject, evaluate, run
+from divqat.evaluate.grid.audits import audits
+from divqat.evaluate.grid.result import CONTROL, HARD, SOFT, best_of, reads
+from divqat.evaluate.grid.specs import make_attack, split_spec
+from divqat.evaluate.grid.subject import Remembered, overlaps
+from divqat.evaluate.grid.tables import attacks_table, floor, main_table, released_table
+from divqat.options import ConfigError
+
+ATTACKS = ("knockoff", "knockoff:reading=label", "knockoff:reading=shuffled")
+QUICK = {"query_limit": 300, "query_set": "noise", "clones": ("lenet",), "threads": 1}
+GRID = Grid(attacks=ATTACKS, budgets=(50, 300), epochs=2, seeds=2, **QUICK)
+
+
+def toy_splits():
+    train, validation = (ImageSet(*toy_images(n, seed)) for n, seed in ((200, 4), (100, 5)))
+    return Splits("toys", tuple("abcd"), train, validation, ImageSet(TEST_IMAGES, TEST_LABELS))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy_victim()
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    """An evaluation of one victim, and where it lies."""
+    out = tmp_path_factory.mktemp("evaluation")
+    said = []
+    result = evaluate([Subject("qat", model, "qat")], toy_splits(), GRID, out, log=said.append)
+    return result, out, said
+
+
+def test_every_cell_is_there(done):
+    result, out, said = done
+    cells = {(c.seed, c.attack, c.budget, c.clone) for c in result.cells}
+    assert cells == {(s, a, b, "lenet") for s in (0, 1) for a in ATTACKS for b in (50, 300)}
+    assert all(c.queries == c.budget and len(c.curve) == 2 for c in result.cells)
+    assert all(c.best_accuracy == max(c.curve) and c.curve[-1] == c.accuracy for c in result.cells)
+    assert len(said) == 2 + len(cells)
+    assert result == Evaluation.load(out / "evaluation.json")
+    assert not list(out.glob("cells/**/*.pt"))  # checkpoints are gone
+    (row,) = {(r.victim, r.defense, r.l1_queries, r.top1_kept) for r in result.released}
+    assert row == ("qat", "none", 0, 1)
+
+
+def test_finished_cells_are_kept(model, done, monkeypatch):
+    result, out, _ = done
+    monkeypatch.setattr(run, "run_attack", None)
+    monkeypatch.setattr(run, "measure", None)
+    again = evaluate([Subject("qat", model, "qat")], toy_splits(), GRID, out, log=lambda line: None)
+    assert again.cells == result.cells and again.released == result.released
+
+
+def test_other_settings_and_other_victims_are_attacked_anew(done, tmp_path, monkeypatch):
+    out = shutil.copytree(done[1], tmp_path / "out")
+    attacked = []
+    attack = run.run_attack
+    monkeypatch.setattr(
+        run, "run_attack", lambda a, *x, **k: attacked.append(a) or attack(a, *x, **k)
+    )
+    wider = Grid(attacks=(*ATTACKS, "knockoff:epochs=1"), budgets=(50,), epochs=2, seeds=2, **QUICK)
+    same = Subject("qat", toy_victim(), "qat")
+    evaluate([same], toy_splits(), wider, out, log=lambda line: None)
+    assert [a.epochs for a in attacked] == [1, 1]  # the new attack, both seeds
+    attacked.clear()
+    other = Subject("qat", lambda images: same.model(images) * 2, "qat")
+    evaluate([other], toy_splits(), wider, out, log=lambda line: None)
+    assert len(attacked) == 8
+
+
+def test_report_shows_tables_plots_and_audits(done):
+    result, out, _ = done
+    page = (out / "report.md").read_text()
+    for table in (main_table(result), attacks_table(result), released_table(result)):
+        assert table.markdown() in page
+    assert {file.stem for file in (out / "plots").iterdir()} == {
+        "front", "clones", "budget", "answers",
+    }  # fmt: skip
+    assert "data:image/png;base64" in (out / "report.html").read_text()
+    by_name = {audit.name: audit for audit in audits(result)}
+    assert not by_name["seeds"].ok  # two
+    assert by_name["query budgets are respected"].ok
+    assert by_name["answers to other images teach nothing"].ok
+    assert by_name["answers are distributions"].ok
+
+
+def test_picks(done):
+    result, _, _ = done
+    cells = [c for c in result.cells if c.seed == 0 and c.budget == 300]
+    soft, hard, control = cells
+    assert [c.reading for c in cells] == [SOFT, HARD, CONTROL]
+    assert reads(SOFT)(cells) is soft and reads(HARD)(cells) is hard
+    better = type(control)(**{**control.__dict__, "holdout_accuracy": 1.0})
+    assert best_of([soft, hard, better]) is max(
+        (soft, hard), key=lambda cell: cell.holdout_accuracy
+    )
+    assert best_of([better]) is None
+    assert floor(result) == pytest.approx(
+        sum(c.accuracy for c in result.cells if c.reading == HARD and c.budget == 300) / 2
+    )
+
+
+def test_attacker_chooses_without_the_test_set(done):
+    result, _, _ = done
+    cells = [c for c in result.cells if c.seed == 0 and c.budget == 300][:2]
+    lucky = type(cells[0])(**{**cells[0].__dict__, "accuracy": 1.0, "holdout_accuracy": 0.1})
+    honest = type(cells[1])(**{**cells[1].__dict__, "accuracy": 0.5, "holdout_accuracy": 0.2})
+    assert best_of([lucky, honest]) is honest
+
+
+def test_names_must_differ(model, tmp_path):
+    with pytest.raises(ValueError, match="subjects: wanted victims of different names"):
+        evaluate([Subject("a", model)] * 2, toy_splits(), GRID, tmp_path)
+    with pytest.raises(ValueError, match="subjects: wanted"):
+        evaluate([], toy_splits(), GRID, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("jbda", ("jbda", {})),
+        (
+            "a:x=1,y=0.5,z=true,w=none,v=label",
+            ("a", {"x": 1, "y": 0.5, "z": True, "w": None, "v": "label"}),
+        ),
+        ("a:x=1e-3", ("a", {"x": 1e-3})),
+    ],
+)
+def test_specs(text, wanted):
+    assert split_spec(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["a:x", "a:x=", "a:=1", "a:x=1,x=2"])
+def test_specs_that_are_none(text):
+    with pytest.raises(ConfigError, match="wanted name:setting=value"):
+        split_spec(text)
+
+
+def test_attacks_by_name():
+    attack = make_attack("knockoff:epochs=3,lr=1", {"epochs": 9, "batch_size": 7, "alien": 1})
+    assert (attack.epochs, attack.lr, attack.batch_size) == (3, 1.0, 7)
+    with pytest.raises(ConfigError, match=r"unknown attack 'knockof' \(did you mean 'knockoff'"):
+        make_attack("knockof", {})
+    with pytest.raises(ConfigError, match=r"knockoff:epoch=3 'epoch' \(did you mean 'epochs'"):
+        make_attack("knockoff:epoch=3", {})
+    with pytest.raises(ConfigError, match="attacks: wanted each only once"):
+        Grid(attacks=("knockoff", "knockoff"))
+
+
+def test_remembered_answers_are_those_of_the_model(model):
+    known, new = toy_images(40, seed=8)[0], toy_images(20, seed=9)[0]
+    asked = []
+
+    def counting(images):
+        asked.append(len(images))
+        return model(images)
+
+    remembered = Remembered(counting, known)
+    assert sum(asked) == 40
+    mixed = to_float(torch.cat([new[:3], known[5:9], new[3:]]))
+    with torch.no_grad():
+        torch.testing.assert_close(remembered(mixed), model(mixed))
+        torch.testing.assert_close(remembered(to_float(known)), model(to_float(known)))
+    assert sum(asked) == 60
+
+
+def test_overlaps_are_counted():
+    splits = toy_splits()
+    queries = torch.cat([splits.train.images[:3], splits.test.images[:2], toy_images(5, seed=7)[0]])
+    found = overlaps(splits, queries)
+    assert found["queries in train"] == 3 and found["queries in test"] == 2
+
+
+def test_killed_evaluation_goes_on_to_the_same_result(done, tmp_path):
+    result, _, _ = done
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; sys.path[:0] = ['tests']\n"
+        "from test_grid import GRID, Subject, evaluate, toy_splits, toy_victim\n"
+        f"evaluate([Subject('qat', toy_victim(), 'qat')], toy_splits(), GRID, {str(tmp_path)!r})\n"
+    )
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, str(script)], cwd=root, stdout=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("cells/seed0/**/*.json"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for file in tmp_path.glob("cells/**/*.json"):
+        json.loads(file.read_text())  # none is half-written
+    subject = Subject("qat", toy_victim(), "qat")
+    again = evaluate([subject], toy_splits(), GRID, tmp_path, log=lambda line: None)
+    timeless = [
+        [{**cell.__dict__, "seconds": 0} for cell in some.cells] for some in (again, result)
+    ]
+    assert timeless[0] == timeless[1]
