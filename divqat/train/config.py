@@ -138,8 +138,8 @@ class TrainConfig(Options):
     )  # fmt: skip
 
     weight: float | None = option(
-        None, "λ, how strongly the teacher's answers push (divqat, nasty) or pull (kd-qat); 0: not, "
-        f"which is qat or fp. None: {_defaults('weight')}.",
+        None, "λ, how strongly the teacher's answers push (divqat, nasty) or pull (kd-qat); 0 is "
+        f"plain qat or fp. None: {_defaults('weight')}.",
         group="divergence loss", least=0,
     )  # fmt: skip
     temperature: float = option(
@@ -155,7 +155,10 @@ class TrainConfig(Options):
         group="divergence loss", choices=CLASSES,
     )  # fmt: skip
     bound: float | None = option(
-        None, "Most divergence (nats) that one image is pushed to.", group="divergence loss", above=0
+        None,
+        "Most divergence (nats) that one image is pushed to.",
+        group="divergence loss",
+        above=0,
     )
     guard: bool = option(
         False, "No divergence for images that are classified wrong.", group="divergence loss"

@@ -26,9 +26,9 @@ class Method:
 
 
 # nasty: Nasty Teacher (Ma et al., "Undistillable: Making a nasty teacher that cannot teach
-#   students", ICLR 2021, §3.2): L = CE(y, q) − ω τ² KL(q_τ‖p_τ) against a frozen network of the same
-#   architecture. τ = 4 and ω = 0.04 are those of the authors' code for CIFAR-10; it takes τ = 20
-#   and ω = 0.005 for CIFAR-100.
+#   students", ICLR 2021, arXiv 2105.07381, §3): L = CE(y, q) − ω τ² KL(q_τ‖p_τ) against a frozen
+#   network of the same architecture. τ = 4 and ω = 0.04 are those of the authors' code for
+#   CIFAR-10; it takes τ = 20 and ω = 0.005 for CIFAR-100.
 # ptq: ranges as moving averages, over frozen weights with the BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).
 # kd-qat: L = CE(y, q) + λ T² KL(p_T‖q_T) (Hinton et al., "Distilling the knowledge in a neural
