@@ -11,9 +11,11 @@ from typing import Any
 from divqat.options import ConfigError, check_keys
 from divqat.steps import AttackConfig, answer_arguments
 from divqat.train import TrainConfig
+from divqat.train.methods import METHODS
 
 SECTIONS = ("seeds", "common", "fp", "victims", "attack")
 SET_BY_JOB = ("seed", "teacher")
+METHODS_OF_VICTIMS = tuple(name for name in METHODS if name != "fp")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Job:
         seeds: one whole experiment for each.
         common: keys of :class:`TrainConfig` for all trainings.
         fp: keys for the full-precision training.
-        victims: by name of the run folder, ``method`` (qat or divqat) and other keys.
+        victims: by name of the run folder, ``method`` (any but fp), ``teacher`` (the name of a
+            ``nasty`` victim further up; left out: fp) and other keys. A victim of method nasty is
+            trained, but neither exported nor attacked: the int8 models made from it are.
         attack: keys of :class:`AttackConfig`, and ``answers``: a list of ``probs``, ``label``,
             ``top3``, ``rounded2`` ...
 
@@ -69,25 +73,52 @@ class Job:
         for where, section in {"common": self.common, "fp": self.fp, **self.victims}.items():
             check_keys(section, [spec.name for spec in fields(TrainConfig)], where=where)
             for key in SET_BY_JOB:
-                if key in section:
+                if key in section and (key, where in self.victims) != ("teacher", True):
                     raise ConfigError(f"{where}: the job sets {key} itself, remove it")
+        self._check_methods()
         if not isinstance(self.answers, list) or not self.answers:
             raise ConfigError(f"attack.answers: wanted a list, got {self.answers!r}")
         for answer in self.answers:
             answer_arguments(answer)
         for seed in self.seeds:
             for name in ("fp", *self.victims):
-                config = self.training(name, seed, Path())
-                if (config.method == "fp") != (name == "fp"):
-                    raise ConfigError(f"{name}: method must be qat or divqat, got {config.method}")
+                self.training(name, seed, Path())
             self.attacker(seed)
+
+    def _check_methods(self) -> None:
+        """That each victim's teacher is trained before it, and that there is one to attack."""
+        teachers = ["fp"]
+        for name, own in self.victims.items():
+            method = own.get("method")
+            if method not in METHODS_OF_VICTIMS:
+                raise ConfigError(
+                    f"{name}: method: wanted one of {', '.join(METHODS_OF_VICTIMS)}, got {method!r}"
+                )
+            if self.teacher(name) not in teachers:
+                raise ConfigError(
+                    f"{name}: teacher: wanted fp or a nasty victim further up, "
+                    f"got {self.teacher(name)!r}"
+                )
+            if not METHODS[method].quantized:
+                teachers.append(name)
+        if not self.attacked:
+            raise ConfigError("victims: wanted one that is quantized, to attack it, got none")
+
+    @property
+    def attacked(self) -> list[str]:
+        """The names of the victims that are exported and attacked."""
+        return [name for name, own in self.victims.items() if METHODS[own["method"]].quantized]
+
+    def teacher(self, name: str) -> str:
+        """The name of the full-precision training that a victim learns from."""
+        return self.victims[name].get("teacher", "fp")
 
     def training(self, name: str, seed: int, out: Path) -> TrainConfig:
         """The settings of ``fp`` or of a victim."""
-        own = self.fp if name == "fp" else self.victims[name]
-        teacher = {} if name == "fp" else {"teacher": str(self.folder(out, seed, "fp"))}
-        method = own.get("method", "fp" if name == "fp" else "")
-        settings = {**self.common, **own, **teacher, "method": method, "seed": seed}
+        own = {"method": "fp", **self.fp} if name == "fp" else self.victims[name]
+        settings = {**self.common, **own, "seed": seed}
+        if name != "fp":
+            settings["teacher"] = str(self.folder(out, seed, self.teacher(name)))
         return TrainConfig.from_dict(settings, where=name)
 
     def attacker(self, seed: int) -> AttackConfig:

@@ -2,6 +2,7 @@
 
 OUT/config.yaml, result.json, report.html, report.md, plots/
 OUT/seed<n>/fp/                       the full-precision training
+OUT/seed<n>/<nasty victim>/           another one, a teacher of victims
 OUT/seed<n>/<victim>/                 a training, model.onnx, export/verify/layers/answers.json
 OUT/seed<n>/<victim>/attack-<answer>/ summary.json, transfer.pt, clone.pt
 """
@@ -112,6 +113,8 @@ class _Runner:
         """Train, export, verify and attack one victim."""
         job, folder, say = self.job, self.job.folder(self.out, seed, name), self.say(seed, name)
         train(job.training(name, seed, self.out), folder, log=say)
+        if name not in job.attacked:
+            return
         run = load_run(folder)
         say(export_run(run, self.splits)["text"])
         report = verify_run(run, self.splits)
@@ -159,7 +162,7 @@ class _Runner:
         victims = [
             self.victim_result(seed, name)
             for seed in job.seeds
-            for name in job.victims
+            for name in job.attacked
             if all(
                 (job.folder(out, seed, name) / f"attack-{answer}" / "summary.json").is_file()
                 for answer in job.answers
@@ -194,7 +197,9 @@ class _Runner:
     def victim_result(self, seed: int, name: str) -> VictimResult:
         """What the files in a victim's folder say."""
         config = self.job.training(name, seed, self.out)
-        folder, fp = (self.job.folder(self.out, seed, part) for part in (name, "fp"))
+        teacher = self.job.teacher(name)
+        told = {} if teacher == "fp" else _told(self.job.training(teacher, seed, self.out))
+        folder, fp = (self.job.folder(self.out, seed, part) for part in (name, teacher))
         trained, export, verified, answers = (
             read_json(folder / f"{part}.json")
             for part in ("summary", "export", "verify", "answers")
@@ -207,8 +212,9 @@ class _Runner:
         return VictimResult(
             seed=seed,
             name=name,
-            method=config.method,
-            settings=_told(config),
+            # "qat" is the undefended control: what a Nasty Teacher made is not
+            method=config.method if teacher == "fp" else f"nasty-{config.method}",
+            settings=told | _told(config),
             accuracy_fp=read_json(fp / "summary.json")["test_accuracy"],
             accuracy_fake=verified["accuracy_fake"],
             accuracy_onnx=verified["accuracy_onnx"],
@@ -230,11 +236,11 @@ class _Runner:
 def _told(config: TrainConfig) -> dict[str, Any]:
     """What the report says of a victim: λ, T, and what is not as usual."""
     always = ("weight", "temperature")
-    bits = ("weight_bits", "activation_bits")
-    names = (*LOSS, *bits) if config.method == "divqat" else bits
-    usual = {spec.name: spec.default for spec in fields(TrainConfig)}
+    others = ("label_smoothing", "weight_bits", "activation_bits")
+    names = (*LOSS, *others) if config.kind.sign else others
+    usual = TrainConfig(method=config.method, teacher=config.teacher)
     return {
         name: getattr(config, name)
         for name in names
-        if name in always or getattr(config, name) != usual[name]
+        if name in always or getattr(config, name) != getattr(usual, name)
     }

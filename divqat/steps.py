@@ -107,8 +107,8 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
     Raises:
         ValueError: the run is full precision.
     """
-    if run.config.method == "fp":
-        raise ValueError(f"{run.folder} is full precision: only qat and divqat runs are exported")
+    if not run.config.kind.quantized:
+        raise ValueError(f"{run.folder} is full precision: only quantized runs are exported")
 
     def make() -> dict[str, Any]:
         images = to_float(splits.validation.subset(slice(256)).images)

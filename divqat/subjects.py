@@ -11,7 +11,6 @@ from divqat.evaluate.grid import Subject
 from divqat.options import ConfigError
 from divqat.steps import export_run, exported, verify_run
 from divqat.train import Run, load_run
-from divqat.train.config import FLOAT_METHODS
 
 INT8, FAKE, FLOAT, FILE = (
     "the exported int8 model in ONNX Runtime",
@@ -27,7 +26,7 @@ def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
     A full-precision run is attacked as it is, and so is any with ``fake_quant``.
     """
     method, seed = run.config.method, run.config.seed
-    if method in FLOAT_METHODS or fake_quant:
+    if not run.config.kind.quantized or fake_quant:
         return Subject(name, run.model, method, seed, agreement=1.0)
     export_run(run, splits)
     agreement = verify_run(run, splits)["argmax_agreement"]
@@ -36,7 +35,7 @@ def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
 
 def kind_of(run: Run, *, fake_quant: bool = False) -> str:
     """What :func:`subject_of` deploys, for a report."""
-    if run.config.method in FLOAT_METHODS:
+    if not run.config.kind.quantized:
         return FLOAT
     return FAKE if fake_quant else INT8
 

@@ -168,7 +168,7 @@ def test_verify_fails_below_the_wanted_agreement(runs, capsys, monkeypatch):
 
 def test_export_of_full_precision_and_of_nothing(runs, tmp_path, capsys):
     assert divqat("export", runs / "fp") == 1
-    assert "only qat and divqat runs" in capsys.readouterr().err
+    assert "only quantized runs" in capsys.readouterr().err
     assert divqat("export", tmp_path) == 1
     assert divqat("verify", runs / "raw") == 1
     assert "divqat export" in capsys.readouterr().err

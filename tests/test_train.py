@@ -180,7 +180,7 @@ def test_damaged_checkpoint_is_refused(tmp_path):
 def test_teacher_must_fit(teacher, qat, tmp_path):
     with pytest.raises(FileNotFoundError, match="no training at"):
         train(config(tmp_path / "nothing", method="qat"), tmp_path / "a", **QUIET)
-    with pytest.raises(ValueError, match="wanted a training of method fp, got qat"):
+    with pytest.raises(ValueError, match="wanted a full-precision training, got method qat"):
         train(config(qat, method="qat"), tmp_path / "b", **QUIET)
     with pytest.raises(ValueError, match=r"model: wanted lenet as in .*, got vgg_small"):
         train(config(teacher, method="qat", model="vgg_small"), tmp_path / "c", **QUIET)

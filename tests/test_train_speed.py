@@ -101,5 +101,5 @@ def test_activations_kept_as_codes_change_no_bit(vgg_teacher, vgg_divqat, tmp_pa
     trained(vgg_teacher, tmp_path, save_as_codes=True)
     assert_same(tmp_path, vgg_divqat)
     for settings in (dict(method="qat", teacher="a", compile=True), dict(method="fp")):
-        with pytest.raises(ConfigError, match="save_as_codes: wanted qat or divqat without"):
+        with pytest.raises(ConfigError, match="save_as_codes: wanted quantization-aware"):
             TrainConfig(save_as_codes=True, **settings)

@@ -11,6 +11,7 @@ ACCURACY_LOSS = 0.005  # a defense may cost so much accuracy before it is flagge
 AGREEMENT = 0.99  # of the fake-quantized and the exported model
 ABOVE_CHANCE = 0.1  # an attack that gains less on plain QAT is too weak to test a defense
 SEEDS = 3
+UNDEFENDED = ("fp", "ptq", "qat", "kd-qat")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def audits(result: Result) -> list[Audit]:
         found.append(Audit(name, not bad, f"not shown for {_names(bad)}" if bad else good))
     found.append(_deployed(result))
     for name, runs in result.by_victim.items():
-        if runs[0].method not in ("fp", "qat"):
+        if runs[0].method not in UNDEFENDED:
             found += _defense(result, name, runs)
     return found
 

@@ -56,7 +56,7 @@ class VictimResult:
 
     seed: int
     name: str  # of the run folder: qat, divqat ...
-    method: str  # fp, qat, divqat ...; "qat" is the undefended control
+    method: str  # ptq, qat, nasty-qat, divqat ...; "qat" is the undefended control
     settings: dict[str, Any]  # what the method was told: weight, temperature ...
     accuracy_fp: float  # of the full-precision model that this victim was made from
     accuracy_fake: float | None = None  # of the fake-quantized model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class DivQATLoss(nn.CrossEntropyLoss):
     detached and still on the device.
 
     Args:
-        weight: λ ≥ 0. temperature, direction, classes, bound, guard: as the op.
+        weight: λ; negative to move towards the teacher (knowledge distillation). temperature,
+            direction, classes, bound, guard: as the op.
         warmup_steps: λ rises linearly from 0 over this many calls of :meth:`step`.
         label_smoothing, ignore_index: those of ``nn.CrossEntropyLoss``.
     """
@@ -64,14 +66,14 @@ class DivQATLoss(nn.CrossEntropyLoss):
 
     def set_weight(self, weight: float) -> None:
         """λ from now on (after the warm-up)."""
-        if not weight >= 0:
-            raise ValueError(f"weight: wanted >= 0, got {weight}")
+        if math.isnan(weight):
+            raise ValueError(f"weight: wanted a number, got {weight}")
         self.final_weight.fill_(weight)
-        self.enabled = weight > 0  # λ = 0 is plain cross-entropy, by the op's own rule
+        self.enabled = weight != 0  # λ = 0 is plain cross-entropy, by the op's own rule
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.enabled = bool(self.final_weight > 0)
+        self.enabled = bool(self.final_weight != 0)
 
     def step(self) -> None:
         """One more training step has been made: the warm-up goes on."""

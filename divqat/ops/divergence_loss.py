@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ def divergence_loss(
 
     The student stays right (CE) and moves away from the frozen full-precision teacher (D), so that
     its answers mislead whoever trains on them (DivQAT, arXiv 2512.23948; the T² of Hinton et al.
-    2015, §2, keeps the gradient's size as T changes). D is measured between the softmaxes at
-    temperature T; CE is taken at temperature 1.
+    2015, §2, keeps the gradient's size as T changes). With a negative weight it moves towards the
+    teacher: knowledge distillation (ibid.). D is measured between the softmaxes at temperature T;
+    CE is taken at temperature 1.
 
     Value and gradient come from one pass over the logits; a second derivative is available.
 
@@ -43,7 +45,7 @@ def divergence_loss(
         logits: the student's, [N, C], float32, float64, bfloat16 or float16.
         teacher_logits: the teacher's, same shape and dtype; a constant.
         target: int64 [N], class indices or ``ignore_index``.
-        weight: λ ≥ 0; a float, or a float32 tensor [] on the same device so that it can change
+        weight: λ; a float, or a float32 tensor [] on the same device so that it can change
             without recompiling. A float 0 gives ``F.cross_entropy`` itself.
         temperature: T > 0.
         direction: D = ``"student_teacher"`` KL(q‖p), at most max log 1/p; ``"teacher_student"``
@@ -118,8 +120,8 @@ def divergence_loss_terms(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: wanted a value in [0, 1), got {label_smoothing}")
     if not isinstance(weight, Tensor):
-        if not weight >= 0:
-            raise ValueError(f"weight: wanted >= 0, got {weight}")
+        if math.isnan(weight):
+            raise ValueError(f"weight: wanted a number, got {weight}")
         if weight == 0:
             loss = F.cross_entropy(
                 logits.float() if logits.dtype.itemsize == 2 else logits,

@@ -4,7 +4,7 @@ from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers
 from divqat.quantize.group_weights import group_weights, ungroup_weights
 from divqat.quantize.prepare import prepare
-from divqat.quantize.ranges import observe_first, sync_observers
+from divqat.quantize.ranges import observe_first, observing, sync_observers
 from divqat.quantize.save_as_codes import save_as_codes
 from divqat.quantize.summary import Summary, summary
 
@@ -16,6 +16,7 @@ __all__ = [
     "freeze_observers",
     "group_weights",
     "observe_first",
+    "observing",
     "prepare",
     "preset",
     "save_as_codes",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 
 import torch
@@ -64,22 +65,40 @@ def observe_first(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model: prepared; its modes are as before afterwards.
         batches: what the model takes, [N, …] each.
     """
+    if not all(quantizer.calibrated for quantizer in _quantizers(model)):
+        with observing(model, fresh=True):
+            for images in batches:
+                model(images)
+
+
+@contextmanager
+def observing(model: nn.Module, *, fresh: bool = False) -> Iterator[None]:
+    """A block in which quantizers observe and quantize no activation, and all else is in eval mode.
+
+    Weights are quantized and BatchNorms folded as they are deployed: post-training quantization is
+    this block around a pass over training images. A learned scale does not move.
+
+    Args:
+        model: prepared; its modes are as before afterwards.
+        fresh: only quantizers that have seen nothing observe; the others quantize as in eval mode.
+    """
     training = {module: module.training for module in model.modules()}
-    fresh = [m for m in training if isinstance(m, FakeQuantize) and not m.calibrated]
-    if not fresh:
-        return
-    enabled = [quantizer.fake_quant_enabled for quantizer in fresh]
+    observers = [q for q in _quantizers(model) if not (fresh and q.calibrated)]
+    enabled = [quantizer.fake_quant_enabled for quantizer in observers]
     model.eval()
     try:
-        for quantizer in fresh:
+        for quantizer in observers:
             quantizer.train().fake_quant_enabled = False
-        for images in batches:
-            model(images)
+        yield
     finally:
-        for quantizer, quantizes in zip(fresh, enabled, strict=True):
+        for quantizer, quantizes in zip(observers, enabled, strict=True):
             quantizer.fake_quant_enabled = quantizes
         for module, mode in training.items():
             module.training = mode
+
+
+def _quantizers(model: nn.Module) -> list[FakeQuantize]:
+    return [module for module in model.modules() if isinstance(module, FakeQuantize)]
 
 
 class Ranges:

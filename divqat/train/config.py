@@ -8,18 +8,24 @@ from dataclasses import dataclass
 from divqat import data, models
 from divqat.data.pictures import STREAM
 from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
-from divqat.options import ConfigError, Options, option
+from divqat.options import Options, option
 from divqat.quantize.config import PRESETS
+from divqat.train import checks
+from divqat.train.methods import METHODS, Method
 
-METHODS = ("fp", "qat", "divqat")
-FLOAT_METHODS = ("fp",)  # not quantized, not exported
 PRECISIONS = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-# What a quantized run has to share with the full-precision run that it starts from.
+# What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
+
+
+def _defaults(setting: str) -> str:
+    """What a setting is if it is left open, by method."""
+    values = {name: getattr(method, setting) for name, method in METHODS.items() if method.sign}
+    return ", ".join(f"{value} for {name}" for name, value in values.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +39,14 @@ class TrainConfig(Options):
 
     method: str = option(
         "fp",
-        "fp: full precision; qat: plain quantization-aware training, the undefended control; "
-        "divqat: quantization-aware training with the defense.",
+        "; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + ".",
         group="what to train",
         choices=METHODS,
     )
     teacher: str | None = option(
         None,
-        "Run folder of a finished fp training. qat and divqat start from its weights; "
-        "divqat also moves away from its answers.",
+        "Run folder of a finished fp or nasty training, for all methods but fp. Quantized models "
+        "start from its weights; divqat, kd-qat and nasty learn from its answers.",
         group="what to train",
     )
     model: str = option("lenet", "Network.", group="what to train", choices=models.names())
@@ -76,7 +81,9 @@ class TrainConfig(Options):
     )
     flip: bool = option(False, "Mirror training images at random.", group="data")
 
-    epochs: int = option(10, "Passes over the training images.", group="optimizer", least=1)
+    epochs: int = option(
+        10, "Passes over the training images; ptq needs no more than 1.", group="optimizer", least=1
+    )
     batch_size: int = option(
         64, "Images per step, of all processes together.", group="optimizer", least=1
     )
@@ -125,33 +132,39 @@ class TrainConfig(Options):
         group="optimizer", above=0,
     )  # fmt: skip
     label_smoothing: float = option(
-        0.0, "Share of the target spread over all classes.", group="optimizer", least=0, below=1
-    )
+        0.0, "Share of the target spread over all classes; in qat a baseline that hides confidence "
+        "without a teacher.",
+        group="optimizer", least=0, below=1,
+    )  # fmt: skip
 
-    weight: float = option(
-        0.15, "λ, the strength of the defense; 0 is plain QAT.", group="divqat loss", least=0
-    )
+    weight: float | None = option(
+        None, "λ, how strongly the teacher's answers push (divqat, nasty) or pull (kd-qat); 0 is "
+        f"plain qat or fp. None: {_defaults('weight')}.",
+        group="divergence loss", least=0,
+    )  # fmt: skip
     temperature: float = option(
-        4.0, "T of the softmaxes whose divergence grows.", group="divqat loss", above=0
+        4.0, "T of the softmaxes whose divergence counts.", group="divergence loss", above=0
     )
-    direction: str = option(
-        "student_teacher",
-        "Divergence: KL(student‖teacher), KL(teacher‖student) or Jensen-Shannon.",
-        group="divqat loss",
-        choices=DIRECTIONS,
-    )
+    direction: str | None = option(
+        None, "Divergence: KL(student‖teacher), KL(teacher‖student) or Jensen-Shannon. "
+        f"None: {_defaults('direction')}.",
+        group="divergence loss", choices=DIRECTIONS,
+    )  # fmt: skip
     classes: str = option(
         "all", "Classes that the divergence sees; non_label leaves the label's probability alone.",
-        group="divqat loss", choices=CLASSES,
+        group="divergence loss", choices=CLASSES,
     )  # fmt: skip
     bound: float | None = option(
-        None, "Most divergence (nats) that one image is pushed to.", group="divqat loss", above=0
+        None,
+        "Most divergence (nats) that one image is pushed to.",
+        group="divergence loss",
+        above=0,
     )
     guard: bool = option(
-        False, "No divergence for images that are classified wrong.", group="divqat loss"
+        False, "No divergence for images that are classified wrong.", group="divergence loss"
     )
     warmup_epochs: float = option(
-        0.0, "Epochs in which λ rises from 0.", group="divqat loss", least=0
+        0.0, "Epochs in which λ rises from 0.", group="divergence loss", least=0
     )
 
     preset: str = option(
@@ -222,33 +235,16 @@ class TrainConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == "fp" and self.teacher is not None:
-            raise ConfigError(f"teacher: wanted none for method fp, got {self.teacher!r}")
-        if self.method != "fp" and self.teacher is None:
-            raise ConfigError(
-                f"teacher: method {self.method} wants the run folder of an fp training, got none"
-            )
-        if self.cache_teacher and (self.pad or self.flip):
-            raise ConfigError(
-                "cache_teacher: wanted images that are the same in every epoch, got pad = "
-                f"{self.pad}, flip = {str(self.flip).lower()}"
-            )
-        if self.save_as_codes and (self.compile or self.method == "fp"):
-            raise ConfigError(
-                "save_as_codes: wanted qat or divqat without compile, which decides itself what to "
-                f"keep, got method {self.method}, compile = {str(self.compile).lower()}"
-            )
-        if self.cuda_graph and self.optimizer != "sgd":
-            raise ConfigError(
-                f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {self.optimizer}"
-            )
-        for name in ("lr_warmup_epochs", "warmup_epochs"):
-            if getattr(self, name) > self.epochs:
-                raise ConfigError(
-                    f"{name}: wanted at most epochs = {self.epochs}, got {getattr(self, name):g}"
-                )
-
+        for name in ("weight", "direction"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.kind, name))
+        checks.check_settings(self)
         self.check_team(1)
+
+    @property
+    def kind(self) -> Method:
+        """What the method is like."""
+        return METHODS[self.method]
 
     def check_team(self, processes: int, device: str = "cuda") -> None:
         """Whether so many processes, on devices of this type, can do the steps.
@@ -258,21 +254,7 @@ class TrainConfig(Options):
                 to know of the whole batch while that is spread over several parts; or a graph
                 without a GPU, or of collectives.
         """
-        parts = processes * self.accumulate
-        if self.batch_size < parts:
-            raise ConfigError(
-                f"batch_size: wanted at least one image for each of {processes} processes times "
-                f"accumulate = {self.accumulate}, got {self.batch_size}"
-            )
-        if self.ranges == "exact" and parts > 1:
-            raise ConfigError(
-                f"ranges: wanted delayed or auto with {processes} processes and accumulate = "
-                f"{self.accumulate}, got exact"
-            )
-        if self.cuda_graph and (device != "cuda" or processes > 1):
-            raise ConfigError(
-                f"cuda_graph: wanted one process on a GPU, got {processes} on device {device}"
-            )
+        checks.check_team(self, processes, device)
 
     def delayed(self, processes: int = 1) -> bool:
         """Whether activations are quantized with the range before the batch."""
@@ -281,12 +263,16 @@ class TrainConfig(Options):
     def frozen(self, what: str, epoch: int) -> bool:
         """Whether ``what`` ("observers" or "batchnorm") is frozen in ``epoch``, counted from 1."""
         first = getattr(self, f"freeze_{what}_epoch")
+        if first is None and self.method == "ptq":  # its passes have no other purpose
+            return False
         if first is None:  # the last third, at least the last; never in a single epoch
             first = max(2, self.epochs + 1 - max(1, round(self.epochs / 3)))
         return epoch >= first
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over the whole run."""
+        if self.method == "ptq":
+            return 0.0
         steps = self.epochs * steps_per_epoch
         warmup = self.lr_warmup_epochs * steps_per_epoch
         # Goyal et al. 2017, §2.1 (linear); Krizhevsky 2014, §5 (square root)

@@ -134,7 +134,7 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
             num_classes=shape["num_classes"],
             image_size=tuple(shape["image_size"]),
         )
-    if config.method == "fp":
+    if not config.kind.quantized:
         return model
     quantization = preset(
         config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits

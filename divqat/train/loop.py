@@ -130,9 +130,9 @@ def _train(
 def _load_teacher(config: TrainConfig) -> Run:
     assert config.teacher is not None
     teacher = load_run(config.teacher)
-    if teacher.config.method != "fp":
+    if teacher.config.kind.quantized:
         raise ValueError(
-            f"teacher: wanted a training of method fp, got {teacher.config.method} in "
+            f"teacher: wanted a full-precision training, got method {teacher.config.method} in "
             f"{config.teacher}"
         )
     for name in SHARED:

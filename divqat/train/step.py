@@ -54,8 +54,9 @@ class Step:
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=config.precision == "float16")
         self.optimizer = build_optimizer(config, model.parameters(), team.device)
         self.loss: DivQATLoss | None = None
-        if config.method == "divqat":
+        if config.kind.sign:
             settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
+            settings["weight"] *= config.kind.sign
             self.loss = DivQATLoss(
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
@@ -67,6 +68,16 @@ class Step:
 
     def _saving(self) -> AbstractContextManager[None]:
         return save_as_codes(self.model) if self.config.save_as_codes else nullcontext()
+
+    def modes(self) -> AbstractContextManager[None]:
+        """A block in which the model's modules are in the modes that the steps want."""
+        self.model.train()
+        return nullcontext()
+
+    def forward(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Logits of contiguous images [n, C, H, W], float32 [n, num_classes]."""
+        with self.autocast():
+            return net(images).float()
 
     def parts(self, images: Tensor, index: Tensor, *, total: int) -> Iterator[Part]:
         """Images in the parts that this process runs one after another; see __call__."""
@@ -83,27 +94,33 @@ class Step:
             float64 [6]: this process's sums over its images of loss, cross-entropy and divergence,
             and whether (1) or not (0) images, logits and loss were finite.
         """
-        config = self.config
         self.optimizer.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=images.device)
         finite = torch.ones(3, dtype=torch.bool, device=images.device)
         for part in self.parts(images, index, total=total):
             batch = part.images.contiguous(memory_format=torch.channels_last)
-            with self.autocast(), self._saving():
-                logits = self.net(batch)
-            logits = logits.float()
+            with self._saving():
+                logits = self.forward(self.net, batch)
             loss, ce, divergence = self.losses(
                 logits, self.labels[part.index], self._answers(batch, part.index)
             )
-            self.scaler.scale(loss * part.weight).backward()
+            self.backward(loss * part.weight)
             sums += part.count * torch.stack([loss.detach(), ce, divergence])
             finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, loss)])
-        if config.grad_clip is not None:
+        self.update()
+        return torch.cat([sums, finite.double()])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a part's share of the loss, []."""
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        """Move the weights by the gradient."""
+        if self.config.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return torch.cat([sums, finite.double()])
 
     def losses(
         self, logits: Tensor, labels: Tensor, answers: Tensor | None

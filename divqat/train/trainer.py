@@ -24,6 +24,7 @@ from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
 from divqat.train.graph import Captured, own_stream
 from divqat.train.memory import Need, peak_memory, reset_peak
+from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
 from divqat.train.step import Step
 
@@ -36,7 +37,7 @@ class Trainer:
     After an epoch every process of the team holds the same.
 
     Args:
-        config: the settings. splits: the data. teacher: of method qat and divqat.
+        config: the settings. splits: the data. teacher: of all methods but fp.
         team: this process and the others, on its device.
         folder: the run folder, for the teacher's answers.
     """
@@ -64,7 +65,7 @@ class Trainer:
                 f"teacher: wanted a model of {self.shape} like the data, got {teacher.shape}"
             )
         self.model = build_model(config, self.shape)
-        if teacher is not None:
+        if teacher is not None and config.kind.quantized:
             self.model.load_state_dict(teacher.model.state_dict())
         # Channels last: convolutions and batch norms are faster so on CPUs and on tensor cores.
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -77,12 +78,13 @@ class Trainer:
         self.drop_last = n > size and n % size == 1
         self.steps = n // size if self.drop_last else -(-n // size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
-        asked: nn.Module | None = None  # λ = 0 is plain QAT and asks no teacher
-        if teacher is not None and config.method == "divqat" and config.weight:
+        asked: nn.Module | None = None  # λ = 0 asks no teacher
+        if teacher is not None and config.kind.sign and config.weight:
             asked = teacher.model.requires_grad_(False)
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         warmup = round(config.warmup_epochs * self.steps)
-        self.step = Step(config, self.model, asked, train_set.labels, team, warmup)
+        kind = Observation if config.method == "ptq" else Step
+        self.step = kind(config, self.model, asked, train_set.labels, team, warmup)
         if asked is not None and config.cache_teacher:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
             with self.step.autocast():
@@ -126,6 +128,7 @@ class Trainer:
         with (
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
             own_stream(self.stream),
+            self.step.modes(),
         ):
             torch.manual_seed(seed + self.team.rank)  # dropout
             sums, waited = self._steps(epoch, Generator().manual_seed(seed))
@@ -160,8 +163,7 @@ class Trainer:
         images, _ = next(batches(self.train_set.subset(slice(2)), 2))
 
         def forward(model: nn.Module) -> Tensor:
-            with self.step.autocast():
-                return model(images.contiguous(memory_format=torch.channels_last))
+            return self.step.forward(model, images.contiguous(memory_format=torch.channels_last))
 
         # Codes are a quarter of float32; what else is kept is at least as much.
         share = 4 if self.config.save_as_codes else 1
@@ -175,7 +177,7 @@ class Trainer:
         frozen = config.frozen("observers", epoch), config.frozen("batchnorm", epoch)
         if frozen[0]:
             freeze_observers(self.model)
-        if frozen[1] and config.method != "fp":
+        if frozen[1]:
             freeze_batchnorm(self.model)
         if frozen != self.frozen and isinstance(self.do_step, Captured):
             self.do_step.reset()
@@ -184,7 +186,6 @@ class Trainer:
     def _steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
         """All steps of an epoch: means of loss, cross-entropy and divergence, float64 [3], and the
         seconds that the host waited for images."""
-        self.model.train()
         config = self.config
         shift = partial(augment, pad=config.pad, flip=config.flip)
         loader = batches(

@@ -1,0 +1,65 @@
+"""Which settings of a training contradict each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from divqat.options import ConfigError
+
+if TYPE_CHECKING:
+    from divqat.train.config import TrainConfig
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Whether settings that are fine one by one are so together.
+
+    Raises:
+        ConfigError: they are not; it names the setting.
+    """
+    if config.method == "fp" and config.teacher is not None:
+        raise ConfigError(f"teacher: wanted none for method fp, got {config.teacher!r}")
+    if config.method != "fp" and config.teacher is None:
+        raise ConfigError(
+            f"teacher: method {config.method} wants the run folder of a full-precision training, "
+            "got none"
+        )
+    if config.cache_teacher and (config.pad or config.flip):
+        raise ConfigError(
+            "cache_teacher: wanted images that are the same in every epoch, got pad = "
+            f"{config.pad}, flip = {str(config.flip).lower()}"
+        )
+    trains_int8 = config.kind.quantized and config.method != "ptq"
+    if config.save_as_codes and (config.compile or not trains_int8):
+        raise ConfigError(
+            "save_as_codes: wanted quantization-aware training without compile, which decides "
+            f"itself what to keep, got method {config.method}, compile = "
+            f"{str(config.compile).lower()}"
+        )
+    if config.cuda_graph and config.optimizer != "sgd":
+        raise ConfigError(
+            f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"
+        )
+    for name in ("lr_warmup_epochs", "warmup_epochs"):
+        if getattr(config, name) > config.epochs:
+            raise ConfigError(
+                f"{name}: wanted at most epochs = {config.epochs}, got {getattr(config, name):g}"
+            )
+
+
+def check_team(config: TrainConfig, processes: int, device: str) -> None:
+    """See :meth:`TrainConfig.check_team`."""
+    parts = processes * config.accumulate
+    if config.batch_size < parts:
+        raise ConfigError(
+            f"batch_size: wanted at least one image for each of {processes} processes times "
+            f"accumulate = {config.accumulate}, got {config.batch_size}"
+        )
+    if config.ranges == "exact" and parts > 1:
+        raise ConfigError(
+            f"ranges: wanted delayed or auto with {processes} processes and accumulate = "
+            f"{config.accumulate}, got exact"
+        )
+    if config.cuda_graph and (device != "cuda" or processes > 1):
+        raise ConfigError(
+            f"cuda_graph: wanted one process on a GPU, got {processes} on device {device}"
+        )
