@@ -169,15 +169,21 @@ def _parser() -> argparse.ArgumentParser:
         "divqat run --config configs/digits.yaml --out runs/digits --seeds 0 1 2",
     )
     sub.add_argument("--config", required=True, metavar="FILE", help="YAML file of the job.")
-    sub.add_argument("--out", required=True, metavar="DIR", help="Folder for everything.")
-    sub.add_argument("--seeds", type=int, nargs="+", metavar="N", help="Override the file's seeds.")
-    sub.add_argument("--data-root", metavar="DIR", help="Override common.data_root.")
-    sub.add_argument("--device", metavar="NAME", help="Override common.device.")
+    _job_arguments(sub)
+    sub = add(
+        "study",
+        run.study,
+        "Train victims with every seed, deploy them, and evaluate them all. Started again, it goes "
+        "on; victims, attacks, defenses and seeds can be added.",
+        "divqat study configs/attacks.yaml --out runs/attacks",
+    )
+    sub.add_argument("config", metavar="FILE", help="YAML file of the study.")
+    _job_arguments(sub)
 
     sub = add(
         "report",
         run.report,
-        "Write the report of a job anew.",
+        "Write the report of a job, a study or an evaluation anew.",
         "divqat report runs/digits",
     )
     sub.add_argument("out", metavar="OUT", help="Folder of the job.")
@@ -189,6 +195,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="For programs.")
     return parser
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="Folder for everything.")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="Override the file's seeds."
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="Override common.data_root.")
+    parser.add_argument("--device", metavar="NAME", help="Override common.device.")
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

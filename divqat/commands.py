@@ -20,6 +20,7 @@ from divqat.job import Job
 from divqat.options import ConfigError, given_flags, read_yaml
 from divqat.pipeline import run_job
 from divqat.steps import AttackConfig, answer_arguments, attack_run, export_run, verify_run
+from divqat.study import Study, run_study
 from divqat.subjects import load_subjects
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
@@ -89,13 +90,7 @@ def attack(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    data = read_yaml(args.config)
-    if args.seeds is not None:
-        data["seeds"] = args.seeds
-    for flag in ("data_root", "device"):
-        if getattr(args, flag) is not None:
-            data["common"] = {**(data.get("common") or {}), flag: getattr(args, flag)}
-    result = run_job(Job.from_dict(data), args.out, command=args.command_line)
+    result = run_job(Job.from_dict(_job_file(args)), args.out, command=args.command_line)
     print(f"\n{results_table(result)}\n\n{Path(args.out) / 'report.html'}")
     return 0
 
@@ -113,6 +108,27 @@ def evaluate(args: argparse.Namespace) -> int:
     for audit in audits(result):
         print(audit)
     return 0
+
+
+def study(args: argparse.Namespace) -> int:
+    data = _job_file(args)
+    if args.device is not None:
+        data["evaluate"] = {**(data.get("evaluate") or {}), "device": args.device}
+    settings = Study.from_dict(data)
+    result = run_study(settings, args.out, command=args.command_line)
+    print(f"\n{main_table(result).markdown()}\n\n{Path(args.out) / 'report.html'}")
+    return 0
+
+
+def _job_file(args: argparse.Namespace) -> dict[str, Any]:
+    """The YAML file of a job or a study, with what flags override."""
+    data = read_yaml(args.config)
+    if args.seeds is not None:
+        data["seeds"] = args.seeds
+    for flag in ("data_root", "device"):
+        if getattr(args, flag) is not None:
+            data["common"] = {**(data.get("common") or {}), flag: getattr(args, flag)}
+    return data
 
 
 def report(args: argparse.Namespace) -> int:

@@ -2,124 +2,47 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from divqat.options import ConfigError, check_keys
 from divqat.steps import AttackConfig, answer_arguments
-from divqat.train import TrainConfig
-from divqat.train.methods import METHODS
+from divqat.trainings import Trainings
 
 SECTIONS = ("seeds", "common", "fp", "victims", "attack")
-SET_BY_JOB = ("seed", "teacher")
-METHODS_OF_VICTIMS = tuple(name for name in METHODS if name != "fp")
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Trainings):
     """The settings of a job, as its YAML file holds them.
 
     Attributes:
-        seeds: one whole experiment for each.
-        common: keys of :class:`TrainConfig` for all trainings.
-        fp: keys for the full-precision training.
-        victims: by name of the run folder, ``method`` (any but fp), ``teacher`` (the name of a
-            ``nasty`` victim further up; left out: fp) and other keys. A victim of method nasty is
-            trained, but neither exported nor attacked: the int8 models made from it are.
         attack: keys of :class:`AttackConfig`, and ``answers``: a list of ``probs``, ``label``,
             ``top3``, ``rounded2`` ...
+        Others: see :class:`Trainings`.
 
     Raises:
         ConfigError: an unknown key or a bad value, anywhere.
     """
 
-    seeds: list[int]
-    common: dict[str, Any]
-    fp: dict[str, Any]
-    victims: dict[str, dict[str, Any]]
     attack: dict[str, Any]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Job:
         """From the content of a YAML file; what is left out has its default."""
         check_keys(data, SECTIONS)
-        victims = data.get("victims") or {}
-        if not isinstance(victims, Mapping) or not victims:
-            raise ConfigError(f"victims: wanted at least one 'name: settings', got {victims!r}")
-        return cls(
-            seeds=data.get("seeds", [0]),
-            common=data.get("common") or {},
-            fp=data.get("fp") or {},
-            victims={name: settings or {} for name, settings in victims.items()},
-            attack={"answers": ["probs", "label"], **(data.get("attack") or {})},
-        )
+        attack = {"answers": ["probs", "label"], **(data.get("attack") or {})}
+        return cls(**cls.sections(data), attack=attack)
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.seeds, list)
-            or not self.seeds
-            or any(type(seed) is not int or seed < 0 for seed in self.seeds)
-            or len(set(self.seeds)) < len(self.seeds)
-        ):
-            raise ConfigError(f"seeds: wanted a list of different numbers, got {self.seeds!r}")
-        for name in self.victims:
-            if name == "fp" or not re.fullmatch(r"[\w.-]+", str(name)):
-                raise ConfigError(
-                    f"victims: wanted names of folders, of letters and digits, not fp, got {name!r}"
-                )
-        for where, section in {"common": self.common, "fp": self.fp, **self.victims}.items():
-            check_keys(section, [spec.name for spec in fields(TrainConfig)], where=where)
-            for key in SET_BY_JOB:
-                if key in section and (key, where in self.victims) != ("teacher", True):
-                    raise ConfigError(f"{where}: the job sets {key} itself, remove it")
-        self._check_methods()
+        super().__post_init__()
         if not isinstance(self.answers, list) or not self.answers:
             raise ConfigError(f"attack.answers: wanted a list, got {self.answers!r}")
         for answer in self.answers:
             answer_arguments(answer)
         for seed in self.seeds:
-            for name in ("fp", *self.victims):
-                self.training(name, seed, Path())
             self.attacker(seed)
-
-    def _check_methods(self) -> None:
-        """That each victim's teacher is trained before it, and that there is one to attack."""
-        teachers = ["fp"]
-        for name, own in self.victims.items():
-            method = own.get("method")
-            if method not in METHODS_OF_VICTIMS:
-                raise ConfigError(
-                    f"{name}: method: wanted one of {', '.join(METHODS_OF_VICTIMS)}, got {method!r}"
-                )
-            if self.teacher(name) not in teachers:
-                raise ConfigError(
-                    f"{name}: teacher: wanted fp or a nasty victim further up, "
-                    f"got {self.teacher(name)!r}"
-                )
-            if not METHODS[method].quantized:
-                teachers.append(name)
-        if not self.attacked:
-            raise ConfigError("victims: wanted one that is quantized, to attack it, got none")
-
-    @property
-    def attacked(self) -> list[str]:
-        """The names of the victims that are exported and attacked."""
-        return [name for name, own in self.victims.items() if METHODS[own["method"]].quantized]
-
-    def teacher(self, name: str) -> str:
-        """The name of the full-precision training that a victim learns from."""
-        return self.victims[name].get("teacher", "fp")
-
-    def training(self, name: str, seed: int, out: Path) -> TrainConfig:
-        """The settings of ``fp`` or of a victim."""
-        own = {"method": "fp", **self.fp} if name == "fp" else self.victims[name]
-        settings = {**self.common, **own, "seed": seed}
-        if name != "fp":
-            settings["teacher"] = str(self.folder(out, seed, self.teacher(name)))
-        return TrainConfig.from_dict(settings, where=name)
 
     def attacker(self, seed: int) -> AttackConfig:
         """The settings of the attack."""
@@ -132,8 +55,3 @@ class Job:
     def answers(self) -> list[str]:
         """What the victims show, one attack for each."""
         return self.attack["answers"]
-
-    @staticmethod
-    def folder(out: Path, seed: int, name: str) -> Path:
-        """The run folder of a training."""
-        return out / f"seed{seed}" / name

@@ -11,6 +11,7 @@ from divqat.evaluate.grid import Subject
 from divqat.options import ConfigError
 from divqat.steps import export_run, exported, verify_run
 from divqat.train import Run, load_run
+from divqat.train.folder import CHECKPOINT, read_checkpoint
 
 INT8, FAKE, FLOAT, FILE = (
     "the exported int8 model in ONNX Runtime",
@@ -25,12 +26,21 @@ def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
 
     A full-precision run is attacked as it is, and so is any with ``fake_quant``.
     """
-    method, seed = run.config.method, run.config.seed
+    method, seed = _method(run), run.config.seed
     if not run.config.kind.quantized or fake_quant:
         return Subject(name, run.model, method, seed, agreement=1.0)
     export_run(run, splits)
     agreement = verify_run(run, splits)["argmax_agreement"]
     return Subject(name, exported(run), method, seed, agreement)
+
+
+def _method(run: Run) -> str:
+    """The method; that of a model made from a Nasty Teacher says so: it is not the control."""
+    teacher = run.config.teacher
+    if teacher is None or not (Path(teacher) / CHECKPOINT).is_file():
+        return run.config.method
+    before = read_checkpoint(Path(teacher))["config"]["method"]
+    return run.config.method if before == "fp" else f"{before}-{run.config.method}"
 
 
 def kind_of(run: Run, *, fake_quant: bool = False) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from divqat import cli, steps
+from divqat import cli, commands, steps
 from divqat.data import ImageSet, Splits
 from divqat.files import load_checkpoint, read_json
 from divqat.train import load_run
@@ -125,7 +125,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(config, out):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", interrupted)
+    monkeypatch.setattr(commands.training, "train", interrupted)
     assert divqat("train", "--out", tmp_path / "x") == 130
     assert f"divqat train --out {tmp_path / 'x'} --resume" in capsys.readouterr().err
 
@@ -160,7 +160,7 @@ def test_export_and_verify(runs, capsys):
 
 
 def test_verify_fails_below_the_wanted_agreement(runs, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "verify_run", lambda *_: {"text": "", "argmax_agreement": 0.99})
+    monkeypatch.setattr(commands, "verify_run", lambda *_: {"text": "", "argmax_agreement": 0.99})
     assert divqat("verify", runs / "qat") == 1
     assert "agreement 0.9900 is below 0.995" in capsys.readouterr().err
     assert divqat("verify", runs / "qat", "--min-agreement", 0.98) == 0

@@ -1,0 +1,96 @@
+import pytest
+import yaml
+
+from divqat import cli, study
+from divqat.evaluate.grid import Evaluation
+from divqat.options import ConfigError
+from divqat.study import Study
+
+STUDY = {
+    "seeds": [0],
+    "common": {"dataset": "digits", "model": "lenet", "batch_size": 256, "threads": 1},
+    "fp": {"epochs": 2},
+    "victims": {
+        "teacher": {"method": "nasty", "epochs": 1},
+        "ptq": {"method": "ptq", "epochs": 1},
+        "qat": {"method": "qat", "epochs": 1, "lr": 0.01},
+        "nasty-qat": {"method": "qat", "teacher": "teacher", "epochs": 1, "lr": 0.01},
+    },
+    "subjects": ["fp", "ptq", "qat", "nasty-qat"],
+    "evaluate": {
+        "query_set": "noise",
+        "query_limit": 200,
+        "clones": ["lenet"],
+        "epochs": 1,
+        "threads": 1,
+    },
+}
+
+
+def divqat(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished study."""
+    out = tmp_path_factory.mktemp("study")
+    (out / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    assert divqat("study", out / "study.yaml", "--out", out / "out") == 0
+    return out
+
+
+def test_study_trains_deploys_and_evaluates(done):
+    result = Evaluation.load(done / "out" / "evaluation.json")
+    methods = {row.victim: row.method for row in result.released}
+    assert methods == {"fp": "fp", "ptq": "ptq", "qat": "qat", "nasty-qat": "nasty-qat"}
+    assert len(result.cells) == 8
+    assert "int8" in result.deployed and "full-precision" in result.deployed
+    assert (done / "out" / "seed0" / "ptq" / "model.onnx").is_file()
+    assert not (done / "out" / "seed0" / "teacher" / "model.onnx").exists()
+
+
+def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
+    before = Evaluation.load(done / "out" / "evaluation.json")
+    data = {**STUDY, "evaluate": {**STUDY["evaluate"], "budgets": [50, 200]}}
+    (done / "more.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    trained = []
+    train = study.train
+    monkeypatch.setattr(study, "train", lambda *a, **k: trained.append(train(*a, **k)))
+    assert divqat("study", done / "more.yaml", "--out", done / "out") == 0
+    after = Evaluation.load(done / "out" / "evaluation.json")
+    assert len(after.cells) == 16
+    kept = [cell for cell in after.cells if cell.budget == 200]
+    assert kept == before.cells
+
+
+def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
+    run = done / "out" / "seed0" / "qat"
+    settings = ["--query-set", "noise", "--query-limit", 50, "--clones", "lenet", "--epochs", 1]
+    settings += ["--seeds", 1, "--threads", 1, "--out", tmp_path]
+    victims = ["--victim", run, "--victim", f"file={run / 'model.onnx'}"]
+    assert divqat("evaluate", *victims, *settings) == 0
+    cells = Evaluation.load(tmp_path / "evaluation.json").cells
+    ours, theirs = ([(c.attack, c.curve) for c in cells if c.victim == v] for v in ("qat", "file"))
+    assert ours == theirs  # the run is attacked as it is exported
+    shown = capsys.readouterr().out
+    assert "| qat " in shown and "ok    query budgets are respected" in shown
+    assert divqat("report", tmp_path) == 0
+    assert divqat("evaluate", "--victim", run / "model.onnx", *settings) == 2
+    assert "dataset: wanted one for all victims, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subjects": ["alien"]}, r"subjects: wanted some of fp, teacher, .*, got \['alien'\]"),
+        ({"evaluate": {"seeds": 3}}, "evaluate: the study sets seeds itself"),
+        ({"evaluate": {"epoch": 3}}, r"evaluate 'epoch' \(did you mean 'epochs'"),
+        ({"evaluate": {"attacks": ["alien"]}}, "unknown attack 'alien'"),
+        ({"evaluate": {"defenses": ["alien"]}}, "unknown defense 'alien'"),
+        ({"attack": {}}, "unknown key 'attack'"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Study.from_dict({**STUDY, **change})
