@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from divqat.errors import require, unknown_name
+from divqat.shown import keep_top, label_only
 
 # Released answers from probabilities [N, num_classes] and images [N, C, H, W].
 Defense = Callable[[Tensor, Tensor], Tensor]
@@ -151,12 +152,7 @@ class Victim:
             return probs
         if self._decimals is not None:
             return probs.round(decimals=self._decimals)
-        k = 1 if self._k is None else self._k
-        if k > logits.shape[1]:
-            raise ValueError(f"k: wanted at most the {logits.shape[1]} classes, got {k}")
-        top = order.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        shown = torch.ones_like(probs) if self._answer == "label" else probs
-        return torch.zeros_like(probs).scatter(1, top, shown.gather(1, top))
+        return label_only(order) if self._k is None else keep_top(probs, self._k, by=order)
 
     def _defend(self, probs: Tensor, images: Tensor) -> Tensor:
         assert self._defense is not None

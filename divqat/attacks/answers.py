@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from divqat.options import ConfigError
+from divqat.shown import distributions
 
 READINGS = "as_given, label, temperature<T>, top<k>, rounded<decimals> or shuffled"
-
-
-def distributions(answers: Tensor) -> Tensor:  # [N, num_classes] -> rows of sum 1
-    """Answers scaled to sum 1; a row without mass, which rounding can leave, becomes uniform.
-
-    Negative entries, which some defenses' formulas allow, count as 0.
-    """
-    answers = answers.clamp(min=0)
-    total = answers.sum(1, keepdim=True)
-    return torch.where(total > 0, answers / total, 1 / answers.shape[1])
 
 
 def reading(text: str) -> Callable[[Tensor], Tensor]:

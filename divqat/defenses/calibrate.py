@@ -1,9 +1,87 @@
-"""Placeholder until the real one lands."""
+"""Bring defenses to the same L1 distance, at which they can be compared."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import TypeVar
+
+from torch import Tensor
+
+from divqat.defenses.defense import Defense
+
+D = TypeVar("D", bound=Defense)
+
+LARGEST = 2.0**20  # the strength that stands for infinity where a setting has no upper bound
+HALVINGS = 60  # a float64 has no digits left then
 
 
-def calibrated(defense, probs, images, l1):
-    raise ValueError("none")
+def l1_distance(a: Tensor, b: Tensor) -> float:
+    """Mean over the rows of |a - b|_1 of two answers [N, num_classes]: 0 to 2.
+
+    Raises:
+        ValueError: different shapes, or no rows.
+    """
+    if a.shape != b.shape or a.dim() != 2 or not len(a):
+        raise ValueError(
+            "a, b: wanted the same [N, num_classes] with N of at least 1, "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        )
+    return (a.double() - b.double()).abs().sum(1).mean().item()
 
 
-def l1_distance(a, b):
-    return (a - b).abs().sum(1).double().mean().item()
+def calibrated(
+    defense: D, probs: Tensor, images: Tensor, l1: float, *, tolerance: float = 1e-3
+) -> D:
+    """A copy of ``defense`` whose answers are at a mean L1 distance of ``l1`` from the clean ones.
+
+    Its ``strength`` setting is found by bisection, as the distance grows with it; all others stay.
+    A defense that has to be fitted has to be fitted already. A few thousand answers are enough,
+    and every step of the search defends all of them.
+
+    Args:
+        defense: any with a ``strength``.
+        probs: clean answers, float32 [N, num_classes], rows of sum 1.
+        images: what was asked, float32 [N, C, H, W] in [-1, 1].
+        l1: wanted mean of |y' - y|_1.
+        tolerance: how far from ``l1`` the mean may be.
+
+    Raises:
+        ValueError: the defense has no strength, or cannot come within ``tolerance`` of ``l1``; the
+            message tells what it reaches.
+    """
+    name = defense.strength
+    if name is None:
+        raise ValueError(f"defense: wanted one whose strength can be set, got {defense}")
+
+    def distance(value: float) -> float:
+        return l1_distance(_with(defense, name, value)(probs, images), probs)
+
+    (setting,) = (field for field in fields(defense) if field.name == name)
+    most = setting.metadata["bounds"].get("at most", LARGEST)
+    low, high = defense.neutral, min(defense.neutral + 1, most)
+    while (reached := distance(high)) < l1 and high < most:
+        low, high = high, min(2 * high, most)
+    if not 0 <= l1 <= reached + tolerance:
+        raise ValueError(
+            f"l1: wanted 0 to {reached:.4g}, which {type(defense).__name__} reaches with "
+            f"{name}={high:g}, got {l1:g}"
+        )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        got = distance(middle)
+        if abs(got - l1) <= tolerance:
+            return _with(defense, name, middle)
+        low, high = (middle, high) if got < l1 else (low, middle)
+    raise ValueError(
+        f"l1: wanted one that {type(defense).__name__} reaches; at {name}={high:g} it jumps from "
+        f"{distance(low):.4g} to {distance(high):.4g}, got {l1:g}"
+    )
+
+
+def _with(defense: D, name: str, value: float) -> D:
+    """A copy with another setting. It keeps what was fitted, unlike ``dataclasses.replace``, and
+    shares no memory of queries."""
+    changed = copy.deepcopy(defense)
+    object.__setattr__(changed, name, value)
+    return changed

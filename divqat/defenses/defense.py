@@ -42,6 +42,8 @@ class Defense(Options, ABC):
     keeps_top1: ClassVar[bool]
     #: The setting that the L1 distance to the clean answers grows with; None: there is none.
     strength: ClassVar[str | None]
+    #: The value of that setting at which the answers stay clean.
+    neutral: ClassVar[float] = 0.0
 
     def fit(self: D, owner: Owner) -> D:
         """A copy that is ready to use: networks trained, no memory of earlier queries."""
