@@ -38,12 +38,16 @@ class Defense(Options, ABC):
         ConfigError: (a ValueError) a setting of a wrong type or out of its range.
     """
 
-    #: Whether the most probable class never changes, ties aside.
-    keeps_top1: ClassVar[bool]
     #: The setting that the L1 distance to the clean answers grows with; None: there is none.
     strength: ClassVar[str | None]
     #: The value of that setting at which the answers stay clean.
     neutral: ClassVar[float] = 0.0
+
+    @property
+    @abstractmethod
+    def keeps_top1(self) -> bool:
+        """Whether the most probable class never changes, ties aside. A class variable where it
+        does not depend on the settings."""
 
     def fit(self: D, owner: Owner) -> D:
         """A copy that is ready to use: networks trained, no memory of earlier queries."""
