@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from divqat.options import ConfigError
-from divqat.shown import distributions
+from divqat.shown import distributions, keep_top, label_only
 
 READINGS = "as_given, label, temperature<T>, top<k>, rounded<decimals> or shuffled"
 
@@ -28,7 +28,7 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
     if text == "as_given":
         return distributions
     if text == "label":
-        return _label
+        return label_only
     if text == "shuffled":
         return _shuffled
     found = re.fullmatch(r"(temperature|top|rounded)(\d+(?:\.\d+)?)", text)
@@ -40,21 +40,10 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
     if number % 1:
         raise ConfigError(f"reading: wanted a whole number after {found[1]}, got {text!r}")
     if found[1] == "top":
-        return lambda answers: distributions(_top(answers, int(number)))
+        return lambda answers: distributions(keep_top(answers, int(number)))
     return lambda answers: distributions(answers.round(decimals=int(number)))
-
-
-def _label(answers: Tensor) -> Tensor:
-    return torch.zeros_like(answers).scatter(1, answers.argmax(1, keepdim=True), 1.0)
 
 
 def _shuffled(answers: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return distributions(answers[torch.randperm(len(answers), generator=generator)])
-
-
-def _top(answers: Tensor, k: int) -> Tensor:
-    if k > answers.shape[1]:
-        raise ValueError(f"reading: wanted at most the {answers.shape[1]} classes, got top{k}")
-    top = answers.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(answers).scatter(1, top, answers.gather(1, top))

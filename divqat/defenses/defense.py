@@ -22,9 +22,7 @@ class Owner:
 
     train: LabeledImages  # what the victim learned
     model: Any  # the victim itself: whatever divqat.evaluate.predict takes
-    build: Callable[
-        [], nn.Module
-    ]  # a new network with the victim's inputs and classes, on a device
+    build: Callable[[], nn.Module]  # a new network with the victim's inputs and classes
     seed: int = 0
 
 

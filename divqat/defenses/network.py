@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from divqat.data.batches import batches
 from divqat.defenses.defense import Owner
 from divqat.progress import progress
+from divqat.train.folder import derived_seed
 
 
 def train_network(
@@ -38,9 +39,11 @@ def train_network(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    generator = torch.Generator().manual_seed(owner.seed)
+    # Not the owner's seed itself: a clone made with the same one would begin with these weights.
+    seed = derived_seed(owner.seed, "defense")
+    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(owner.seed)
+        torch.manual_seed(seed)
         network = owner.build().train()
         device = next(network.parameters()).device
         optimizer = torch.optim.SGD(

@@ -110,7 +110,7 @@ def _overlap(result: Evaluation) -> Audit:
 def _epochs(result: Evaluation) -> Audit:
     if not result.cells:
         return Audit("clones are those of the last epoch", False, "no clone")
-    gain = 100 * mean(cell.best_accuracy - cell.accuracy for cell in result.cells)
+    gain = 100 * mean(cell.gain for cell in result.cells)
     detail = f"choosing the best epoch with the test set would add {gain:.1f} points on average"
     return Audit("clones are those of the last epoch", True, detail)
 

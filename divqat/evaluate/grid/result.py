@@ -57,10 +57,14 @@ class Cell:
     accuracy: float  # after the last epoch
     fidelity: float  # same top-1 as the deployed model behind the defense
     holdout_accuracy: float  # on the attacker's labeled images
-    best_accuracy: float  # of the best epoch, chosen with the test set: no attacker can
-    curve: list[float]  # after each epoch or round
+    curve: list[float]  # after each epoch or round, on the first 2,000 test images
     queries: int
     seconds: float
+
+    @property
+    def gain(self) -> float:
+        """What choosing the best epoch with these test images would add: no attacker can."""
+        return max(self.curve) - self.curve[-1]
 
     @property
     def reading(self) -> str | None:

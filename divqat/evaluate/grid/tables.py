@@ -118,7 +118,7 @@ def _spread(rows: Iterable[Any], name: str, digits: int) -> str:
 
 def _gain(cells: list[Cell]) -> str:
     """How much better the best epoch is than the last, in points."""
-    return f"+{100 * mean(cell.best_accuracy - cell.accuracy for cell in cells):.1f}"
+    return f"+{100 * mean(cell.gain for cell in cells):.1f}"
 
 
 def _most(names: Iterable[str]) -> str:
