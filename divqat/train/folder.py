@@ -126,8 +126,11 @@ def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
 
 def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
     """The float or prepared network of a configuration, with weights from its seed."""
+    # From its teacher's initial weights a nasty one would follow the teacher's path, on which their
+    # divergence is 0 and so is its gradient.
+    own = (config.method,) if config.method == "nasty" else ()
     with torch.random.fork_rng([]):
-        torch.manual_seed(derived_seed(config.seed, "init"))
+        torch.manual_seed(derived_seed(config.seed, "init", *own))
         model = models.build(
             config.model,
             in_channels=shape["in_channels"],

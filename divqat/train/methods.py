@@ -12,7 +12,7 @@ class Method:
     Attributes:
         help: one line of the command line's help.
         quantized: gives an int8 model, from the teacher's weights; else a full-precision one, from
-            scratch.
+            new weights.
         sign: L = CE − sign · λ T² D(model, teacher): 1 moves away from the teacher's answers, −1
             towards them, 0 does not ask for them.
         weight, direction: λ and D where the settings leave them open.
@@ -28,7 +28,8 @@ class Method:
 # nasty: Nasty Teacher (Ma et al., "Undistillable: Making a nasty teacher that cannot teach
 #   students", ICLR 2021, arXiv 2105.07381, §3): L = CE(y, q) − ω τ² KL(q_τ‖p_τ) against a frozen
 #   network of the same architecture. τ = 4 and ω = 0.04 are those of the authors' code for
-#   CIFAR-10; it takes τ = 20 and ω = 0.005 for CIFAR-100.
+#   CIFAR-10; it takes τ = 20 and ω = 0.005 for CIFAR-100. Initial weights are not the teacher's
+#   even under the same seed (see build_model).
 # ptq: ranges as moving averages, over frozen weights with the BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).
 # kd-qat: L = CE(y, q) + λ T² KL(p_T‖q_T) (Hinton et al., "Distilling the knowledge in a neural
@@ -38,7 +39,7 @@ class Method:
 METHODS = {
     "fp": Method("full precision", quantized=False),
     "nasty": Method(
-        "full precision and hard to distill, a Nasty Teacher: from scratch, away from the "
+        "full precision and hard to distill, a Nasty Teacher: from new weights, away from the "
         "teacher's answers",
         quantized=False,
         sign=1,

@@ -1,0 +1,60 @@
+"""A job with what the defense is compared with."""
+
+import pytest
+from test_pipeline import JOB
+from test_train import QUIET
+
+from divqat.files import read_json
+from divqat.job import Job
+from divqat.options import ConfigError
+from divqat.pipeline import run_job
+from divqat.train import load_run
+
+NASTY = {"method": "nasty", "epochs": 2, "weight": 0.1}
+VICTIMS = {
+    "teacher": NASTY,
+    "ptq": {"method": "ptq", "epochs": 1},
+    "undistillable": {"method": "ptq", "epochs": 1, "teacher": "teacher"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_nasty_victim_teaches_and_is_not_attacked(tmp_path):
+    attack = {**JOB["attack"], "budget": 100, "answers": ["probs"]}
+    result = run_job(
+        Job.from_dict({**JOB, "victims": VICTIMS, "attack": attack}), tmp_path, **QUIET
+    )
+    plain, ours = result.victims
+    assert (plain.name, plain.method) == ("ptq", "ptq")
+    assert (ours.name, ours.method) == ("undistillable", "nasty-ptq")
+    assert ours.settings == {"weight": 0.1, "temperature": 4.0} and plain.settings == {}
+    assert all(v.int8_layers == 5 and set(v.attacks) == {"probs"} for v in result.victims)
+    assert all(v.argmax_agreement > 0.98 for v in result.victims)
+    seed = tmp_path / "seed0"
+    assert ours.accuracy_fp == read_json(seed / "teacher" / "summary.json")["test_accuracy"]
+    assert plain.accuracy_fp == read_json(seed / "fp" / "summary.json")["test_accuracy"]
+    assert not (seed / "teacher" / "model.onnx").exists()
+    assert load_run(seed / "undistillable").config.teacher == str(seed / "teacher")
+    assert result.control == []  # there is no plain QAT
+
+
+@pytest.mark.parametrize(
+    ("victims", "message"),
+    [
+        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp or a nasty victim"),
+        ({"a": {"method": "qat", "teacher": "b"}, "b": NASTY}, "further up, got 'b'"),
+        ({"b": {"method": "qat"}, "a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted"),
+        ({"b": NASTY}, "victims: wanted one that is quantized, to attack it"),
+        ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ptq, qat, kd-qat, divqat"),
+        ({"a": {"method": "qat", "seed": 1}}, "a: the job sets seed itself"),
+    ],
+)
+def test_bad_victims_are_refused(victims, message):
+    with pytest.raises(ConfigError, match=message):
+        Job.from_dict({**JOB, "victims": victims})
+
+
+@pytest.mark.parametrize("section", ["common", "fp"])
+def test_only_a_victim_names_its_teacher(section):
+    with pytest.raises(ConfigError, match=f"{section}: the job sets teacher itself"):
+        Job.from_dict({**JOB, section: {"teacher": "fp"}})
