@@ -17,7 +17,7 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 OPTIONAL = (
     *("sklearn", "scipy", "PIL", "onnx", "onnxscript", "onnxruntime", "matplotlib"),
-    *("yaml", "tqdm", "triton", "pytest"),
+    *("yaml", "tqdm", "triton", "pytest", "art"),
 )
 
 

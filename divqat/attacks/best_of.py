@@ -1,0 +1,92 @@
+"""Several attacks, of which the attacker keeps the best clone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from divqat.attacks.attack import Attack, Extraction, Watch
+from divqat.data.sets import ImageSet
+from divqat.evaluate.metrics import accuracy, predict
+from divqat.victim import Victim
+
+
+@dataclass(frozen=True, eq=False)
+class BestExtraction(Extraction):
+    """The extraction of the best attack, save that ``queries`` are those of all attacks."""
+
+    name: str  # of the best attack
+    accuracies: dict[str, float]  # by attack: its clone's on the holdout, in [0, 1]
+    extractions: dict[str, Extraction]  # by attack
+
+
+@dataclass(frozen=True, eq=False)
+class BestOf:
+    """Run several attacks and keep the clone that is most accurate on images of the attacker's own.
+
+    A defense is worth what it does against the best attack, and a thief who has a few labeled
+    images finds out which that is without the test set. Ties go to the earlier attack.
+
+    Args:
+        attacks: by name, which also names a folder in ``resume_dir``.
+        holdout: labeled images that the attacker has beside the query set. They cost no query.
+
+    Raises:
+        ValueError: no attacks, no images, or a name that cannot be a folder's.
+
+    Example:
+        >>> from divqat.attacks import KnockoffNets
+        >>> soft, label = KnockoffNets(), KnockoffNets(reading="label")
+        >>> BestOf({"soft": soft, "label": label}, holdout)  # doctest: +SKIP
+    """
+
+    attacks: Mapping[str, Attack]
+    holdout: ImageSet
+
+    def __post_init__(self) -> None:
+        if not self.attacks or not len(self.holdout):
+            raise ValueError(
+                "attacks, holdout: wanted at least one attack and one image, got "
+                f"{len(self.attacks)} and {len(self.holdout)}"
+            )
+        for name in self.attacks:
+            if not re.fullmatch(r"\w[\w.+-]*", name):
+                raise ValueError(f"attacks: wanted names that folders can have, got {name!r}")
+
+    def __call__(
+        self,
+        victim: Victim,
+        query_set: Tensor,  # uint8 [N, C, H, W]
+        clone: nn.Module,
+        *,
+        resume_dir: str | Path | None = None,
+        watch: Watch = lambda *_: None,
+    ) -> BestExtraction:
+        """Run the attacks one after another, each from ``clone`` and with queries of its own.
+
+        Args and errors are those of :meth:`Attack.__call__`. ``watch`` sees the clones of all
+        attacks. An attack that the victim's budget is too small for raises before its own first
+        query; what those before it found is in ``resume_dir``.
+        """
+        extractions = {
+            name: attack(
+                victim,
+                query_set,
+                clone,
+                resume_dir=None if resume_dir is None else Path(resume_dir) / name,
+                watch=watch,
+            )
+            for name, attack in self.attacks.items()
+        }
+        accuracies = {
+            name: accuracy(predict(found.clone, self.holdout.images), self.holdout.labels)
+            for name, found in extractions.items()
+        }
+        name = max(accuracies, key=accuracies.__getitem__)  # the first of equals
+        best = extractions[name]
+        queries = sum(found.queries for found in extractions.values())
+        return BestExtraction(best.clone, best.transfer_set, queries, name, accuracies, extractions)

@@ -1,0 +1,131 @@
+"""D-DAE and D-DAE+: a network that undoes the known defense."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from divqat.attacks.attack import Task
+from divqat.attacks.recovery import Recovery
+from divqat.attacks.training import Training
+from divqat.evaluate.metrics import predict, softmax
+from divqat.options import option
+from divqat.progress import progress
+
+BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generative(Recovery):
+    """Train a network from released to clean answers, and apply it to the victim's.
+
+    The source has 10^6 pairs, with which the 200 epochs take a CPU an hour; hence fewer.
+    """
+
+    pairs: int = option(100_000, "Pairs of clean and released answers to make.", least=1)
+    recovery_epochs: int = option(200, "Epochs of the network that recovers answers.", least=1)
+
+    def _recover(self, task: Task, images: Tensor, answers: Tensor) -> Tensor:
+        clean, rows = self._prior(task, images, answers)
+        released = self._release(clean, images, rows)
+        torch.manual_seed(self.seed)  # whatever making the pairs drew
+        network = restorer(answers.shape[1]).to(task.device)
+        train(network, released.to(task.device), clean.to(task.device), self.recovery_epochs)
+        network.eval()
+        with torch.no_grad():
+            return network(answers.to(task.device)).cpu()
+
+    @abstractmethod
+    def _prior(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Made-up clean answers [M, num_classes], and for each the row of ``images``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDAE(_Generative):
+    """D-DAE (Chen et al., "D-DAE: Defense-Penetrating Model Extraction Attacks", IEEE S&P 2023) in
+    the form of ModelGuard (Tang et al., USENIX Security 2024): the clean answers to learn from are
+    those of shadow models.
+
+    There the shadows are AlexNets, each trained on other classes of a public labeled set, and
+    answer the transfer set. Who has nothing but the transfer set splits it: a shadow, the clone's
+    architecture with new weights (layers without ``reset_parameters`` keep the clone's), learns the
+    released labels of one random half, and answers the other half, as foreign to it as the query
+    set is to the victim. It trains like the clone, for ``shadow_epochs``. The shadows of the
+    defaults cost as much as 50 epochs of the clone.
+    """
+
+    shadows: int = option(20, "Shadow models.", least=1)
+    shadow_epochs: int = option(5, "Epochs of each.", least=1)
+
+    def _prior(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        labels = nn.functional.one_hot(answers.argmax(1), answers.shape[1]).float()
+        clean, rows = [], []
+        for number in range(self.shadows):
+            order = torch.randperm(len(images), generator=generator)
+            half, other = order[: len(order) // 2], order[len(order) // 2 :]
+            seeds = torch.randint(2**62, (self.shadow_epochs + 1,), generator=generator).tolist()
+            shadow = renewed(task.clone, seeds.pop())
+            own = replace(task, clone=shadow, watch=lambda *_: None)  # no result, none to watch
+            training = Training(self, own, seeds, name=f"shadow{number}.pt")
+            network = training.run(images[half], labels[half])
+            clean.append(softmax(predict(network, images[other])))
+            rows.append(other)
+        chosen = torch.randperm(sum(map(len, rows)), generator=generator)[: self.pairs]
+        return torch.cat(clean)[chosen], torch.cat(rows)[chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDAEPlus(_Generative):
+    """D-DAE+ (Tang et al., ModelGuard, USENIX Security 2024): the clean answers to learn from are
+    drawn from Dirichlet distributions, see :meth:`Recovery._dirichlet`; no shadows are trained."""
+
+    def _prior(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        return self._dirichlet(answers)
+
+
+def renewed(network: nn.Module, seed: int) -> nn.Module:
+    """A copy with new initial weights."""
+    network = copy.deepcopy(network)
+    torch.manual_seed(seed)
+    for module in network.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    return network
+
+
+def restorer(classes: int) -> nn.Module:
+    """ModelGuard's network from released to clean answers; its widths for 10, 43, 100, 200 and 256
+    classes are those of the published table: 128, 512, 1024, 2048, 2048, and half of it."""
+    width = min(2048, 2 ** math.ceil(math.log2(10 * classes)))
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((classes, width), (width, width // 2), (width // 2, classes)):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Softmax(1))
+
+
+def train(network: nn.Module, released: Tensor, clean: Tensor, epochs: int) -> None:
+    """Minimize the L1 distance of ``network(released)`` to ``clean``, both [M, num_classes].
+
+    SGD with the settings of the published code: learning rate 0.01, halved every 100 epochs,
+    momentum 0.9, L2 penalty 1e-4. That code leaves batch norm in training mode when it recovers, so
+    an estimate there depends on its batch; here it does not.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.5)
+    network.train()
+    for _ in progress(range(epochs), "recovery", total=epochs, unit="epoch"):
+        for rows in torch.randperm(len(clean)).split(BATCH):
+            if len(rows) > 1:  # batch norm cannot train on a single row
+                # L = mean over the pairs of |r(y') - y|_1
+                loss = (network(released[rows]) - clean[rows]).abs().sum(1).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        scheduler.step()
