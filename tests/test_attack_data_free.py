@@ -259,3 +259,15 @@ def test_errors(model):
 def test_bfloat16_clone_learns(model):
     attack = replace(QUICK["maze"], precision="bfloat16")
     assert not same_bits(attack(Victim(model), QUERIES, CLONE).clone, CLONE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@both
+def test_networks_train_on_the_device_of_the_clone(model, tmp_path, attack):
+    clone = copy.deepcopy(CLONE).cuda()
+    extraction = attack(Victim(model), QUERIES, clone, resume_dir=tmp_path)
+    assert next(extraction.clone.parameters()).is_cuda
+    assert {part.device.type for part in extraction.transfer_set} == {"cpu"}
+    again = attack(Victim(model, query_budget=0), QUERIES, clone, resume_dir=tmp_path)
+    assert same_bits(again.clone, extraction.clone)

@@ -31,8 +31,8 @@ class DataFree(Attack):
     Per round the generator G takes ``generator_steps``, each on new images x = tanh(G(z)), to
     increase the mean of a distance d(x) between victim and clone. The victim is a black box, so d
     is differentiated by forward differences (:mod:`divqat.attacks.zeroth_order`). The clone then
-    takes ``clone_steps`` on new images to decrease d, and ``replay_steps`` on a memory: the images
-    of each round's last clone step. Both learning rates follow one schedule.
+    takes ``clone_steps`` on new images to decrease d, and ``replay_steps`` on images that it took
+    such steps on, in all rounds so far. Both learning rates follow one schedule.
 
     Of the query set only the shape of an image is used. Queries are floats, as the differences are
     far below 1/255; only the memory and the transfer set keep images in 8 bits. A victim that
@@ -126,7 +126,9 @@ class Duel:
         )
         self.generator_optimizer = attack.generator_optimizer(self.generator.parameters())
         self.memory = (
-            Memory(rounds, attack.batch_size, shape, task.classes) if attack.replay_steps else None
+            Memory(rounds * attack.clone_steps, attack.batch_size, shape, task.classes)
+            if attack.replay_steps
+            else None
         )
         # What the clone learned in the last round: uint8 [M, C, H, W], float32 [M, classes].
         self.learned = (torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, task.classes))
@@ -155,7 +157,8 @@ class Duel:
         for images, answers in batches:
             self._clone_step(images, answers)
         if self.memory:
-            self.memory.add(*batches[-1])
+            for batch in batches:
+                self.memory.add(*batch)
             for _ in range(attack.replay_steps):
                 images, answers = self.memory.draw(attack.batch_size)
                 self._clone_step(images.to(self.task.device), answers.to(self.task.device))
@@ -185,7 +188,7 @@ class Duel:
         self.clone_optimizer.load_state_dict(state["optimizers"][0])
         self.generator_optimizer.load_state_dict(state["optimizers"][1])
         if self.memory:
-            self.memory.load(self.task.folder, self.round)
+            self.memory.load(self.task.folder, self.round * self.attack.clone_steps)
 
     def _generate(self) -> Tensor:  # [batch_size, C, H, W], before the tanh
         return self.generator(

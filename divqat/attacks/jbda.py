@@ -38,6 +38,7 @@ class JBDA(TransferAttack):
         seeds: images drawn from the query set without replacement (at most ``query_budget``).
         epsilon: how far a pixel moves, in units of the range of pixels, as in the paper: 0.1 are
             25.5 of 255 levels.
+        epochs: of each round, over all images so far.
 
     Raises:
         ValueError: more seeds than the query set has images.

@@ -18,7 +18,7 @@ class JBDATR(JBDA):
     """JBDA whose new images are drawn towards random classes other than the victim's label.
 
     Source: Juuti, Szyller, Marchal, Asokan, "PRADA: Protecting against DNN Model Stealing
-    Attacks", EuroS&P 2019, section 3, the iterative targeted-random strategy. The numbers are those
+    Attacks", EuroS&P 2019, the iterative targeted-random strategy. The numbers are those
     of ModelGuard (Tang et al., USENIX Security 2024) and of its code: 1000 seeds, a budget of
     50 000, three images per image and round, each by ``steps`` steps of projected gradient descent
 
