@@ -25,6 +25,7 @@ from divqat.attacks.maze import MAZE
 from divqat.attacks.memory import Memory
 from divqat.attacks.zeroth_order import zeroth_order
 from divqat.data import to_float
+from divqat.data.batches import to_uint8
 from divqat.evaluate import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
@@ -69,6 +70,22 @@ def test_zeroth_order_converges_to_the_gradient():
     bound = 5 * (12 * wanted.flatten(1).square().sum(1) * 3 / 4000).sqrt()
     assert ((got - wanted).abs() < bound[:, None, None, None]).all()
     assert (torch.nn.functional.cosine_similarity(got.flatten(1), wanted.flatten(1)) > 0.98).all()
+
+
+def test_victim_of_8_bit_inputs_hides_its_gradient_from_small_steps_only(model):
+    raw = torch.randn(16, 1, 8, 8, generator=seeded(), requires_grad=True)
+    (wanted,) = torch.autograd.grad(model(raw.tanh())[:, 0].sum(), raw)
+
+    def cosine(smoothing):
+        def d(raw):
+            return model(to_float(to_uint8(raw.tanh())))[:, 0].detach()
+
+        got = zeroth_order(d, raw.detach(), d(raw), 100, smoothing)
+        return nn.functional.cosine_similarity(got.flatten(1), wanted.flatten(1)).mean()
+
+    torch.manual_seed(0)
+    assert cosine(1e-3) < 0.4
+    assert cosine(0.1) > 0.65
 
 
 def test_dfme_compares_centred_log_probabilities():

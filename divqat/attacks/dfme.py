@@ -17,9 +17,9 @@ from divqat.options import option
 class DFME(DataFree):
     """A generator and a clone that compare logits.
 
-    Source: Truong, Maini, Walls, Papernot, "Data-Free Model Extraction", CVPR 2021;
-    numbers as in its public code for CIFAR-10 (for SVHN: 2 M queries, generator_lr 5e-5). With
-    y the victim's answer and s the clone's logits
+    Source: Truong, Maini, Walls, Papernot, "Data-Free Model Extraction", CVPR 2021; numbers as in
+    its public code for CIFAR-10 (for SVHN: 2 M queries, generator_lr 5e-5). With y the victim's
+    answer and s the clone's logits
 
         d = 1/K Σ_k |v_k - s_k|,    v_k = log y_k - 1/K Σ_j log y_j
 

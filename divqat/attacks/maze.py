@@ -21,8 +21,8 @@ class MAZE(DataFree):
     """A generator and a clone that compare distributions; the clone also repeats what it learned.
 
     Source: Kariyappa, Prakash, Qureshi, "MAZE: Data-Free Model Stealing Attack Using Zeroth-Order
-    Gradient Estimation", CVPR 2021; numbers as in its public code. With y the
-    victim's answer and s the clone's logits
+    Gradient Estimation", CVPR 2021; numbers as in its public code. With y the victim's
+    answer and s the clone's logits
 
         d = KL(y ‖ softmax(s)) = Σ_k y_k (log y_k - log softmax(s)_k)
 
