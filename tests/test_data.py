@@ -10,6 +10,7 @@ from testing import seeded
 
 from divqat import data
 from divqat.data import DataNotFound, ImageSet, Splits
+from divqat.data.batches import to_uint8
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 CLIPART = Path("/usr/share/openclipart/png")
@@ -102,6 +103,13 @@ class TestHoldOut:
 
 
 class TestBatches:
+    def test_to_uint8_undoes_to_float_rounds_and_clips(self):
+        levels = torch.arange(256, dtype=torch.uint8)
+        assert torch.equal(to_uint8(data.to_float(levels)), levels)
+        # 127.5 is the middle: 0.4 and 1.6 levels above it, and beyond both ends.
+        floats = torch.tensor([-9, -1, 0.4 / 127.5, 1.6 / 127.5, 1, 9])
+        assert to_uint8(floats).tolist() == [0, 0, 128, 129, 255, 255]
+
     def test_to_float_is_exact_at_the_ends(self):
         x = data.to_float(torch.tensor([0, 255, 127, 128], dtype=torch.uint8))
         assert x.dtype == torch.float32

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from divqat.attacks.answers import READINGS, reading
-from divqat.attacks.attack import Attack, Extraction, Task
-from divqat.attacks.training import Loss, Training, soft_cross_entropy
+from divqat.attacks.attack import Extraction, Task
+from divqat.attacks.training import Loss, Training, TransferAttack, soft_cross_entropy
 from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnockoffNets(Attack):
+class KnockoffNets(TransferAttack):
     """Ask once about each of ``query_budget`` random images and train a clone on the answers.
 
     The clone minimizes -sum_k t_k log softmax(f(x))_k, the mean over the transfer set, where ``t``

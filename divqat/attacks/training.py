@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from divqat.attacks.attack import Attack, Task
 from divqat.data.batches import augment, batches
 from divqat.data.sets import ImageSet
+from divqat.options import option
 from divqat.progress import progress
 
 # loss(clone, images [B, C, H, W], targets [B, num_classes], share of the training done) -> []
@@ -23,6 +25,18 @@ Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 def soft_cross_entropy(clone: nn.Module, images: Tensor, targets: Tensor, done: float) -> Tensor:
     """-sum_k t_k log softmax(f(x))_k, mean over the images."""
     return F.cross_entropy(clone(images), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferAttack(Attack):
+    """An attack whose clone learns a transfer set: images and answers that stay as they are.
+
+    SGD with Nesterov momentum, the learning rate falling to 0 along a cosine, step by step.
+    """
+
+    epochs: int = option(10, "Passes over the transfer set.", least=1)
+    pad: int = option(0, "Shift the images at random by up to so many pixels.", least=0)
+    flip: bool = option(False, "Mirror the images at random.")
 
 
 class Training:
@@ -39,7 +53,7 @@ class Training:
 
     def __init__(
         self,
-        attack: Attack,
+        attack: TransferAttack,
         task: Task,
         seeds: list[int],
         *,

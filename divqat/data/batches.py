@@ -23,6 +23,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """The nearest uint8 images to floats in [-1, 1], which are clipped: undoes ``to_float``."""
+    return images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def augment(
     images: Tensor,  # uint8 or float [N, C, H, W]
     generator: Generator,
