@@ -60,24 +60,47 @@ class Task:
             QueryBudgetExceeded: before the first query, when the victim's budget is too small.
             ValueError: the victim has other classes than the clone.
         """
-        stored = self.folder.load(name)
-        parts = [] if stored is None else [stored["answers"]]
-        done = sum(map(len, parts))
-        left = self.victim.remaining
-        if left is not None and len(images) - done > left:
-            raise QueryBudgetExceeded(
-                f"the attack needs {len(images) - done} queries, the victim allows {left} more"
-            )
-        chunks = images[done:].split(QUERIES_PER_SAVE) if done < len(images) else ()
+        parts = self._stored(name)
+        left = images[sum(map(len, parts)) :]
+        self.afford(len(left))
+        chunks = left.split(QUERIES_PER_SAVE) if len(left) else ()
         for chunk in progress(chunks, "queries", total=len(chunks), unit="chunk"):
-            parts.append(self.victim(to_float(chunk)))
+            parts.append(self.query(to_float(chunk)))
             self.folder.save(name, {"answers": torch.cat(parts)})
-        answers = torch.cat(parts)
+        return torch.cat(parts)
+
+    def query(self, images: Tensor) -> Tensor:
+        """The victim's answers to float ``images``, float32 [N, classes] on the CPU; not kept.
+
+        Raises:
+            ValueError: the victim has other classes than the clone.
+        """
+        answers = self.victim(images)
         if answers.shape[1] != self.classes:
             raise ValueError(
                 f"clone: wanted {answers.shape[1]} classes like the victim, got {self.classes}"
             )
         return answers
+
+    def asked(self, name: str) -> int:
+        """How many answers are kept under ``name``."""
+        return sum(map(len, self._stored(name)))
+
+    def afford(self, queries: int) -> None:
+        """See that the victim allows so many more.
+
+        Raises:
+            QueryBudgetExceeded: it does not.
+        """
+        left = self.victim.remaining
+        if left is not None and queries > left:
+            raise QueryBudgetExceeded(
+                f"the attack needs {queries} queries, the victim allows {left} more"
+            )
+
+    def _stored(self, name: str) -> list[Tensor]:
+        stored = self.folder.load(name)
+        return [] if stored is None else [stored["answers"]]
 
 
 @dataclass(frozen=True, kw_only=True)
