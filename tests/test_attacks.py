@@ -4,9 +4,18 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from toys import QUERIES, TEST_IMAGES, TEST_LABELS, same_bits, toy_model, toy_victim
+from toys import (
+    QUERIES,
+    TEST_IMAGES,
+    TEST_LABELS,
+    Killed,
+    kill_at,
+    same_bits,
+    toy_model,
+    toy_victim,
+)
 
-from divqat.attacks import KnockoffNets, attack, folder
+from divqat.attacks import KnockoffNets, attack
 from divqat.attacks.answers import distributions, reading
 from divqat.data import to_float
 from divqat.evaluate import accuracy, chance, fidelity, predict
@@ -99,25 +108,6 @@ def test_given_clone_stays_as_it_was_and_result_is_in_eval_mode(model):
     extraction = QUICK(Victim(model), QUERIES, clone)
     assert same_bits(clone, CLONE) and clone.training
     assert not any(module.training for module in extraction.clone.modules())
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(monkeypatch, when):
-    """Kill the run before (``when`` = n) or right after (n + 0.5) its n-th checkpoint."""
-    save, count = folder.save_checkpoint, [0]
-
-    def save_or_die(path, state):
-        if count[0] == when:
-            raise Killed
-        save(path, state)
-        if count[0] + 0.5 == when:
-            raise Killed
-        count[0] += 1
-
-    monkeypatch.setattr(folder, "save_checkpoint", save_or_die)
 
 
 @pytest.mark.parametrize("when", [0, 0.5, 1, 1.5, 2, 2.5, 4, 4.5, 5, 6.5])

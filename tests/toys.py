@@ -1,8 +1,9 @@
-"""A toy problem that a model learns, and a clone steals, within a second."""
+"""A toy problem that a model learns, and a clone steals, within a second; attacks that die."""
 
 import torch
 from torch import nn
 
+from divqat.attacks import folder
 from divqat.data import to_float
 
 CLASSES = 4
@@ -52,3 +53,22 @@ def same_bits(a, b):
     """Whether two modules have the same state."""
     pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
     return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, when):
+    """Kill the run before (``when`` = n) or right after (n + 0.5) its n-th checkpoint (from 0)."""
+    save, count = folder.save_checkpoint, [0]
+
+    def save_or_die(path, state):
+        if count[0] == when:
+            raise Killed
+        save(path, state)
+        if count[0] + 0.5 == when:
+            raise Killed
+        count[0] += 1
+
+    monkeypatch.setattr(folder, "save_checkpoint", save_or_die)
