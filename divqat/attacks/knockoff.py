@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from divqat.attacks.answers import READINGS, reading
 from divqat.attacks.attack import Extraction, Task
@@ -35,13 +35,15 @@ class KnockoffNets(TransferAttack):
 
     def _extract(self, task: Task) -> Extraction:
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = task.query_set[self._draw(task, generator)]
-        seeds = torch.randint(2**62, (self.epochs,), generator=generator).tolist()
-        training = Training(self, task, seeds)
-        answers = task.ask(chosen)
-        images, targets = self._targets(task, chosen, answers)
-        clone = training.run(images, targets, self._loss(task))
-        return Extraction(clone, (chosen, answers), len(answers))
+        rows = self._draw(task, generator)
+        *seeds, own = torch.randint(2**62, (self.epochs + 1,), generator=generator).tolist()
+        torch.manual_seed(own)  # the initial weights of what the loss trains
+        loss = self._loss(task)
+        training = Training(self, task, seeds, head=loss if isinstance(loss, nn.Module) else None)
+        asked, answers = self._ask(task, rows)
+        images, targets = self._targets(task, asked, answers)
+        clone = training.run(images, targets, loss)
+        return Extraction(clone, (asked, answers), len(answers))
 
     def _draw(self, task: Task, generator: torch.Generator) -> Tensor:
         """Which rows of the query set are asked, in order."""
@@ -53,10 +55,15 @@ class KnockoffNets(TransferAttack):
             )
         return torch.randperm(size, generator=generator)[:budget]
 
+    def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What is asked, uint8 [Q, C, H, W], and the answers, float32 [Q, num_classes]."""
+        images = task.query_set[rows]
+        return images, task.ask(images)
+
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         """What the clone learns: images uint8 [M, C, H, W] and rows [M, num_classes] of sum 1."""
         return images, reading(self.reading)(answers)
 
     def _loss(self, task: Task) -> Loss:
-        """How it learns it."""
+        """How it learns it. A loss that is a module trains with the clone."""
         return soft_cross_entropy

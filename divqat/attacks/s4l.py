@@ -1,0 +1,105 @@
+"""Self-supervised semi-supervised learning: the clone also learns how an image was turned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from divqat.attacks.attack import Task
+from divqat.attacks.inner import trace
+from divqat.attacks.knockoff import KnockoffNets
+from divqat.attacks.training import Loss
+from divqat.data.batches import augment, to_float
+from divqat.options import option
+
+TURNS = 4  # by 0, 90, 180 and 270 degrees
+
+
+@dataclass(frozen=True, kw_only=True)
+class S4L(KnockoffNets):
+    """Train on the answers and, on images with and without, on telling quarter turns apart.
+
+    S4L-Rotation of Zhai, Oliver, Kolesnikov, Beyer, "S4L: Self-Supervised Semi-Supervised
+    Learning" (ICCV 2019, section 3), used for extraction by Jagielski et al., "High Accuracy and
+    High Fidelity Extraction of Neural Networks" (USENIX Security 2020), and in the evaluation of
+    ModelGuard (Tang et al., USENIX Security 2024):
+
+        L = -sum_k t_k log softmax(f(x))_k + weight/4 sum_r -log softmax(h(g(turn_r(x))))_r
+
+    g is what enters the clone's last linear or convolutional layer, its mean over the pixels where
+    it has some, and h a linear layer that is trained with the clone and then dropped. The first
+    term is the mean over the asked images, the second over these and as many that were not asked.
+    Turned images are no queries: nothing is known of the victim's answers to them, so the first
+    term leaves them out. All run through the clone in one batch, whose statistics batch norm takes.
+
+    Where it differs: ModelGuard's code turns the asked images alone, as ``unlabeled=False`` does,
+    and in batches of their own. The paper trains with mini-batches of labeled and of unlabeled
+    images that are equally large, as here.
+
+    Raises:
+        ValueError: images that are not square, or a clone whose last linear or convolutional layer
+            has other outputs than the classes.
+    """
+
+    weight: float = option(1.0, "Weight of the rotation loss.", least=0)
+    unlabeled: bool = option(True, "Turn the images of the query set that are not asked, too.")
+
+    def _loss(self, task: Task) -> Loss:
+        height, width = task.query_set.shape[2:]
+        if height != width:
+            raise ValueError(f"query_set: wanted square images to turn, got {height}x{width}")
+        rest = torch.full((len(task.query_set),), self.unlabeled)
+        rest[self._draw(task, torch.Generator().manual_seed(self.seed))] = False
+        layer, size = _last_layer(task)
+        return _RotationLoss(self, layer, size, task.query_set[rest]).to(task.device)
+
+
+class _RotationLoss(nn.Module):
+    unlabeled: Tensor
+
+    def __init__(self, attack: S4L, layer: str, size: int, unlabeled: Tensor) -> None:
+        super().__init__()
+        self.attack, self.layer = attack, layer
+        self.register_buffer("unlabeled", unlabeled, persistent=False)  # uint8 [U, C, H, W]
+        self.head = nn.Linear(size, TURNS)
+
+    def forward(self, clone: nn.Module, images: Tensor, targets: Tensor, done: float) -> Tensor:
+        upright = torch.cat([images, self._more(len(images))])
+        turned = torch.cat([upright.rot90(turn, (2, 3)) for turn in range(TURNS)])
+        turns = torch.arange(TURNS, device=images.device).repeat_interleave(len(upright))
+        logits, seen = trace(clone, [self.layer], turned)
+        told = self.head(_vectors(seen[self.layer][0]))  # [4 * len(upright), 4]
+        loss = F.cross_entropy(logits[: len(images)], targets)
+        return loss + self.attack.weight * F.cross_entropy(told, turns)
+
+    def _more(self, count: int) -> Tensor:
+        """``count`` random images that are not asked; none when there are none."""
+        size = len(self.unlabeled)
+        rows = torch.randint(size, (count,)) if size else torch.empty(0, dtype=torch.int64)
+        images = self.unlabeled[rows.to(self.unlabeled.device)]
+        return to_float(
+            augment(images, torch.default_generator, pad=self.attack.pad, flip=self.attack.flip)
+        )
+
+
+def _last_layer(task: Task) -> tuple[str, int]:
+    """The name of the layer that gives the logits, and the length of the features it takes."""
+    kinds = (nn.Linear, nn.Conv2d)
+    names = [name for name, layer in task.clone.named_modules() if isinstance(layer, kinds)]
+    with torch.no_grad():
+        image = to_float(task.query_set[:1]).to(task.device)
+        logits, seen = trace(task.clone, names, image)
+    name, (features, output) = next(reversed(seen.items()), ("", (image, image)))
+    if not seen or output.shape[1] != logits.shape[1]:
+        raise ValueError(
+            f"clone: wanted a last linear or convolutional layer that gives the {task.classes} "
+            f"logits, got {name or 'none'}"
+        )
+    return name, _vectors(features).shape[1]
+
+
+def _vectors(features: Tensor) -> Tensor:  # [N, D] or [N, D, H, W] -> [N, D]
+    return features if features.dim() == 2 else features.mean((2, 3))
