@@ -248,7 +248,7 @@ def test_watch_sees_the_clone_whenever_it_is_stored(model, monkeypatch, attack):
     monkeypatch.setattr(data_free, "ROUNDS_PER_SAVE", 2)
     seen = []
     extraction = attack(
-        Victim(model), QUERIES, CLONE, watch=lambda clone: seen.append(copy.deepcopy(clone))
+        Victim(model), QUERIES, CLONE, watch=lambda clone, _: seen.append(copy.deepcopy(clone))
     )
     assert len(seen) == 3 and not any(clone.training for clone in seen)
     assert same_bits(seen[-1], extraction.clone) and not same_bits(seen[0], seen[1])

@@ -178,7 +178,7 @@ def test_too_small_a_budget_costs_no_query(model, attack):
 
 def test_watch_sees_every_epoch(model):
     seen = []
-    QUICK["jbda"](Victim(model), QUERIES, CLONE, watch=lambda clone: seen.append(clone.training))
+    QUICK["jbda"](Victim(model), QUERIES, CLONE, watch=lambda clone, _: seen.append(clone.training))
     assert seen == [False] * 6
 
 

@@ -153,8 +153,11 @@ def test_specs_that_are_none(text):
 
 
 def test_attacks_by_name():
-    attack = make_attack("knockoff:epochs=3,lr=1", {"epochs": 9, "batch_size": 7, "alien": 1})
+    defaults = {"epochs": 9, "batch_size": 7, "query_budget": 30_000}
+    attack = make_attack("knockoff:epochs=3,lr=1", defaults)
     assert (attack.epochs, attack.lr, attack.batch_size) == (3, 1.0, 7)
+    attack = make_attack("dfme", defaults)
+    assert (attack.query_budget, attack.batch_size) == (30_000, 256)  # its own way to train
     with pytest.raises(ConfigError, match=r"unknown attack 'knockof' \(did you mean 'knockoff'"):
         make_attack("knockof", {})
     with pytest.raises(ConfigError, match=r"knockoff:epoch=3 'epoch' \(did you mean 'epochs'"):

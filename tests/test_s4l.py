@@ -20,7 +20,7 @@ TARGETS = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0, 0, 1, 0]])
 
 def task(clone, query_set=QUERIES):
     folder = Folder(None, {})
-    return Task(Victim(toy_victim()), query_set, clone.eval(), 4, folder, lambda clone: None)
+    return Task(Victim(toy_victim()), query_set, clone.eval(), 4, folder, lambda clone, count: None)
 
 
 def still(seed=1):

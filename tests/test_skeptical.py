@@ -31,7 +31,7 @@ def network(name="lenet", seed=1):
 
 def task(clone):
     folder = Folder(None, {})
-    return Task(Victim(toy_victim()), QUERIES, clone.eval(), 4, folder, lambda clone: None)
+    return Task(Victim(toy_victim()), QUERIES, clone.eval(), 4, folder, lambda clone, count: None)
 
 
 def by_hand(logits, a, b, alpha, beta, t):

@@ -2,25 +2,52 @@
 
 from divqat.attacks.attack import Attack, Extraction
 from divqat.attacks.best_of import BestOf
+from divqat.attacks.copycat import CopycatCNN
 from divqat.attacks.ddae import DDAE, DDAEPlus
+from divqat.attacks.dfme import DFME
+from divqat.attacks.jbda import JBDA
+from divqat.attacks.jbda_tr import JBDATR
 from divqat.attacks.knockoff import KnockoffNets
+from divqat.attacks.knockoff_adaptive import KnockoffAdaptive
+from divqat.attacks.maze import MAZE
 from divqat.attacks.partial_bayes import PartialBayes
+from divqat.attacks.s4l import S4L
+from divqat.attacks.skeptical import SkepticalStudent
+from divqat.attacks.smoothing import Smoothing
 
 #: By the name that the command line and YAML files know.
 ATTACKS: dict[str, type[Attack]] = {
     "knockoff": KnockoffNets,
+    "knockoff-adaptive": KnockoffAdaptive,
+    "copycat": CopycatCNN,
+    "smoothing": Smoothing,
+    "s4l": S4L,
+    "skeptical": SkepticalStudent,
     "d-dae": DDAE,
     "d-dae+": DDAEPlus,
     "partial-bayes": PartialBayes,
+    "jbda": JBDA,
+    "jbda-tr": JBDATR,
+    "dfme": DFME,
+    "maze": MAZE,
 }
 
 __all__ = [
     "ATTACKS",
     "DDAE",
+    "DFME",
+    "JBDA",
+    "JBDATR",
+    "MAZE",
+    "S4L",
     "Attack",
     "BestOf",
+    "CopycatCNN",
     "DDAEPlus",
     "Extraction",
+    "KnockoffAdaptive",
     "KnockoffNets",
     "PartialBayes",
+    "SkepticalStudent",
+    "Smoothing",
 ]

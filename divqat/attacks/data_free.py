@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class DataFree(Attack):
             duel.play()
             if duel.round % ROUNDS_PER_SAVE == 0 or duel.round == rounds:
                 duel.save()
-                task.watch(task.clone.eval())
+                task.watch(task.clone.eval(), math.ceil(duel.round / ROUNDS_PER_SAVE))
         return Extraction(task.clone.eval(), duel.learned, rounds * self.queries_per_round)
 
 

@@ -98,7 +98,7 @@ class Grid(Options):
                 )
 
     def attack(self, text: str, budget: int, seed: int) -> Attack:
-        """The attack of a spec; settings that the spec leaves out are those of the grid."""
+        """The attack of a spec; what the spec leaves out is as :func:`make_attack` says."""
         names = ("epochs", "batch_size", "lr", "pad", "flip", "precision")
         usual = {name: getattr(self, name) for name in names}
         return make_attack(text, {**usual, "query_budget": budget, "seed": seed})

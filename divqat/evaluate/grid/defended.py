@@ -55,8 +55,11 @@ def defend(
     train: LabeledImages,
     build: Callable[[], nn.Module],
     seed: int,
+    fitted: dict[str, Defense],
 ) -> Defended:
     """Set the defense of a spec up, at the wanted L1 distance on ``queries`` if it names one.
+
+    ``fitted`` keeps defenses before their strength is chosen: networks are trained once for all.
 
     Raises:
         ConfigError: see :func:`divqat.evaluate.grid.specs.make_defense`.
@@ -65,9 +68,12 @@ def defend(
     defense, l1 = make_defense(spec)
     if defense is None:
         return Defended(model, None)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derived_seed(seed, "defense", spec))
-        defense = defense.fit(Owner(train, model, build, seed))
+    key = str(defense)
+    if key not in fitted:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(derived_seed(seed, "defense", key))
+            fitted[key] = defense.fit(Owner(train, model, build, seed))
+    defense = copy.deepcopy(fitted[key])
     if l1 is not None:
         some = queries[:CALIBRATION_IMAGES]
         probs = model.logits[: len(some)].softmax(1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from divqat import models
 from divqat.data import ImageSet, Splits
+from divqat.defenses import Defense
 from divqat.evaluate.grid.cell import run_attack
 from divqat.evaluate.grid.config import Grid
 from divqat.evaluate.grid.defended import Defended, OutOfReach, defend, measure
@@ -103,8 +104,9 @@ class _Runner:
         logits = predict(subject.model, self.test.images)
         seeds = range(self.grid.seeds) if subject.seed is None else (subject.seed,)
         for seed in seeds:
+            fitted: dict[str, Defense] = {}
             for spec in self.grid.defenses:
-                self.defended(subject, source, model, logits, seed, spec)
+                self.defended(subject, source, model, logits, seed, spec, fitted)
 
     def defended(
         self,
@@ -114,6 +116,7 @@ class _Runner:
         test_logits: Tensor,  # [N, num_classes]
         seed: int,
         spec: str,
+        fitted: dict[str, Defense],
     ) -> None:
         """Everything about one victim behind one defense."""
         folder = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / _file_name(spec)
@@ -128,7 +131,7 @@ class _Runner:
             nonlocal defended  # fitted when a cell is left to do, and then only once
             if defended is None:
                 defended = defend(
-                    spec, model, self.queries, self.splits.train, self._surrogate, seed
+                    spec, model, self.queries, self.splits.train, self._surrogate, seed, fitted
                 )
             return defended
 

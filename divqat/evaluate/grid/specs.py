@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from divqat.attacks import ATTACKS, Attack
+from divqat.attacks.training import TransferAttack
 from divqat.defenses import DEFENSES, Defense
 from divqat.errors import unknown_name
 from divqat.options import ConfigError, check_keys
 
 UNDEFENDED = "none"
+FOR_ALL = {"query_budget", "seed", "precision"}
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -46,8 +48,8 @@ def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
 
     Args:
         text: its spec.
-        defaults: settings for those of the attack's settings that the spec leaves out; what the
-            attack does not have is ignored.
+        defaults: what the spec leaves out. How a clone trains (epochs, learning rate ...) is taken
+            by the attacks that train it on a transfer set; the others have their own way.
 
     Raises:
         ConfigError: an unknown attack or setting, or a bad value.
@@ -56,9 +58,9 @@ def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
     if name not in ATTACKS:
         raise ConfigError(str(unknown_name("attack", name, ATTACKS)))
     kind = ATTACKS[name]
-    known = kind.names()
-    check_keys(settings, known, where=text)
-    usual = {key: value for key, value in defaults.items() if key in known}
+    check_keys(settings, kind.names(), where=text)
+    taken = defaults if issubclass(kind, TransferAttack) else set(defaults) & FOR_ALL
+    usual = {key: defaults[key] for key in taken}
     return kind.from_dict({**usual, **settings}, where=text)
 
 
