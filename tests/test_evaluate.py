@@ -293,6 +293,7 @@ def test_html_report_is_self_contained(run_dir):
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)|https?://', html)
     assert "smooth &lt;|&gt;" in html and "smooth <|>" not in html
+    assert "Warnings" not in html
     for wanted in ("41.2 ± 0.8", "Label-only floor", "divqat run --config", "12 s", "torch"):
         assert wanted in html
 

@@ -3,8 +3,9 @@
 It reads ``OUT/result.json`` (its schema is :class:`divqat.evaluate.result.Result`) and, where
 they exist, ``OUT/seed<n>/<victim>/metrics.csv`` (columns ``epoch`` and those of
 :data:`divqat.evaluate.plots.CURVES`: ``validation_accuracy`` as a fraction, ``ce``,
-``divergence``, ``top_probability``) and ``OUT/seed<n>/<victim>/layers.json``
-(``divqat.summary(...).to_dict()``: ``rows`` with ``layer`` and ``sqnr_db``).
+``divergence``, ``top_probability``), ``OUT/seed<n>/<victim>/layers.json``
+(``divqat.summary(...).to_dict()``: ``rows`` with ``layer`` and ``sqnr_db``) and
+``OUT/seed<n>/<victim>/summary.json`` (``warnings``, a list of sentences).
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def _sections(result: Result, run_dir: Path) -> list[Section]:
         "labels; best: the best clone of each seed. Fidelity: same top-1 as the deployed victim. "
         f"{tables.floor_line(result)}"
     )
-    sections = [
+    warnings = _warnings(run_dir, result)
+    sections = [Section("Warnings", table=warnings)] if warnings.rows else []
+    sections += [
         Section("Results", main, tables.main_table(result)),
         Section("Victims and clones", plot=plots.clone_bars(result, folder / "clones.png")),
         Section("Audits", audits=tuple(audits(result))),
@@ -92,6 +95,17 @@ def _seed_files(
         files = (run_dir / f"seed{seed}" / victim / name for seed in seeds)
         found[victim] = [file for file in files if file.is_file()]
     return found
+
+
+def _warnings(run_dir: Path, result: Result) -> Table:
+    """What the trainings warned of."""
+    rows = [
+        [name, file.parent.parent.name, warning]
+        for name, files in _seed_files(run_dir, result, "summary.json", extra=("fp",)).items()
+        for file in files
+        for warning in read_json(file).get("warnings", [])
+    ]
+    return Table(["Training", "Folder", "Warning"], rows, text_columns=3)
 
 
 def _sqnr(path: Path) -> list[tuple[str, float]]:

@@ -103,7 +103,7 @@ class TrainConfig(Options):
     lr_scaling: str = option(
         "none",
         "What lr is multiplied by: 1, or the ratio batch_size / base_batch_size (linear, for sgd), "
-        "or its square root (for lars and lamb).",
+        "or its square root (for lars and lamb); at most 1 from the freezing of BatchNorm on.",
         group="optimizer",
         choices=tuple(LR_SCALING),
     )
@@ -276,8 +276,10 @@ class TrainConfig(Options):
         steps = self.epochs * steps_per_epoch
         warmup = self.lr_warmup_epochs * steps_per_epoch
         # Goyal et al. 2017, §2.1 (linear); Krizhevsky 2014, §5 (square root)
-        ratio = self.batch_size / self.base_batch_size
-        lr = self.lr * ratio ** LR_SCALING[self.lr_scaling]
+        scale = (self.batch_size / self.base_batch_size) ** LR_SCALING[self.lr_scaling]
+        if self.method != "fp" and self.frozen("batchnorm", 1 + step // steps_per_epoch):
+            scale = min(scale, 1.0)  # what divqat.train.collapse is about
+        lr = self.lr * scale
         if self.schedule == "one-cycle":
             warmup = warmup or 0.3 * steps
             if step < warmup:  # half a cosine from lr/25 to lr (Smith and Topin 2018)

@@ -48,7 +48,7 @@ def train(
     Args:
         config: the settings.
         out: the run folder; made if it does not exist.
-        log: takes one line per epoch.
+        log: takes one line per epoch, and at the end the warnings of the summary.
 
     Returns:
         The content of ``summary.json``.
@@ -88,6 +88,7 @@ def _train(
         raise ValueError(f"teacher: {config.teacher} has changed since {out} was begun")
     if summary is not None:
         log(f"{out}: all {config.epochs} epochs are done")
+        _warn(summary, log)
         return summary
 
     splits = load_splits(config)
@@ -124,7 +125,13 @@ def _train(
         f"{summary['waiting']:.1%} of the steps' time waiting for images, "
         f"peak memory {_peak(summary, config)}: {out}"
     )
+    _warn(summary, log)
     return summary
+
+
+def _warn(summary: dict[str, Any], log: Callable[[str], object]) -> None:
+    for warning in summary.get("warnings", []):
+        log(f"warning: {warning}")
 
 
 def _load_teacher(config: TrainConfig) -> Run:

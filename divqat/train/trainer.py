@@ -19,6 +19,7 @@ from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
+from divqat.train.collapse import collapse
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
@@ -230,6 +231,7 @@ class Trainer:
         """The content of ``summary.json``; looks at the test set."""
         config, last = self.config, self.rows[-1]
         logits = predict(self.model.eval(), splits.test)
+        warning = collapse(config, self.rows)
         return {
             "method": config.method,
             "dataset": config.dataset,
@@ -243,6 +245,7 @@ class Trainer:
             "seconds": sum(row["seconds"] for row in self.rows),
             "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
             "peak_memory": peak_memory(self.device),  # bytes, of process 0
+            "warnings": [] if warning is None else [warning],
             "versions": versions(),
             "hardware": hardware(),
         }

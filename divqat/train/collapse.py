@@ -1,0 +1,39 @@
+"""Whether a training lost what it had learned.
+
+A large batch may have a higher learning rate where noise is what limits it. With frozen BatchNorm
+it is curvature, which rises with the freezing (tenfold in VGG-small) and does not fall as the batch
+grows: Nesterov's method leaves a minimum whose curvature exceeds (2 + 2β) / ((1 + 2β) lr), β the
+momentum (Cohen et al. 2021, ICLR, "Gradient Descent on Neural Networks Typically Occurs at the
+Edge of Stability"). So :meth:`TrainConfig.learning_rate` is scaled up only until then. One that
+is too high without being scaled cannot be known beforehand: it is told afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from divqat.train.config import TrainConfig
+
+
+def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> str | None:
+    """What to tell of a model that ends with less than half of its best validation accuracy.
+
+    No training that went well ends so, whatever its data and its defense; one that did is finite
+    and looks finished.
+
+    Args:
+        config: the settings. rows: those of ``metrics.csv``, at least one.
+    """
+    best, last = max(rows, key=lambda row: row["validation_accuracy"]), rows[-1]
+    if 2 * last["validation_accuracy"] >= best["validation_accuracy"]:
+        return None
+    text, advice = "", "a smaller lr, or grad_clip"
+    first = next((row["epoch"] for row in rows if config.frozen("batchnorm", row["epoch"])), None)
+    if config.method != "fp" and first is not None and first > best["epoch"]:
+        text = f"; BatchNorm froze with epoch {first}, and the loss is steeper since"
+        advice = f"a smaller lr, or freeze_batchnorm_epoch = {config.epochs + 1}, which is never"
+    return (
+        f"validation accuracy fell from {best['validation_accuracy']:.2%} in epoch {best['epoch']} "
+        f"to {last['validation_accuracy']:.2%}{text}: try {advice}"
+    )

@@ -1,0 +1,100 @@
+"""A learning rate for a large batch is too high once BatchNorm is frozen."""
+
+import json
+
+import pytest
+from test_evaluate import fake_result, write_run
+from test_train import QUIET, config
+
+from divqat import evaluate
+from divqat.files import read_json
+from divqat.train import TrainConfig, train
+from divqat.train.collapse import collapse
+
+# Frozen from epoch 3 on, at lr 0.1, where it has been scaled by 8.
+SCALED = dict(
+    method="qat", model="vgg_small", pad=0, epochs=3, batch_size=256, lr=0.05,
+    lr_scaling="linear", base_batch_size=32,
+)  # fmt: skip
+UNSCALED = {**SCALED, "lr": 0.4, "lr_scaling": "none"}
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 8), ("sqrt", 8**0.5)])
+def test_the_learning_rate_is_scaled_until_batchnorm_freezes(scaling, factor):
+    settings = dict(method="qat", teacher="a", epochs=6, base_batch_size=32, lr=0.05)
+    plain = TrainConfig(**settings, batch_size=256)
+    large = TrainConfig(**settings, batch_size=256, lr_scaling=scaling)
+    for step in range(60):
+        expected = factor if step < 40 else 1
+        assert large.learning_rate(step, 10) / plain.learning_rate(step, 10) == pytest.approx(
+            expected
+        )
+    small = TrainConfig(**settings, batch_size=8, lr_scaling=scaling)
+    never = TrainConfig(**settings, batch_size=256, lr_scaling=scaling, freeze_batchnorm_epoch=7)
+    fp = TrainConfig(**{**settings, "method": "fp", "teacher": None}, batch_size=256,
+                     lr_scaling=scaling)  # fmt: skip
+    for step in (0, 39, 40, 59):
+        lr = plain.learning_rate(step, 10)
+        assert never.learning_rate(step, 10) == fp.learning_rate(step, 10)
+        assert fp.learning_rate(step, 10) == pytest.approx(lr * factor)
+        # A small batch's is not raised: there noise is the limit, and stays.
+        assert small.learning_rate(step, 10) == pytest.approx(
+            lr * 4 ** (-1 if factor == 8 else -0.5)
+        )
+
+
+def test_a_scaled_learning_rate_outlives_the_freezing(vgg_teacher, tmp_path):
+    lines = []
+    summary = train(config(vgg_teacher, **SCALED), tmp_path, log=lines.append)
+    assert summary["validation_accuracy"] > 0.95 and summary["warnings"] == []
+    assert not any("warning" in line for line in lines)
+
+
+def test_a_training_that_breaks_down_says_so(vgg_teacher, tmp_path):
+    """The same learning rates, but nothing says that they are scaled."""
+    settings, lines = config(vgg_teacher, **UNSCALED), []
+    summary = train(settings, tmp_path, log=lines.append)
+    assert summary["validation_accuracy"] < 0.2
+    (warning,) = summary["warnings"]
+    assert "BatchNorm froze with epoch 3" in warning and "freeze_batchnorm_epoch = 4" in warning
+    assert lines[-1] == f"warning: {warning}"
+    assert read_json(tmp_path / "summary.json")["warnings"] == [warning]
+    lines.clear()
+    train(settings, tmp_path, log=lines.append)  # it is done already
+    assert lines[-1] == f"warning: {warning}"
+
+
+def test_without_the_freezing_nothing_breaks_down(vgg_teacher, tmp_path):
+    settings = config(vgg_teacher, **UNSCALED, freeze_batchnorm_epoch=4)
+    assert train(settings, tmp_path, **QUIET)["validation_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "method", "said"),
+    [
+        ([0.5, 0.9, 0.45], "qat", None),  # half is not less than half
+        ([0.5, 0.9, 0.449], "qat", "from 90.00% in epoch 2 to 44.90%; BatchNorm froze with"),
+        ([0.1, 0.4, 0.9], "qat", None),
+        ([0.9, 0.1, 0.9], "qat", None),  # recovered
+        ([0.1, 0.1, 0.1], "qat", None),  # never learned: nothing was lost
+        ([0.5, 0.9, 0.1], "fp", "to 10.00%: try a smaller lr, or grad_clip"),  # freezes nothing
+        ([0.9], "qat", None),
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_breakdown(accuracies, method, said):
+    settings = TrainConfig(method=method, teacher=None if method == "fp" else "a", epochs=3)
+    rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate(accuracies, start=1)]
+    warning = collapse(settings, rows)
+    assert warning is None if said is None else said in warning
+
+
+def test_the_report_shows_the_warnings(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path, fake_result(victims=fake_result().victims[:2]))
+    for name, warnings in (("qat", ["it fell <down>"]), ("divqat", [])):
+        summary = {"warnings": warnings}
+        (tmp_path / "seed0" / name / "summary.json").write_text(json.dumps(summary))
+    evaluate.write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.index("## Warnings") < text.index("it fell <down>") < text.index("## Results")
+    assert "| qat      | seed0  | it fell <down> |" in text
