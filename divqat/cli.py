@@ -207,7 +207,7 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="Run folder of a qat or divqat training.")
+    parser.add_argument("run", metavar="RUN", help="Run folder of a quantized training.")
     parser.add_argument("--data-root", metavar="DIR", help="Folder of the run's data set.")
 
 

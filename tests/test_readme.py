@@ -8,10 +8,13 @@ import torch
 import yaml
 from testing import randn
 
+from divqat.attacks import ATTACKS
 from divqat.cli import _parser
+from divqat.defenses import DEFENSES
 from divqat.evaluate import Result, results_table
 from divqat.job import Job
 from divqat.models import build
+from divqat.study import Study
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -47,7 +50,8 @@ def test_the_shipped_configurations_are_valid():
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        Job.from_dict(yaml.safe_load(file.read_text()))
+        data = yaml.safe_load(file.read_text())
+        (Study if "evaluate" in data else Job).from_dict(data)
         assert f"configs/{file.name}" in README + (ROOT / "Makefile").read_text()
 
 
@@ -56,3 +60,31 @@ def test_the_tables_are_those_of_the_committed_results():
         result = Result.load(file)
         assert results_table(result) in README, f"paste the table of {file.name} into README.md"
         assert result.command in README
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    """Its ten lines, but with what is small in the place of what takes long."""
+    guide = (ROOT / "docs" / "how-extractable.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    for long, short in {
+        '"fashion-mnist"': '"digits"',
+        '"openclipart"': '"noise", query_limit=60, threads=1',
+        '"vgg_small", "lenet"': '"lenet",',
+        '"jbda"': '"jbda:seeds=30"',
+        "epochs=5": "epochs=1",
+        "seeds=3": "seeds=1",
+    }.items():
+        assert long in code
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    names = {"model": build("lenet", in_channels=1, num_classes=10, image_size=8).eval()}
+    exec(code, names)
+    result = names["result"]
+    assert {cell.attack for cell in result.cells} == set(names["grid"].attacks)
+    assert {row.defense for row in result.released} == {"none", "rounding:decimals=1"}
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_every_attack_and_defense_is_described():
+    for name in (*ATTACKS, *DEFENSES):
+        assert f"`{name}`" in README

@@ -16,6 +16,7 @@ from divqat.defenses import DEFENSES
 from divqat.evaluate.grid.specs import UNDEFENDED, make_attack, make_defense
 from divqat.options import ConfigError, Options, option
 
+NO_LESS = 2**31  # a budget that is enough for any attack, where the query set decides it
 SPEC = "name or name:setting=value,setting=value"
 
 
@@ -87,7 +88,7 @@ class Grid(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         for attack in self.attacks:
-            self.attack(attack, 1, 0)
+            self.attack(attack, min(self.budgets or (NO_LESS,)), 0)
         for defense in self.defenses:
             make_defense(defense)
         for name in ("attacks", "defenses", "budgets", "clones"):

@@ -16,6 +16,7 @@ from divqat.evaluate.grid.result import (
     best_of,
     reads,
 )
+from divqat.evaluate.grid.specs import UNDEFENDED
 from divqat.evaluate.tables import ABSENT, Table, percent, spread
 
 
@@ -45,6 +46,45 @@ def main_table(result: Evaluation) -> Table:
             ]
         )
     return Table(header.split("|"), rows, text_columns=2)
+
+
+def defenses_table(result: Evaluation) -> Table:
+    """One row per defense, for each victim what is right of its answers and of the best clone's."""
+    victims = list(dict.fromkeys(row.victim for row in result.released))
+    rows = []
+    for defense in dict.fromkeys(row.defense for row in result.released):
+        row = [defense]
+        for victim in victims:
+            released = result.select(result.released, victim=victim, defense=defense)
+            best = result.per_seed(victim, defense, best_of)
+            row += [
+                percent(r.released_accuracy for r in released),
+                percent(r.top1_kept_queries for r in released),
+                percent(cell.accuracy for cell in best),
+            ]
+        rows.append(
+            [*row, _spread(result.select(result.released, defense=defense), "microseconds", 0)]
+        )
+    columns = [
+        f"{v}: {what}" for v in victims for what in ("released acc", "top-1 kept", "best clone")
+    ]
+    return Table(["Defense", *columns, "µs per query"], rows)
+
+
+def budgets_table(result: Evaluation, victim: str) -> Table:
+    """One row per attack on an undefended victim, one column per clone and budget."""
+    cells = result.select(result.cells, victim=victim, defense=UNDEFENDED)
+    columns = list(dict.fromkeys((cell.clone, cell.budget) for cell in cells))
+    rows = []
+    for attack in dict.fromkeys(cell.attack for cell in cells):
+        row = [attack]
+        for clone, budget in columns:
+            some = result.select(cells, attack=attack, clone=clone, budget=budget)
+            row.append(percent(cell.accuracy for cell in some))
+        most = result.select(cells, attack=attack, clone=columns[0][0], budget=result.budget)
+        rows.append([*row, spread((cell.seconds for cell in most), digits=0)])
+    header = [f"{clone}, {budget}" for clone, budget in columns]
+    return Table(["Attack", *header, "Seconds"], rows)
 
 
 def floor(result: Evaluation) -> float | None:
