@@ -16,7 +16,7 @@ from toys import TEST_IMAGES, TEST_LABELS, toy_images, toy_victim
 from divqat.data import ImageSet, Splits, to_float
 from divqat.evaluate.grid import Evaluation, Grid, Subject, evaluate, run
 from divqat.evaluate.grid.audits import audits
-from divqat.evaluate.grid.result import CONTROL, HARD, SOFT, best_of, reads
+from divqat.evaluate.grid.result import HARD, SOFT, best_of, reads
 from divqat.evaluate.grid.specs import make_attack, split_spec
 from divqat.evaluate.grid.subject import Remembered, overlaps
 from divqat.evaluate.grid.tables import attacks_table, floor, main_table, released_table
@@ -62,7 +62,7 @@ def test_every_cell_is_there(done):
 def test_finished_cells_are_kept(model, done, monkeypatch):
     result, out, _ = done
     monkeypatch.setattr(run, "run_attack", None)
-    monkeypatch.setattr(run, "measure", None)
+    monkeypatch.setattr(run, "defend", None)
     again = evaluate([Subject("qat", model, "qat")], toy_splits(), GRID, out, log=lambda line: None)
     assert again.cells == result.cells and again.released == result.released
 
@@ -104,7 +104,7 @@ def test_picks(done):
     result, _, _ = done
     cells = [c for c in result.cells if c.seed == 0 and c.budget == 300]
     soft, hard, control = cells
-    assert [c.reading for c in cells] == [SOFT, HARD, CONTROL]
+    assert [c.reading for c in cells] == [SOFT, HARD, "shuffled"]
     assert reads(SOFT)(cells) is soft and reads(HARD)(cells) is hard
     better = type(control)(**{**control.__dict__, "holdout_accuracy": 1.0})
     assert best_of([soft, hard, better]) is max(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import mean
 
 from divqat.evaluate.audits import ABOVE_CHANCE, ACCURACY_LOSS, AGREEMENT, SEEDS, Audit
-from divqat.evaluate.grid.result import CONTROL, HARD, SOFT, Evaluation, Released, best_of, reads
-from divqat.evaluate.grid.specs import UNDEFENDED
+from divqat.evaluate.grid.result import HARD, SOFT, Evaluation, Released, best_of, reads
+from divqat.evaluate.grid.specs import CONTROL, UNDEFENDED, is_control
 from divqat.evaluate.grid.tables import floor
 
 NEAR_CHANCE = 0.1  # a clone of shuffled answers may be better than chance by so much
@@ -74,7 +74,7 @@ def _works(result: Evaluation) -> Audit:
 
 
 def _chance(result: Evaluation) -> Audit:
-    found = [cell.accuracy for cell in result.cells if cell.reading == CONTROL]
+    found = [cell.accuracy for cell in result.cells if is_control(cell.attack)]
     name = "answers to other images teach nothing"
     if not found:
         detail = f"not tried: add the attack knockoff:reading={CONTROL}"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from divqat.attacks import Attack
 from divqat.data import ImageSet
@@ -32,15 +32,7 @@ class Curve:
 
 
 def run_attack(
-    attack: Attack,
-    defended: Defended,
-    queries: Tensor,  # uint8 [N, C, H, W]
-    clone: nn.Module,
-    work: Path,
-    *,
-    test: ImageSet,
-    released: Tensor,  # [N, num_classes], to the test images
-    holdout: ImageSet,
+    attack: Attack, defended: Defended, clone: nn.Module, holdout: ImageSet, work: Path
 ) -> dict[str, Any]:
     """Run an attack and measure its clone: the measured fields of
     :class:`divqat.evaluate.grid.result.Cell`.
@@ -48,24 +40,23 @@ def run_attack(
     Args:
         attack: an attack that wants to know the defense (it has ``against``) is told.
         defended: the victim.
-        queries: the attacker's images.
         clone: with its first weights.
-        work: keeps the checkpoints.
-        test: where clone and victim are measured.
-        released: what the victim releases there.
         holdout: the attacker's labeled images.
+        work: keeps the checkpoints.
     """
+    deployed = defended.deployed
+    test = deployed.test
     curve = Curve(work / "curve.json", test)
     if hasattr(attack, "against"):
         attack = attack.against(copy.deepcopy(defended.defense))
     victim = defended.victim(attack.query_budget)
     start = time.perf_counter()
-    extraction = attack(victim, queries, clone, resume_dir=work, watch=curve)
+    extraction = attack(victim, deployed.queries, clone, resume_dir=work, watch=curve)
     seconds = time.perf_counter() - start
     answers = predict(extraction.clone, test)
     return {
         "accuracy": accuracy(answers, test.labels),
-        "fidelity": fidelity(answers, released),
+        "fidelity": fidelity(answers, defended.test_answers),
         "holdout_accuracy": accuracy(predict(extraction.clone, holdout), holdout.labels),
         "curve": curve.values,
         "queries": extraction.queries,

@@ -13,7 +13,7 @@ from divqat.attacks import ATTACKS, Attack
 from divqat.attacks.attack import PRECISIONS
 from divqat.data import Splits, transfer_names, transfer_set
 from divqat.defenses import DEFENSES
-from divqat.evaluate.grid.specs import UNDEFENDED, make_attack, make_defense
+from divqat.evaluate.grid.specs import UNDEFENDED, is_control, make_attack, make_defense
 from divqat.options import ConfigError, Options, option
 
 NO_LESS = 2**31  # a budget that is enough for any attack, where the query set decides it
@@ -104,12 +104,14 @@ class Grid(Options):
         usual = {name: getattr(self, name) for name in names}
         return make_attack(text, {**usual, "query_budget": budget, "seed": seed})
 
-    def attacker(self, queries: int) -> Iterator[tuple[str, int, str]]:
-        """Attack, budget and clone of every cell of a defended victim."""
+    def attacker(self, queries: int, defense: str) -> Iterator[tuple[str, int, str]]:
+        """Attack, budget and clone of every cell of a victim behind ``defense``; controls, which
+        are there to try the attack, only without one."""
         for budget in self.budgets or (queries,):
             for clone in self.clones:
                 for attack in self.attacks:
-                    yield attack, budget, clone
+                    if defense == UNDEFENDED or not is_control(attack):
+                        yield attack, budget, clone
 
     def queries(self, splits: Splits) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.data import ImageSet, LabeledImages, to_float
+from divqat.data import LabeledImages, to_float
 from divqat.defenses import Defense, Owner, calibrated, l1_distance
 from divqat.evaluate.grid.specs import make_defense
-from divqat.evaluate.grid.subject import Remembered
+from divqat.evaluate.grid.subject import Deployed
 from divqat.evaluate.metrics import accuracy, are_distributions, fidelity
 from divqat.evaluate.result import Confidence
 from divqat.train.folder import derived_seed
@@ -32,12 +33,18 @@ class OutOfReach(ValueError):
 class Defended:
     """A model that releases what ``defense`` makes of its probabilities."""
 
-    model: Remembered
+    deployed: Deployed
     defense: Defense | None
 
     def victim(self, query_budget: int | None = None) -> Victim:
         """The black box; a defense that remembers queries has seen none."""
-        return Victim(self.model, defense=copy.deepcopy(self.defense), query_budget=query_budget)
+        model, defense = self.deployed.model, copy.deepcopy(self.defense)
+        return Victim(model, defense=defense, query_budget=query_budget)
+
+    @functools.cached_property
+    def test_answers(self) -> Tensor:
+        """What is released for the test images: [N, num_classes]."""
+        return self.release(self.deployed.test.images, self.deployed.test_logits)
 
     def release(self, images: Tensor, logits: Tensor) -> Tensor:
         """What is released for uint8 ``images`` with these ``logits``, both of N rows: [N, C]."""
@@ -47,17 +54,39 @@ class Defended:
         parts = zip(probs.split(256), images.split(256), strict=True)
         return torch.cat([defense(part, to_float(some)) for part, some in parts])
 
+    def measure(self) -> dict[str, Any]:
+        """The measured fields of :class:`divqat.evaluate.grid.result.Released`."""
+        deployed, labels = self.deployed, self.deployed.test.labels
+        clean = [logits.softmax(1) for logits in (deployed.test_logits, deployed.model.logits)]
+        start = time.perf_counter()
+        shown = [self.test_answers, self.release(deployed.queries, deployed.model.logits)]
+        seconds = time.perf_counter() - start
+        some, victim = to_float(deployed.queries[:DETERMINISM_IMAGES]), self.victim()
+        return {
+            "settings": str(self.defense or "none"),
+            "accuracy": accuracy(clean[0], labels),
+            "released_accuracy": accuracy(shown[0], labels),
+            "top1_kept": fidelity(shown[0], clean[0]),
+            "top1_kept_queries": fidelity(shown[1], clean[1]),
+            "l1_test": l1_distance(shown[0], clean[0]),
+            "l1_queries": l1_distance(shown[1], clean[1]),
+            "microseconds": 1e6 * seconds / sum(map(len, shown)) if self.defense else 0.0,
+            "distributions": all(map(are_distributions, shown)),
+            "deterministic": torch.equal(victim(some), victim(some)),
+            "test": asdict(Confidence.of(shown[0])),
+            "queries": asdict(Confidence.of(shown[1])),
+        }
+
 
 def defend(
     spec: str,
-    model: Remembered,
-    queries: Tensor,  # uint8 [N, C, H, W]
+    deployed: Deployed,
     train: LabeledImages,
     build: Callable[[], nn.Module],
     seed: int,
     fitted: dict[str, Defense],
 ) -> Defended:
-    """Set the defense of a spec up, at the wanted L1 distance on ``queries`` if it names one.
+    """Set the defense of a spec up, at the wanted L1 distance on the queries if it names one.
 
     ``fitted`` keeps defenses before their strength is chosen: networks are trained once for all.
 
@@ -67,50 +96,18 @@ def defend(
     """
     defense, l1 = make_defense(spec)
     if defense is None:
-        return Defended(model, None)
+        return Defended(deployed, None)
     key = str(defense)
     if key not in fitted:
         with torch.random.fork_rng([]):
             torch.manual_seed(derived_seed(seed, "defense", key))
-            fitted[key] = defense.fit(Owner(train, model, build, seed))
+            fitted[key] = defense.fit(Owner(train, deployed.model, build, seed))
     defense = copy.deepcopy(fitted[key])
     if l1 is not None:
-        some = queries[:CALIBRATION_IMAGES]
-        probs = model.logits[: len(some)].softmax(1)
+        some = deployed.queries[:CALIBRATION_IMAGES]
+        probs = deployed.model.logits[: len(some)].softmax(1)
         try:
             defense = calibrated(defense, probs, to_float(some), l1)
         except ValueError as error:
             raise OutOfReach(str(error)) from error
-    return Defended(model, defense)
-
-
-def measure(
-    defended: Defended,
-    test: ImageSet,
-    test_logits: Tensor,  # [N, num_classes]
-    queries: Tensor,  # uint8 [M, C, H, W]
-) -> dict[str, Any]:
-    """The measured fields of :class:`divqat.evaluate.grid.result.Released`."""
-    logits = {"test": test_logits, "queries": defended.model.logits}
-    images = {"test": test.images, "queries": queries}
-    clean = {name: rows.softmax(1) for name, rows in logits.items()}
-    shown = {"test": defended.release(images["test"], logits["test"])}
-    start = time.perf_counter()
-    shown["queries"] = defended.release(images["queries"], logits["queries"])
-    seconds = time.perf_counter() - start
-    some = to_float(queries[:DETERMINISM_IMAGES])
-    victim = defended.victim()
-    return {
-        "settings": str(defended.defense or "none"),
-        "accuracy": accuracy(clean["test"], test.labels),
-        "released_accuracy": accuracy(shown["test"], test.labels),
-        "top1_kept": fidelity(shown["test"], clean["test"]),
-        "top1_kept_queries": fidelity(shown["queries"], clean["queries"]),
-        "l1_test": l1_distance(shown["test"], clean["test"]),
-        "l1_queries": l1_distance(shown["queries"], clean["queries"]),
-        "microseconds": 1e6 * seconds / len(queries) if defended.defense else 0.0,
-        "distributions": all(map(are_distributions, shown.values())),
-        "deterministic": torch.equal(victim(some), victim(some)),
-        "test": asdict(Confidence.of(shown["test"])),
-        "queries": asdict(Confidence.of(shown["queries"])),
-    }
+    return Defended(deployed, defense)

@@ -7,14 +7,13 @@ from statistics import mean, stdev
 from typing import Any
 
 from divqat.evaluate.grid.result import (
-    CONTROL,
     HARD,
     SOFT,
     Evaluation,
     best_of,
     reads,
 )
-from divqat.evaluate.grid.specs import UNDEFENDED
+from divqat.evaluate.grid.specs import UNDEFENDED, is_control
 from divqat.evaluate.grid.tables import floor
 from divqat.evaluate.metrics import HISTOGRAM_BINS
 from divqat.evaluate.plots import BARS, colors, save_plot
@@ -96,7 +95,7 @@ def bars(result: Evaluation, path: Path) -> Path | None:
 
 def budget_curve(result: Evaluation, path: Path) -> Path | None:
     """Clone accuracy against queries, on undefended victims; None with one budget."""
-    cells = [c for c in result.cells if c.defense == UNDEFENDED and c.reading != CONTROL]
+    cells = [c for c in result.cells if c.defense == UNDEFENDED and not is_control(c.attack)]
     budgets = sorted({cell.budget for cell in cells})
     if len(budgets) < 2:
         return None

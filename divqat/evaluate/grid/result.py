@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from divqat.evaluate.grid.specs import split_spec
+from divqat.evaluate.grid.specs import is_control, split_spec
 from divqat.evaluate.result import Confidence
 from divqat.files import read_json, write_json
 
-SOFT, HARD, CONTROL = "as_given", "label", "shuffled"  # readings of KnockoffNets
+SOFT, HARD = "as_given", "label"  # readings of KnockoffNets
 EVALUATION = "evaluation.json"
 R = TypeVar("R", "Released", "Cell")
 
@@ -163,7 +163,7 @@ def best_of(cells: list[Cell]) -> Cell | None:
     """Picks the attack whose clone is best on the attacker's labeled images; on equal terms the
     first. Controls are no attacks."""
     return max(
-        (cell for cell in cells if cell.reading != CONTROL),
+        (cell for cell in cells if not is_control(cell.attack)),
         key=lambda cell: cell.holdout_accuracy,
         default=None,
     )

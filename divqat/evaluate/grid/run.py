@@ -8,6 +8,7 @@ OUT/cells/seed<n>/<victim>/<defense>/<attack>-<budget>-<clone>.json  one attack
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -18,18 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from divqat import models
+from divqat.attacks import Attack
 from divqat.data import ImageSet, Splits
 from divqat.defenses import Defense
 from divqat.evaluate.grid.cell import run_attack
 from divqat.evaluate.grid.config import Grid
-from divqat.evaluate.grid.defended import Defended, OutOfReach, defend, measure
+from divqat.evaluate.grid.defended import Defended, OutOfReach, defend
 from divqat.evaluate.grid.report import write_report
 from divqat.evaluate.grid.result import EVALUATION, Cell, Evaluation, Released, released
-from divqat.evaluate.grid.subject import Remembered, Subject, overlaps
-from divqat.evaluate.metrics import chance, predict
+from divqat.evaluate.grid.subject import Deployed, Subject, overlaps
+from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
 from divqat.files import step
 from divqat.train.folder import derived_seed
@@ -93,83 +95,70 @@ class _Runner:
         self.queries = grid.queries(splits)
         self.overlap = overlaps(splits, self.queries)
         self.device = find_device(grid.device)
-        self.attacks = list(grid.attacker(len(self.queries)))
         self.released: list[Released] = []
         self.cells: list[Cell] = []
 
     def subject(self, subject: Subject) -> None:
         """Everything about one victim."""
-        model = Remembered(subject.model, self.queries)
-        source = subject.fingerprint(self.queries[:256])
-        logits = predict(subject.model, self.test.images)
+        deployed = Deployed(subject, self.queries, self.test)
         seeds = range(self.grid.seeds) if subject.seed is None else (subject.seed,)
         for seed in seeds:
             fitted: dict[str, Defense] = {}
             for spec in self.grid.defenses:
-                self.defended(subject, source, model, logits, seed, spec, fitted)
+                # When something is left to do, and then only once.
+                defended = functools.cache(
+                    functools.partial(
+                        defend, spec, deployed, self.splits.train, self._surrogate, seed, fitted
+                    )
+                )
+                self.defended(subject, deployed.source, defended, seed, spec)
 
     def defended(
         self,
         subject: Subject,
         source: str,
-        model: Remembered,
-        test_logits: Tensor,  # [N, num_classes]
+        defended: Callable[[], Defended],
         seed: int,
         spec: str,
-        fitted: dict[str, Defense],
     ) -> None:
         """Everything about one victim behind one defense."""
         folder = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / _file_name(spec)
         here = {"victim": source, "defense": spec, "surrogate": self.grid.surrogate, "seed": seed}
         here |= {name: getattr(self.grid, name) for name in ("query_set", "query_limit", "holdout")}
         common: dict[str, Any] = {"seed": seed, "victim": subject.name, "defense": spec}
-        files = [folder / f"{_file_name('-'.join(map(str, cell)))}.json" for cell in self.attacks]
-        keys = [_digest({**here, **self._identity(cell, seed)}) for cell in self.attacks]
-        defended: Defended | None = None
-
-        def ready() -> Defended:
-            nonlocal defended  # fitted when a cell is left to do, and then only once
-            if defended is None:
-                defended = defend(
-                    spec, model, self.queries, self.splits.train, self._surrogate, seed, fitted
-                )
-            return defended
 
         def release() -> dict[str, Any]:
             try:
-                return measure(ready(), self.test, test_logits, self.queries)
+                return {"row": defended().measure()}
             except OutOfReach as error:
-                return {"settings": spec, "unreachable": str(error)}
+                return {"row": {"settings": spec, "unreachable": str(error)}}
 
-        row = step(folder / "released.json", _digest(here), lambda: {"row": release()})["row"]
+        row = step(folder / "released.json", _digest(here), release)["row"]
         about = {**common, "method": subject.method, "agreement": subject.agreement, **row}
         self.released.append(released(about))
         if row.get("unreachable"):
             self.log(f"[seed {seed} {subject.name}] {spec}: {row['unreachable']}")
             return
-        for cell, file, key in zip(self.attacks, files, keys, strict=True):
+        for text, budget, clone in self.grid.attacker(len(self.queries), spec):
+            attack = self.grid.attack(text, budget, seed)
+            identity = {"attack": type(attack).__name__, **attack.to_dict(), "clone": clone}
+            key = _digest({**here, **identity})
+            work = folder / _file_name(f"{text}-{budget}-{clone}")
 
-            def attack(cell: tuple[str, int, str] = cell, file: Path = file, key: str = key) -> Any:
-                text, budget, clone = cell
-                row = run_attack(
-                    self.grid.attack(text, budget, seed),
-                    ready(),
-                    self.queries,
-                    self._clone(clone, seed),
-                    file.with_suffix("") / key,
-                    test=self.test,
-                    released=ready().release(self.test.images, test_logits),
-                    holdout=self._holdout(seed),
-                )
-                self.log(
-                    f"[seed {seed} {subject.name}] {spec} <- {' '.join(map(str, cell))}: clone "
-                    f"{row['accuracy']:.2%}, fidelity {row['fidelity']:.2%}, "
-                    f"{row['seconds']:.0f} s"
-                )
-                return {"row": {"attack": text, "budget": budget, "clone": clone, **row}}
+            def run(
+                attack: Attack = attack, clone: str = clone, work: Path = work / key
+            ) -> dict[str, Any]:
+                network, holdout = self._clone(clone, seed), self._holdout(seed)
+                return {"row": run_attack(attack, defended(), network, holdout, work)}
 
-            self.cells.append(Cell(**{**common, **step(file, key, attack)["row"]}))
-            shutil.rmtree(file.with_suffix(""), ignore_errors=True)  # the checkpoints
+            row = step(work.with_name(work.name + ".json"), key, run)["row"]
+            row = {**row, "attack": text, "budget": budget, "clone": clone}
+            self.cells.append(Cell(**common, **row))
+            shutil.rmtree(work, ignore_errors=True)  # the checkpoints
+            self.log(
+                f"[seed {seed} {subject.name}] {spec} <- {text} {budget} {clone}: clone "
+                f"{row['accuracy']:.2%}, fidelity {row['fidelity']:.2%}, {row['seconds']:.0f} s"
+            )
 
     def result(self, command: str, deployed: str) -> Evaluation:
         """What has been found so far."""
@@ -188,11 +177,6 @@ class _Runner:
             released=self.released,
             cells=self.cells,
         )
-
-    def _identity(self, cell: tuple[str, int, str], seed: int) -> dict[str, Any]:
-        text, budget, clone = cell
-        attack = self.grid.attack(text, budget, seed)
-        return {"attack": type(attack).__name__, **attack.to_dict(), "clone": clone}
 
     def _holdout(self, seed: int) -> ImageSet:
         validation = self.splits.validation

@@ -12,6 +12,7 @@ from divqat.errors import unknown_name
 from divqat.options import ConfigError, check_keys
 
 UNDEFENDED = "none"
+CONTROL = "shuffled"  # a reading of answers, see divqat.attacks.answers
 FOR_ALL = {"query_budget", "seed", "precision"}
 WORDS = {"true": True, "false": False, "none": None}
 
@@ -41,6 +42,11 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def is_control(text: str) -> bool:
+    """Whether an attack learns from answers to other images."""
+    return split_spec(text)[1].get("reading") == CONTROL
 
 
 def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:

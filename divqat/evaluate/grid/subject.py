@@ -69,6 +69,22 @@ class Remembered:
         return logits
 
 
+class Deployed:
+    """A subject with what is computed once for all attacks on it.
+
+    Args:
+        subject: the victim.
+        queries: the attacker's images, uint8 [N, C, H, W].
+        test: where victims and clones are measured.
+    """
+
+    def __init__(self, subject: Subject, queries: Tensor, test: ImageSet) -> None:
+        self.queries, self.test = queries, test
+        self.source = subject.fingerprint(queries[:256])
+        self.model = Remembered(subject.model, queries)
+        self.test_logits = predict(subject.model, test.images)  # [N, num_classes]
+
+
 def image_keys(images: Tensor) -> list[bytes]:
     """What tells the images of a batch [N, ...] apart."""
     rows = images.cpu().contiguous().flatten(1).numpy()
