@@ -61,8 +61,12 @@ def test_every_cell_is_there(done):
 
 def test_finished_cells_are_kept(model, done, monkeypatch):
     result, out, _ = done
-    monkeypatch.setattr(run, "run_attack", None)
-    monkeypatch.setattr(run, "defend", None)
+
+    def refuse(*_):
+        raise AssertionError("nothing was left to do")
+
+    monkeypatch.setattr(run, "run_attack", refuse)
+    monkeypatch.setattr(run, "defend", refuse)
     again = evaluate([Subject("qat", model, "qat")], toy_splits(), GRID, out, log=lambda line: None)
     assert again.cells == result.cells and again.released == result.released
 
