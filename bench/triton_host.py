@@ -49,6 +49,9 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "fake_quantize_observed delayed": lambda: op["fake_quantize_observed"](
             x, *state, *options, "delayed", True
         ),
+        "fake_quantize_observed_inplace": lambda: op["fake_quantize_observed_inplace"](
+            x, *state, *options, "exact", True
+        ),
         "fake_quantize_lsq": lambda: op["fake_quantize_lsq"](x, *lsq),
         "fake_quantize_lsq_backward": lambda: op["fake_quantize_lsq_backward"](x, x, *lsq, 0.1),
         "fake_quantize_weights, ResNet-50": lambda: op["fake_quantize_weights"](

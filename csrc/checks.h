@@ -30,6 +30,13 @@ inline Tensor dense(const Tensor& x) {
   return x.is_non_overlapping_and_dense() ? x : laid_out_as(x, at::empty_like(x));
 }
 
+// x can be written over as a whole.
+inline void check_dense(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.is_non_overlapping_and_dense(), name,
+                    ": wanted dense memory to write over, got ", x.sizes(), " with strides ",
+                    x.strides());
+}
+
 // The element at memory offset i of a dense tensor belongs to channel (i / inner) % count.
 struct Channels {
   int64_t count = 1;

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -223,10 +224,15 @@ def fake_quantize_observed(
     symmetric: bool,
     observer_mode: str,
     relu: bool,
+    *,
+    y: Tensor | None = None,  # x, if that is dense, to write over it
 ) -> tuple[Tensor, Tensor]:
     if observer_mode not in ("exact", "delayed", "frozen"):
         raise ValueError(f"observer_mode: wanted exact, delayed or frozen, got {observer_mode}")
-    x, y = dense(x)
+    if y is None:
+        x, y = dense(x)
+    elif observer_mode == "delayed" and ch_axis is not None:
+        x = x.clone()  # it is observed when y is there
     mask = empty_mask(x)
     options = (averaging_constant, symmetric, relu)
     with _in_place(running_min, running_max, scale, zero_point) as buffers:
@@ -243,3 +249,12 @@ def fake_quantize_observed(
         if observer_mode == "delayed":
             observe_dense(x, buffers, *observe_options)
     return y, mask
+
+
+def fake_quantize_observed_inplace(x: Tensor, *args: Any) -> Tensor:
+    """The same over x; returns the mask."""
+    if x.stride() != torch.empty_like(x, device="meta").stride():
+        raise ValueError(
+            f"x: wanted dense memory to write over, got {list(x.shape)} with strides {x.stride()}"
+        )
+    return fake_quantize_observed(x, *args, y=x)[1]

@@ -39,6 +39,7 @@ def samples():
         for mode in ("exact", "delayed", "frozen"):
             rest = (-128, 127, 1, 0.01, True, mode, True)
             yield "fake_quantize_observed", (variant, *buffers(3), *rest)
+            yield "fake_quantize_observed_inplace", (variant.clone(), *buffers(3), *rest)
         lsq = (per_channel[0], tensor([0.0, 1.2, -0.7]), -8, 7, 1)
         yield "fake_quantize_lsq", (variant, *lsq)
         grad = torch.empty_like(variant).copy_(variant)

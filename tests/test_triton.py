@@ -104,6 +104,23 @@ def test_observed_is_bit_equal_buffers_included(dtype, symmetric):
             same(*both(steps))
 
 
+@pytest.mark.parametrize("ch_axis", [None, 1])
+@pytest.mark.parametrize("mode", ["exact", "delayed", "frozen"])
+def test_over_its_input_it_is_bit_equal(ch_axis, mode):
+    x = randn(2, 130, 3, 3).to(memory_format=torch.channels_last)  # more than two tiles
+    n = [] if ch_axis is None else [x.shape[ch_axis]]
+    mine, wanted = (
+        [torch.full(n, -2.0), torch.full(n, 2.0), torch.full(n, 0.01), torch.ones(n).int()]
+        for _ in range(2)
+    )
+    rest = (0, 255, ch_axis, 0.1, False, mode, True)
+    y, mask = call.fake_quantize_observed(x, *wanted, *rest)
+    bits = call.fake_quantize_observed_inplace(x, *mine, *rest)
+    same([x, bits, *mine], [y, mask, *wanted])
+    with pytest.raises(ValueError, match="x: wanted dense memory"):
+        call.fake_quantize_observed_inplace(x[:, ::2], *mine, *rest)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lsq_is_bit_equal_and_its_sums_are_close(dtype):
     for x in awkward(dtype):

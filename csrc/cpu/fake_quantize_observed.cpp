@@ -38,13 +38,12 @@ class Observer {
     }
   }
 
-  void quantize(const Tensor& dense_x, const Tensor& y, const Tensor& mask, bool per_tensor) {
-    if (dense_x.numel() == 0) return;
+  // A copy of the scales and zero points of this moment.
+  GridTables grid(bool per_tensor) const {
     const int32_t* zero = zero_point_.data<int32_t>();
-    const GridTables tables(
+    return GridTables(
         scale_.data<float>(), [&](int64_t c) { return float(zero[c]); }, channels_,
         options_.quant_min, options_.quant_max, per_tensor);
-    quantize_all(dense_x, y, mask, *tables, options_.relu ? Rule::kRelu : Rule::kPropagateNan);
   }
 
  private:
@@ -52,6 +51,24 @@ class Observer {
   ObserverOptions options_;
   InPlace running_min_, running_max_, scale_, zero_point_;
 };
+
+// y and the mask, which is returned, from a dense x. y may be x: all that is to be known of x is
+// taken before.
+Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running_min,
+                         const Tensor& running_max, const Tensor& scale, const Tensor& zero_point,
+                         std::optional<int64_t> ch_axis, const ObserverOptions& options,
+                         std::string_view mode) {
+  check_observer_mode(mode);
+  Observer observer(x, running_min, running_max, scale, zero_point, channels_of(x, ch_axis),
+                    options);
+  if (mode == "exact") observer.observe(x);
+  const GridTables grid = observer.grid(!ch_axis);
+  if (mode == "delayed") observer.observe(x);
+  Tensor mask = empty_mask(x);
+  if (x.numel() == 0) return mask;
+  quantize_all(x, y, mask, *grid, options.relu ? Rule::kRelu : Rule::kPropagateNan);
+  return mask;
+}
 
 }  // namespace
 
@@ -118,16 +135,24 @@ std::tuple<Tensor, Tensor> fake_quantize_observed_cpu(
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
     double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
   check_float("x", x);
-  check_observer_mode(mode);
   const Tensor from = dense(x);
-  Observer observer(x, running_min, running_max, scale, zero_point, channels_of(from, ch_axis),
-                    observer_options(quant_min, quant_max, averaging_constant, symmetric, relu));
-  Tensor y = at::empty_like(from);
-  Tensor mask = empty_mask(x);
-  if (mode == "exact") observer.observe(from);
-  observer.quantize(from, y, mask, !ch_axis);
-  if (mode == "delayed") observer.observe(from);
-  return {y, mask};
+  const Tensor y = at::empty_like(from);
+  const auto options =
+      observer_options(quant_min, quant_max, averaging_constant, symmetric, relu);
+  return {y, quantize_observed(from, y, running_min, running_max, scale, zero_point, ch_axis,
+                               options, mode)};
+}
+
+Tensor fake_quantize_observed_inplace_cpu(
+    const Tensor& x, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
+    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
+    double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
+  check_float("x", x);
+  check_dense("x", x);
+  const auto options =
+      observer_options(quant_min, quant_max, averaging_constant, symmetric, relu);
+  return quantize_observed(x, x, running_min, running_max, scale, zero_point, ch_axis, options,
+                           mode);
 }
 
 }  // namespace divqat

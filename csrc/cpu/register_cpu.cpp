@@ -11,6 +11,7 @@ void register_cpu(torch::Library& library) {
   library.impl("fake_quantize_backward", &fake_quantize_backward_cpu);
   library.impl("observe", &observe_cpu);
   library.impl("fake_quantize_observed", &fake_quantize_observed_cpu);
+  library.impl("fake_quantize_observed_inplace", &fake_quantize_observed_inplace_cpu);
   library.impl("fake_quantize_lsq", &fake_quantize_lsq_cpu);
   library.impl("fake_quantize_lsq_backward", &fake_quantize_lsq_backward_cpu);
   library.impl("fake_quantize_weights", &fake_quantize_weights_cpu);

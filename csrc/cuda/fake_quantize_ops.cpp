@@ -37,6 +37,35 @@ class Buffers {
   Tensor scratch_;
 };
 
+// y and the mask, which is returned, from a dense x. y may be x, unless ranges are delayed and per
+// channel: then x is observed when y is there.
+Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running_min,
+                         const Tensor& running_max, const Tensor& scale, const Tensor& zero_point,
+                         int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
+                         double averaging_constant, bool symmetric, std::string_view mode,
+                         bool relu) {
+  check_observer_mode(mode);
+  const OnDevice device(x);
+  const Channels channels = channels_of(x, ch_axis);
+  const Buffers buffers(x, channels, running_min, running_max, scale, zero_point, quant_min,
+                        quant_max, averaging_constant, symmetric, relu);
+  Tensor mask = empty_mask(x);
+  if (x.numel() == 0) return mask;
+  QuantizeGrid grid = grid_of(x, buffers.state().scale, buffers.state().zero_point, quant_min,
+                              quant_max, channels, !ch_axis);
+  grid.relu = relu;
+  const auto run = mode == "exact" ? fake_quantize_exact : fake_quantize_delayed;
+  uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
+  if (mode == "frozen") {
+    fake_quantize(dtype_of(x), grid, x.const_data_ptr(), y.mutable_data_ptr(), bits,
+                  device.stream());
+  } else {
+    run(dtype_of(x), buffers.state(), grid, x.const_data_ptr(), y.mutable_data_ptr(), bits,
+        buffers.scratch(), device.stream());
+  }
+  return mask;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> fake_quantize_cuda(const Tensor& x, const Tensor& scale,
@@ -93,27 +122,23 @@ std::tuple<Tensor, Tensor> fake_quantize_observed_cuda(
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
     double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
   check_float("x", x);
-  check_observer_mode(mode);
   const OnDevice device(x);
   const Tensor from = dense(x);
-  const Channels channels = channels_of(from, ch_axis);
-  const Buffers buffers(x, channels, running_min, running_max, scale, zero_point, quant_min,
-                        quant_max, averaging_constant, symmetric, relu);
-  Tensor y = at::empty_like(from), mask = empty_mask(x);
-  if (x.numel() == 0) return {y, mask};
-  QuantizeGrid grid = grid_of(from, buffers.state().scale, buffers.state().zero_point, quant_min,
-                              quant_max, channels, !ch_axis);
-  grid.relu = relu;
-  const auto run = mode == "exact" ? fake_quantize_exact : fake_quantize_delayed;
-  uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
-  if (mode == "frozen") {
-    fake_quantize(dtype_of(x), grid, from.const_data_ptr(), y.mutable_data_ptr(), bits,
-                  device.stream());
-  } else {
-    run(dtype_of(x), buffers.state(), grid, from.const_data_ptr(), y.mutable_data_ptr(), bits,
-        buffers.scratch(), device.stream());
-  }
-  return {y, mask};
+  const Tensor y = at::empty_like(from);
+  return {y, quantize_observed(from, y, running_min, running_max, scale, zero_point, quant_min,
+                               quant_max, ch_axis, averaging_constant, symmetric, mode, relu)};
+}
+
+Tensor fake_quantize_observed_inplace_cuda(
+    const Tensor& x, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
+    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
+    double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
+  check_float("x", x);
+  check_dense("x", x);
+  const OnDevice device(x);
+  const Tensor from = ch_axis && mode == "delayed" ? x.clone() : x;
+  return quantize_observed(from, x, running_min, running_max, scale, zero_point, quant_min,
+                           quant_max, ch_axis, averaging_constant, symmetric, mode, relu);
 }
 
 }  // namespace divqat::cuda

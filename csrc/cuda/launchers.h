@@ -33,7 +33,7 @@ struct QuantizeGrid {
   int64_t inner;
 };
 
-// y [n] and, unless it is nullptr, mask [ceil(n / 8)], on 4 bytes, from x [n].
+// y [n] and, unless it is nullptr, mask [ceil(n / 8)], on 4 bytes, from x [n]; y may be x.
 void fake_quantize(DType dtype, const QuantizeGrid& grid, const void* x, void* y, uint8_t* mask,
                    cudaStream_t stream);
 // grad_x [n] = grad_y where the mask is set, else 0; in place where they are the same.
@@ -56,7 +56,7 @@ constexpr int64_t kObserverScratch = 32768;
 void observe(DType dtype, const ObserverState& state, const void* x, int64_t n, int64_t channels,
              int64_t inner, float* scratch, cudaStream_t stream);
 // Both at once: y and mask with the range after this step (exact) or the one before (delayed). The
-// grid's scale and zero point are the state's.
+// grid's scale and zero point are the state's. y may be x, but not for several channels delayed.
 void fake_quantize_exact(DType dtype, const ObserverState& state, const QuantizeGrid& grid,
                          const void* x, void* y, uint8_t* mask, float* scratch,
                          cudaStream_t stream);

@@ -11,6 +11,7 @@ void register_cuda(torch::Library& library) {
   library.impl("fake_quantize_backward", &cuda::fake_quantize_backward_cuda);
   library.impl("observe", &cuda::observe_cuda);
   library.impl("fake_quantize_observed", &cuda::fake_quantize_observed_cuda);
+  library.impl("fake_quantize_observed_inplace", &cuda::fake_quantize_observed_inplace_cuda);
   library.impl("fake_quantize_lsq", &cuda::fake_quantize_lsq_cuda);
   library.impl("fake_quantize_lsq_backward", &cuda::fake_quantize_lsq_backward_cuda);
   library.impl("fake_quantize_weights", &cuda::fake_quantize_weights_cuda);

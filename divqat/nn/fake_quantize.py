@@ -26,6 +26,7 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         mode: ``"exact"`` or ``"delayed"``, see :func:`divqat.ops.fake_quantize_observed`; the
             first batch is exact in either.
         relu: apply ReLU first, in the same op.
+        inplace: write over the input, see :func:`divqat.ops.fake_quantize_observed`.
     """
 
     SWITCHES = ("observer_enabled", "fake_quant_enabled", "calibrated")
@@ -38,10 +39,12 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         num_channels: int | None = None,
         mode: str = "exact",
         relu: bool = False,
+        inplace: bool = False,
     ) -> None:
         super().__init__(spec, ch_axis=ch_axis, num_channels=num_channels)
         self.mode = mode
         self.relu = relu
+        self.inplace = inplace
         self.fake_quant_enabled = True
         self.calibrated = False  # a batch was observed: scale and zero point mean something
 
@@ -58,6 +61,7 @@ class FakeQuantize(MovingAverageMinMaxObserver):
             fake_quant=self.fake_quant_enabled and (observing or calibrated),
             mode=self.mode if calibrated else "exact",
             relu=self.relu,
+            inplace=self.inplace,
         )
 
     def has_range(self) -> bool:

@@ -16,6 +16,17 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: wanted float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
+def check_overwritable(name: str, x: Tensor) -> None:
+    """``x`` can be written over: as a whole, and without autograd losing a value that it needs."""
+    if x.stride() != torch.empty_like(x, device="meta").stride():
+        raise ValueError(
+            f"{name}: wanted dense memory to write over, got {list(x.shape)} with strides "
+            f"{list(x.stride())}"
+        )
+    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: wanted a result to write over, got a leaf that requires grad")
+
+
 def check_range(quant_min: int, quant_max: int) -> None:
     """``quant_min < quant_max``, both exact in float32."""
     if not quant_min < quant_max:

@@ -28,6 +28,11 @@ SCHEMAS = {
     "Tensor(c!) scale, Tensor(d!) zero_point, int quant_min, int quant_max, int? ch_axis, "
     "float averaging_constant, bool symmetric, str observer_mode, bool relu) "
     "-> (Tensor y, Tensor mask)",
+    # y over x, which is dense; returns the mask.
+    "fake_quantize_observed_inplace": "(Tensor(a!) x, Tensor(b!) running_min, "
+    "Tensor(c!) running_max, Tensor(d!) scale, Tensor(e!) zero_point, int quant_min, "
+    "int quant_max, int? ch_axis, float averaging_constant, bool symmetric, str observer_mode, "
+    "bool relu) -> Tensor",
     "fake_quantize_lsq": "(Tensor x, Tensor scale, Tensor zero_point, int quant_min, "
     "int quant_max, int? ch_axis) -> Tensor",
     "fake_quantize_lsq_backward": "(Tensor grad_y, Tensor x, Tensor scale, Tensor zero_point, "

@@ -35,7 +35,7 @@ def missing(device: str) -> str:
 
 def module_of(name: str) -> str:
     """The file in kernels/ that has an op."""
-    return "fake_quantize_observed" if name == "observe" else name.removesuffix("_backward")
+    return "fake_quantize_observed" if "observe" in name else name.removesuffix("_backward")
 
 
 @functools.cache

@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from divqat.ops import reference
-from divqat.ops._check import check_axis, check_choice, check_float, check_qparam, check_range
+from divqat.ops._check import (
+    check_axis,
+    check_choice,
+    check_float,
+    check_overwritable,
+    check_qparam,
+    check_range,
+)
 from divqat.ops._library import op, register
-from divqat.ops._mask import with_packed_mask
+from divqat.ops._mask import pack_mask, with_packed_mask
 from divqat.ops.fake_quantize import FakeQuantize, fake_output_and_mask
 
 
@@ -28,6 +35,7 @@ def fake_quantize_observed(
     fake_quant: bool = True,
     mode: str = "exact",
     relu: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
     """Update the range of ``x``, derive scale and zero point, and fake-quantize ``x`` with them.
 
@@ -49,12 +57,17 @@ def fake_quantize_observed(
             the range before it, so that one pass over ``x`` is enough (the buffers must have seen
             a batch); ``"frozen"`` does not observe.
         relu: apply ReLU before both; its mask is merged into the one bit kept per element.
+        inplace: write the result over ``x``, for one that nothing else reads and that no backward
+            needs: behind a BatchNorm, which keeps its input. Autograd finds out where its own
+            need is overlooked, and raises in the backward. Ignored by ``torch.compile``, which
+            decides itself whose memory a result gets, and where ``fake_quant=False``.
 
     Returns:
-        A tensor like ``x``. The gradient is that of :func:`fake_quantize` (times ReLU's).
+        A tensor like ``x``, or ``x``. The gradient is that of :func:`fake_quantize` (times ReLU's).
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`fake_quantize`.
+        TypeError, ValueError, IndexError: as :func:`fake_quantize`; ValueError where ``x`` is to
+            be written over and is not dense, or a leaf that requires grad.
     """
     check_float("x", x)
     check_range(quant_min, quant_max)
@@ -78,18 +91,25 @@ def fake_quantize_observed(
         if mode != "frozen":
             op("observe")(x.detach(), *buffers, *options, relu)
         return x.relu() if relu else x
-    return FakeQuantizeObserved.apply(x, *buffers, *options, mode, relu)
+    inplace = inplace and not torch.compiler.is_compiling()
+    if inplace:
+        check_overwritable("x", x)
+    return FakeQuantizeObserved.apply(x, inplace, *buffers, *options, mode, relu)
 
 
 class FakeQuantizeObserved(FakeQuantize):
     """The backward is that of FakeQuantize; the forward calls the op that also observes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *args) -> Tensor:  # type: ignore[no-untyped-def]
-        y, mask = op("fake_quantize_observed")(x, *args)
+    def forward(ctx, x: Tensor, inplace: bool, *args) -> Tensor:  # type: ignore[no-untyped-def]
+        if inplace:
+            y, mask = x, op("fake_quantize_observed_inplace")(x, *args)
+            ctx.mark_dirty(x)
+        else:
+            y, mask = op("fake_quantize_observed")(x, *args)
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
-        ctx.inputs = 1 + len(args)
+        ctx.inputs = 2 + len(args)
         return y
 
 
@@ -99,4 +119,10 @@ register(
     reference.fake_quantize_observed_ref,
     fake_output_and_mask,
     with_packed_mask(reference.fake_quantize_observed_ref),
+)
+register(
+    "fake_quantize_observed_inplace",
+    reference.fake_quantize_observed_inplace_ref,
+    lambda x, *args: fake_output_and_mask(x)[1],
+    lambda *args: pack_mask(reference.fake_quantize_observed_inplace_ref(*args)),
 )

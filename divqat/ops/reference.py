@@ -13,6 +13,8 @@ Masks are bool here, one element per element of x; the ops pack them (``_mask.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -189,6 +191,13 @@ def fake_quantize_observed_ref(
     if mode == "delayed":
         observe_ref(x, *observe)
     return _like(x, y), _like(x, mask)
+
+
+def fake_quantize_observed_inplace_ref(x: Tensor, *args: Any) -> Tensor:
+    """The same with y written over x; returns the mask."""
+    y, mask = fake_quantize_observed_ref(x, *args)
+    x.copy_(y)
+    return mask
 
 
 def fake_quantize_lsq_ref(

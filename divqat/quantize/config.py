@@ -22,6 +22,10 @@ class QuantConfig:
             is below it.
         mode: how activations are observed, ``"exact"`` or ``"delayed"``; see
             :func:`divqat.ops.fake_quantize_observed`.
+        inplace: quantize over the output of a BatchNorm (fused or not) that nothing else in the
+            graph reads: less memory and time, the same bits. What looks at that output from
+            outside, a hook of the BatchNorm that keeps it or ``torch.utils.checkpoint`` around
+            nothing but what follows it, finds the quantized values: give False.
     """
 
     weight: QuantSpec = WEIGHT
@@ -29,6 +33,7 @@ class QuantConfig:
     first_last_bits: int | None = 8
     skip: tuple[str, ...] = ()
     mode: str = "exact"
+    inplace: bool = True
 
     def skips(self, name: str) -> bool:
         """Whether the module of this name stays in float."""

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from divqat.nn import QuantConvBn2d
 from divqat.nn._layer import QuantLayer
 
 # Operations that hand values on unchanged: what was on a grid before is on it afterwards.
@@ -36,6 +37,8 @@ QUANTIZED: set[Any] = {
 }
 
 RELUS: set[Any] = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+
+BATCHNORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, QuantConvBn2d}
 
 # Functions that tracing ties to the mode of the moment, and the modules that follow train().
 DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}

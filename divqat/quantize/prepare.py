@@ -30,8 +30,8 @@ def prepare(
     Conv2d, ConvTranspose2d and Linear their quantized counterparts under the same names, and a
     fake-quantizer follows every operation whose result a quantized one reads (layers, additions,
     concatenations, average pooling, activations other than ReLU and ReLU6, which runtimes merge
-    into the layer before). A ReLU that only a fake-quantizer reads is applied by it. The model's
-    output stays in float.
+    into the layer before). A ReLU that only a fake-quantizer reads is applied by it; what only a
+    fake-quantizer reads of a BatchNorm is written over. The model's output stays in float.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
     BatchNorm and additions stay in float; a warning says so and why. The weights of a traced model
@@ -241,8 +241,10 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
             # What is not computed on a grid reads the value itself: the model's output above all.
             if user.op != "output":
                 user.replace_input_with(source, quantized)
-        if isinstance(quantizer, FakeQuantize) and list(source.users) == [quantized]:
-            _fuse_relu(graph_module, source, quantized, quantizer)
+        if isinstance(quantizer, FakeQuantize):
+            if list(source.users) == [quantized]:
+                _fuse_relu(graph_module, source, quantized, quantizer)
+            quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
 
 
 def _fuse_relu(
@@ -254,3 +256,15 @@ def _fuse_relu(
     quantizer.relu = True
     quantized.replace_input_with(relu, relu.all_input_nodes[0])
     graph_module.graph.erase_node(relu)
+
+
+def _is_overwritable(graph_module: fx.GraphModule, quantized: fx.Node) -> bool:
+    """Whether what a quantizer reads is a BatchNorm's, and no one else's.
+
+    BatchNorm keeps its input for the backward, not its output; a folded one with frozen statistics
+    is a convolution, which does the same.
+    """
+    source = quantized.all_input_nodes[0]
+    if patterns.kind(graph_module, source) not in patterns.BATCHNORMS:
+        return False
+    return list(source.users) == [quantized]

@@ -130,7 +130,8 @@ def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
 
             def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 x = args[0].detach().float()
-                seen[name] = x.relu() if module.relu else x
+                # a copy: the quantizer may write over its input
+                seen[name] = x.relu() if module.relu else x.clone()
 
             handles.append(module.register_forward_pre_hook(keep))
     training = {module: module.training for module in model.modules()}
