@@ -134,8 +134,8 @@ class _Runner:
                 return {"row": {"settings": spec, "unreachable": str(error)}}
 
         row = step(folder / "released.json", _digest(here), release)["row"]
-        about = {**common, "method": subject.method, "agreement": subject.agreement, **row}
-        self.released.append(released(about))
+        found = {**common, "method": subject.method, "agreement": subject.agreement, **row}
+        self.released.append(released(found))
         if row.get("unreachable"):
             self.log(f"[seed {seed} {subject.name}] {spec}: {row['unreachable']}")
             return
@@ -145,15 +145,18 @@ class _Runner:
             key = _digest({**here, **identity})
             work = folder / _file_name(f"{text}-{budget}-{clone}")
 
+            about = {"attack": text, "budget": budget, "clone": clone}
+
             def run(
-                attack: Attack = attack, clone: str = clone, work: Path = work / key
+                attack: Attack = attack,
+                about: dict[str, Any] = about,
+                work: Path = work / key,
             ) -> dict[str, Any]:
-                network, holdout = self._clone(clone, seed), self._holdout(seed)
-                return {"row": run_attack(attack, defended(), network, holdout, work)}
+                network, holdout = self._clone(about["clone"], seed), self._holdout(seed)
+                return {**about, "row": run_attack(attack, defended(), network, holdout, work)}
 
             row = step(work.with_name(work.name + ".json"), key, run)["row"]
-            row = {**row, "attack": text, "budget": budget, "clone": clone}
-            self.cells.append(Cell(**common, **row))
+            self.cells.append(Cell(**{**common, **row, **about}))
             shutil.rmtree(work, ignore_errors=True)  # the checkpoints
             self.log(
                 f"[seed {seed} {subject.name}] {spec} <- {text} {budget} {clone}: clone "
