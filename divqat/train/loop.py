@@ -164,6 +164,8 @@ def _megabytes(nbytes: int | None) -> str:
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     divergence = "" if row["divergence"] is None else f"  divergence {row['divergence']:.4f}"
+    if "moved" in row:
+        divergence += f"  proxies moved {row['moved']:.1%}"
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f}  "
         f"ce {row['ce']:.4f}{divergence}  val acc {row['validation_accuracy']:6.2%}  "

@@ -25,6 +25,7 @@ from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
 from divqat.train.graph import Captured, own_stream
 from divqat.train.memory import Need, peak_memory, reset_peak
+from divqat.train.misdirection import Misdirection, Proxies
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
 from divqat.train.step import Step
@@ -80,13 +81,19 @@ class Trainer:
         self.steps = n // size if self.drop_last else -(-n // size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         asked: nn.Module | None = None  # λ = 0 asks no teacher
-        if teacher is not None and config.kind.sign and config.weight:
+        if teacher is not None and config.kind.sign and (config.weight or config.misdirect):
             asked = teacher.model.requires_grad_(False)
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         warmup = round(config.warmup_epochs * self.steps)
         kind = Observation if config.method == "ptq" else Step
-        self.step = kind(config, self.model, asked, train_set.labels, team, warmup)
-        if asked is not None and config.cache_teacher:
+        self.proxies: Proxies | None = None
+        misdirection: Misdirection | None = None
+        if config.misdirect:
+            shape = train_set.image_shape
+            self.proxies = Proxies(config, shape, team)
+            misdirection = Misdirection(config, splits.num_classes, shape).to(device)
+        self.step = kind(config, self.model, asked, train_set.labels, team, warmup, misdirection)
+        if asked is not None and config.cache_teacher and config.weight:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
             with self.step.autocast():
                 self.step.answers = teacher_logits(
@@ -133,7 +140,7 @@ class Trainer:
         ):
             torch.manual_seed(seed + self.team.rank)  # dropout
             sums, waited = self._steps(epoch, Generator().manual_seed(seed))
-            loss, ce, divergence = sums.tolist()
+            loss, ce, divergence, astray, moved = sums.tolist()
         self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
         try:
@@ -147,7 +154,7 @@ class Trainer:
             "epoch": epoch,
             "loss": loss,
             "ce": ce,
-            "divergence": divergence if self.step.teacher is not None else None,
+            "divergence": divergence if config.kind.sign and config.weight else None,
             "validation_accuracy": accuracy(logits, self.validation.labels),
             "top_probability": mean_top_probability(softmax(logits)),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
@@ -155,6 +162,8 @@ class Trainer:
             "waiting": waited / seconds,
             "seconds": time.perf_counter() - start,
         }
+        if self.proxies is not None:
+            row |= {"misdirection": astray, "moved": moved}
         self.epoch = epoch
         self.rows.append(row)
         return row
@@ -169,6 +178,7 @@ class Trainer:
         # Codes are a quarter of float32; what else is kept is at least as much.
         share = 4 if self.config.save_as_codes else 1
         at_once = min(self.config.batch_size, len(self.train_set))
+        at_once += self.config.proxy_count(at_once)
         parts = self.team.size * self.config.accumulate
         return Need.of(forward, self.model, share * len(images), -(-at_once // parts))
 
@@ -185,8 +195,8 @@ class Trainer:
         self.frozen = frozen
 
     def _steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
-        """All steps of an epoch: means of loss, cross-entropy and divergence, float64 [3], and the
-        seconds that the host waited for images."""
+        """All steps of an epoch: means of loss, cross-entropy and divergence, of misdirection loss
+        and changed answers, float64 [5], and the seconds that the host waited for images."""
         config = self.config
         shift = partial(augment, pad=config.pad, flip=config.flip)
         loader = batches(
@@ -198,7 +208,10 @@ class Trainer:
             shard=(self.team.rank, self.team.size),
         )
         # Read once per epoch: a number on the host would make every step wait for the device.
-        sums, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
+        sums, count = torch.zeros(5, dtype=torch.float64, device=self.device), 0
+        proxies = 0
+        if self.proxies is not None:
+            self.proxies.start(epoch)
         finite: list[Tensor] = []
         done = (epoch - 1) * self.steps
         if self.team.rank == 0:
@@ -212,20 +225,25 @@ class Trainer:
             set_learning_rate(self.step.optimizer, lr)
             if self.step.loss is not None:
                 self.step.loss.steps.fill_(done + step - 1)
+            inputs = [images, index]
+            if self.proxies is not None:
+                inputs.append(self.proxies(images, self.step.labels[index], total))
+                proxies += config.proxy_count(total)
             if step == 1 and self.delayed:
-                parts = self.step.parts(images, index, total=total)
+                parts = self.step.parts(*inputs, total=total)
                 observe_first(self.model, (part.images for part in parts))
             with self.need.told():
-                result = self.do_step(images, index, total=total)
-            sums += result[:3]
-            finite.append(result[3:].clone())
+                result = self.do_step(*inputs, total=total)
+            sums += result[:5]
+            finite.append(result[5:].clone())
             count += total
             if step % CHECK_EVERY == 0 or step == self.steps:
                 # Of all processes: they stop together, with one error, and nobody waits.
                 _check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
             ready = time.perf_counter()
-        return self.team.reduce(sums) / count, waited
+        sums = self.team.reduce(sums)
+        return torch.cat([sums[:3] / count, sums[3:] / max(1, proxies)]), waited
 
     def summary(self, splits: Splits) -> dict[str, Any]:
         """The content of ``summary.json``; looks at the test set."""
@@ -243,6 +261,7 @@ class Trainer:
             "test_accuracy": accuracy(logits, splits.test.labels),
             "test_top_probability": mean_top_probability(softmax(logits)),
             "seconds": sum(row["seconds"] for row in self.rows),
+            "ms_per_step": mean(row["ms_per_step"] for row in self.rows),
             "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
             "peak_memory": peak_memory(self.device),  # bytes, of process 0
             "warnings": [] if warning is None else [warning],
