@@ -36,6 +36,7 @@ CURVES = {
     "divergence": "divergence (nats)",
     "top_probability": "mean top probability",
     "moved": "proxies answered unlike the teacher (%)",
+    "factor": "factor of the defense",
 }
 IN_PERCENT = ("validation_accuracy", "moved")
 Values = list[tuple[float, float]]  # of one curve: (epoch, value)

@@ -45,6 +45,16 @@ def check_settings(config: TrainConfig) -> None:
             f"proxy_root: wanted a folder for the proxies 'folder', and for no others, got "
             f"{config.proxy_root!r} with proxies {', '.join(config.proxies)}"
         )
+    defended = config.method == "divqat" and (config.weight or config.misdirect)
+    if config.accuracy_budget is not None and not defended:
+        raise ConfigError(
+            "accuracy_budget: wanted method divqat with weight or misdirect above 0, got method "
+            f"{config.method}, weight = {config.weight:g}, misdirect = {config.misdirect:g}"
+        )
+    if config.reference is not None and config.accuracy_budget is None:
+        raise ConfigError(
+            f"reference: wanted none without accuracy_budget, got {config.reference!r}"
+        )
     if config.cuda_graph and config.optimizer != "sgd":
         raise ConfigError(
             f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"

@@ -189,3 +189,18 @@ class Learning(Options):
         "could be training images. None: all count 1.",
         group="misdirection", above=0, below=1,
     )  # fmt: skip
+
+    accuracy_budget: float | None = option(
+        None, "Points of validation accuracy that the defense may cost: λ and misdirect are scaled "
+        "by a factor from 0.01 to 1, steered while training; None: they stay as they are.",
+        group="accuracy budget", above=0, below=100,
+    )  # fmt: skip
+    reference: str | None = option(
+        None, "Run folder of the plain qat that the budget counts from; None: from the teacher.",
+        group="accuracy budget",
+    )  # fmt: skip
+    budget_checks: int = option(
+        4, "Measurements per epoch to steer by, each but the last of an epoch a forward pass over "
+        "the validation images besides.",
+        group="accuracy budget", least=1,
+    )  # fmt: skip

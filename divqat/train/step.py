@@ -65,6 +65,13 @@ class Step:
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
 
+    def scale(self, factor: float) -> None:
+        """λ and the misdirection's weight become this share, above 0, of what the settings say."""
+        if self.loss is not None:
+            self.loss.set_weight(self.config.kind.sign * factor * float(self.config.weight or 0))
+        if self.misdirection is not None:
+            self.misdirection.weight.fill_(factor * self.config.misdirect)
+
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
         dtype = getattr(torch, self.config.precision)
@@ -176,3 +183,20 @@ class Step:
         with torch.inference_mode(), self.autocast():
             logits = self.teacher(images)
         return logits.float().clone()  # the backward pass may not keep an inference tensor
+
+
+def check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
+    """Raise for the first row of ``finite`` (float [steps, 3]: images, logits, loss) with a 0;
+    the last row is of ``last_step``."""
+    finite = finite.bool()
+    if finite.all():
+        return
+    row = int((~finite).any(1).int().argmax())
+    causes = (
+        "the input images hold NaN or Inf",
+        "the model's logits became NaN or Inf; try a smaller lr or grad_clip",
+        "the loss became NaN or Inf though the logits are finite; "
+        "try a smaller weight, or bound, or grad_clip",
+    )
+    cause = causes[int((~finite[row]).int().argmax())]
+    raise FloatingPointError(f"epoch {epoch}, step {last_step - len(finite) + 1 + row}: {cause}")

@@ -19,6 +19,7 @@ from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
+from divqat.train.budget import Budget
 from divqat.train.collapse import collapse
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
@@ -28,7 +29,7 @@ from divqat.train.memory import Need, peak_memory, reset_peak
 from divqat.train.misdirection import Misdirection, Proxies
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
-from divqat.train.step import Step
+from divqat.train.step import Step, check_finite
 
 CHECK_EVERY = 50  # steps between two looks at whether all numbers are finite
 
@@ -99,6 +100,9 @@ class Trainer:
                 self.step.answers = teacher_logits(
                     folder, asked, self.train_set, key, keep=team.rank == 0
                 )
+        self.budget = Budget.of(config, teacher, self.validation)
+        if self.budget is not None:
+            self.step.scale(self.budget.factor)
         self.need = self._need()
         self.need.check()
         self.frozen = (False, False)
@@ -119,6 +123,7 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "rows": self.rows,
+            "budget": None if self.budget is None else self.budget.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -126,6 +131,9 @@ class Trainer:
         load_optimizer(self.step.optimizer, state["optimizer"])
         self.step.scaler.load_state_dict(state.get("scaler", {}))
         self.epoch, self.rows = state["epoch"], state["rows"]
+        if self.budget is not None:
+            self.budget.load(state["budget"])
+            self.step.scale(self.budget.factor)
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, validate, and return its row of ``metrics.csv``."""
@@ -143,13 +151,7 @@ class Trainer:
             loss, ce, divergence, astray, moved = sums.tolist()
         self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
-        try:
-            logits = predict(self.model.eval(), self.validation)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"epoch {epoch}, step {self.steps}: the weights gave NaN or Inf on the validation "
-                "images; try a smaller lr or grad_clip"
-            ) from error
+        logits = self._validate(epoch, self.steps)
         row = {
             "epoch": epoch,
             "loss": loss,
@@ -164,9 +166,32 @@ class Trainer:
         }
         if self.proxies is not None:
             row |= {"misdirection": astray, "moved": moved}
+        if self.budget is not None:
+            row |= self.budget.end_epoch(row, self.model)
+            self.step.scale(self.budget.factor)
+            if epoch == config.epochs:
+                self.budget.choose(row, self.model)
         self.epoch = epoch
         self.rows.append(row)
         return row
+
+    def _validate(self, epoch: int, step: int) -> Tensor:
+        """The logits of the validation images, after ``step`` of ``epoch``; leaves eval mode on."""
+        try:
+            return predict(self.model.eval(), self.validation)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"epoch {epoch}, step {step}: the weights gave NaN or Inf on the validation "
+                "images; try a smaller lr or grad_clip"
+            ) from error
+
+    def _steer(self, budget: Budget, epoch: int, step: int) -> None:
+        """Measure within an epoch."""
+        found = accuracy(self._validate(epoch, step), self.validation.labels)
+        self.model.train()
+        # BatchNorm's statistics differ between processes until the epoch ends; the factor must not.
+        found = self.team.broadcast(found)
+        self.step.scale(budget.steer(found, epoch - 1 + step / self.steps))
 
     def _need(self) -> Need:
         """The memory of a step, from two images in a copy of the model."""
@@ -239,17 +264,21 @@ class Trainer:
             count += total
             if step % CHECK_EVERY == 0 or step == self.steps:
                 # Of all processes: they stop together, with one error, and nobody waits.
-                _check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
+                check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
+            if self.budget is not None and self.budget.due(step, self.steps):
+                self._steer(self.budget, epoch, step)
             ready = time.perf_counter()
         sums = self.team.reduce(sums)
         return torch.cat([sums[:3] / count, sums[3:] / max(1, proxies)]), waited
 
     def summary(self, splits: Splits) -> dict[str, Any]:
         """The content of ``summary.json``; looks at the test set."""
-        config, last = self.config, self.rows[-1]
+        config, budget = self.config, self.budget
+        rows = self.rows if budget is None else self.rows[: budget.epoch]
+        last = rows[-1]
         logits = predict(self.model.eval(), splits.test)
-        warning = collapse(config, self.rows)
+        warnings = [collapse(config, rows), None if budget is None else budget.warning(last)]
         return {
             "method": config.method,
             "dataset": config.dataset,
@@ -264,24 +293,8 @@ class Trainer:
             "ms_per_step": mean(row["ms_per_step"] for row in self.rows),
             "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
             "peak_memory": peak_memory(self.device),  # bytes, of process 0
-            "warnings": [] if warning is None else [warning],
+            "budget": None if budget is None else budget.summary(last),
+            "warnings": [warning for warning in warnings if warning is not None],
             "versions": versions(),
             "hardware": hardware(),
         }
-
-
-def _check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
-    """Raise for the first row of ``finite`` (float [steps, 3]: images, logits, loss) with a 0;
-    the last row is of ``last_step``."""
-    finite = finite.bool()
-    if finite.all():
-        return
-    row = int((~finite).any(1).int().argmax())
-    causes = (
-        "the input images hold NaN or Inf",
-        "the model's logits became NaN or Inf; try a smaller lr or grad_clip",
-        "the loss became NaN or Inf though the logits are finite; "
-        "try a smaller weight, or bound, or grad_clip",
-    )
-    cause = causes[int((~finite[row]).int().argmax())]
-    raise FloatingPointError(f"epoch {epoch}, step {last_step - len(finite) + 1 + row}: {cause}")
