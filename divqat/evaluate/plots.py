@@ -35,7 +35,10 @@ CURVES = {
     "ce": "cross-entropy (nats)",
     "divergence": "divergence (nats)",
     "top_probability": "mean top probability",
+    "moved": "proxies answered unlike the teacher (%)",
+    "factor": "factor of the defense",
 }
+IN_PERCENT = ("validation_accuracy", "moved")
 Values = list[tuple[float, float]]  # of one curve: (epoch, value)
 
 
@@ -190,7 +193,7 @@ def _read_curves(path: Path) -> dict[str, Values]:
                 text = row.get(column)
                 value = float(text) if text else math.nan
                 if math.isfinite(value):
-                    scale = 100 if column == "validation_accuracy" else 1
+                    scale = 100 if column in IN_PERCENT else 1
                     curves.setdefault(column, []).append((float(row["epoch"]), scale * value))
     return curves
 

@@ -35,6 +35,26 @@ def check_settings(config: TrainConfig) -> None:
             f"itself what to keep, got method {config.method}, compile = "
             f"{str(config.compile).lower()}"
         )
+    if config.misdirect and config.method != "divqat":
+        raise ConfigError(
+            f"misdirect: wanted 0 with a method other than divqat, got {config.misdirect:g} with "
+            f"method {config.method}"
+        )
+    if config.misdirect and ("folder" in config.proxies) != (config.proxy_root is not None):
+        raise ConfigError(
+            f"proxy_root: wanted a folder for the proxies 'folder', and for no others, got "
+            f"{config.proxy_root!r} with proxies {', '.join(config.proxies)}"
+        )
+    defended = config.method == "divqat" and (config.weight or config.misdirect)
+    if config.accuracy_budget is not None and not defended:
+        raise ConfigError(
+            "accuracy_budget: wanted method divqat with weight or misdirect above 0, got method "
+            f"{config.method}, weight = {config.weight:g}, misdirect = {config.misdirect:g}"
+        )
+    if config.reference is not None and config.accuracy_budget is None:
+        raise ConfigError(
+            f"reference: wanted none without accuracy_budget, got {config.reference!r}"
+        )
     if config.cuda_graph and config.optimizer != "sgd":
         raise ConfigError(
             f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"

@@ -13,7 +13,7 @@ step      gradients, by DistributedDataParallel, in  102 MB (float32), behind
           buckets of 25 MB                           the backward pass
 step      ranges of all observers, one all-reduce    54 · 2 · 4 = 432
 50 steps  are images, logits and loss finite         50 · 3 = 150
-epoch     sums for the log; BatchNorm's statistics   24; 53,120 · 8 = 0.4 MB
+epoch     sums for the log; BatchNorm's statistics   40; 53,120 · 8 = 0.4 MB
 start     checkpoint of process 0; weights, by DDP   205 MB; 102 MB
 ========  =========================================  ==========================
 

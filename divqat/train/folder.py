@@ -22,8 +22,8 @@ from divqat.train.config import TrainConfig
 
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
 # Where something lies or runs, not what it is: a run may go on with other values. That the teacher
-# is the same is seen from its weights.
-FREE = ("device", "data_root", "stream", "workers", "teacher")
+# is the same is seen from its weights; what the reference was is in the checkpoint.
+FREE = ("device", "data_root", "stream", "workers", "teacher", "reference")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ def train(
     ``out`` gets ``config.yaml``, ``metrics.csv`` (a row per epoch), ``checkpoint.pt`` (after every
     epoch), and at the end ``summary.json`` and ``plots/``. A run that was killed at any moment and
     started again ends with the same bits as one that was not. The model of the last epoch is the
-    result; the test set is looked at once, after it.
+    result, or with ``accuracy_budget`` that of one inside it; the test set is looked at once, at
+    the end.
 
     Args:
         config: the settings.
@@ -56,7 +57,7 @@ def train(
     Raises:
         FileNotFoundError: the data set or the teacher is not there.
         ValueError: the folder holds a training with other settings or a damaged checkpoint, or
-            the teacher does not fit.
+            the teacher or the reference does not fit.
         MemoryError: the batch does not fit; it says how many images would.
         FloatingPointError: NaN or Inf; it names epoch, step and cause. The last epoch's
             checkpoint stays.
@@ -164,6 +165,10 @@ def _megabytes(nbytes: int | None) -> str:
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     divergence = "" if row["divergence"] is None else f"  divergence {row['divergence']:.4f}"
+    if "moved" in row:
+        divergence += f"  proxies moved {row['moved']:.1%}"
+    if "factor" in row:
+        divergence += f"  factor {row['factor']:.3f}"
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f}  "
         f"ce {row['ce']:.4f}{divergence}  val acc {row['validation_accuracy']:6.2%}  "

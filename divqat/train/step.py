@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from divqat.nn import DivQATLoss
 from divqat.quantize import save_as_codes
 from divqat.train.config import LOSS, TrainConfig
 from divqat.train.distributed import Part, Team
+from divqat.train.misdirection import Misdirection
 from divqat.train.optimizer import build_optimizer
 
 
@@ -29,6 +31,7 @@ class Step:
         labels: int64 [number of training images], on the device.
         team: the processes that do the step together.
         warmup_steps: in which λ rises.
+        misdirection: the loss of proxies, which asks the teacher, too.
     """
 
     def __init__(
@@ -39,9 +42,10 @@ class Step:
         labels: Tensor,
         team: Team,
         warmup_steps: int,
+        misdirection: Misdirection | None = None,
     ) -> None:
         self.config, self.model, self.team = config, model, team
-        self.labels = labels
+        self.labels, self.misdirection = labels, misdirection
         self.answers: Tensor | None = None  # float32 [number of images, num_classes], if kept
         self.teacher: Callable[[Tensor], Tensor] | None = teacher
         self.net = model
@@ -61,6 +65,13 @@ class Step:
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
 
+    def scale(self, factor: float) -> None:
+        """λ and the misdirection's weight become this share, above 0, of what the settings say."""
+        if self.loss is not None:
+            self.loss.set_weight(self.config.kind.sign * factor * float(self.config.weight or 0))
+        if self.misdirection is not None:
+            self.misdirection.weight.fill_(factor * self.config.misdirect)
+
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
         dtype = getattr(torch, self.config.precision)
@@ -79,34 +90,60 @@ class Step:
         with self.autocast():
             return net(images).float()
 
-    def parts(self, images: Tensor, index: Tensor, *, total: int) -> Iterator[Part]:
-        """Images in the parts that this process runs one after another; see __call__."""
-        return self.team.parts(self.net, images, index, total, self.config.accumulate)
+    def parts(
+        self, images: Tensor, index: Tensor, proxies: Tensor | None = None, *, total: int
+    ) -> Iterator[Part]:
+        """Images in the parts that this process runs one after another, the proxies of each after
+        its training images; see __call__."""
+        parts = self.team.parts(self.net, images, index, total, self.config.accumulate)
+        if proxies is None:
+            yield from parts
+            return
+        for part, own in zip(parts, proxies.tensor_split(self.config.accumulate), strict=True):
+            yield replace(part, images=torch.cat([part.images, own]))
 
-    def __call__(self, images: Tensor, index: Tensor, *, total: int) -> Tensor:
+    def __call__(
+        self, images: Tensor, index: Tensor, proxies: Tensor | None = None, *, total: int
+    ) -> Tensor:
         """Do the step.
+
+        Proxies run in one batch with the training images, because an activation range and a
+        BatchNorm have one batch each: a range observed apart would clip the others, and
+        statistics of either alone are not those that the deployed network, which cannot know
+        what it is asked, will use.
 
         Args:
             images: float32 [n, C, H, W], this process's own. index: int64 [n], which ones they are.
-            total: images of the whole batch.
+            proxies: float32 [m, C, H, W], its own, where the model is to misdirect.
+            total: images of the whole batch, without proxies.
 
         Returns:
-            float64 [6]: this process's sums over its images of loss, cross-entropy and divergence,
-            and whether (1) or not (0) images, logits and loss were finite.
+            float64 [8]: this process's sums over its images of loss, cross-entropy and divergence,
+            over its proxies of misdirection loss and changed answers, and whether (1) or not (0)
+            images, logits and loss were finite.
         """
         self.optimizer.zero_grad()
-        sums = torch.zeros(3, dtype=torch.float64, device=images.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=images.device)
         finite = torch.ones(3, dtype=torch.bool, device=images.device)
-        for part in self.parts(images, index, total=total):
+        for part in self.parts(images, index, proxies, total=total):
+            n = len(part.index)
             batch = part.images.contiguous(memory_format=torch.channels_last)
             with self._saving():
                 logits = self.forward(self.net, batch)
             loss, ce, divergence = self.losses(
-                logits, self.labels[part.index], self._answers(batch, part.index)
+                logits[:n], self.labels[part.index], self._answers(batch[:n], part.index)
             )
-            self.backward(loss * part.weight)
-            sums += part.count * torch.stack([loss.detach(), ce, divergence])
-            finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, loss)])
+            objective = loss * part.weight
+            sums[:3] += part.count * torch.stack([loss.detach(), ce, divergence])
+            if self.misdirection is not None and len(batch) > n:
+                astray = self.misdirection(logits[n:], self._ask(batch[n:]), batch[n:])
+                # the sum over the parts and the mean over the processes is w · mean
+                mean = self.misdirection.weight * astray.loss / self.config.proxy_count(total)
+                objective = objective + mean * self.team.size
+                sums[0] += total * mean.detach()
+                sums[3:] += torch.stack([astray.loss.detach(), astray.moved])
+            self.backward(objective)
+            finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, objective)])
         self.update()
         return torch.cat([sums, finite.double()])
 
@@ -137,8 +174,29 @@ class Step:
         """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
         if self.answers is not None:
             return self.answers[index]
-        if self.teacher is None:
+        if self.teacher is None or not self.config.weight:
             return None
+        return self._ask(images)
+
+    def _ask(self, images: Tensor) -> Tensor:
+        assert self.teacher is not None
         with torch.inference_mode(), self.autocast():
             logits = self.teacher(images)
         return logits.float().clone()  # the backward pass may not keep an inference tensor
+
+
+def check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
+    """Raise for the first row of ``finite`` (float [steps, 3]: images, logits, loss) with a 0;
+    the last row is of ``last_step``."""
+    finite = finite.bool()
+    if finite.all():
+        return
+    row = int((~finite).any(1).int().argmax())
+    causes = (
+        "the input images hold NaN or Inf",
+        "the model's logits became NaN or Inf; try a smaller lr or grad_clip",
+        "the loss became NaN or Inf though the logits are finite; "
+        "try a smaller weight, or bound, or grad_clip",
+    )
+    cause = causes[int((~finite[row]).int().argmax())]
+    raise FloatingPointError(f"epoch {epoch}, step {last_step - len(finite) + 1 + row}: {cause}")

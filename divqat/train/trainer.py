@@ -19,15 +19,17 @@ from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
+from divqat.train.budget import Budget
 from divqat.train.collapse import collapse
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
 from divqat.train.graph import Captured, own_stream
 from divqat.train.memory import Need, peak_memory, reset_peak
+from divqat.train.misdirection import Misdirection, Proxies
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
-from divqat.train.step import Step
+from divqat.train.step import Step, check_finite
 
 CHECK_EVERY = 50  # steps between two looks at whether all numbers are finite
 
@@ -80,18 +82,27 @@ class Trainer:
         self.steps = n // size if self.drop_last else -(-n // size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         asked: nn.Module | None = None  # λ = 0 asks no teacher
-        if teacher is not None and config.kind.sign and config.weight:
+        if teacher is not None and config.kind.sign and (config.weight or config.misdirect):
             asked = teacher.model.requires_grad_(False)
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         warmup = round(config.warmup_epochs * self.steps)
         kind = Observation if config.method == "ptq" else Step
-        self.step = kind(config, self.model, asked, train_set.labels, team, warmup)
-        if asked is not None and config.cache_teacher:
+        self.proxies: Proxies | None = None
+        misdirection: Misdirection | None = None
+        if config.misdirect:
+            shape = train_set.image_shape
+            self.proxies = Proxies(config, shape, team)
+            misdirection = Misdirection(config, splits.num_classes, shape).to(device)
+        self.step = kind(config, self.model, asked, train_set.labels, team, warmup, misdirection)
+        if asked is not None and config.cache_teacher and config.weight:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
             with self.step.autocast():
                 self.step.answers = teacher_logits(
                     folder, asked, self.train_set, key, keep=team.rank == 0
                 )
+        self.budget = Budget.of(config, teacher, self.validation)
+        if self.budget is not None:
+            self.step.scale(self.budget.factor)
         self.need = self._need()
         self.need.check()
         self.frozen = (False, False)
@@ -112,6 +123,7 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
             "rows": self.rows,
+            "budget": None if self.budget is None else self.budget.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -119,6 +131,9 @@ class Trainer:
         load_optimizer(self.step.optimizer, state["optimizer"])
         self.step.scaler.load_state_dict(state.get("scaler", {}))
         self.epoch, self.rows = state["epoch"], state["rows"]
+        if self.budget is not None:
+            self.budget.load(state["budget"])
+            self.step.scale(self.budget.factor)
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, validate, and return its row of ``metrics.csv``."""
@@ -133,21 +148,15 @@ class Trainer:
         ):
             torch.manual_seed(seed + self.team.rank)  # dropout
             sums, waited = self._steps(epoch, Generator().manual_seed(seed))
-            loss, ce, divergence = sums.tolist()
+            loss, ce, divergence, astray, moved = sums.tolist()
         self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
-        try:
-            logits = predict(self.model.eval(), self.validation)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"epoch {epoch}, step {self.steps}: the weights gave NaN or Inf on the validation "
-                "images; try a smaller lr or grad_clip"
-            ) from error
+        logits = self._validate(epoch, self.steps)
         row = {
             "epoch": epoch,
             "loss": loss,
             "ce": ce,
-            "divergence": divergence if self.step.teacher is not None else None,
+            "divergence": divergence if config.kind.sign and config.weight else None,
             "validation_accuracy": accuracy(logits, self.validation.labels),
             "top_probability": mean_top_probability(softmax(logits)),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
@@ -155,9 +164,34 @@ class Trainer:
             "waiting": waited / seconds,
             "seconds": time.perf_counter() - start,
         }
+        if self.proxies is not None:
+            row |= {"misdirection": astray, "moved": moved}
+        if self.budget is not None:
+            row |= self.budget.end_epoch(row, self.model)
+            self.step.scale(self.budget.factor)
+            if epoch == config.epochs:
+                self.budget.choose(row, self.model)
         self.epoch = epoch
         self.rows.append(row)
         return row
+
+    def _validate(self, epoch: int, step: int) -> Tensor:
+        """The logits of the validation images, after ``step`` of ``epoch``; leaves eval mode on."""
+        try:
+            return predict(self.model.eval(), self.validation)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"epoch {epoch}, step {step}: the weights gave NaN or Inf on the validation "
+                "images; try a smaller lr or grad_clip"
+            ) from error
+
+    def _steer(self, budget: Budget, epoch: int, step: int) -> None:
+        """Measure within an epoch."""
+        found = accuracy(self._validate(epoch, step), self.validation.labels)
+        self.model.train()
+        # BatchNorm's statistics differ between processes until the epoch ends; the factor must not.
+        found = self.team.broadcast(found)
+        self.step.scale(budget.steer(found, epoch - 1 + step / self.steps))
 
     def _need(self) -> Need:
         """The memory of a step, from two images in a copy of the model."""
@@ -169,6 +203,7 @@ class Trainer:
         # Codes are a quarter of float32; what else is kept is at least as much.
         share = 4 if self.config.save_as_codes else 1
         at_once = min(self.config.batch_size, len(self.train_set))
+        at_once += self.config.proxy_count(at_once)
         parts = self.team.size * self.config.accumulate
         return Need.of(forward, self.model, share * len(images), -(-at_once // parts))
 
@@ -185,8 +220,8 @@ class Trainer:
         self.frozen = frozen
 
     def _steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
-        """All steps of an epoch: means of loss, cross-entropy and divergence, float64 [3], and the
-        seconds that the host waited for images."""
+        """All steps of an epoch: means of loss, cross-entropy and divergence, of misdirection loss
+        and changed answers, float64 [5], and the seconds that the host waited for images."""
         config = self.config
         shift = partial(augment, pad=config.pad, flip=config.flip)
         loader = batches(
@@ -198,7 +233,10 @@ class Trainer:
             shard=(self.team.rank, self.team.size),
         )
         # Read once per epoch: a number on the host would make every step wait for the device.
-        sums, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
+        sums, count = torch.zeros(5, dtype=torch.float64, device=self.device), 0
+        proxies = 0
+        if self.proxies is not None:
+            self.proxies.start(epoch)
         finite: list[Tensor] = []
         done = (epoch - 1) * self.steps
         if self.team.rank == 0:
@@ -212,26 +250,35 @@ class Trainer:
             set_learning_rate(self.step.optimizer, lr)
             if self.step.loss is not None:
                 self.step.loss.steps.fill_(done + step - 1)
+            inputs = [images, index]
+            if self.proxies is not None:
+                inputs.append(self.proxies(images, self.step.labels[index], total))
+                proxies += config.proxy_count(total)
             if step == 1 and self.delayed:
-                parts = self.step.parts(images, index, total=total)
+                parts = self.step.parts(*inputs, total=total)
                 observe_first(self.model, (part.images for part in parts))
             with self.need.told():
-                result = self.do_step(images, index, total=total)
-            sums += result[:3]
-            finite.append(result[3:].clone())
+                result = self.do_step(*inputs, total=total)
+            sums += result[:5]
+            finite.append(result[5:].clone())
             count += total
             if step % CHECK_EVERY == 0 or step == self.steps:
                 # Of all processes: they stop together, with one error, and nobody waits.
-                _check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
+                check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
+            if self.budget is not None and self.budget.due(step, self.steps):
+                self._steer(self.budget, epoch, step)
             ready = time.perf_counter()
-        return self.team.reduce(sums) / count, waited
+        sums = self.team.reduce(sums)
+        return torch.cat([sums[:3] / count, sums[3:] / max(1, proxies)]), waited
 
     def summary(self, splits: Splits) -> dict[str, Any]:
         """The content of ``summary.json``; looks at the test set."""
-        config, last = self.config, self.rows[-1]
+        config, budget = self.config, self.budget
+        rows = self.rows if budget is None else self.rows[: budget.epoch]
+        last = rows[-1]
         logits = predict(self.model.eval(), splits.test)
-        warning = collapse(config, self.rows)
+        warnings = [collapse(config, rows), None if budget is None else budget.warning(last)]
         return {
             "method": config.method,
             "dataset": config.dataset,
@@ -243,26 +290,11 @@ class Trainer:
             "test_accuracy": accuracy(logits, splits.test.labels),
             "test_top_probability": mean_top_probability(softmax(logits)),
             "seconds": sum(row["seconds"] for row in self.rows),
+            "ms_per_step": mean(row["ms_per_step"] for row in self.rows),
             "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
             "peak_memory": peak_memory(self.device),  # bytes, of process 0
-            "warnings": [] if warning is None else [warning],
+            "budget": None if budget is None else budget.summary(last),
+            "warnings": [warning for warning in warnings if warning is not None],
             "versions": versions(),
             "hardware": hardware(),
         }
-
-
-def _check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
-    """Raise for the first row of ``finite`` (float [steps, 3]: images, logits, loss) with a 0;
-    the last row is of ``last_step``."""
-    finite = finite.bool()
-    if finite.all():
-        return
-    row = int((~finite).any(1).int().argmax())
-    causes = (
-        "the input images hold NaN or Inf",
-        "the model's logits became NaN or Inf; try a smaller lr or grad_clip",
-        "the loss became NaN or Inf though the logits are finite; "
-        "try a smaller weight, or bound, or grad_clip",
-    )
-    cause = causes[int((~finite[row]).int().argmax())]
-    raise FloatingPointError(f"epoch {epoch}, step {last_step - len(finite) + 1 + row}: {cause}")

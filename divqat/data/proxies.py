@@ -1,0 +1,236 @@
+"""Proxies of what a thief may ask about: images near the training set, but outside it.
+
+An attacker's queries are not known when a model is trained. A thief's images have shapes, edges and
+textures, and are not of the task: so are training images that are shuffled, turned or bent, and
+drawings, noise and photos. (To train on outliers that stand for unknown ones: Hendrycks, Mazeika
+and Dietterich, "Deep anomaly detection with outlier exposure", ICLR 2019, arXiv 1812.04606, there
+to detect them.) The clip art that this package attacks with is not among them, or a defense
+would be measured on what it has learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from divqat.data.glyphs import glyphs
+from divqat.data.transfer import transfer_set
+from divqat.errors import unknown_name
+
+GRID = 4  # patches along an axis; of fewer, whole parts of a thing can be seen
+COARSE = 4  # points along an axis, from which a smooth field is interpolated
+REACH = 0.4  # farthest that a pixel is bent, in halves of the side
+POOL, POOL_BYTES = 10_000, 2**28  # images read from files, at most
+
+
+def noise(images: Tensor, generator: Generator) -> Tensor:
+    """White noise, or (every other image, at random) smooth noise, from dark to light."""
+    m, channels, height, width = images.shape
+    white = _rand(images, m, channels, height, width, generator=generator)
+    smooth = _smooth(_rand(images, m, channels, COARSE, COARSE, generator=generator), images)
+    low, high = smooth.amin((2, 3), keepdim=True), smooth.amax((2, 3), keepdim=True)
+    smooth = (smooth - low) / (high - low).clamp(min=1e-6)
+    is_white = _rand(images, m, 1, 1, 1, generator=generator) < 0.5
+    return _to_bytes(255 * torch.where(is_white, white, smooth))
+
+
+def shuffled(images: Tensor, generator: Generator) -> Tensor:
+    """The 4 x 4 patches of each image in another order; what is left over at the right and lower
+    edge stays."""
+    m, channels, height, width = images.shape
+    high, wide = height // GRID, width // GRID  # of a patch
+    order = _rand(images, m, GRID * GRID, generator=generator).argsort(1)
+    patches = (
+        images[:, :, : GRID * high, : GRID * wide]
+        .reshape(m, channels, GRID, high, GRID, wide)
+        .permute(0, 2, 4, 1, 3, 5)
+        .flatten(1, 2)
+    )  # [m, 16, C, high, wide]
+    rows = torch.arange(m, device=images.device)[:, None]
+    moved = patches[rows, order].view(m, GRID, GRID, channels, high, wide)
+    out = images.clone()
+    out[:, :, : GRID * high, : GRID * wide] = moved.permute(0, 3, 1, 4, 2, 5).reshape(
+        m, channels, GRID * high, GRID * wide
+    )
+    return out
+
+
+def rotated(images: Tensor, generator: Generator) -> Tensor:
+    """Turned by 60° to 300°; what comes in at the corners is mirrored."""
+    m, _, height, width = images.shape
+    angle = math.radians(60) + math.radians(240) * _rand(images, m, generator=generator)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    ratio = height / width  # grid coordinates run from -1 to 1 along both axes
+    theta = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], dim=1).view(m, 2, 3)
+    return _sampled(images, F.affine_grid(theta, list(images.shape), align_corners=False))
+
+
+def inverted(images: Tensor, generator: Generator) -> Tensor:
+    """Dark for light."""
+    return 255 - images
+
+
+def warped(images: Tensor, generator: Generator) -> Tensor:
+    """Bent smoothly, each pixel by up to about a fifth of the side along each axis."""
+    m = len(images)
+    bend = 2 * _rand(images, m, 2, COARSE, COARSE, generator=generator) - 1
+    identity = torch.eye(2, 3, device=images.device).expand(m, 2, 3)
+    grid = F.affine_grid(identity, list(images.shape), align_corners=False)  # [m, H, W, 2]
+    return _sampled(images, grid + REACH * _smooth(bend, images).permute(0, 2, 3, 1))
+
+
+def edges(images: Tensor, generator: Generator) -> Tensor:
+    """How steep each channel is (Sobel), the steepest place of an image white."""
+    m, channels, height, width = images.shape
+    slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
+    kernels = torch.stack([slope, slope.T])[:, None]  # [2, 1, 3, 3]
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
+    slopes = F.conv2d(padded.view(m * channels, 1, height + 2, width + 2), kernels)
+    steep = slopes.norm(dim=1).view(m, channels, height, width)
+    return _to_bytes(255 * steep / steep.amax((1, 2, 3), keepdim=True).clamp(min=1e-6))
+
+
+def thresholded(images: Tensor, generator: Generator) -> Tensor:
+    """White where a channel is above its mean in the image, black elsewhere."""
+    mean = images.float().mean((2, 3), keepdim=True)
+    return (images > mean).to(torch.uint8) * 255
+
+
+def mixed(
+    images: Tensor,  # uint8 [N, C, H, W]
+    labels: Tensor | None,  # int64 [N]
+    rows: Tensor,  # int64 [M]
+    generator: Generator,
+) -> Tensor:  # uint8 [M, C, H, W]
+    """``images[rows]``, each with 40 to 60 % of an image of another class (Zhang et al., "mixup:
+    Beyond empirical risk minimization", ICLR 2018, §2, there over all shares). Without labels, of
+    any image, and where all images are of one class, of the first."""
+    liking = _rand(images, len(rows), len(images), generator=generator)
+    if labels is not None:
+        liking = liking.masked_fill(labels[rows, None] == labels, -1)
+    share = 0.4 + 0.2 * _rand(images, len(rows), 1, 1, 1, generator=generator)
+    others = images[liking.argmax(1)].float()
+    return _to_bytes(torch.lerp(images[rows].float(), others, share))
+
+
+# name → what makes one image of each that it is given
+MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
+    "glyphs": glyphs,
+    "noise": noise,
+    "shuffled": shuffled,
+    "rotated": rotated,
+    "inverted": inverted,
+    "warped": warped,
+    "edges": edges,
+    "thresholded": thresholded,
+}
+READ = ("photos", "folder")
+NAMES = (*MADE, "mixed", *READ)
+
+
+def proxy_pools(
+    names: Sequence[str],
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    folder: str | Path | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The images of ``photos`` and ``folder``, as far as they are among ``names``.
+
+    At most 10,000 each and 256 MiB, read as :func:`divqat.data.transfer_set` does.
+
+    Args:
+        names: of :data:`NAMES`. image_shape: (C, H, W). device: where they are kept.
+        folder: the pictures of ``folder``. seed: which patches, pictures and variants.
+
+    Returns:
+        uint8 [P, C, H, W] by name.
+
+    Raises:
+        DataNotFound: the pictures are not on this machine. ImportError: Pillow or scikit-learn is
+            missing.
+    """
+    channels, height, width = image_shape
+    size = {"channels": channels, "image_size": (height, width), "seed": seed}
+    limit = max(1, min(POOL, POOL_BYTES // (channels * height * width)))
+    return {
+        name: transfer_set(name, limit=limit, data_root=folder, **size).to(device)  # type: ignore[arg-type]
+        for name in names
+        if name in READ
+    }
+
+
+def proxy_batch(
+    names: Sequence[str],
+    images: Tensor,  # uint8 [N, C, H, W], N at least 1
+    generator: Generator,
+    count: int,
+    *,
+    labels: Tensor | None = None,  # int64 [N]
+    pools: Mapping[str, Tensor] | None = None,
+) -> Tensor:  # uint8 [count, C, H, W]
+    """Proxies in random order, of each name as many as of any other.
+
+    Where ``count`` is no multiple of the names' number, chance leaves some out. Nothing here
+    waits for a GPU.
+
+    Args:
+        names: of :data:`NAMES`.
+        images: what they are made from, each as often as chance has it.
+        generator: on the device of ``images``; with them it alone determines the result.
+        count: how many; 0 or more.
+        labels: of ``images``, for ``mixed``.
+        pools: of :func:`proxy_pools`, for ``photos`` and ``folder``.
+
+    Raises:
+        ValueError: an unknown name, or no pool for one that needs it.
+        TypeError: ``images`` is not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if count == 0:
+        return images[:0]
+    each = -(-count // len(names))
+    made = []
+    for name in names:
+        rows = _choose(images, images, each, generator)
+        if name in MADE:
+            made.append(MADE[name](images[rows], generator))
+        elif name == "mixed":
+            made.append(mixed(images, labels, rows, generator))
+        elif name not in READ:
+            raise unknown_name("proxy", name, NAMES)
+        elif pools is None or name not in pools:
+            raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
+        else:
+            made.append(pools[name][_choose(images, pools[name], each, generator)])
+    order = _rand(images, each * len(names), generator=generator).argsort()
+    return torch.cat(made)[order[:count]]
+
+
+def _rand(like: Tensor, *shape: int, generator: Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=like.device)
+
+
+def _choose(like: Tensor, pool: Tensor, count: int, generator: Generator) -> Tensor:
+    return torch.randint(len(pool), (count,), generator=generator, device=like.device)
+
+
+def _smooth(coarse: Tensor, like: Tensor) -> Tensor:
+    """[M, K, 4, 4] to [M, K, H, W]."""
+    return F.interpolate(coarse, like.shape[2:], mode="bicubic", align_corners=True)
+
+
+def _sampled(images: Tensor, grid: Tensor) -> Tensor:
+    sampled = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return _to_bytes(sampled)
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return images.round().clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,266 @@
+"""Misdirection: on proxies of a thief's images the model learns to answer unlike the teacher."""
+
+import csv
+import math
+
+import pytest
+import torch
+from test_train import QUIET, SMALL, assert_same
+from test_train_captured import HostReads, tape
+from torch import nn
+from torch.nn import functional as F
+from trainings import train_interrupted
+
+from divqat.data.batches import to_float
+from divqat.data.proxies import NAMES
+from divqat.files import load_checkpoint, read_json
+from divqat.options import ConfigError
+from divqat.train import TrainConfig, graph, loop, step, train, trainer
+from divqat.train.distributed import Team
+from divqat.train.learning import PROXIES, TARGETS
+from divqat.train.misdirection import Misdirection, Proxies, jensen_shannon
+from divqat.train.step import Step
+
+FEW = ("glyphs", "noise", "rotated")
+DIGITS = {**SMALL, "pad": 0, "batch_size": 128, "epochs": 2, "proxies": FEW}
+TEACHER = torch.tensor([[4.0, 1.0, 0.0, 3.0], [0.0, 5.0, -2.0, 2.0]])
+IMAGES = to_float(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2))
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The run folder of a full-precision training."""
+    folder = tmp_path_factory.mktemp("teacher") / "fp"
+    train(TrainConfig(dataset="digits", batch_size=64, epochs=3, threads=1), folder, **QUIET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def misled(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("misled") / "divqat"
+    train(digits(teacher), folder, **QUIET)
+    return folder
+
+
+def digits(teacher, **changes):
+    own = dict(method="divqat", teacher=str(teacher), weight=0.02, misdirect=0.5)
+    return TrainConfig(**{**DIGITS, **own, **changes})
+
+
+def misdirection(**changes):
+    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7, **changes)
+    return Misdirection(config, 4, (1, 2, 2))
+
+
+def test_targets_by_hand():
+    def targets(target, images=IMAGES):
+        return misdirection(misdirect_target=target).targets(TEACHER, images).tolist()
+
+    assert targets("least_likely") == [2, 2]
+    assert targets("second") == [3, 3]
+    permutation = misdirection().permutation.tolist()
+    assert sorted(permutation) == [0, 1, 2, 3]
+    assert all(own != other for own, other in enumerate(permutation))
+    assert targets("permuted") == [permutation[0], permutation[1]]
+    others = {tuple(misdirection(seed=seed).permutation.tolist()) for seed in range(200)}
+    assert len(others) == 9  # all permutations of four without a fixed point
+
+
+def test_the_class_of_an_image_is_its_own_and_never_the_teachers():
+    pixels = torch.randint(256, (3000, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    images, answers = to_float(pixels.to(torch.uint8)), torch.randn(3000, 4)
+    loss = misdirection(misdirect_target="per_image")
+    found = loss.targets(answers, images)
+    away = (found - answers.argmax(1)) % 4
+    counts = away.bincount(minlength=4)
+    assert counts[0] == 0 and (counts[1:] > 850).all() and (counts[1:] < 1150).all()
+    order = torch.randperm(3000)
+    strided = images[order].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(loss.targets(answers[order], strided), found[order])
+    other = misdirection(misdirect_target="per_image", seed=1)
+    assert (other.targets(answers, images) == found).double().mean() < 0.5
+
+
+def test_the_divergence_is_bounded():
+    p, q = TEACHER.double().softmax(1), TEACHER.double().flip(1).softmax(1)
+    m = (p + q) / 2
+    wanted = ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)) / 2
+    torch.testing.assert_close(jensen_shannon(TEACHER.flip(1), TEACHER), wanted.float())
+    far = torch.tensor([[1e4, 0.0], [0.0, 0.0]])
+    found = jensen_shannon(far, far.flip(1))
+    torch.testing.assert_close(found, torch.tensor([math.log(2), 0.0]))
+    loss, moved = misdirection(misdirect_target="divergence")(TEACHER.flip(1), TEACHER, IMAGES)
+    torch.testing.assert_close(loss, (math.log(2) - wanted).sum().float())
+    assert moved == 2
+
+
+def test_what_the_teacher_is_sure_of_weighs_less():
+    logits = torch.zeros(2, 4)
+    top = TEACHER.softmax(1).amax(1)  # 0.70 and 0.95
+    for confidence, weights in [(None, [1, 1]), (0.8, [1, 1 - top[1]]), (0.5, 1 - top)]:
+        loss, _ = misdirection(proxy_confidence=confidence)(logits, TEACHER, IMAGES)
+        torch.testing.assert_close(loss, math.log(4) * torch.as_tensor(weights).sum())
+
+
+def networks():
+    """A model and its teacher, of 8 x 8 images."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return [nn.Sequential(nn.Flatten(), nn.Linear(64, 5)) for _ in range(2)]
+
+
+def batch():
+    """14 training images and their labels, and 7 proxies."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(21, 1, 8, 8, generator=generator)
+    return images[:14], torch.randint(5, (14,), generator=generator), images[14:]
+
+
+class Alone(Team):
+    """One process of several; the others are run one after another."""
+
+    def wrap(self, model):
+        return model
+
+
+def gradients(rank, size, accumulate=1):
+    """Of the weights, and what one step returns."""
+    model, asked = networks()
+    images, labels, proxies = batch()
+    config = TrainConfig(method="divqat", teacher="a", weight=0.3, misdirect=0.7, temperature=2.0,
+                         accumulate=accumulate, proxy_confidence=0.3)  # fmt: skip
+    own = slice(rank, None, size)
+    do = Step(
+        config, model, asked, labels, Alone(rank, size), 0, Misdirection(config, 5, (1, 8, 8))
+    )
+    result = do(images[own], torch.arange(14)[own], proxies[own], total=14)
+    return model[1].weight.grad, result
+
+
+def wanted_gradients():
+    """The formula, in float64: CE − λ T² KL(q‖p) + w · Σ weight · CE(q, π(teacher's)) / 7."""
+    (model, asked), (images, labels, proxies) = networks(), batch()
+    model, asked = model.double(), asked.double().requires_grad_(False)
+    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7)
+    permutation = Misdirection(config, 5, (1, 8, 8)).permutation
+    logits, theirs = model(images.double()), asked(images.double())
+    log_q, log_p = (logits / 2).log_softmax(1), (theirs / 2).log_softmax(1)
+    ce = F.cross_entropy(logits, labels)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+    logits, theirs = model(proxies.double()), asked(proxies.double()).softmax(1)
+    top, first = theirs.max(1)
+    losses = F.cross_entropy(logits, permutation[first], reduction="none")
+    losses = losses * torch.where(top > 0.3, 1 - top, 1)
+    loss = ce - 0.3 * 4 * divergence + 0.7 * losses.sum() / 7
+    loss.backward()
+    moved = (logits.argmax(1) != first).sum()
+    sums = [14 * loss, 14 * ce, 14 * divergence, losses.sum(), moved]
+    return model[1].weight.grad, torch.stack([value.detach().double() for value in sums])
+
+
+@pytest.mark.parametrize("parts", [1, 3, 9])  # of nine, some hold no proxy
+def test_the_loss_is_the_formula(parts):
+    (grad, result), (wanted, sums) = gradients(0, 1, parts), wanted_gradients()
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result[:5], sums, rtol=1e-5, atol=1e-5)
+    assert result[5:].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])  # of nine, some have no proxy
+def test_the_mean_gradient_of_processes_is_that_of_one(size):
+    wanted, sums = wanted_gradients()
+    found = [gradients(rank, size) for rank in range(size)]
+    mean = sum(grad.double() for grad, _ in found) / size
+    torch.testing.assert_close(mean, wanted, rtol=1e-4, atol=1e-6)
+    result = sum(result for _, result in found)
+    torch.testing.assert_close(result[:5], sums, rtol=1e-5, atol=1e-5)
+
+
+def test_foreign_answers_move_and_the_others_stay(teacher, tmp_path):
+    misled, learning = tmp_path, dict(batch_size=64, lr=0.05, epochs=4, proxies=PROXIES)
+    train(digits(teacher, misdirect=0.3, **learning), misled, **QUIET)
+    rows = load_checkpoint(misled / "checkpoint.pt")["rows"]
+    assert rows[-1]["moved"] > 0.6 and rows[-1]["misdirection"] < rows[0]["misdirection"]
+    before = read_json(teacher / "summary.json")["test_accuracy"]
+    summary = read_json(misled / "summary.json")
+    assert summary["test_accuracy"] > before - 0.06 and summary["ms_per_step"] > 0
+    with open(misled / "metrics.csv", newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["moved"]) == rows[-1]["moved"]
+
+
+def test_without_weight_all_is_as_ever_bit_for_bit(teacher, tmp_path):
+    plain = dict(weight=0.1, misdirect=0.0)
+    train(digits(teacher, **plain), tmp_path / "a", **QUIET)
+    others = dict(proxies=("noise",), proxy_share=2.0, misdirect_target="second")
+    train(digits(teacher, **plain, **others), tmp_path / "b", **QUIET)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    assert "moved" not in load_checkpoint(tmp_path / "a" / "checkpoint.pt")["rows"][0]
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(teacher, misled, tmp_path):
+    train_interrupted(digits(teacher), tmp_path, 1)
+    assert_same(tmp_path, misled)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_trains_with_all_that_makes_it_fast(teacher, tmp_path, target):
+    changes = dict(cache_teacher=True, accumulate=2, precision="bfloat16", save_as_codes=True)
+    every = tuple(name for name in NAMES if name != "folder")
+    train(
+        digits(teacher, misdirect_target=target, proxies=every, epochs=1, **changes),
+        tmp_path,
+        **QUIET,
+    )
+    row = load_checkpoint(tmp_path / "checkpoint.pt")["rows"][0]
+    assert row["misdirection"] > 0 and 0 <= row["moved"] <= 1 and row["divergence"] > 0
+    assert (tmp_path / "teacher_logits.pt").is_file()
+
+
+def test_the_teacher_is_asked_about_proxies_only(teacher, tmp_path):
+    train(digits(teacher, weight=0.0, cache_teacher=True, epochs=1), tmp_path, **QUIET)
+    row = load_checkpoint(tmp_path / "checkpoint.pt")["rows"][0]
+    assert row["divergence"] is None and row["moved"] > 0
+    assert not (tmp_path / "teacher_logits.pt").exists()
+
+
+def test_a_replayed_step_is_the_step_bit_for_bit(teacher, misled, tmp_path, monkeypatch):
+    class Replaying(trainer.Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.do_step = graph.Captured(self.step, tape)
+
+    monkeypatch.setattr(loop, "Trainer", Replaying)
+    train(digits(teacher), tmp_path, **QUIET)
+    assert_same(tmp_path, misled)
+
+
+def test_nothing_is_read_on_the_host(teacher, tmp_path, monkeypatch):
+    seen = []
+    for owner in (step.Step, Proxies):
+
+        def watched(self, *args, original=owner.__call__, **kwargs):
+            with HostReads() as reads:
+                result = original(self, *args, **kwargs)
+            seen.append(reads.seen)
+            return result
+
+        monkeypatch.setattr(owner, "__call__", watched)
+    every = tuple(name for name in NAMES if name != "folder")
+    train(digits(teacher, proxies=every, epochs=1), tmp_path, **QUIET)
+    assert len(seen) == 2 * 11 and not any(seen)
+
+
+def test_refusals():
+    def check(message, **changes):
+        with pytest.raises(ConfigError, match=message):
+            TrainConfig(**{"method": "divqat", "teacher": "a", "misdirect": 1.0, **changes})
+
+    check("misdirect: wanted 0 with a method other than divqat, got 1 with method qat",
+          method="qat")  # fmt: skip
+    check("proxy_root: wanted a folder for the proxies 'folder'", proxies=("folder",))
+    check("proxy_root: wanted .* for no others, got 'b' with proxies glyphs", proxy_root="b")
+    check("proxies: wanted one of glyphs, .*, got 'openclipart'", proxies=("openclipart",))
+    check("misdirect_target: wanted one of permuted", misdirect_target="none")
+    check("proxy_share: wanted a number above 0", proxy_share=0)
+    assert TrainConfig().proxies == PROXIES

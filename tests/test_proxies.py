@@ -1,0 +1,185 @@
+"""Proxies of what a thief may ask about: each kind does what it says."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from divqat.data import proxies
+from divqat.data.glyphs import _ellipses, _polygons, _to_strokes, glyphs
+from divqat.data.proxies import GRID, MADE, NAMES, proxy_batch, proxy_pools
+
+SHAPES = [(1, 8, 8), (3, 28, 28), (1, 30, 17), (3, 64, 64)]
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n, shape=(1, 8, 8), seed=0):
+    return torch.randint(256, (n, *shape), dtype=torch.uint8, generator=seeded(seed))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path_factory.mktemp("pictures")
+    for i, color in enumerate(["red", "lime", "blue"]):
+        image.new("RGB", (40, 40), color).save(path / f"{i}.png")
+    return path
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_gives_its_images_and_follows_the_seed(name, shape, folder, monkeypatch):
+    monkeypatch.setattr(proxies, "POOL", 50)
+    pools = proxy_pools([name], shape, CPU, folder=folder)
+    images, labels = pictures(6, shape), torch.arange(6) % 2
+
+    def make(seed):
+        return proxy_batch([name], images, seeded(seed), 5, labels=labels, pools=pools)
+
+    made = make(1)
+    assert made.shape == (5, *shape) and made.dtype == torch.uint8
+    assert torch.equal(made, make(1))
+    assert not torch.equal(made, make(2))
+    assert made.float().std() > 0
+
+
+@given(count=st.integers(0, 40), kinds=st.integers(1, len(MADE)), n=st.integers(1, 5))
+@settings(max_examples=20, deadline=None)
+def test_any_count_of_any_kinds(count, kinds, n):
+    assert len(proxy_batch(list(MADE)[:kinds], pictures(n), seeded(), count)) == count
+
+
+def test_every_name_has_an_equal_share():
+    images = pictures(1) // 2  # below 128: what is inverted is above
+    pools = {"photos": torch.full((3, 1, 8, 8), 7, dtype=torch.uint8)}
+    made = proxy_batch(["inverted", "photos"], images, seeded(), 40, pools=pools)
+    is_photo = (made == 7).flatten(1).all(1)
+    assert is_photo.sum() == 20 and (made[~is_photo] == 255 - images[0]).all()
+    assert 0 < is_photo[:20].sum() < 20  # in random order
+    odd = [
+        proxy_batch(["inverted", "photos"], images, seeded(seed), 1, pools=pools)
+        for seed in range(20)
+    ]
+    assert 0 < sum(bool((image == 7).all()) for image in odd) < 20  # chance, not the first name
+
+
+def test_shuffled_images_have_the_same_patches_in_another_order():
+    numbers = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
+    image = numbers.repeat_interleave(3, 2).repeat_interleave(2, 3)
+    image = torch.nn.functional.pad(image, (0, 1, 0, 2), value=99)  # 14 x 9
+    made = proxies.shuffled(image.expand(50, 1, 14, 9), seeded())
+    assert (made[:, :, 12:] == 99).all() and (made[:, :, :, 8:] == 99).all()
+    patches = made[:, 0, :12, :8].reshape(50, GRID, 3, GRID, 2).transpose(2, 3).flatten(3)
+    assert (patches == patches[..., :1]).all()  # whole patches
+    values = patches[..., 0].flatten(1)
+    assert torch.equal(values.sort(1).values, numbers.view(1, 16).expand(50, 16))
+    assert len({tuple(row.tolist()) for row in values}) == 50
+
+
+@pytest.mark.parametrize("height,width,away", [(65, 65, 20), (41, 81, 15), (81, 41, 15)])
+def test_rotated_images_are_turned_by_more_than_60_degrees(height, width, away):
+    """A dot to the right of the center goes round it, on a circle in oblong pictures, too."""
+    image = torch.zeros(1, 1, height, width, dtype=torch.uint8)
+    y, x = torch.arange(height)[:, None] - height // 2, torch.arange(width) - width // 2
+    image[0, 0, (y.abs() <= 1) & ((x - away).abs() <= 1)] = 255
+    made = proxies.rotated(image.expand(200, 1, height, width), seeded())[:, 0].double()
+    made *= x * x + y * y < (min(height, width) // 2) ** 2  # beyond, mirrored dots come in
+    x, y = ((made * axis).sum((1, 2)) / made.sum((1, 2)) for axis in (x, y))
+    torch.testing.assert_close(torch.hypot(x, y), torch.full_like(x, away), rtol=0, atol=0.5)
+    angle = torch.atan2(y, x).rad2deg() % 360
+    assert 59 < angle.min() < 70 and 290 < angle.max() < 301
+
+
+def test_warped_images_are_bent_smoothly_and_within_reach(monkeypatch):
+    ramp = torch.arange(64).mul(4).to(torch.uint8).expand(20, 1, 64, 64)
+    made = proxies.warped(ramp, seeded()).float()
+    inner = (made - ramp.float())[..., 16:-16]
+    # 0.4 halves of 64 pixels, 4 grey levels each; bicubic interpolation overshoots a little
+    assert 20 < inner.abs().amax() < 1.3 * 0.4 * 32 * 4
+    assert made.diff(dim=2).abs().amax() < 30  # along the ramp's lines it was 0: no tears
+    monkeypatch.setattr(proxies, "REACH", 0.0)
+    assert torch.equal(proxies.warped(ramp, seeded()), ramp)
+
+
+def test_edges_by_hand():
+    image = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
+    image[..., 3:] = 100  # Sobel: 4 · 100 beside the step, 0 elsewhere
+    wanted = torch.tensor([0, 0, 255, 255, 0, 0], dtype=torch.uint8).expand(1, 1, 6, 6)
+    assert torch.equal(proxies.edges(image, seeded()), wanted)
+    assert not proxies.edges(torch.full((1, 3, 8, 8), 9, dtype=torch.uint8), seeded()).any()
+
+
+def test_inverted_and_thresholded_by_hand():
+    image = torch.tensor([0, 10, 20, 250], dtype=torch.uint8).view(1, 1, 2, 2)  # mean 70
+    assert proxies.inverted(image, seeded()).flatten().tolist() == [255, 245, 235, 5]
+    assert proxies.thresholded(image, seeded()).flatten().tolist() == [0, 0, 0, 255]
+
+
+def test_mixed_images_are_of_two_classes():
+    images = torch.tensor([0, 0, 200, 200], dtype=torch.uint8).view(4, 1, 1, 1)
+    labels, rows = torch.tensor([0, 0, 1, 1]), torch.arange(4).repeat(100)
+    made = proxies.mixed(images, labels, rows, seeded()).view(100, 4)
+    assert made[:, :2].min() >= 80 and made[:, :2].max() <= 120
+    assert made[:, 2:].min() >= 80 and made[:, 2:].max() <= 120
+    alone = proxies.mixed(images, torch.zeros(4).long(), rows, seeded())
+    assert len(alone) == 400  # one class in the batch: no error, nobody waits
+
+
+def test_noise_is_white_or_smooth():
+    made = proxies.noise(torch.empty(200, 1, 32, 32), seeded()).double()
+    step = made.diff(dim=3).square().mean((1, 2, 3)) / made.var((1, 2, 3))
+    white = step > 1  # 2 for independent pixels
+    assert 70 < white.sum() < 130
+    torch.testing.assert_close(step[white].mean(), torch.tensor(2.0).double(), rtol=0.05, atol=0)
+    assert step[~white].max() < 0.2
+    assert (made[~white].amin((1, 2, 3)) == 0).all() and (made[~white].amax((1, 2, 3)) == 255).all()
+
+
+def test_glyphs_are_drawings_of_few_colors():
+    made = glyphs(torch.empty(200, 1, 32, 32), seeded())
+    for image in made[:50]:
+        counts = image.flatten().bincount(minlength=256).sort(descending=True).values
+        assert counts[:4].sum() > 0.6 * 32 * 32  # paper and at most three colors; edges are soft
+    assert (made.flatten(1).float().std(1) > 0).double().mean() > 0.97
+    light = made.flatten(1).float().mean(1) > 127.5
+    assert 0.3 < light.double().mean() < 0.7
+
+
+def test_distances_of_glyphs_by_hand():
+    """Ellipses of radii 0.8 and 0.8 turned by 0; a triangle of in-radius 0.65; a stroke."""
+
+    def ones(*shape):
+        return torch.ones(shape)
+
+    points = torch.tensor([[[0.0, 0.0], [0.8, 0.0], [0.0, -1.0]]])
+    torch.testing.assert_close(_ellipses(ones, 1, points), torch.tensor([[-0.8, 0.0, 0.2]]))
+    inside = _polygons(lambda *shape: torch.zeros(shape), 1, points)  # r = 0.15, n_0 = (1, 0)
+    torch.testing.assert_close(inside, torch.tensor([[-0.15, 0.65, 3**0.5 / 2 - 0.15]]))
+    stroke = torch.tensor([[[[0.0, 0.0], [1.0, 0.0]], [[5.0, 5.0], [5.0, 5.0]]]])
+    points = torch.tensor([[0.5, 0.25], [-3.0, 4.0], [2.0, 0.0], [5.0, 6.0]])
+    torch.testing.assert_close(_to_strokes(points, stroke), torch.tensor([[0.25, 5.0, 1.0, 1.0]]))
+
+
+def test_pools_are_bounded_and_of_the_folder(folder, monkeypatch):
+    monkeypatch.setattr(proxies, "POOL_BYTES", 7 * 3 * 16 * 16)
+    pools = proxy_pools(NAMES, (3, 16, 16), CPU, folder=folder)
+    assert {name: len(pool) for name, pool in pools.items()} == {"photos": 7, "folder": 7}
+    made = proxy_batch(["folder"], pictures(1, (3, 16, 16)), seeded(), 30, pools=pools)
+    assert {tuple(image[:, 8, 8].tolist()) for image in made} == {
+        (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    }  # fmt: skip
+
+
+def test_refusals():
+    images = pictures(2)
+    with pytest.raises(ValueError, match="unknown proxy 'glyph'"):
+        proxy_batch(["glyph"], images, seeded(), 1)
+    with pytest.raises(ValueError, match="pools: wanted photos"):
+        proxy_batch(["photos"], images, seeded(), 1)
+    with pytest.raises(TypeError, match="images must be uint8, got"):
+        proxy_batch(["noise"], images.float(), seeded(), 1)
+    assert "openclipart" not in NAMES  # the attackers' query set
