@@ -29,7 +29,7 @@ def emulated_kernels():
         assert module.counters_are_zero()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # so that what a module makes once is made on one thread, too
 def one_thread():
     """Tiny layers on several threads mostly wait, very long where other processes run."""
     threads = torch.get_num_threads()
