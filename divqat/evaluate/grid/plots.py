@@ -39,16 +39,16 @@ def front(result: Evaluation, path: Path) -> Path | None:
 
     def draw(figure: Any) -> None:
         ax = figure.subplots()
+        looks = {defense: _look(i) for i, defense in enumerate(defenses)}
         for (victim, defense), (theirs, ours) in points.items():
-            marker = MARKERS[defenses.index(defense) % len(MARKERS)]
             ax.errorbar(
-                mean(theirs), mean(ours), _std(ours), _std(theirs), marker, ms=7,
-                color=victims[victim], ecolor="#b0b0b0", elinewidth=1,
+                mean(theirs), mean(ours), _std(ours), _std(theirs), ls="", color=victims[victim],
+                ecolor="#b0b0b0", elinewidth=1, **looks[defense],
             )  # fmt: skip
         for victim, color in victims.items():
             ax.plot([], [], "s", color=color, label=victim)
-        for i, defense in enumerate(defenses):
-            ax.plot([], [], MARKERS[i % len(MARKERS)], color="#606060", label=defense)
+        for defense, look in looks.items():
+            ax.plot([], [], ls="", color="#606060", label=defense, **look)
         ax.axvline(100 * result.chance, ls=":", **LINE)
         lowest = floor(result)
         if lowest is not None:
@@ -57,7 +57,15 @@ def front(result: Evaluation, path: Path) -> Path | None:
         ax.set(ylabel="accuracy of released answers (%)")
         figure.legend(loc="outside right upper", fontsize=8)
 
-    return save_plot(path, (8.0, 4.6), draw)
+    entries = len(victims) + len(defenses)
+    return save_plot(path, (8.0, max(4.6, 0.19 * entries + 0.3)), draw)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """A marker of its own for each defense; when there are no more, the same ones hollow."""
+    hollow = number >= len(MARKERS)
+    look = {"marker": MARKERS[number % len(MARKERS)], "ms": 7}
+    return {**look, "mfc": "none"} if hollow else look
 
 
 def bars(result: Evaluation, path: Path) -> Path | None:
