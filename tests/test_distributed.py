@@ -39,9 +39,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spawn(size, folder, function, *args):
-    """The results of ``function(rank, size, *args)`` in so many processes of one gloo group."""
+    """The results of ``function(rank, size, *args)`` in so many processes of one gloo group.
+
+    On a busy machine gloo aborts now and then while its processes connect (a thread of its own is
+    not joined, and there is no error to catch). As long as nothing has begun, they try again.
+    """
     folder.mkdir()
-    torch.multiprocessing.spawn(_process, (size, folder, function, args), nprocs=size)
+    before = set(folder.parent.iterdir())
+    try:
+        torch.multiprocessing.spawn(_process, (size, folder, function, args), nprocs=size)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name != "SIGABRT" or set(folder.parent.iterdir()) != before:
+            raise
+        (folder / "store").unlink(missing_ok=True)
+        torch.multiprocessing.spawn(_process, (size, folder, function, args), nprocs=size)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
