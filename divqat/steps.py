@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from divqat import models
+from divqat.attacker import Attacker
 from divqat.attacks import KnockoffNets
-from divqat.data import Splits, to_float, transfer_names, transfer_set
+from divqat.data import Splits, to_float
 from divqat.evaluate import accuracy, fidelity, predict
 from divqat.export import export_onnx, verify
 from divqat.files import file_fingerprint, read_json, step, write_json
-from divqat.options import ConfigError, Options, differences, option
+from divqat.options import ConfigError, differences, option
 from divqat.quantize import summary
 from divqat.train.folder import Run, derived_seed
 from divqat.train.loop import cpu_threads, find_device
@@ -30,7 +31,7 @@ ONNX = "model.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(Options):
+class AttackConfig(Attacker):
     """What the attacker owns and does; each field is a flag of ``divqat attack`` and a key of
     ``attack:`` in the YAML file of a job.
 
@@ -38,41 +39,19 @@ class AttackConfig(Options):
         ConfigError: a value of a wrong type or out of range.
     """
 
-    query_set: str = option(
-        "photos",
-        "Images that the attacker asks about.",
-        group="attacker",
-        choices=transfer_names(),
-    )
-    query_root: str | None = option(
-        None, "Folder with these images, where they are not found by themselves.", group="attacker"
-    )
     budget: int | None = option(
         None, "Queries (1 image = 1 query); None: the whole query set.", group="attacker", least=1
     )
     clone: str = option(
         "lenet", "Network that the attacker trains.", group="attacker", choices=models.names()
     )
-    epochs: int = option(10, "Passes over the answers.", group="attacker", least=1)
-    batch_size: int = option(64, "Images per step.", group="attacker", least=1)
-    lr: float = option(0.02, "Highest learning rate.", group="attacker", above=0)
     momentum: float = option(0.9, "Nesterov momentum.", group="attacker", least=0, below=1)
     weight_decay: float = option(5e-4, "L2 penalty.", group="attacker", least=0)
-    pad: int = option(0, "Shift the images at random by so many pixels.", group="attacker", least=0)
-    flip: bool = option(False, "Mirror the images at random.", group="attacker")
     seed: int = option(0, "Clone's initial weights, order of the images.", group="running", least=0)
-    device: str = option("auto", "Where the clone trains: cpu, cuda ...", group="running")
-    threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
 
     def queries(self, splits: Splits) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""
-        return transfer_set(
-            self.query_set,
-            channels=splits.channels,
-            image_size=splits.image_size,
-            data_root=self.query_root,
-            limit=self.budget,
-        )
+        return self.load_queries(splits, self.budget)
 
     def knockoff(self) -> KnockoffNets:
         """The attack itself."""

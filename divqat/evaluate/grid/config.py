@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from divqat import models
+from divqat.attacker import Attacker
 from divqat.attacks import ATTACKS, Attack
 from divqat.attacks.attack import PRECISIONS
-from divqat.data import Splits, transfer_names, transfer_set
+from divqat.data import Splits
 from divqat.defenses import DEFENSES
 from divqat.evaluate.grid.specs import UNDEFENDED, is_control, make_attack, make_defense
-from divqat.options import ConfigError, Options, option
+from divqat.options import ConfigError, option
 
 NO_LESS = 2**31  # a budget that is enough for any attack, where the query set decides it
 SPEC = "name or name:setting=value,setting=value"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid(Options):
+class Grid(Attacker):
     """Every defense with every attack, budget and clone.
 
     Raises:
@@ -54,15 +55,6 @@ class Grid(Options):
         3, "Attacks of each kind, with seeds 0, 1 ...", group="what is tried", least=1
     )
 
-    query_set: str = option(
-        "photos",
-        "Images that the attacker asks about.",
-        group="attacker",
-        choices=transfer_names(),
-    )
-    query_root: str | None = option(
-        None, "Folder with these images, where they are not found by themselves.", group="attacker"
-    )
     query_limit: int | None = option(
         None, "Images of the query set; None: all.", group="attacker", least=1
     )
@@ -71,19 +63,12 @@ class Grid(Options):
         "with; from the validation split.",
         group="attacker", least=1,
     )  # fmt: skip
-    epochs: int = option(10, "Passes over the answers.", group="attacker", least=1)
-    batch_size: int = option(64, "Images per step.", group="attacker", least=1)
-    lr: float = option(0.02, "Highest learning rate.", group="attacker", above=0)
-    pad: int = option(0, "Shift the images at random by so many pixels.", group="attacker", least=0)
-    flip: bool = option(False, "Mirror the images at random.", group="attacker")
     precision: str = option(
         "float32", "Autocast of the clone's training.", group="attacker", choices=PRECISIONS
     )
     surrogate: str = option(
         "lenet", "Network of the defenses that need one.", group="owner", choices=models.names()
     )
-    device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
-    threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,10 +100,4 @@ class Grid(Options):
 
     def queries(self, splits: Splits) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""
-        return transfer_set(
-            self.query_set,
-            channels=splits.channels,
-            image_size=splits.image_size,
-            data_root=self.query_root,
-            limit=self.query_limit,
-        )
+        return self.load_queries(splits, self.query_limit)
