@@ -84,7 +84,7 @@ def run_study(
     out = Path(out)
     # Both now: that something is missing should be known before hours of training.
     splits = load_splits(study.training("fp", study.seeds[0], out))
-    study.grid.queries(splits)
+    queries = study.grid.queries(splits)
     write_yaml(out / "config.yaml", asdict(study))
     subjects: list[Subject] = []
     kinds: list[str] = []
@@ -101,4 +101,13 @@ def run_study(
                 subjects.append(subject_of(run, splits, name=name))
                 kinds.append(kind_of(run))
     deployed = "; ".join(dict.fromkeys(kinds))
-    return evaluate(subjects, splits, study.grid, out, command=command, deployed=deployed, log=log)
+    return evaluate(
+        subjects,
+        splits,
+        study.grid,
+        out,
+        queries=queries,
+        command=command,
+        deployed=deployed,
+        log=log,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from divqat.data import Splits, load
@@ -87,8 +88,7 @@ def load_subjects(
         else:
             subject = Subject(name, path)
             kinds.append(FILE)
-        seed = subject.seed if count[name] > 1 else None
-        subjects.append(Subject(name, subject.model, subject.method, seed, subject.agreement))
+        subjects.append(subject if count[name] > 1 else replace(subject, seed=None))
     return subjects, splits, "; ".join(dict.fromkeys(kinds))
 
 

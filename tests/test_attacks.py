@@ -22,17 +22,9 @@ from divqat.evaluate import accuracy, chance, fidelity, predict
 from divqat.files import load_checkpoint
 from divqat.victim import QueryBudgetExceeded, Victim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLONE = toy_model(seed=1, dropout=0.3)
 QUICK = KnockoffNets(epochs=3, query_budget=100, batch_size=32, pad=1, flip=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models are slower with more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,9 @@ from divqat.evaluate import fidelity, predict
 from divqat.options import ConfigError
 from divqat.victim import Victim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = to_float(QUERIES[:40])
 VICTIM = toy_model(seed=5).eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models are slower with more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(classes=CLASSES):

@@ -27,6 +27,7 @@ from divqat.evaluate import accuracy, predict
 from divqat.models import build
 from divqat.victim import QueryBudgetExceeded, Victim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACKS = [
     KnockoffAdaptive(groups=8, round_size=40),
     CopycatCNN(),
@@ -35,15 +36,6 @@ ATTACKS = [
     SkepticalStudent(),
 ]
 each = pytest.mark.parametrize("settings", ATTACKS, ids=lambda a: type(a).__name__)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small models are slower with more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lenet(seed=1):

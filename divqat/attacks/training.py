@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from divqat.attacks.attack import Attack, Task
-from divqat.data.batches import augment, batches
+from divqat.data.batches import augment, batches, steps_of
 from divqat.data.sets import ImageSet
 from divqat.options import option
 from divqat.progress import progress
@@ -96,10 +96,7 @@ class Training:
     def _run_epoch(self, data: ImageSet, targets: Tensor, loss: Loss) -> None:
         attack, seed, clone = self.attack, self.seeds[self.epoch], self.task.clone
         torch.manual_seed(seed)  # dropout
-        # Batch norm cannot train on a single image.
-        drop_last = len(data) > attack.batch_size and len(data) % attack.batch_size == 1
-        steps = (len(data) - drop_last) / attack.batch_size
-        steps = math.floor(steps) if drop_last else math.ceil(steps)
+        steps, drop_last = steps_of(len(data), attack.batch_size)
         loader = batches(
             data,
             attack.batch_size,

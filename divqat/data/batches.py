@@ -119,6 +119,15 @@ def batches(
     return _batches(data, batch_size, generator, augment, drop_last, shard)
 
 
+def steps_of(size: int, batch_size: int) -> tuple[int, bool]:
+    """How many batches an epoch trains on, and whether it leaves out the last one.
+
+    It does where that would be a single image, on which batch norm cannot train.
+    """
+    drop_last = size > batch_size and size % batch_size == 1
+    return (size // batch_size if drop_last else -(-size // batch_size)), drop_last
+
+
 def shard_rows(total: int, shard: tuple[int, int]) -> slice:
     """The rows of a batch of ``total`` images that ``shard`` (rank, size) gets.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from divqat.data.batches import batches
+from divqat.data.batches import batches, steps_of
 from divqat.defenses.defense import Owner
 from divqat.progress import progress
 from divqat.train.folder import derived_seed
@@ -49,10 +49,7 @@ def train_network(
         optimizer = torch.optim.SGD(
             network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
-        size = len(owner.train)
-        # Batch norm cannot train on a single image.
-        drop_last = size > batch_size and size % batch_size == 1
-        steps = size // batch_size if drop_last else -(-size // batch_size)
+        steps, drop_last = steps_of(len(owner.train), batch_size)
         schedule = CosineAnnealingLR(optimizer, epochs * steps)
         for epoch in range(epochs):
             total = torch.zeros((), device=device)

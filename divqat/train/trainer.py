@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from divqat.data import Splits, augment, batches
+from divqat.data.batches import steps_of
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.result import hardware, versions
 from divqat.nn import FakeQuantize
@@ -76,10 +77,7 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, FakeQuantize):
                     module.mode = "delayed"
-        # Batch norm cannot train on a single image.
-        n, size = len(self.train_set), config.batch_size
-        self.drop_last = n > size and n % size == 1
-        self.steps = n // size if self.drop_last else -(-n // size)
+        self.steps, self.drop_last = steps_of(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         asked: nn.Module | None = None  # λ = 0 asks no teacher
         if teacher is not None and config.kind.sign and (config.weight or config.misdirect):

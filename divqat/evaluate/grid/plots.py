@@ -149,7 +149,7 @@ def answers(result: Evaluation, path: Path) -> Path | None:
                 counts = [sum(column) for column in zip(*found, strict=True)]
                 shares = [100 * count / sum(counts) for count in counts]
                 ax.stairs(shares, edges, color=color, lw=1.6, label=victim)
-            ax.set(title=f"{name}", xlabel="victim's top probability", xlim=(0, 1))
+            ax.set(title=name, xlabel="victim's top probability", xlim=(0, 1))
         axes[0].set_ylabel("share of images (%)")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from divqat import models
 from divqat.attacks import Attack
@@ -46,6 +46,7 @@ def evaluate(
     grid: Grid,
     out: str | Path,
     *,
+    queries: Tensor | None = None,
     command: str = "",
     deployed: str = "the model as it was given",
     log: Log = print,
@@ -61,6 +62,7 @@ def evaluate(
             split, which choose the best clone; defenses that train see the training images.
         grid: what is tried.
         out: the folder of the evaluation; made if it does not exist.
+        queries: ``grid.queries(splits)`` if it is loaded already.
         command: what the report says made it.
         deployed: what the report says the victims are.
         log: takes a line per attack.
@@ -75,7 +77,8 @@ def evaluate(
     names = Counter((subject.name, subject.seed) for subject in subjects)
     if not subjects or max(names.values()) > 1:
         raise ValueError(f"subjects: wanted victims of different names, got {list(names)}")
-    runner = _Runner(splits, grid, Path(out), log)
+    queries = grid.queries(splits) if queries is None else queries
+    runner = _Runner(splits, queries, grid, Path(out), log)
     log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
     with cpu_threads(grid.threads):
         for subject in subjects:
@@ -89,10 +92,10 @@ def evaluate(
 class _Runner:
     """The cells of an evaluation, on the data that they share."""
 
-    def __init__(self, splits: Splits, grid: Grid, out: Path, log: Log) -> None:
+    def __init__(self, splits: Splits, queries: Tensor, grid: Grid, out: Path, log: Log) -> None:
         self.splits, self.grid, self.out, self.log = splits, grid, out, log
         self.test = ImageSet(splits.test.images, splits.test.labels)
-        self.queries = grid.queries(splits)
+        self.queries = queries
         self.overlap = overlaps(splits, self.queries)
         self.device = find_device(grid.device)
         self.released: list[Released] = []

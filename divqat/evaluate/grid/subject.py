@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,18 @@ class Deployed:
     """
 
     def __init__(self, subject: Subject, queries: Tensor, test: ImageSet) -> None:
-        self.queries, self.test = queries, test
+        self.subject, self.queries, self.test = subject, queries, test
         self.source = subject.fingerprint(queries[:256])
-        self.model = Remembered(subject.model, queries)
-        self.test_logits = predict(subject.model, test.images)  # [N, num_classes]
+
+    @functools.cached_property  # a finished evaluation asks for neither
+    def model(self) -> Remembered:
+        """The model, which knows its answers to the queries."""
+        return Remembered(self.subject.model, self.queries)
+
+    @functools.cached_property
+    def test_logits(self) -> Tensor:
+        """Its answers to the test images, [N, num_classes]."""
+        return predict(self.subject.model, self.test.images)
 
 
 def image_keys(images: Tensor) -> list[bytes]:
