@@ -95,6 +95,7 @@ def test_every_attack_and_defense_is_described():
 def test_the_studies_are_those_of_the_committed_results():
     for name, table in {
         "attacks": lambda result: budgets_table(result, "qat"),
+        "data-free": lambda result: budgets_table(result, "qat"),
         "defenses": defenses_table,
     }.items():
         result = Evaluation.load(RESULTS / name / "evaluation.json")
