@@ -1,10 +1,11 @@
 """Whether a training lost what it had learned.
 
 A large batch may have a higher learning rate where noise is what limits it. With frozen BatchNorm
-it is curvature, which rises with the freezing and does not fall as the batch grows: Nesterov's method leaves a minimum whose curvature exceeds (2 + 2β) / ((1 + 2β) lr), β the
-momentum (Cohen et al. 2021, ICLR, "Gradient Descent on Neural Networks Typically Occurs at the
-Edge of Stability"). So :meth:`TrainConfig.learning_rate` is scaled up only until then. One that
-is too high without being scaled cannot be known beforehand: it is told afterwards.
+it is curvature, which rises with the freezing and does not fall as the batch grows: Nesterov's
+method leaves a minimum whose curvature exceeds (2 + 2β) / ((1 + 2β) lr), β the momentum (Cohen et
+al. 2021, ICLR, "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability"). So
+:meth:`TrainConfig.learning_rate` is scaled up only until then. One that is too high without being
+scaled cannot be known beforehand: it is told afterwards.
 """
 
 from __future__ import annotations
