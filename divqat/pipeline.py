@@ -38,7 +38,7 @@ from divqat.steps import (
     verify_run,
 )
 from divqat.train import Run, TrainConfig, load_run, train
-from divqat.train.config import LOSS
+from divqat.train.config import LOSS, MISDIRECTION
 from divqat.train.folder import FREE, load_splits
 from divqat.victim import Victim
 
@@ -236,7 +236,7 @@ class _Runner:
 def _told(config: TrainConfig) -> dict[str, Any]:
     """What the report says of a victim: λ, T, and what is not as usual."""
     always = ("weight", "temperature")
-    others = ("label_smoothing", "weight_bits", "activation_bits")
+    others = ("label_smoothing", "weight_bits", "activation_bits", "accuracy_budget", *MISDIRECTION)
     names = (*LOSS, *others) if config.kind.sign else others
     usual = TrainConfig(method=config.method, teacher=config.teacher)
     return {

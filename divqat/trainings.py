@@ -12,7 +12,8 @@ from divqat.options import ConfigError, check_keys
 from divqat.train import TrainConfig
 from divqat.train.methods import METHODS
 
-SET_BY_JOB = ("seed", "teacher")
+SET_BY_JOB = ("seed", "teacher", "reference")
+NAMED = ("teacher", "reference")  # what a victim says by another's name
 METHODS_OF_VICTIMS = tuple(name for name in METHODS if name != "fp")
 
 
@@ -25,8 +26,9 @@ class Trainings:
         common: keys of :class:`TrainConfig` for all trainings.
         fp: keys for the full-precision training.
         victims: by name of the run folder, ``method`` (any but fp), ``teacher`` (the name of a
-            ``nasty`` victim further up; left out: fp) and other keys. A victim of method nasty is
-            trained, but neither exported nor attacked: the int8 models made from it are.
+            ``nasty`` victim further up; left out: fp), ``reference`` (the name of a ``qat`` victim
+            further up, that an ``accuracy_budget`` counts from) and other keys. A victim of method
+            nasty is trained, but neither exported nor attacked: the int8 models made from it are.
 
     Raises:
         ConfigError: an unknown key or a bad value, anywhere.
@@ -66,7 +68,7 @@ class Trainings:
         for where, section in {"common": self.common, "fp": self.fp, **self.victims}.items():
             check_keys(section, [spec.name for spec in fields(TrainConfig)], where=where)
             for key in SET_BY_JOB:
-                if key in section and (key, where in self.victims) != ("teacher", True):
+                if key in section and not (key in NAMED and where in self.victims):
                     raise ConfigError(f"{where}: the job sets {key} itself, remove it")
         self._check_methods()
         for seed in self.seeds:
@@ -74,8 +76,9 @@ class Trainings:
                 self.training(name, seed, Path())
 
     def _check_methods(self) -> None:
-        """That each victim's teacher is trained before it, and that there is one to attack."""
-        teachers = ["fp"]
+        """That each victim's teacher and reference are trained before it, and that there is one to
+        attack."""
+        teachers, references = ["fp"], list[str]()
         for name, own in self.victims.items():
             method = own.get("method")
             if method not in METHODS_OF_VICTIMS:
@@ -87,6 +90,12 @@ class Trainings:
                     f"{name}: teacher: wanted fp or a nasty victim further up, "
                     f"got {self.teacher(name)!r}"
                 )
+            if own.get("reference") not in (None, *references):
+                raise ConfigError(
+                    f"{name}: reference: wanted a qat victim further up, got {own['reference']!r}"
+                )
+            if method == "qat":
+                references.append(name)
             if not METHODS[method].quantized:
                 teachers.append(name)
         if not self.attacked:
@@ -107,6 +116,8 @@ class Trainings:
         settings = {**self.common, **own, "seed": seed}
         if name != "fp":
             settings["teacher"] = str(self.folder(out, seed, self.teacher(name)))
+            if "reference" in own:
+                settings["reference"] = str(self.folder(out, seed, own["reference"]))
         return TrainConfig.from_dict(settings, where=name)
 
     @staticmethod

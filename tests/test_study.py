@@ -25,6 +25,7 @@ STUDY = {
         "threads": 1,
     },
 }
+BUDGETED = {"method": "divqat", "accuracy_budget": 0.5}
 
 
 def divqat(*arguments):
@@ -89,8 +90,19 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
         ({"evaluate": {"attacks": ["alien"]}}, "unknown attack 'alien'"),
         ({"evaluate": {"defenses": ["alien"]}}, "unknown defense 'alien'"),
         ({"attack": {}}, "unknown key 'attack'"),
+        (
+            {"victims": {"divqat": {**BUDGETED, "reference": "qat"}, "qat": {"method": "qat"}}},
+            "divqat: reference: wanted a qat victim further up, got 'qat'",
+        ),
+        ({"common": {"reference": "qat"}}, "common: the job sets reference itself"),
     ],
 )
 def test_mistakes_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         Study.from_dict({**STUDY, **change})
+
+
+def test_budget_counts_from_a_victim_of_the_same_seed(tmp_path):
+    victims = {"plain": {"method": "qat"}, "divqat": {**BUDGETED, "reference": "plain"}}
+    config = Study.from_dict({"victims": victims}).training("divqat", 3, tmp_path)
+    assert config.reference == str(tmp_path / "seed3" / "plain")

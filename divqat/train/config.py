@@ -15,6 +15,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
+MISDIRECTION = ("misdirect", "proxies", "proxy_share", "misdirect_target", "proxy_confidence")
 
 
 @dataclass(frozen=True, kw_only=True)
