@@ -1,5 +1,6 @@
 """Metrics, audits and the report. See :mod:`divqat.evaluate.result` for the layout of results."""
 
+from divqat.evaluate.calibration import expected_calibration_error
 from divqat.evaluate.metrics import (
     accuracy,
     are_distributions,
@@ -25,6 +26,7 @@ __all__ = [
     "are_distributions",
     "chance",
     "entropy",
+    "expected_calibration_error",
     "fidelity",
     "is_deterministic",
     "mean_top_probability",
