@@ -1,5 +1,6 @@
 """Metrics, audits and the report. See :mod:`divqat.evaluate.result` for the layout of results."""
 
+from divqat.evaluate.adversarial import fgsm, pgd
 from divqat.evaluate.calibration import expected_calibration_error
 from divqat.evaluate.metrics import (
     accuracy,
@@ -27,9 +28,11 @@ __all__ = [
     "chance",
     "entropy",
     "expected_calibration_error",
+    "fgsm",
     "fidelity",
     "is_deterministic",
     "mean_top_probability",
+    "pgd",
     "predict",
     "results_table",
     "softmax",
