@@ -15,7 +15,7 @@ from divqat.evaluate.grid import evaluate as run_grid
 from divqat.evaluate.grid import write_report as write_grid_report
 from divqat.evaluate.grid.audits import audits
 from divqat.evaluate.grid.result import EVALUATION
-from divqat.evaluate.grid.tables import main_table
+from divqat.evaluate.grid.tables import main_table, side_effects_table
 from divqat.job import Job
 from divqat.options import ConfigError, given_flags, read_yaml
 from divqat.pipeline import run_job
@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> int:
     result = run_grid(
         subjects, splits, grid, args.out, command=args.command_line, deployed=deployed
     )
-    print(f"\n{main_table(result).markdown()}\n")
+    print(f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}\n")
     for audit in audits(result):
         print(audit)
     return 0
@@ -116,7 +116,8 @@ def study(args: argparse.Namespace) -> int:
         data["evaluate"] = {**(data.get("evaluate") or {}), "device": args.device}
     settings = Study.from_dict(data)
     result = run_study(settings, args.out, command=args.command_line)
-    print(f"\n{main_table(result).markdown()}\n\n{Path(args.out) / 'report.html'}")
+    print(f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}")
+    print(f"\n{Path(args.out) / 'report.html'}")
     return 0
 
 

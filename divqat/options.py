@@ -48,11 +48,14 @@ def option(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    empty: bool = False,
 ) -> Any:
-    """A dataclass field with help text, bounds, and the group its flag is listed in."""
+    """A dataclass field with help text, bounds, and the group its flag is listed in; ``empty``: a
+    tuple may be ``()``."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
-    metadata = {"help": help, "group": group, "choices": tuple(choices), "bounds": given}
+    metadata: dict[str, Any] = {"help": help, "group": group, "bounds": given}
+    metadata |= {"choices": tuple(choices), "empty": empty}
     return field(default=default, metadata=metadata)
 
 
@@ -136,7 +139,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tupl
             settings |= {"type": item, "choices": spec.metadata["choices"] or None}
             settings["metavar"] = None if spec.metadata["choices"] else name.split("_")[-1].upper()
             if item is not kind:
-                settings["nargs"] = "+"
+                settings["nargs"] = "*" if spec.metadata["empty"] else "+"
         groups[title].add_argument(f"--{name.replace('_', '-')}", **settings)
 
 
@@ -196,8 +199,10 @@ def _specs(cls: type[Options]) -> dict[str, tuple[Field, Any, bool]]:
 
 def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
     if get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not value:
-            raise ConfigError(f"{name}: wanted a list of at least one value, got {value!r}")
+        empty = spec.metadata["empty"]
+        if not isinstance(value, (list, tuple)) or not (value or empty):
+            wanted = "a list" if empty else "a list of at least one value"
+            raise ConfigError(f"{name}: wanted {wanted}, got {value!r}")
         return tuple(_checked(name, item, get_args(kind)[0], spec) for item in value)
     choices, bounds = spec.metadata["choices"], spec.metadata["bounds"]
     wanted = NOUNS[kind] + "".join(f" {word} {bound:g}" for word, bound in bounds.items())

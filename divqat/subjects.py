@@ -29,10 +29,10 @@ def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
     """
     method, seed = _method(run), run.config.seed
     if not run.config.kind.quantized or fake_quant:
-        return Subject(name, run.model, method, seed, agreement=1.0)
+        return Subject(name, run.model, method, seed, agreement=1.0, gradients=run.model)
     export_run(run, splits)
     agreement = verify_run(run, splits)["argmax_agreement"]
-    return Subject(name, exported(run), method, seed, agreement)
+    return Subject(name, exported(run), method, seed, agreement, gradients=run.model)
 
 
 def _method(run: Run) -> str:

@@ -105,7 +105,7 @@ class Victim:
             TypeError, ValueError: ``images`` is no finite, floating-point, non-empty 4-d tensor.
             FloatingPointError: the model answered NaN or Inf.
         """
-        _check_images(images)
+        check_images(images)
         if self.remaining is not None and len(images) > self.remaining:
             raise QueryBudgetExceeded(
                 f"{len(images)} images asked, but {self.remaining} of {self._query_budget} "
@@ -196,7 +196,7 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
 
 def _runner(model: Any) -> Callable[[Tensor], Tensor]:
     if isinstance(model, nn.Module):
-        _check_eval(model)
+        check_eval(model)
         return lambda images: _run_module(model, images)
     if isinstance(model, (str, Path)):
         model = open_onnx(Path(model))
@@ -211,12 +211,13 @@ def _runner(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _run_module(model: nn.Module, images: Tensor) -> Tensor:
-    _check_eval(model)  # again: the owner may have gone on training since
+    check_eval(model)  # again: the owner may have gone on training since
     some = next(chain(model.parameters(), model.buffers()), images)
     return model(images.to(some.device))
 
 
-def _check_eval(model: nn.Module) -> None:
+def check_eval(model: nn.Module) -> None:
+    """Refuse a module in training mode, or with a part that is, by ValueError."""
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
@@ -284,7 +285,8 @@ def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _check_images(images: Tensor) -> None:
+def check_images(images: Tensor) -> None:
+    """Refuse, by TypeError or ValueError, what is no finite float [N, C, H, W] with N >= 1."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: wanted a Tensor, got {type(images).__name__}")
     if not images.is_floating_point():

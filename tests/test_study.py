@@ -3,6 +3,7 @@ import yaml
 
 from divqat import cli, study
 from divqat.evaluate.grid import Evaluation
+from divqat.evaluate.grid.tables import side_effects_table
 from divqat.options import ConfigError
 from divqat.study import Study
 
@@ -46,6 +47,8 @@ def test_study_trains_deploys_and_evaluates(done):
     methods = {row.victim: row.method for row in result.released}
     assert methods == {"fp": "fp", "ptq": "ptq", "qat": "qat", "nasty-qat": "nasty-qat"}
     assert len(result.cells) == 8
+    assert [row.victim for row in result.side_effects] == list(methods)
+    assert all(row.adversarial[0].images == 359 for row in result.side_effects)
     assert "int8" in result.deployed and "full-precision" in result.deployed
     assert (done / "out" / "seed0" / "ptq" / "model.onnx").is_file()
     assert not (done / "out" / "seed0" / "teacher" / "model.onnx").exists()
@@ -71,10 +74,14 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
     settings += ["--seeds", 1, "--threads", 1, "--out", tmp_path]
     victims = ["--victim", run, "--victim", f"file={run / 'model.onnx'}"]
     assert divqat("evaluate", *victims, *settings) == 0
-    cells = Evaluation.load(tmp_path / "evaluation.json").cells
+    result = Evaluation.load(tmp_path / "evaluation.json")
+    cells = result.cells
     ours, theirs = ([(c.attack, c.curve) for c in cells if c.victim == v] for v in ("qat", "file"))
     assert ours == theirs  # the run is attacked as it is exported
+    run_row, file_row = result.side_effects
+    assert run_row.ece == file_row.ece and run_row.adversarial and not file_row.adversarial
     shown = capsys.readouterr().out
+    assert side_effects_table(result).markdown() in shown
     assert "| qat " in shown and "ok    query budgets are respected" in shown
     assert divqat("report", tmp_path) == 0
     assert divqat("evaluate", "--victim", run / "model.onnx", *settings) == 2

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from divqat.attacks import folder
-from divqat.data import to_float
+from divqat.data import ImageSet, Splits, to_float
 
 CLASSES = 4
 
@@ -35,6 +35,11 @@ def toy_model(seed=0, classes=CLASSES, dropout=0.0):
 
 TEST_IMAGES, TEST_LABELS = toy_images(400, seed=2)
 QUERIES = toy_images(500, seed=3)[0]
+
+
+def toy_splits():
+    train, validation = (ImageSet(*toy_images(n, seed)) for n, seed in ((200, 4), (100, 5)))
+    return Splits("toys", tuple("abcd"), train, validation, ImageSet(TEST_IMAGES, TEST_LABELS))
 
 
 def toy_victim():

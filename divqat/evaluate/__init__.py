@@ -1,5 +1,7 @@
 """Metrics, audits and the report. See :mod:`divqat.evaluate.result` for the layout of results."""
 
+from divqat.evaluate.adversarial import fgsm, pgd
+from divqat.evaluate.calibration import expected_calibration_error
 from divqat.evaluate.metrics import (
     accuracy,
     are_distributions,
@@ -25,9 +27,12 @@ __all__ = [
     "are_distributions",
     "chance",
     "entropy",
+    "expected_calibration_error",
+    "fgsm",
     "fidelity",
     "is_deterministic",
     "mean_top_probability",
+    "pgd",
     "predict",
     "results_table",
     "softmax",

@@ -66,6 +66,14 @@ class Grid(Attacker):
     precision: str = option(
         "float32", "Autocast of the clone's training.", group="attacker", choices=PRECISIONS
     )
+    epsilons: tuple[float, ...] = option(
+        (8 / 255,), "How far FGSM and PGD may move each pixel of a test image, in parts of its "
+        "range (8/255 = 0.0314 is 8 grey levels); an empty list: robustness is not measured.",
+        group="side effects", above=0, most=1, empty=True,
+    )  # fmt: skip
+    adversarial_images: int = option(
+        1000, "Test images that they move, the first ones.", group="side effects", least=1
+    )
     surrogate: str = option(
         "lenet", "Network of the defenses that need one.", group="owner", choices=models.names()
     )
@@ -76,7 +84,7 @@ class Grid(Attacker):
             self.attack(attack, min(self.budgets or (NO_LESS,)), 0)
         for defense in self.defenses:
             make_defense(defense)
-        for name in ("attacks", "defenses", "budgets", "clones"):
+        for name in ("attacks", "defenses", "budgets", "clones", "epsilons"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
                 raise ConfigError(

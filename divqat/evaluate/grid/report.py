@@ -52,6 +52,7 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
             "in points; seconds of an attack.",
             tables.attacks_table(result),
         ),
+        *_beside(result),
         Section("More queries", plot=plots.budget_curve(result, folder / "budget.png")),
         Section(
             "Answers",
@@ -62,6 +63,24 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
     ]  # fmt: skip
     shown = [section for section in sections if section.table or section.plot or section.audits]
     return [*shown, Section("How this was made", table=_provenance(result))]
+
+
+def _beside(result: Evaluation) -> list[Section]:
+    if not result.side_effects:
+        return []
+    images = {row.images for run in result.side_effects for row in run.adversarial}
+    text = (
+        "What may have changed in a victim besides: the deployed model on the test set, without a "
+        "defense in front, in percent. ECE: expected calibration error, 15 bins; top prob.: mean "
+        "largest probability. FGSM and PGD: accuracy on "
+        f"{f'the first {max(images)} ' if images else ''}test images that were moved against the "
+        "trained model, each pixel by no more than the given part of its range, along gradients "
+        "that pass straight through its rounding. White-box accuracy is measured by these two "
+        "attacks only: it is an upper bound, and a model whose loss is flat can hide its gradients "
+        "from them and look robust. Not measured: no epsilons were given, or there is no model to "
+        "take gradients from."
+    )
+    return [Section("Side effects", text, tables.side_effects_table(result))]
 
 
 def _floor(result: Evaluation) -> str:

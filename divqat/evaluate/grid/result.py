@@ -1,13 +1,14 @@
 """What an evaluation found out: the schema of ``OUT/evaluation.json``.
 
-The file is ``Evaluation.to_dict()``: two flat lists of rows, one of victims behind defenses, one of
-attacks on them. Shares are fractions in [0, 1]; there is no NaN.
+The file is ``Evaluation.to_dict()``: three flat lists of rows: victims behind defenses, attacks on
+them, and how calibrated and robust the victims are. Shares are fractions in [0, 1]; there is no
+NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from divqat.files import read_json, write_json
 
 SOFT, HARD = "as_given", "label"  # readings of KnockoffNets
 EVALUATION = "evaluation.json"
-R = TypeVar("R", "Released", "Cell")
+R = TypeVar("R", "Released", "Cell", "SideEffects")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,36 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adversarial:
+    """Accuracy of a deployed model on test images that were moved against it."""
+
+    epsilon: float  # how far each pixel, in parts of its range
+    images: int
+    fgsm: float
+    pgd: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideEffects:
+    """What may have changed in a victim besides: the deployed model on the test set, without a
+    defense in front of it."""
+
+    seed: int
+    victim: str
+    accuracy: float
+    ece: float  # expected calibration error, see divqat.evaluate.calibration
+    top_probability: float  # mean
+    adversarial: list[Adversarial] = field(default_factory=list)  # not measured: none
+
+    def __str__(self) -> str:
+        moved = (
+            f", FGSM {row.fgsm:.2%} and PGD {row.pgd:.2%} at {epsilon_text(row.epsilon)}"
+            for row in self.adversarial
+        )
+        return f"accuracy {self.accuracy:.2%}, calibration error {self.ece:.2%}{''.join(moved)}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """All of ``evaluation.json``."""
 
@@ -90,6 +121,7 @@ class Evaluation:
     hardware: str
     released: list[Released]
     cells: list[Cell]
+    side_effects: list[SideEffects] = field(default_factory=list)  # older files have none
 
     @property
     def budget(self) -> int:
@@ -138,6 +170,7 @@ class Evaluation:
             rows = {
                 "released": [released(row) for row in data["released"]],
                 "cells": [Cell(**row) for row in data["cells"]],
+                "side_effects": [side_effects(row) for row in data.get("side_effects", [])],
             }
             return cls(**{**data, **rows})
         except (KeyError, TypeError) as error:
@@ -148,6 +181,17 @@ def released(data: dict[str, Any]) -> Released:
     """A row of plain data."""
     nested = {key: Confidence(**data[key]) for key in ("test", "queries") if data.get(key)}
     return Released(**{**data, **nested})
+
+
+def side_effects(data: dict[str, Any]) -> SideEffects:
+    """A row of plain data."""
+    return SideEffects(**{**data, "adversarial": [Adversarial(**a) for a in data["adversarial"]]})
+
+
+def epsilon_text(epsilon: float) -> str:
+    """``8/255`` where it is a whole number of grey levels, else as it is."""
+    levels = round(255 * epsilon)
+    return f"{levels}/255" if abs(255 * epsilon - levels) < 0.005 else f"{epsilon:g}"
 
 
 def reads(reading: str) -> Callable[[list[Cell]], Cell | None]:

@@ -1,6 +1,7 @@
 """Run an evaluation: every victim behind every defense, attacked in every way.
 
 OUT/evaluation.json, report.html, report.md, plots/
+OUT/cells/seed<n>/<victim>/side-effects.json                         calibration, robustness
 OUT/cells/seed<n>/<victim>/<defense>/released.json                   answers, before any attack
 OUT/cells/seed<n>/<victim>/<defense>/<attack>-<budget>-<clone>.json  one attack
 """
@@ -29,12 +30,21 @@ from divqat.evaluate.grid.cell import run_attack
 from divqat.evaluate.grid.config import Grid
 from divqat.evaluate.grid.defended import Defended, OutOfReach, defend
 from divqat.evaluate.grid.report import write_report
-from divqat.evaluate.grid.result import EVALUATION, Cell, Evaluation, Released, released
+from divqat.evaluate.grid.result import (
+    EVALUATION,
+    Cell,
+    Evaluation,
+    Released,
+    SideEffects,
+    released,
+    side_effects,
+)
+from divqat.evaluate.grid.side_effects import measure
 from divqat.evaluate.grid.subject import Deployed, Subject, overlaps
 from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
 from divqat.files import step
-from divqat.train.folder import derived_seed
+from divqat.train.folder import derived_seed, fingerprint
 from divqat.train.loop import cpu_threads, find_device
 
 Log = Callable[[str], object]
@@ -100,12 +110,14 @@ class _Runner:
         self.device = find_device(grid.device)
         self.released: list[Released] = []
         self.cells: list[Cell] = []
+        self.side_effects: list[SideEffects] = []
 
     def subject(self, subject: Subject) -> None:
         """Everything about one victim."""
         deployed = Deployed(subject, self.queries, self.test)
         seeds = range(self.grid.seeds) if subject.seed is None else (subject.seed,)
         for seed in seeds:
+            self.beside(deployed, seed)
             fitted: dict[str, Defense] = {}
             for spec in self.grid.defenses:
                 # When something is left to do, and then only once.
@@ -115,6 +127,22 @@ class _Runner:
                     )
                 )
                 self.defended(subject, deployed.source, defended, seed, spec)
+
+    def beside(self, deployed: Deployed, seed: int) -> None:
+        """What may have changed in a victim besides."""
+        subject, grid = deployed.subject, self.grid
+        here: dict[str, Any] = {"victim": deployed.source, "seed": seed}
+        if subject.gradients is not None:
+            here |= {"gradients": fingerprint(subject.gradients.state_dict())}
+            here |= {"epsilons": grid.epsilons, "images": grid.adversarial_images}
+        file = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / "side-effects.json"
+
+        def make() -> dict[str, Any]:
+            return {"row": measure(deployed, grid.epsilons, grid.adversarial_images, seed)}
+
+        row = step(file, _digest(here), make)["row"]
+        self.side_effects.append(side_effects({"seed": seed, "victim": subject.name, **row}))
+        self.log(f"[seed {seed} {subject.name}] {self.side_effects[-1]}")
 
     def defended(
         self,
@@ -182,6 +210,7 @@ class _Runner:
             hardware=hardware(),
             released=self.released,
             cells=self.cells,
+            side_effects=self.side_effects,
         )
 
     def _holdout(self, seed: int) -> ImageSet:

@@ -29,6 +29,9 @@ class Subject:
         method: how it was trained; ``qat`` is the undefended control.
         seed: of its training, and of the attacks on it; None: it is attacked with every seed.
         agreement: share of test images that the trained and the deployed model put in one class.
+        gradients: the module, in eval mode, whose gradients a white-box attacker of ``model``
+            follows: the fake-quantized model that was exported, or ``model`` itself; None: there is
+            none, and how robust ``model`` is is not measured.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Subject:
     method: str = "unknown"
     seed: int | None = None
     agreement: float | None = None
+    gradients: nn.Module | None = None
 
     def fingerprint(self, images: Tensor) -> str:
         """What identifies the model: its file, its weights, or its answers to uint8 ``images``."""

@@ -14,10 +14,14 @@ from divqat.evaluate.grid.result import (
     Evaluation,
     Released,
     best_of,
+    epsilon_text,
     reads,
 )
 from divqat.evaluate.grid.specs import UNDEFENDED
 from divqat.evaluate.tables import ABSENT, Table, percent, spread
+
+NOT_MEASURED = "not measured"
+BESIDE = ("accuracy", "ece", "top_probability")
 
 
 def main_table(result: Evaluation) -> Table:
@@ -145,6 +149,28 @@ def released_table(result: Evaluation) -> Table:
             ]
         )
     return Table(header.split("|"), rows, text_columns=2)
+
+
+def side_effects_table(result: Evaluation) -> Table:
+    """One row per victim: how calibrated and how robust the deployed model is."""
+    found = result.side_effects
+    epsilons = sorted({row.epsilon for one in found for row in one.adversarial})
+    rows = []
+    for victim in dict.fromkeys(row.victim for row in found):
+        runs = result.select(found, victim=victim)
+        rows.append([victim, *(_measured(getattr(run, name) for run in runs) for name in BESIDE)])
+        for epsilon in epsilons or (None,):
+            moved = [row for run in runs for row in run.adversarial if row.epsilon == epsilon]
+            rows[-1] += [_measured(getattr(row, name) for row in moved) for name in ("fgsm", "pgd")]
+    header = ["Victim", "Accuracy", "ECE", "Top prob."]
+    for text in map(epsilon_text, epsilons) if epsilons else ("",):
+        header += [f"FGSM {text}".strip(), f"PGD {text}".strip()]
+    return Table(header, rows)
+
+
+def _measured(values: Iterable[float]) -> str:
+    known = list(values)
+    return percent(known) if known else NOT_MEASURED
 
 
 def _settings(released: list[Released]) -> str:
