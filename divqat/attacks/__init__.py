@@ -12,6 +12,7 @@ from divqat.attacks.knockoff_adaptive import KnockoffAdaptive
 from divqat.attacks.maze import MAZE
 from divqat.attacks.partial_bayes import PartialBayes
 from divqat.attacks.s4l import S4L
+from divqat.attacks.selective import Selective
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
 
@@ -23,6 +24,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "smoothing": Smoothing,
     "s4l": S4L,
     "skeptical": SkepticalStudent,
+    "selective": Selective,
     "d-dae": DDAE,
     "d-dae+": DDAEPlus,
     "partial-bayes": PartialBayes,
@@ -48,6 +50,7 @@ __all__ = [
     "KnockoffAdaptive",
     "KnockoffNets",
     "PartialBayes",
+    "Selective",
     "SkepticalStudent",
     "Smoothing",
 ]
