@@ -82,8 +82,9 @@ def run_study(
         Others: as :func:`divqat.train.train` and :func:`divqat.evaluate.grid.evaluate`.
     """
     out = Path(out)
-    # Both now: that something is missing should be known before hours of training.
+    # Now: that something is missing should be known before hours of training.
     splits = load_splits(study.training("fp", study.seeds[0], out))
+    study.grid.check(splits)
     queries = study.grid.queries(splits)
     write_yaml(out / "config.yaml", asdict(study))
     subjects: list[Subject] = []

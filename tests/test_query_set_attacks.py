@@ -20,6 +20,7 @@ from divqat.attacks import KnockoffNets, attack
 from divqat.attacks.copycat import CopycatCNN
 from divqat.attacks.knockoff_adaptive import KnockoffAdaptive
 from divqat.attacks.s4l import S4L
+from divqat.attacks.selective import Selective
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
 from divqat.data import to_float
@@ -34,6 +35,7 @@ ATTACKS = [
     Smoothing(mirror=False, shift=0.05, angle=5.0),
     S4L(),
     SkepticalStudent(),
+    Selective(),
 ]
 each = pytest.mark.parametrize("settings", ATTACKS, ids=lambda a: type(a).__name__)
 

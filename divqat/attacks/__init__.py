@@ -5,13 +5,17 @@ from divqat.attacks.best_of import BestOf
 from divqat.attacks.copycat import CopycatCNN
 from divqat.attacks.ddae import DDAE, DDAEPlus
 from divqat.attacks.dfme import DFME
+from divqat.attacks.fine_tune import FineTune
 from divqat.attacks.jbda import JBDA
 from divqat.attacks.jbda_tr import JBDATR
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.knockoff_adaptive import KnockoffAdaptive
+from divqat.attacks.labeled_only import LabeledOnly
 from divqat.attacks.maze import MAZE
 from divqat.attacks.partial_bayes import PartialBayes
+from divqat.attacks.relabel import Relabel
 from divqat.attacks.s4l import S4L
+from divqat.attacks.selective import Selective
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
 
@@ -23,6 +27,10 @@ ATTACKS: dict[str, type[Attack]] = {
     "smoothing": Smoothing,
     "s4l": S4L,
     "skeptical": SkepticalStudent,
+    "selective": Selective,
+    "relabel": Relabel,
+    "fine-tune": FineTune,
+    "labeled-only": LabeledOnly,
     "d-dae": DDAE,
     "d-dae+": DDAEPlus,
     "partial-bayes": PartialBayes,
@@ -45,9 +53,13 @@ __all__ = [
     "CopycatCNN",
     "DDAEPlus",
     "Extraction",
+    "FineTune",
     "KnockoffAdaptive",
     "KnockoffNets",
+    "LabeledOnly",
     "PartialBayes",
+    "Relabel",
+    "Selective",
     "SkepticalStudent",
     "Smoothing",
 ]

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,9 @@ class Attack(Options, ABC):
     Raises:
         ConfigError: (a ValueError) an argument of a wrong type or out of its range.
     """
+
+    #: Whether it asks the victim at all: one that does not shows what a thief has without it.
+    asks: ClassVar[bool] = True
 
     query_budget: int | None = option(
         None, "Images asked about at most; None: what the attack has by default.", least=1

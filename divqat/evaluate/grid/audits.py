@@ -6,7 +6,7 @@ from statistics import mean
 
 from divqat.evaluate.audits import ABOVE_CHANCE, ACCURACY_LOSS, AGREEMENT, SEEDS, Audit
 from divqat.evaluate.grid.result import HARD, SOFT, Evaluation, Released, best_of, reads
-from divqat.evaluate.grid.specs import CONTROL, UNDEFENDED, is_control
+from divqat.evaluate.grid.specs import CONTROL, UNDEFENDED, is_control, owns
 from divqat.evaluate.grid.tables import floor
 
 NEAR_CHANCE = 0.1  # a clone of shuffled answers may be better than chance by so much
@@ -74,7 +74,8 @@ def _works(result: Evaluation) -> Audit:
 
 
 def _chance(result: Evaluation) -> Audit:
-    found = [cell.accuracy for cell in result.cells if is_control(cell.attack)]
+    controls = [cell for cell in result.cells if is_control(cell.attack)]
+    found = [cell.accuracy for cell in controls if not owns(cell.attack)]  # labels do teach
     name = "answers to other images teach nothing"
     if not found:
         detail = f"not tried: add the attack knockoff:reading={CONTROL}"
@@ -101,8 +102,10 @@ def _budget(result: Evaluation) -> Audit:
 
 def _overlap(result: Evaluation) -> Audit:
     detail = ", ".join(f"{count} {name}" for name, count in result.overlap.items()) or "not checked"
+    owned = any(owns(cell.attack) for cell in result.cells)
+    mine = ("queries", "validation") if owned else ("queries",)  # what clones were trained on
     ok = bool(result.overlap) and not any(
-        count for name, count in result.overlap.items() if name.startswith("queries")
+        count for name, count in result.overlap.items() if name.startswith(mine)
     )
     return Audit("queries are not the victim's images", ok, detail)
 

@@ -14,7 +14,7 @@ from divqat.attacks import ATTACKS, Attack
 from divqat.attacks.attack import PRECISIONS
 from divqat.data import Splits
 from divqat.defenses import DEFENSES
-from divqat.evaluate.grid.specs import UNDEFENDED, is_control, make_attack, make_defense
+from divqat.evaluate.grid.specs import UNDEFENDED, make_attack, make_defense, owns, steals
 from divqat.options import ConfigError, option
 
 NO_LESS = 2**31  # a budget that is enough for any attack, where the query set decides it
@@ -63,6 +63,11 @@ class Grid(Attacker):
         "with; from the validation split.",
         group="attacker", least=1,
     )  # fmt: skip
+    labeled: int = option(
+        200, "Other labeled images of the victim's kind, for the attacks that train on some; from "
+        "the validation split.",
+        group="attacker", least=1,
+    )  # fmt: skip
     precision: str = option(
         "float32", "Autocast of the clone's training.", group="attacker", choices=PRECISIONS
     )
@@ -98,13 +103,26 @@ class Grid(Attacker):
         return make_attack(text, {**usual, "query_budget": budget, "seed": seed})
 
     def attacker(self, queries: int, defense: str) -> Iterator[tuple[str, int, str]]:
-        """Attack, budget and clone of every cell of a victim behind ``defense``; controls, which
-        are there to try the attack, only without one."""
+        """Attack, budget and clone of every cell of a victim behind ``defense``; controls and
+        attacks that ask nothing, for which it makes no difference, only without one."""
         for budget in self.budgets or (queries,):
             for clone in self.clones:
                 for attack in self.attacks:
-                    if defense == UNDEFENDED or not is_control(attack):
+                    if defense == UNDEFENDED or steals(attack):
                         yield attack, budget, clone
+
+    def check(self, splits: Splits) -> None:
+        """See that there are as many labeled images as the attacker is to own.
+
+        Raises:
+            ConfigError: the validation split has fewer, and an attack trains on some.
+        """
+        available = len(splits.validation)
+        if any(map(owns, self.attacks)) and self.holdout + self.labeled > available:
+            raise ConfigError(
+                f"holdout, labeled: wanted together at most {available}, the validation images of "
+                f"{splits.name}, got {self.holdout} and {self.labeled}"
+            )
 
     def queries(self, splits: Splits) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""

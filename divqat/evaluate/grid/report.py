@@ -7,6 +7,7 @@ from pathlib import Path
 from divqat.evaluate.grid import plots, tables
 from divqat.evaluate.grid.audits import audits
 from divqat.evaluate.grid.result import EVALUATION, Evaluation
+from divqat.evaluate.grid.specs import owns
 from divqat.evaluate.page import Section, write_page
 from divqat.evaluate.tables import Table, settings_text
 
@@ -37,8 +38,8 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
         f"({', '.join(grid['clones'])}) train with {settings_text(training)} unless their attack "
         "says otherwise. Soft: from the answers as they are given; hard: from their largest entry; "
         f"best of all: of every attack and clone, the one that does best on {grid['holdout']} "
-        "labeled images of the attacker's own. Fidelity: same top-1 as the released answers. "
-        f"{_floor(result)}"
+        f"labeled images of the attacker's own.{_labeled(result)} Fidelity: same top-1 as the "
+        f"released answers. {_floor(result)}"
     )
     sections = [
         Section("Results", main, tables.main_table(result)),
@@ -81,6 +82,11 @@ def _beside(result: Evaluation) -> list[Section]:
         "take gradients from."
     )
     return [Section("Side effects", text, tables.side_effects_table(result))]
+
+
+def _labeled(result: Evaluation) -> str:
+    names = [attack for attack in result.grid["attacks"] if owns(attack)]
+    return f" {', '.join(names)}: with {result.grid['labeled']} others." if names else ""
 
 
 def _floor(result: Evaluation) -> str:

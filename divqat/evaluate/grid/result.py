@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from divqat.evaluate.grid.specs import is_control, split_spec
+from divqat.evaluate.grid.specs import split_spec, steals
 from divqat.evaluate.result import Confidence
 from divqat.files import read_json, write_json
 
@@ -205,9 +205,9 @@ def reads(reading: str) -> Callable[[list[Cell]], Cell | None]:
 
 def best_of(cells: list[Cell]) -> Cell | None:
     """Picks the attack whose clone is best on the attacker's labeled images; on equal terms the
-    first. Controls are no attacks."""
+    first. Clones that owe nothing to the victim do not count."""
     return max(
-        (cell for cell in cells if not is_control(cell.attack)),
+        (cell for cell in cells if steals(cell.attack)),
         key=lambda cell: cell.holdout_accuracy,
         default=None,
     )

@@ -40,6 +40,7 @@ from divqat.evaluate.grid.result import (
     side_effects,
 )
 from divqat.evaluate.grid.side_effects import measure
+from divqat.evaluate.grid.specs import owns
 from divqat.evaluate.grid.subject import Deployed, Subject, overlaps
 from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
@@ -69,7 +70,8 @@ def evaluate(
     Args:
         subjects: the victims.
         splits: their data. Attacks see none of it but ``grid.holdout`` images of the validation
-            split, which choose the best clone; defenses that train see the training images.
+            split, which choose the best clone, and ``grid.labeled`` others, for the attacks that
+            train on some; defenses that train see the training images.
         grid: what is tried.
         out: the folder of the evaluation; made if it does not exist.
         queries: ``grid.queries(splits)`` if it is loaded already.
@@ -81,12 +83,13 @@ def evaluate(
         The content of ``OUT/evaluation.json``.
 
     Raises:
-        ValueError: two victims of one name and seed, or no victim.
+        ValueError: two victims of one name and seed, no victim, or too few validation images.
         Others: as the attacks and defenses.
     """
     names = Counter((subject.name, subject.seed) for subject in subjects)
     if not subjects or max(names.values()) > 1:
         raise ValueError(f"subjects: wanted victims of different names, got {list(names)}")
+    grid.check(splits)
     queries = grid.queries(splits) if queries is None else queries
     runner = _Runner(splits, queries, grid, Path(out), log)
     log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
@@ -173,6 +176,8 @@ class _Runner:
         for text, budget, clone in self.grid.attacker(len(self.queries), spec):
             attack = self.grid.attack(text, budget, seed)
             identity = {"attack": type(attack).__name__, **attack.to_dict(), "clone": clone}
+            if owns(text):
+                identity["labeled"] = self.grid.labeled
             key = _digest({**here, **identity})
             work = folder / _file_name(f"{text}-{budget}-{clone}")
 
@@ -183,6 +188,8 @@ class _Runner:
                 about: dict[str, Any] = about,
                 work: Path = work / key,
             ) -> dict[str, Any]:
+                if hasattr(attack, "owning"):
+                    attack = attack.owning(self._labeled(seed))
                 network, holdout = self._clone(about["clone"], seed), self._holdout(seed)
                 return {**about, "row": run_attack(attack, defended(), network, holdout, work)}
 
@@ -214,10 +221,16 @@ class _Runner:
         )
 
     def _holdout(self, seed: int) -> ImageSet:
+        return self._owned(seed, slice(self.grid.holdout))
+
+    def _labeled(self, seed: int) -> ImageSet:
+        start = self.grid.holdout
+        return self._owned(seed, slice(start, start + self.grid.labeled))
+
+    def _owned(self, seed: int, part: slice) -> ImageSet:
         validation = self.splits.validation
         generator = torch.Generator().manual_seed(derived_seed(seed, "holdout"))
-        rows = torch.randperm(len(validation), generator=generator)[: self.grid.holdout]
-        some = validation.subset(rows)
+        some = validation.subset(torch.randperm(len(validation), generator=generator)[part])
         return ImageSet(some.images, some.labels)
 
     def _clone(self, name: str, seed: int) -> nn.Module:

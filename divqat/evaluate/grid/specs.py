@@ -13,7 +13,7 @@ from divqat.options import ConfigError, check_keys
 
 UNDEFENDED = "none"
 CONTROL = "shuffled"  # a reading of answers, see divqat.attacks.answers
-FOR_ALL = {"query_budget", "seed", "precision"}
+FOR_ALL = {"query_budget", "seed", "precision", "pad", "flip"}
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -49,25 +49,50 @@ def is_control(text: str) -> bool:
     return split_spec(text)[1].get("reading") == CONTROL
 
 
+def steals(text: str) -> bool:
+    """Whether an attack's clone owes anything to the victim: a control's does not, nor does that of
+    an attack which asks nothing.
+
+    Raises:
+        ConfigError: an unknown attack.
+    """
+    return _kind(text).asks and not is_control(text)
+
+
+def owns(text: str) -> bool:
+    """Whether an attack trains on labeled images of the attacker's own.
+
+    Raises:
+        ConfigError: an unknown attack.
+    """
+    return hasattr(_kind(text), "owning")
+
+
 def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
     """The attack that ``text`` names.
 
     Args:
         text: its spec.
         defaults: what the spec leaves out. How a clone trains (epochs, learning rate ...) is taken
-            by the attacks that train it on a transfer set; the others have their own way.
+            by the attacks that train it on answers to a transfer set; the others have their own
+            way.
 
     Raises:
         ConfigError: an unknown attack or setting, or a bad value.
     """
-    name, settings = split_spec(text)
-    if name not in ATTACKS:
-        raise ConfigError(str(unknown_name("attack", name, ATTACKS)))
-    kind = ATTACKS[name]
+    kind, settings = _kind(text), split_spec(text)[1]
     check_keys(settings, kind.names(), where=text)
-    taken = defaults if issubclass(kind, TransferAttack) else set(defaults) & FOR_ALL
+    learns_answers = issubclass(kind, TransferAttack) and kind.asks
+    taken = defaults if learns_answers else set(defaults) & FOR_ALL & set(kind.names())
     usual = {key: defaults[key] for key in taken}
     return kind.from_dict({**usual, **settings}, where=text)
+
+
+def _kind(text: str) -> type[Attack]:
+    name = split_spec(text)[0]
+    if name not in ATTACKS:
+        raise ConfigError(str(unknown_name("attack", name, ATTACKS)))
+    return ATTACKS[name]
 
 
 def make_defense(text: str) -> tuple[Defense | None, float | None]:
