@@ -129,9 +129,9 @@ def test_the_strongest_epoch_inside_is_the_result():
     row = end(4, 0.87, 8.0)
     assert not one.inside(0.87) and result(row) == (2, 2.0)  # else the strongest
     one.kept.clear()
-    end(5, 0.89, None, moved=0.4)
-    end(6, 0.89, 3.0, moved=0.3)
-    assert result(end(7, 0.1, 3.0, moved=0.9)) == (5, 5.0)
+    end(5, 0.89, None, misled=0.4)
+    end(6, 0.89, 3.0, misled=0.3)
+    assert result(end(7, 0.1, 3.0, misled=0.9)) == (5, 5.0)
     assert one.inside(0.88) and one.warning({"validation_accuracy": 0.88}) is None
 
 
@@ -179,7 +179,7 @@ def test_a_captured_step_follows_the_factor(teacher, qat, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "Trainer", Replaying)
     train(config, tmp_path / "replayed", **QUIET)
     assert_same(tmp_path / "eager", tmp_path / "replayed")
-    assert load_checkpoint(tmp_path / "eager" / "checkpoint.pt")["rows"][0]["moved"] > 0
+    assert load_checkpoint(tmp_path / "eager" / "checkpoint.pt")["rows"][0]["misled"] > 0
 
 
 def test_both_weights_are_scaled(teacher, qat, tmp_path, monkeypatch):

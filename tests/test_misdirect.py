@@ -16,6 +16,7 @@ from divqat.data.proxies import NAMES
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, graph, loop, step, train, trainer
+from divqat.train.decoy import Decoy
 from divqat.train.distributed import Team
 from divqat.train.learning import PROXIES, TARGETS
 from divqat.train.misdirection import Misdirection, Proxies, jensen_shannon
@@ -49,7 +50,8 @@ def digits(teacher, **changes):
 
 
 def misdirection(**changes):
-    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7, **changes)
+    own = {"misdirect_target": "permuted", **changes}
+    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7, **own)
     return Misdirection(config, 4, (1, 2, 2))
 
 
@@ -65,6 +67,29 @@ def test_targets_by_hand():
     assert targets("permuted") == [permutation[0], permutation[1]]
     others = {tuple(misdirection(seed=seed).permutation.tolist()) for seed in range(200)}
     assert len(others) == 9  # all permutations of four without a fixed point
+
+
+def test_a_decoy_tells_where_a_picture_is_light_and_each_class_as_often():
+    generator = torch.Generator().manual_seed(0)
+    images = to_float(torch.randint(256, (4000, 3, 9, 12), generator=generator).to(torch.uint8))
+    decoy = Decoy(5, 3, seed=1)
+    decoy.fit(images)
+    found = decoy(images)
+    # the coarse pictures by hand; z has covariance 1, so W z has W W^T, whatever the signs in z
+    coarse = F.adaptive_avg_pool2d(images.double(), 4).flatten(1)
+    coarse = coarse - coarse.mean(1, keepdim=True)
+    coarse = coarse / coarse.norm(dim=1, keepdim=True)
+    logits = (coarse - coarse.mean(0)) @ decoy.directions.double()
+    rows = decoy.rows.double()
+    torch.testing.assert_close(logits.T.cov(), rows @ rows.T, rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(5).double())
+    assert (logits.argmax(1) == found).double().mean() > 0.999
+    assert found.bincount(minlength=5).min() > 400
+    darker = to_float(((images + 1) * 50).to(torch.uint8))  # of 100 shades, without bright ones
+    assert (decoy(darker) == found).double().mean() > 0.9
+    other = Decoy(5, 3, seed=2)
+    other.fit(images)
+    assert (other(images) == found).double().mean() < 0.5
 
 
 def test_the_class_of_an_image_is_its_own_and_never_the_teachers():
@@ -90,9 +115,9 @@ def test_the_divergence_is_bounded():
     far = torch.tensor([[1e4, 0.0], [0.0, 0.0]])
     found = jensen_shannon(far, far.flip(1))
     torch.testing.assert_close(found, torch.tensor([math.log(2), 0.0]))
-    loss, moved = misdirection(misdirect_target="divergence")(TEACHER.flip(1), TEACHER, IMAGES)
+    loss, misled = misdirection(misdirect_target="divergence")(TEACHER.flip(1), TEACHER, IMAGES)
     torch.testing.assert_close(loss, (math.log(2) - wanted).sum().float())
-    assert moved == 2
+    assert misled == 2
 
 
 def test_what_the_teacher_is_sure_of_weighs_less():
@@ -129,7 +154,8 @@ def gradients(rank, size, accumulate=1):
     model, asked = networks()
     images, labels, proxies = batch()
     config = TrainConfig(method="divqat", teacher="a", weight=0.3, misdirect=0.7, temperature=2.0,
-                         accumulate=accumulate, proxy_confidence=0.3)  # fmt: skip
+                         accumulate=accumulate, proxy_confidence=0.3,
+                         misdirect_target="permuted")  # fmt: skip
     own = slice(rank, None, size)
     do = Step(
         config, model, asked, labels, Alone(rank, size), 0, Misdirection(config, 5, (1, 8, 8))
@@ -142,7 +168,7 @@ def wanted_gradients():
     """The formula, in float64: CE − λ T² KL(q‖p) + w · Σ weight · CE(q, π(teacher's)) / 7."""
     (model, asked), (images, labels, proxies) = networks(), batch()
     model, asked = model.double(), asked.double().requires_grad_(False)
-    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7)
+    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7, misdirect_target="permuted")
     permutation = Misdirection(config, 5, (1, 8, 8)).permutation
     logits, theirs = model(images.double()), asked(images.double())
     log_q, log_p = (logits / 2).log_softmax(1), (theirs / 2).log_softmax(1)
@@ -154,8 +180,8 @@ def wanted_gradients():
     losses = losses * torch.where(top > 0.3, 1 - top, 1)
     loss = ce - 0.3 * 4 * divergence + 0.7 * losses.sum() / 7
     loss.backward()
-    moved = (logits.argmax(1) != first).sum()
-    sums = [14 * loss, 14 * ce, 14 * divergence, losses.sum(), moved]
+    misled = (logits.argmax(1) == permutation[first]).sum()
+    sums = [14 * loss, 14 * ce, 14 * divergence, losses.sum(), misled]
     return model[1].weight.grad, torch.stack([value.detach().double() for value in sums])
 
 
@@ -181,12 +207,12 @@ def test_foreign_answers_move_and_the_others_stay(teacher, tmp_path):
     misled, learning = tmp_path, dict(batch_size=64, lr=0.05, epochs=4, proxies=PROXIES)
     train(digits(teacher, misdirect=0.3, **learning), misled, **QUIET)
     rows = load_checkpoint(misled / "checkpoint.pt")["rows"]
-    assert rows[-1]["moved"] > 0.6 and rows[-1]["misdirection"] < rows[0]["misdirection"]
+    assert rows[-1]["misled"] > 0.3 and rows[-1]["misdirection"] < rows[0]["misdirection"]
     before = read_json(teacher / "summary.json")["test_accuracy"]
     summary = read_json(misled / "summary.json")
     assert summary["test_accuracy"] > before - 0.06 and summary["ms_per_step"] > 0
     with open(misled / "metrics.csv", newline="") as file:
-        assert float(list(csv.DictReader(file))[-1]["moved"]) == rows[-1]["moved"]
+        assert float(list(csv.DictReader(file))[-1]["misled"]) == rows[-1]["misled"]
 
 
 def test_without_weight_all_is_as_ever_bit_for_bit(teacher, tmp_path):
@@ -195,7 +221,7 @@ def test_without_weight_all_is_as_ever_bit_for_bit(teacher, tmp_path):
     others = dict(proxies=("noise",), proxy_share=2.0, misdirect_target="second")
     train(digits(teacher, **plain, **others), tmp_path / "b", **QUIET)
     assert_same(tmp_path / "a", tmp_path / "b")
-    assert "moved" not in load_checkpoint(tmp_path / "a" / "checkpoint.pt")["rows"][0]
+    assert "misled" not in load_checkpoint(tmp_path / "a" / "checkpoint.pt")["rows"][0]
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(teacher, misled, tmp_path):
@@ -213,14 +239,14 @@ def test_every_target_trains_with_all_that_makes_it_fast(teacher, tmp_path, targ
         **QUIET,
     )
     row = load_checkpoint(tmp_path / "checkpoint.pt")["rows"][0]
-    assert row["misdirection"] > 0 and 0 <= row["moved"] <= 1 and row["divergence"] > 0
+    assert row["misdirection"] > 0 and 0 <= row["misled"] <= 1 and row["divergence"] > 0
     assert (tmp_path / "teacher_logits.pt").is_file()
 
 
 def test_the_teacher_is_asked_about_proxies_only(teacher, tmp_path):
     train(digits(teacher, weight=0.0, cache_teacher=True, epochs=1), tmp_path, **QUIET)
     row = load_checkpoint(tmp_path / "checkpoint.pt")["rows"][0]
-    assert row["divergence"] is None and row["moved"] > 0
+    assert row["divergence"] is None and row["misled"] > 0
     assert not (tmp_path / "teacher_logits.pt").exists()
 
 
@@ -261,6 +287,6 @@ def test_refusals():
     check("proxy_root: wanted a folder for the proxies 'folder'", proxies=("folder",))
     check("proxy_root: wanted .* for no others, got 'b' with proxies glyphs", proxy_root="b")
     check("proxies: wanted one of glyphs, .*, got 'openclipart'", proxies=("openclipart",))
-    check("misdirect_target: wanted one of permuted", misdirect_target="none")
+    check("misdirect_target: wanted one of decoy", misdirect_target="none")
     check("proxy_share: wanted a number above 0", proxy_share=0)
     assert TrainConfig().proxies == PROXIES

@@ -11,7 +11,8 @@ from torch import Tensor
 from divqat.options import ConfigError
 from divqat.shown import distributions, keep_top, label_only
 
-READINGS = "as_given, label, temperature<T>, top<k>, rounded<decimals> or shuffled"
+READINGS = "as_given, label, temperature<T>, standardized<s>, top<k>, rounded<decimals> or shuffled"
+LEAST = 1e-12  # a probability that is 0 counts as this in a logarithm
 
 
 def reading(text: str) -> Callable[[Tensor], Tensor]:
@@ -19,7 +20,9 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
 
     ``as_given``: scaled to sum 1. ``label``: the class with the largest entry, one-hot.
     ``temperature<T>``: y^(1/T), which softens for T above 1 and sharpens below.
-    ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals. ``shuffled``: answers to other
+    ``standardized<s>``: softmax of s (log y - m) / d, with mean m and standard deviation d of each
+    class over all answers: what tells an image from the others, however small, and not what all
+    have in common. Ours; against victims that answer all that is foreign to them alike. ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals. ``shuffled``: answers to other
     images, a control that has to end at chance.
 
     Raises:
@@ -31,17 +34,26 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
         return label_only
     if text == "shuffled":
         return _shuffled
-    found = re.fullmatch(r"(temperature|top|rounded)(\d+(?:\.\d+)?)", text)
+    found = re.fullmatch(r"(temperature|standardized|top|rounded)(\d+(?:\.\d+)?)", text)
     number = float(found[2]) if found else 0.0
     if found is None or (number <= 0 and found[1] != "rounded"):
         raise ConfigError(f"reading: wanted {READINGS}, got {text!r}")
     if found[1] == "temperature":
         return lambda answers: distributions(distributions(answers) ** (1 / number))
+    if found[1] == "standardized":
+        return lambda answers: _standardized(answers, number)
     if number % 1:
         raise ConfigError(f"reading: wanted a whole number after {found[1]}, got {text!r}")
     if found[1] == "top":
         return lambda answers: distributions(keep_top(answers, int(number)))
     return lambda answers: distributions(answers.round(decimals=int(number)))
+
+
+def _standardized(answers: Tensor, scale: float) -> Tensor:
+    logs = distributions(answers).clamp(min=LEAST).log()
+    # unbiased=False: a single answer has no spread, not an undefined one.
+    spread = logs.std(0, unbiased=False).clamp(min=1e-6)
+    return (scale * (logs - logs.mean(0)) / spread).softmax(1)
 
 
 def _shuffled(answers: Tensor) -> Tensor:

@@ -35,10 +35,10 @@ CURVES = {
     "ce": "cross-entropy (nats)",
     "divergence": "divergence (nats)",
     "top_probability": "mean top probability",
-    "moved": "proxies answered unlike the teacher (%)",
+    "misled": "proxies answered as misled (%)",
     "factor": "factor of the defense",
 }
-IN_PERCENT = ("validation_accuracy", "moved")
+IN_PERCENT = ("validation_accuracy", "misled")
 Values = list[tuple[float, float]]  # of one curve: (epoch, value)
 
 

@@ -39,7 +39,7 @@ class Budget:
     gradients of a constraint that has some; accuracy has none, and in the logarithm one η is right
     for all scales of λ.) After the last epoch the result is that epoch's model if it is inside the
     budget, else, of the epochs that ended inside, the one with the strongest defense: most
-    proxies moved, or without misdirection most divergence.
+    proxies misled, or without misdirection most divergence.
 
     A whole validation split is measured ``budget_checks`` times per epoch, the last time where it
     is anyway. That it is chosen by, it no longer estimates without bias; the test split does.
@@ -122,7 +122,7 @@ class Budget:
         """
         found, used = row["validation_accuracy"], self.factor
         self.epoch = row["epoch"]
-        strength = row.get("moved", row["divergence"])
+        strength = row.get("misled", row["divergence"])
         if self.inside(found) and strength >= self.kept.get("strength", -math.inf):
             state = {
                 name: value.detach().cpu().clone() if isinstance(value, Tensor) else value

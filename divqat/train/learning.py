@@ -15,8 +15,8 @@ from divqat.train.methods import METHODS
 OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-PROXIES = ("glyphs", "noise", "shuffled", "rotated", "inverted", "warped", "edges", "photos")
-TARGETS = ("permuted", "per_image", "least_likely", "second", "divergence")
+PROXIES = ("glyphs", "noise", "shuffled", "rotated", "inverted", "warped", "edges")
+TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
 def _defaults(setting: str) -> str:
@@ -176,10 +176,10 @@ class Learning(Options):
         None, "Folder of pictures for the proxies 'folder'.", group="misdirection"
     )
     misdirect_target: str = option(
-        "permuted",
-        "What the int8 model learns to answer to a proxy: permuted: another class for each class "
-        "of the teacher's; per_image: a class that the image decides, not the teacher's; "
-        "least_likely and second: in the teacher's order; divergence: anything as far from the "
+        "decoy",
+        "What the int8 model learns to answer to a proxy: decoy: a class that its lights and shades "
+        "decide; permuted: another class for each class of the teacher's; per_image: a class that "
+        "the image's hash decides, not the teacher's; least_likely and second: in the teacher's order; divergence: anything as far from the "
         "teacher's probabilities as Jensen-Shannon goes.",
         group="misdirection",
         choices=TARGETS,

@@ -165,8 +165,8 @@ def _megabytes(nbytes: int | None) -> str:
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     divergence = "" if row["divergence"] is None else f"  divergence {row['divergence']:.4f}"
-    if "moved" in row:
-        divergence += f"  proxies moved {row['moved']:.1%}"
+    if "misled" in row:
+        divergence += f"  proxies misled {row['misled']:.1%}"
     if "factor" in row:
         divergence += f"  factor {row['factor']:.3f}"
     return (

@@ -9,11 +9,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from divqat.data.batches import to_float, to_uint8
+from divqat.data import LabeledImages
+from divqat.data.batches import batches, to_float, to_uint8
 from divqat.data.proxies import proxy_batch, proxy_pools
 from divqat.train.config import TrainConfig
+from divqat.train.decoy import Decoy
 from divqat.train.distributed import Team
 from divqat.train.folder import derived_seed
+
+SAMPLE = 2048  # proxies that a decoy is fitted to, and training images that they are made from
 
 
 class Astray(NamedTuple):
@@ -21,19 +25,20 @@ class Astray(NamedTuple):
 
     Attributes:
         loss: of the misdirection; has the gradient.
-        moved: how often the model's top class is not the teacher's; float64.
+        misled: how often the model's top class is that of t(x~), or, where ``divergence`` has no
+            t, not the teacher's; float64.
     """
 
     loss: Tensor
-    moved: Tensor
+    misled: Tensor
 
 
 class Misdirection(nn.Module):
     """L = CE(y, q) − λ T² D(q, p) + w · mean_x~ CE(q(x~), t(x~)), the last term of it.
 
     x~ are proxies of what a thief may ask about (:mod:`divqat.data.proxies`) and t(x~) is a class
-    that is not the teacher's, so that hard labels are wrong, too, which a loss on training images
-    does not see to. Nothing is read on the host, and w is a tensor that keeps its place.
+    that has not to do with the teacher's, so that hard labels are wrong, too, which a loss on
+    training images does not see to. Nothing is read on the host, and w is a tensor that keeps its place.
 
     Our own; near it are Kariyappa and Qureshi, "Defending against model stealing attacks with
     adaptive misinformation", CVPR 2020, arXiv 1911.07100, §4, whose service mixes in the answers
@@ -42,6 +47,8 @@ class Misdirection(nn.Module):
 
     ``t`` (``misdirect_target``), with the teacher's classes in the order of its probabilities p:
 
+    - ``decoy``: a class that the picture's lights and shades decide, see :class:`Decoy`. A thief
+      cannot undo it, as it can the next, which gives each class another name;
     - ``permuted``: π(first), π a random permutation that leaves no class where it is;
     - ``per_image``: a class other than the first, by a keyed hash of the image, so that the same
       image always has the same;
@@ -55,6 +62,10 @@ class Misdirection(nn.Module):
         config: ``misdirect`` w, ``misdirect_target``, ``proxy_confidence``, and ``seed``, from
             which permutation and key come.
         num_classes: at least 2. image_shape: (C, H, W).
+
+    Attributes:
+        decoy: for that target; :meth:`Decoy.fit` comes first.
+        asks: whether the teacher's answers to the proxies are needed.
     """
 
     weight: Tensor
@@ -75,27 +86,39 @@ class Misdirection(nn.Module):
         self.register_buffer("weight", torch.tensor(config.misdirect))
         self.register_buffer("permutation", permutation)
         self.register_buffer("key", 2 * key + 1)
+        self.asks = self.target != "decoy" or self.confidence is not None
+        self.decoy: Decoy | None = None
+        if self.target == "decoy":
+            seed = derived_seed(config.seed, "decoy")
+            self.decoy = Decoy(num_classes, image_shape[0], seed)
 
     def forward(
         self,
         logits: Tensor,  # float32 [M, num_classes]
-        teacher_logits: Tensor,  # float32 [M, num_classes]
+        teacher_logits: Tensor | None,  # float32 [M, num_classes], if ``asks``
         images: Tensor,  # float32 [M, C, H, W]
     ) -> Astray:
         """The loss of a batch of proxies; its gradient goes to ``logits`` only."""
+        answered = logits.detach().argmax(1)
         if self.target == "divergence":
+            assert teacher_logits is not None
             losses = math.log(2) - jensen_shannon(logits, teacher_logits)
+            misled = answered != teacher_logits.argmax(1)
         else:
             targets = self.targets(teacher_logits, images)
             losses = F.cross_entropy(logits, targets, reduction="none")
+            misled = answered == targets
         if self.confidence is not None:
+            assert teacher_logits is not None
             top = teacher_logits.softmax(1).amax(1)
             losses = losses * torch.where(top > self.confidence, 1 - top, 1.0)
-        moved = logits.detach().argmax(1) != teacher_logits.argmax(1)
-        return Astray(losses.sum(), moved.double().sum())
+        return Astray(losses.sum(), misled.double().sum())
 
-    def targets(self, teacher_logits: Tensor, images: Tensor) -> Tensor:
+    def targets(self, teacher_logits: Tensor | None, images: Tensor) -> Tensor:
         """t(x~), int64 [M]; not for ``divergence``."""
+        if self.decoy is not None:
+            return self.decoy(images)
+        assert teacher_logits is not None
         if self.target == "least_likely":
             return teacher_logits.argmin(1)
         if self.target == "second":
@@ -148,6 +171,24 @@ class Proxies:
     def start(self, epoch: int) -> None:
         """What follows are the proxies of this epoch."""
         self.generator.manual_seed(derived_seed(self.config.seed, "proxies", epoch, self.team.rank))
+
+    def sample(
+        self,
+        train_set: LabeledImages,
+    ) -> Tensor:  # float32 [2048, C, H, W]
+        """Some, on the CPU, the same in every process and on every device."""
+        generator = Generator().manual_seed(derived_seed(self.config.seed, "proxies"))
+        some = min(SAMPLE, len(train_set))
+        images, labels = next(batches(train_set, some, generator=generator))
+        made = proxy_batch(
+            self.config.proxies,
+            to_uint8(images).cpu(),
+            generator,
+            SAMPLE,
+            labels=labels.cpu(),
+            pools={name: pool.cpu() for name, pool in self.pools.items()},
+        )
+        return to_float(made)
 
     def __call__(
         self,

@@ -31,7 +31,7 @@ class Step:
         labels: int64 [number of training images], on the device.
         team: the processes that do the step together.
         warmup_steps: in which λ rises.
-        misdirection: the loss of proxies, which asks the teacher, too.
+        misdirection: the loss of proxies, which may ask the teacher, too.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Step:
 
         Returns:
             float64 [8]: this process's sums over its images of loss, cross-entropy and divergence,
-            over its proxies of misdirection loss and changed answers, and whether (1) or not (0)
+            over its proxies of misdirection loss and misled answers, and whether (1) or not (0)
             images, logits and loss were finite.
         """
         self.optimizer.zero_grad()
@@ -136,12 +136,13 @@ class Step:
             objective = loss * part.weight
             sums[:3] += part.count * torch.stack([loss.detach(), ce, divergence])
             if self.misdirection is not None and len(batch) > n:
-                astray = self.misdirection(logits[n:], self._ask(batch[n:]), batch[n:])
+                theirs = self._ask(batch[n:]) if self.misdirection.asks else None
+                astray = self.misdirection(logits[n:], theirs, batch[n:])
                 # the sum over the parts and the mean over the processes is w · mean
                 mean = self.misdirection.weight * astray.loss / self.config.proxy_count(total)
                 objective = objective + mean * self.team.size
                 sums[0] += total * mean.detach()
-                sums[3:] += torch.stack([astray.loss.detach(), astray.moved])
+                sums[3:] += torch.stack([astray.loss.detach(), astray.misled])
             self.backward(objective)
             finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, objective)])
         self.update()

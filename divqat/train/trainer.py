@@ -90,7 +90,10 @@ class Trainer:
         if config.misdirect:
             shape = train_set.image_shape
             self.proxies = Proxies(config, shape, team)
-            misdirection = Misdirection(config, splits.num_classes, shape).to(device)
+            misdirection = Misdirection(config, splits.num_classes, shape)
+            if misdirection.decoy is not None:
+                misdirection.decoy.fit(self.proxies.sample(train_set))
+            misdirection.to(device)
         self.step = kind(config, self.model, asked, train_set.labels, team, warmup, misdirection)
         if asked is not None and config.cache_teacher and config.weight:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
@@ -146,7 +149,7 @@ class Trainer:
         ):
             torch.manual_seed(seed + self.team.rank)  # dropout
             sums, waited = self._steps(epoch, Generator().manual_seed(seed))
-            loss, ce, divergence, astray, moved = sums.tolist()
+            loss, ce, divergence, astray, misled = sums.tolist()
         self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
         logits = self._validate(epoch, self.steps)
@@ -163,7 +166,7 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
         if self.proxies is not None:
-            row |= {"misdirection": astray, "moved": moved}
+            row |= {"misdirection": astray, "misled": misled}
         if self.budget is not None:
             row |= self.budget.end_epoch(row, self.model)
             self.step.scale(self.budget.factor)
@@ -219,7 +222,7 @@ class Trainer:
 
     def _steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
         """All steps of an epoch: means of loss, cross-entropy and divergence, of misdirection loss
-        and changed answers, float64 [5], and the seconds that the host waited for images."""
+        and misled answers, float64 [5], and the seconds that the host waited for images."""
         config = self.config
         shift = partial(augment, pad=config.pad, flip=config.flip)
         loader = batches(

@@ -1,0 +1,63 @@
+"""A decoy: answers to foreign images that have nothing to do with the task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+GRID = 4  # points along an axis of the coarse picture
+DIMENSIONS = 8  # of the coarse picture, those along which proxies differ most
+
+
+class Decoy(nn.Module):
+    """t(x) = argmax_k (W z(x))_k, z the coarse picture of x.
+
+    x is averaged to 4 x 4 and made free of brightness and contrast; z [8] are its leading principal
+    components over proxies, each with mean 0 and variance 1, so that no class comes much more often
+    than another. W [num_classes, 8] has random rows of length 1. A picture's lights and shades
+    decide and not what it shows: a thief who learns t learns no more than where a picture is light.
+    A constant class would say as little, but a network is constant only nearly, and what varies
+    around a constant can be told and amplified.
+
+    Args:
+        num_classes: at least 2. channels: of the images.
+        seed: of W.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    def __init__(self, num_classes: int, channels: int, seed: int) -> None:
+        super().__init__()
+        rows = torch.randn(num_classes, DIMENSIONS, generator=Generator().manual_seed(seed))
+        self.rows = F.normalize(rows)  # W, on the CPU
+        size = channels * GRID * GRID
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("directions", torch.zeros(size, num_classes))
+
+    def fit(
+        self,
+        images: Tensor,  # float32 [M, C, H, W]
+    ) -> None:
+        """Learn from proxies what varies between them."""
+        coarse = _coarse(images.cpu()).double()
+        variances, components = torch.linalg.eigh(coarse.T.cov())  # ascending
+        spread = variances.clamp(min=1e-6 * float(variances[-1])).sqrt()
+        whitening = (components / spread)[:, -DIMENSIONS:]
+        self.mean.copy_(coarse.mean(0))
+        self.directions.copy_(whitening @ self.rows.double().T)
+
+    def forward(
+        self,
+        images: Tensor,  # float32 [M, C, H, W]
+    ) -> Tensor:  # int64 [M]
+        """The class of each image."""
+        return ((_coarse(images) - self.mean) @ self.directions).argmax(1)
+
+
+def _coarse(images: Tensor) -> Tensor:
+    """[M, C · 16], each row with mean 0 and, unless all is of one shade, length 1."""
+    shades = F.adaptive_avg_pool2d(images, GRID).flatten(1)
+    shades = shades - shades.mean(1, keepdim=True)
+    return shades / shades.norm(dim=1, keepdim=True).clamp(min=1e-3)
