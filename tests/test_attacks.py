@@ -256,6 +256,11 @@ ANSWERS = torch.tensor([[0.64, 0.04, 0.16, 0.16], [0.1, 0.7, 0.2, 0.0]])
         ("as_given", [[0.64, 0.04, 0.16, 0.16], [0.1, 0.7, 0.2, 0.0]]),
         ("label", [[1, 0, 0, 0], [0, 1, 0, 0]]),
         ("temperature2", [[8 / 18, 2 / 18, 4 / 18, 4 / 18], None]),
+        # of two answers the larger is one standard deviation above the mean, in each class
+        (
+            "standardized1",
+            [[0.440399, 0.059601, 0.059601, 0.440399], [0.059601, 0.440399, 0.440399, 0.059601]],
+        ),
         ("top2", [[0.8, 0, 0.2, 0], [0, 7 / 9, 2 / 9, 0]]),
         ("rounded1", [[0.6, 0, 0.2, 0.2], [0.1, 0.7, 0.2, 0.0]]),
         ("rounded0", [[1, 0, 0, 0], [0, 1, 0, 0]]),
@@ -269,7 +274,9 @@ def test_readings(text, wanted):
             torch.testing.assert_close(row, torch.tensor(values, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("text", ["labels", "top", "top0", "top1.5", "temperature0", "rounded0.5"])
+@pytest.mark.parametrize(
+    "text", ["labels", "top", "top0", "top1.5", "temperature0", "standardized0", "rounded0.5"]
+)
 def test_unknown_reading(text):
     with pytest.raises(ValueError, match="reading: wanted"):
         KnockoffNets(reading=text)

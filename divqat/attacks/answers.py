@@ -22,7 +22,8 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
     ``temperature<T>``: y^(1/T), which softens for T above 1 and sharpens below.
     ``standardized<s>``: softmax of s (log y - m) / d, with mean m and standard deviation d of each
     class over all answers: what tells an image from the others, however small, and not what all
-    have in common. Ours; against victims that answer all that is foreign to them alike. ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals. ``shuffled``: answers to other
+    have in common. Ours; against victims that answer all that is foreign to them alike.
+    ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals. ``shuffled``: answers to other
     images, a control that has to end at chance.
 
     Raises:

@@ -38,7 +38,8 @@ class Misdirection(nn.Module):
 
     x~ are proxies of what a thief may ask about (:mod:`divqat.data.proxies`) and t(x~) is a class
     that has not to do with the teacher's, so that hard labels are wrong, too, which a loss on
-    training images does not see to. Nothing is read on the host, and w is a tensor that keeps its place.
+    training images does not see to. Nothing is read on the host, and w is a tensor that keeps its
+    place.
 
     Our own; near it are Kariyappa and Qureshi, "Defending against model stealing attacks with
     adaptive misinformation", CVPR 2020, arXiv 1911.07100, §4, whose service mixes in the answers
