@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from divqat.options import option
 from divqat.quantize.config import PRESETS
 from divqat.train import checks
-from divqat.train.learning import LR_SCALING, Learning
+from divqat.train.learning import LR_SCALING, MISDIRECT, Learning
 from divqat.train.methods import METHODS, Method
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -95,11 +95,16 @@ class TrainConfig(Learning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("weight", "direction"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(self.kind, name))
+        budgeted = self.method == "divqat" and self.accuracy_budget is not None
+        self._settle("misdirect", MISDIRECT if budgeted else 0.0)
+        self._settle("weight", 0.0 if self.misdirect else self.kind.weight)
+        self._settle("direction", self.kind.direction)
         checks.check_settings(self)
         self.check_team(1)
+
+    def _settle(self, name: str, value: float | str) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     @property
     def kind(self) -> Method:

@@ -16,6 +16,7 @@ OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 PROXIES = ("glyphs", "noise", "shuffled", "rotated", "inverted", "warped", "edges")
+MISDIRECT = 0.4  # with an accuracy budget, which scales it
 TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
@@ -131,7 +132,7 @@ class Learning(Options):
 
     weight: float | None = option(
         None, "λ, how strongly the teacher's answers push (divqat, nasty) or pull (kd-qat); 0 is "
-        f"plain qat or fp. None: {_defaults('weight')}.",
+        f"plain qat or fp. None: {_defaults('weight')}, or 0 with misdirect.",
         group="divergence loss", least=0,
     )  # fmt: skip
     temperature: float = option(
@@ -159,9 +160,9 @@ class Learning(Options):
         0.0, "Epochs in which λ rises from 0.", group="divergence loss", least=0
     )
 
-    misdirect: float = option(
-        0.0, "Weight of the misdirection: on proxies of a thief's images the int8 model learns to "
-        "answer unlike the teacher; 0: none.",
+    misdirect: float | None = option(
+        None, "Weight of the misdirection: on proxies of a thief's images the int8 model learns to "
+        f"answer unlike the teacher; 0: none. None: {MISDIRECT} with an accuracy budget, else 0.",
         group="misdirection", least=0,
     )  # fmt: skip
     proxies: tuple[str, ...] = option(

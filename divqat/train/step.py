@@ -70,7 +70,7 @@ class Step:
         if self.loss is not None:
             self.loss.set_weight(self.config.kind.sign * factor * float(self.config.weight or 0))
         if self.misdirection is not None:
-            self.misdirection.weight.fill_(factor * self.config.misdirect)
+            self.misdirection.weight.fill_(factor * float(self.config.misdirect or 0))
 
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
