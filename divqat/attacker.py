@@ -9,6 +9,8 @@ from torch import Tensor
 from divqat.data import Splits, transfer_names, transfer_set
 from divqat.options import Options, option
 
+OWN = "own"  # not a transfer set: it comes with the victim's data
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attacker(Options):
@@ -20,9 +22,10 @@ class Attacker(Options):
 
     query_set: str = option(
         "photos",
-        "Images that the attacker asks about.",
+        f"Images that the attacker asks about; {OWN}: the victim's validation split, for a thief "
+        "who has images of the victim's kind without labels.",
         group="attacker",
-        choices=transfer_names(),
+        choices=(*transfer_names(), OWN),
     )
     query_root: str | None = option(
         None, "Folder with these images, where they are not found by themselves.", group="attacker"
@@ -37,6 +40,8 @@ class Attacker(Options):
 
     def load_queries(self, splits: Splits, limit: int | None) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""
+        if self.query_set == OWN:
+            return splits.validation.subset(slice(limit)).images
         return transfer_set(
             self.query_set,
             channels=splits.channels,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,10 @@ def test_killed_evaluation_goes_on_to_the_same_result(done, tmp_path):
         [{**cell.__dict__, "seconds": 0} for cell in some.cells] for some in (again, result)
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_thief_may_ask_about_the_victims_own_kind():
+    splits = toy_splits()
+    grid = Grid(query_set="own", query_limit=30)
+    assert torch.equal(grid.queries(splits), splits.validation.images[:30])
+    assert len(replace(grid, query_limit=None).queries(splits)) == len(splits.validation)
