@@ -17,7 +17,7 @@ from divqat.train import TrainConfig, graph, load_run, loop, train, trainer
 from divqat.train.budget import FLOOR, START, Budget
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
-STRONG = dict(method="divqat", weight=0.6)
+STRONG = dict(method="divqat", weight=0.6, misdirect=0.0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -98,15 +98,18 @@ def test_what_is_expected_is_the_references_course():
 
 
 def test_measurements_are_spread_over_the_epoch():
-    def due(checks, steps):
+    def due(checks, steps, epoch=3):  # of 4
         one = budget(checks=checks)
-        return [step for step in range(1, steps + 1) if one.due(step, steps)]
+        return [step for step in range(1, steps + 1) if one.due(epoch, step, steps)]
 
     assert due(4, 20) == [5, 10, 15]
     assert due(4, 10) == [3, 5, 8]
     assert due(1, 10) == []
     assert due(4, 1) == []
     assert due(9, 3) == [1, 2]
+    assert due(4, 20, epoch=2) == []  # the first half
+    one = budget(epochs=1)
+    assert [step for step in range(1, 21) if one.due(1, step, 20)] == [15]
 
 
 def test_the_strongest_epoch_inside_is_the_result():
@@ -195,10 +198,10 @@ def test_both_weights_are_scaled(teacher, qat, tmp_path, monkeypatch):
     config = settings(teacher, qat, epochs=1, misdirect=2.0, proxies=("noise",), reference=None)
     lines = []
     train(config, tmp_path, log=lines.append)
-    assert len(seen) == 5 and seen[0][0] == START  # the start, three checks, the epoch's end
+    assert len(seen) == 3 and seen[0][0] == START  # the start, one check, the epoch's end
     for factor, weight, misdirect in seen:
         assert (weight, misdirect) == pytest.approx((0.6 * factor, 2 * factor))
-    assert f"factor {seen[3][0]:.3f}" in lines[0]
+    assert f"factor {seen[1][0]:.3f}" in lines[0]
     summary = read_json(tmp_path / "summary.json")
     before = read_json(teacher / "summary.json")["validation_accuracy"]
     assert summary["budget"]["reference"] == before  # without a reference, the teacher's

@@ -20,6 +20,8 @@ FLOOR = 0.01  # from here to 1 it takes ten checks at least
 # Where it begins: at 1, with a high learning rate, a network can be lost before the first check,
 # and a factor that falls afterwards does not bring it back.
 START = 0.1
+# Steered after this part of the training: before, a high learning rate costs more than the defense.
+BEGIN = 0.5
 
 
 class Budget:
@@ -28,12 +30,13 @@ class Budget:
     The problem is: protect most, subject to A_ref − A <= b, with A the accuracy on the validation
     split and A_ref that of the reference, in points. Its Lagrangian is
     −protection + μ · (A_ref − A − b), and f = 1 / μ is what scales the protection against the task.
-    Ascent on log μ, after every measurement:
+    Ascent on log μ, after every measurement in the second half of the training:
 
         log f ← clip(log f − η · clip((A_ref(t) − A − ½ b) / b, −1, 2), log 0.01, 0)
 
     A_ref(t) is what plain QAT had at the same part of its training, at most what it ended with: at
-    a high learning rate it, too, is worse than its teacher, and that is not the defense's cost.
+    a high learning rate it, too, is worse than its teacher, and that is not the defense's cost. In
+    the first half f stays at 0.1.
 
     (Platt and Barr, "Constrained differential optimization", NIPS 1987, there ascent on μ, by
     gradients of a constraint that has some; accuracy has none, and in the logarithm one η is right
@@ -41,8 +44,9 @@ class Budget:
     budget, else, of the epochs that ended inside, the one with the strongest defense: most
     proxies misled, or without misdirection most divergence.
 
-    A whole validation split is measured ``budget_checks`` times per epoch, the last time where it
-    is anyway. That it is chosen by, it no longer estimates without bias; the test split does.
+    A whole validation split is measured ``budget_checks`` times per epoch of that half, the last
+    time where it is anyway. What it has chosen, it no longer estimates without bias; the test split
+    does.
 
     Args:
         points: b, above 0.
@@ -98,10 +102,16 @@ class Budget:
     def inside(self, accuracy: float) -> bool:
         return self.below(accuracy) <= self.points + 1e-9  # rounding of the difference
 
-    def due(self, step: int, steps: int) -> bool:
-        """Whether to measure after this step, from 1, of an epoch of so many. Not after the last:
-        the epoch ends with a measurement."""
-        return step < steps and step * self.checks // steps > (step - 1) * self.checks // steps
+    def begun(self, epoch: float) -> bool:
+        """Whether it is steered after so many epochs."""
+        return epoch > BEGIN * self.epochs
+
+    def due(self, epoch: int, step: int, steps: int) -> bool:
+        """Whether to measure after this step, from 1, of an epoch, from 1, of so many. Not after
+        the last: the epoch ends with a measurement."""
+        if step == steps or not self.begun(epoch - 1 + step / steps):
+            return False
+        return step * self.checks // steps > (step - 1) * self.checks // steps
 
     def steer(self, accuracy: float, epoch: float) -> float:
         """The factor from now on; ``epoch`` as in :meth:`expected`."""
@@ -129,7 +139,8 @@ class Budget:
                 for name, value in model.state_dict().items()
             }
             self.kept = {"epoch": self.epoch, "strength": strength, "model": state}
-        self.steer(found, self.epoch)
+        if self.begun(self.epoch):
+            self.steer(found, self.epoch)
         return {"factor": used, "points_below": self.below(found)}
 
     def choose(self, row: dict[str, Any], model: nn.Module) -> None:

@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 PROXIES = ("glyphs", "noise", "shuffled", "rotated", "inverted", "warped", "edges")
-MISDIRECT = 0.4  # with an accuracy budget, which scales it
+MISDIRECT = 1.0  # with an accuracy budget, which scales it
 TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
@@ -202,7 +202,7 @@ class Learning(Options):
         group="accuracy budget",
     )  # fmt: skip
     budget_checks: int = option(
-        4, "Measurements per epoch to steer by, each but the last of an epoch a forward pass over "
-        "the validation images besides.",
+        4, "Measurements per epoch of the second half to steer by, each but the last of an epoch a "
+        "forward pass over the validation images besides.",
         group="accuracy budget", least=1,
     )  # fmt: skip

@@ -267,7 +267,7 @@ class Trainer:
                 # Of all processes: they stop together, with one error, and nobody waits.
                 check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
-            if self.budget is not None and self.budget.due(step, self.steps):
+            if self.budget is not None and self.budget.due(epoch, step, self.steps):
                 self._steer(self.budget, epoch, step)
             ready = time.perf_counter()
         sums = self.team.reduce(sums)
