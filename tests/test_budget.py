@@ -15,6 +15,7 @@ from divqat.nn import DivQATLoss
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, graph, load_run, loop, train, trainer
 from divqat.train.budget import FLOOR, START, Budget
+from divqat.train.learning import MISDIRECT
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
 STRONG = dict(method="divqat", weight=0.6, misdirect=0.0)
@@ -198,10 +199,10 @@ def test_both_weights_are_scaled(teacher, qat, tmp_path, monkeypatch):
     config = settings(teacher, qat, epochs=1, misdirect=2.0, proxies=("noise",), reference=None)
     lines = []
     train(config, tmp_path, log=lines.append)
-    assert len(seen) == 3 and seen[0][0] == START  # the start, one check, the epoch's end
+    assert len(seen) == 4 and seen[0][0] == START  # the start, two checks, the epoch's end
     for factor, weight, misdirect in seen:
         assert (weight, misdirect) == pytest.approx((0.6 * factor, 2 * factor))
-    assert f"factor {seen[1][0]:.3f}" in lines[0]
+    assert f"factor {seen[2][0]:.3f}" in lines[0]
     summary = read_json(tmp_path / "summary.json")
     before = read_json(teacher / "summary.json")["validation_accuracy"]
     assert summary["budget"]["reference"] == before  # without a reference, the teacher's
@@ -216,6 +217,18 @@ def test_a_budget_that_is_not_kept_is_told(teacher, tmp_path):
     assert lines[-1] == f"warning: {warning}"
 
 
+def test_a_budget_brings_the_misdirection_that_it_bounds():
+    def weights(**changes):
+        config = TrainConfig(**{"method": "divqat", "teacher": "a", **changes})
+        return config.weight, config.misdirect
+
+    assert weights() == (0.15, 0)
+    assert weights(misdirect=0.3) == (0, 0.3)
+    assert weights(accuracy_budget=1.0) == (0, MISDIRECT)
+    assert weights(accuracy_budget=1.0, misdirect=0.0) == (0.15, 0)
+    assert weights(accuracy_budget=1.0, weight=0.04) == (0.04, MISDIRECT)
+
+
 def test_refusals(teacher, qat, tmp_path):
     def check(message, **changes):
         with pytest.raises(ConfigError, match=message):
@@ -223,7 +236,8 @@ def test_refusals(teacher, qat, tmp_path):
 
     wanted = "accuracy_budget: wanted method divqat with weight or misdirect above 0, got method "
     check(f"{wanted}qat", method="qat", accuracy_budget=1.0)
-    check(f"{wanted}divqat, weight = 0, misdirect = 0", weight=0.0, accuracy_budget=1.0)
+    neither = dict(weight=0.0, misdirect=0.0)
+    check(f"{wanted}divqat, weight = 0, misdirect = 0", **neither, accuracy_budget=1.0)
     check("accuracy_budget: wanted a number above 0", accuracy_budget=0.0)
     check("reference: wanted none without accuracy_budget, got 'b'", reference="b")
     with pytest.raises(ValueError, match="reference: wanted a training with method = qat, got fp"):
