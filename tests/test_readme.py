@@ -13,7 +13,12 @@ from divqat.cli import _parser
 from divqat.defenses import DEFENSES
 from divqat.evaluate import Result, results_table
 from divqat.evaluate.grid import Evaluation
-from divqat.evaluate.grid.tables import budgets_table, defenses_table
+from divqat.evaluate.grid.tables import (
+    attacks_table,
+    budgets_table,
+    defenses_table,
+    side_effects_table,
+)
 from divqat.job import Job
 from divqat.models import build
 from divqat.study import Study
@@ -93,11 +98,13 @@ def test_every_attack_and_defense_is_described():
 
 
 def test_the_studies_are_those_of_the_committed_results():
-    for name, table in {
-        "attacks": lambda result: budgets_table(result, "qat"),
-        "data-free": lambda result: budgets_table(result, "qat"),
-        "defenses": defenses_table,
+    for name, tables in {
+        "attacks": [lambda result: budgets_table(result, "qat")],
+        "data-free": [lambda result: budgets_table(result, "qat")],
+        "defenses": [defenses_table],
+        "misdirection": [attacks_table, side_effects_table],
     }.items():
         result = Evaluation.load(RESULTS / name / "evaluation.json")
-        assert table(result).markdown() in README, f"paste the table of {name} into README.md"
+        for table in tables:
+            assert table(result).markdown() in README, f"paste the table of {name} into README.md"
         assert result.command in README
