@@ -16,6 +16,7 @@ from divqat.attacks.partial_bayes import PartialBayes
 from divqat.attacks.relabel import Relabel
 from divqat.attacks.s4l import S4L
 from divqat.attacks.selective import Selective
+from divqat.attacks.sift import Sift
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
 
@@ -28,6 +29,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "s4l": S4L,
     "skeptical": SkepticalStudent,
     "selective": Selective,
+    "sift": Sift,
     "relabel": Relabel,
     "fine-tune": FineTune,
     "labeled-only": LabeledOnly,
@@ -60,6 +62,7 @@ __all__ = [
     "PartialBayes",
     "Relabel",
     "Selective",
+    "Sift",
     "SkepticalStudent",
     "Smoothing",
 ]

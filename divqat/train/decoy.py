@@ -41,11 +41,11 @@ class Decoy(nn.Module):
         images: Tensor,  # float32 [M, C, H, W]
     ) -> None:
         """Learn from proxies what varies between them."""
-        coarse = _coarse(images.cpu()).double()
-        variances, components = torch.linalg.eigh(coarse.T.cov())  # ascending
+        shades = coarse(images.cpu()).double()
+        variances, components = torch.linalg.eigh(shades.T.cov())  # ascending
         spread = variances.clamp(min=1e-6 * float(variances[-1])).sqrt()
         whitening = (components / spread)[:, -DIMENSIONS:]
-        self.mean.copy_(coarse.mean(0))
+        self.mean.copy_(shades.mean(0))
         self.directions.copy_(whitening @ self.rows.double().T)
 
     def forward(
@@ -53,11 +53,13 @@ class Decoy(nn.Module):
         images: Tensor,  # float32 [M, C, H, W]
     ) -> Tensor:  # int64 [M]
         """The class of each image."""
-        return ((_coarse(images) - self.mean) @ self.directions).argmax(1)
+        return ((coarse(images) - self.mean) @ self.directions).argmax(1)
 
 
-def _coarse(images: Tensor) -> Tensor:
-    """[M, C · 16], each row with mean 0 and, unless all is of one shade, length 1."""
+def coarse(
+    images: Tensor,  # float32 [M, C, H, W]
+) -> Tensor:  # [M, C · 16]
+    """Images of 4 x 4, flat; each row with mean 0 and, unless all is of one shade, length 1."""
     shades = F.adaptive_avg_pool2d(images, GRID).flatten(1)
     shades = shades - shades.mean(1, keepdim=True)
     return shades / shades.norm(dim=1, keepdim=True).clamp(min=1e-3)
