@@ -15,7 +15,7 @@ from divqat.data.batches import to_float
 from divqat.data.proxies import NAMES
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
-from divqat.train import TrainConfig, graph, loop, step, train, trainer
+from divqat.train import TrainConfig, graph, load_run, loop, step, train, trainer
 from divqat.train.decoy import Decoy
 from divqat.train.distributed import Team
 from divqat.train.learning import PROXIES, TARGETS
@@ -73,7 +73,7 @@ def test_a_decoy_tells_where_a_picture_is_light_and_each_class_as_often():
     generator = torch.Generator().manual_seed(0)
     images = to_float(torch.randint(256, (4000, 3, 9, 12), generator=generator).to(torch.uint8))
     decoy = Decoy(5, 3, seed=1)
-    decoy.fit(images)
+    decoy.fit(images.split(1000))
     found = decoy(images)
     # the coarse pictures by hand; z has covariance 1, so W z has W W^T, whatever the signs in z
     coarse = F.adaptive_avg_pool2d(images.double(), 4).flatten(1)
@@ -88,8 +88,24 @@ def test_a_decoy_tells_where_a_picture_is_light_and_each_class_as_often():
     darker = to_float(((images + 1) * 50).to(torch.uint8))  # of 100 shades, without bright ones
     assert (decoy(darker) == found).double().mean() > 0.9
     other = Decoy(5, 3, seed=2)
-    other.fit(images)
+    other.fit([images])
     assert (other(images) == found).double().mean() < 0.5
+
+
+@pytest.mark.parametrize(("bytes_at_once", "parts"), [(2**26, 1), (4 * 64 * 700, 2)])
+def test_a_decoy_sees_proxies_of_all_kinds_alike_on_every_machine(
+    teacher, monkeypatch, bytes_at_once, parts
+):
+    monkeypatch.setattr("divqat.train.misdirection.SAMPLE_BYTES", bytes_at_once)
+    train_set = load_run(teacher).splits().train
+    found = []
+    for rank in range(2):
+        team = Alone(rank, 2)
+        proxies = Proxies(digits(teacher), train_set.image_shape, team)
+        found.append(list(proxies.sample(train_set)))
+    assert len(found[0]) == parts and sum(map(len, found[0])) >= 1400
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and one.device.type == "cpu"
 
 
 def test_the_class_of_an_image_is_its_own_and_never_the_teachers():

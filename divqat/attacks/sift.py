@@ -25,8 +25,8 @@ class Sift(KnockoffNets):
 
     Ours, against :class:`divqat.train.decoy.Decoy`, by a thief who knows how it works and not its
     seed: a multinomial regression on the coarse pictures learns the decoy from all answers, and
-    those stay that it gives the lowest probability. An undefended victim loses little by it but
-    queries. Every query is asked and counted; the :class:`Extraction` has all of them.
+    those stay that it gives the lowest probability. Against an undefended victim it makes a worse
+    clone than all answers do. Every query is asked and counted; the :class:`Extraction` has all.
 
     Args:
         keep: this share of the queries, rounded, at least one.

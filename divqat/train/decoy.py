@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -38,10 +40,10 @@ class Decoy(nn.Module):
 
     def fit(
         self,
-        images: Tensor,  # float32 [M, C, H, W]
+        parts: Iterable[Tensor],  # float32 [M, C, H, W] each
     ) -> None:
-        """Learn from proxies what varies between them."""
-        shades = coarse(images.cpu()).double()
+        """Learn from proxies, on the CPU, what varies between them."""
+        shades = torch.cat([coarse(images) for images in parts]).double()
         variances, components = torch.linalg.eigh(shades.T.cov())  # ascending
         spread = variances.clamp(min=1e-6 * float(variances[-1])).sqrt()
         whitening = (components / spread)[:, -DIMENSIONS:]

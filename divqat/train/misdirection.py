@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,9 @@ from divqat.train.decoy import Decoy
 from divqat.train.distributed import Team
 from divqat.train.folder import derived_seed
 
-SAMPLE = 2048  # proxies that a decoy is fitted to, and training images that they are made from
+# Proxies that a decoy is fitted to, as many as the training images that they are made from; large
+# ones in parts of so many bytes.
+SAMPLE, SAMPLE_BYTES = 2048, 2**26
 
 
 class Astray(NamedTuple):
@@ -176,20 +180,18 @@ class Proxies:
     def sample(
         self,
         train_set: LabeledImages,
-    ) -> Tensor:  # float32 [2048, C, H, W]
-        """Some, on the CPU, the same in every process and on every device."""
+    ) -> Iterator[Tensor]:  # float32 [M, C, H, W] each
+        """About 2048, in parts, on the CPU; the same in every process and on every device."""
         generator = Generator().manual_seed(derived_seed(self.config.seed, "proxies"))
-        some = min(SAMPLE, len(train_set))
-        images, labels = next(batches(train_set, some, generator=generator))
-        made = proxy_batch(
-            self.config.proxies,
-            to_uint8(images).cpu(),
-            generator,
-            SAMPLE,
-            labels=labels.cpu(),
-            pools={name: pool.cpu() for name, pool in self.pools.items()},
-        )
-        return to_float(made)
+        at_once = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * math.prod(train_set.image_shape))))
+        loader = batches(train_set, min(at_once, len(train_set)), generator=generator)
+        pools = {name: pool.cpu() for name, pool in self.pools.items()}
+        for images, labels in islice(loader, -(-SAMPLE // at_once)):
+            images, labels = to_uint8(images).cpu(), labels.cpu()
+            names = self.config.proxies
+            yield to_float(
+                proxy_batch(names, images, generator, at_once, labels=labels, pools=pools)
+            )
 
     def __call__(
         self,
