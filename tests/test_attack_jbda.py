@@ -116,7 +116,8 @@ def test_counts_and_transfer_set(model, attack):
     extraction = attack(victim, QUERIES, CLONE)
     images, answers = extraction.transfer_set
     assert extraction.queries == victim.queries == len(images) == attack.query_budget
-    assert torch.equal(answers, Victim(model)(to_float(images)))
+    # asked in rounds: a batch of another size may differ in the last bits
+    torch.testing.assert_close(answers, Victim(model)(to_float(images)))
     pool = {image.numpy().tobytes() for image in QUERIES}
     assert {image.numpy().tobytes() for image in images[:10]} <= pool
     assert len({image.numpy().tobytes() for image in images}) == len(images)
