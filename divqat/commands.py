@@ -10,7 +10,7 @@ from typing import Any
 
 from divqat import train as training
 from divqat.evaluate import results_table, write_report
-from divqat.evaluate.grid import Grid
+from divqat.evaluate.grid import Evaluation, Grid
 from divqat.evaluate.grid import evaluate as run_grid
 from divqat.evaluate.grid import write_report as write_grid_report
 from divqat.evaluate.grid.audits import audits
@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> int:
     result = run_grid(
         subjects, splits, grid, args.out, command=args.command_line, deployed=deployed
     )
-    print(f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}\n")
+    print(f"{_tables(result)}\n")
     for audit in audits(result):
         print(audit)
     return 0
@@ -116,9 +116,14 @@ def study(args: argparse.Namespace) -> int:
         data["evaluate"] = {**(data.get("evaluate") or {}), "device": args.device}
     settings = Study.from_dict(data)
     result = run_study(settings, args.out, command=args.command_line)
-    print(f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}")
+    print(_tables(result))
     print(f"\n{Path(args.out) / 'report.html'}")
     return 0
+
+
+def _tables(result: Evaluation) -> str:
+    """What an evaluation found, at the end of a command."""
+    return f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}"
 
 
 def _job_file(args: argparse.Namespace) -> dict[str, Any]:

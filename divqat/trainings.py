@@ -12,8 +12,8 @@ from divqat.options import ConfigError, check_keys
 from divqat.train import TrainConfig
 from divqat.train.methods import METHODS
 
-SET_BY_JOB = ("seed", "teacher", "reference")
 NAMED = ("teacher", "reference")  # what a victim says by another's name
+SET_BY_JOB = ("seed", *NAMED)
 METHODS_OF_VICTIMS = tuple(name for name in METHODS if name != "fp")
 
 

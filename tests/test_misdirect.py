@@ -260,10 +260,27 @@ def test_every_target_trains_with_all_that_makes_it_fast(teacher, tmp_path, targ
 
 
 def test_the_teacher_is_asked_about_proxies_only(teacher, tmp_path):
-    train(digits(teacher, weight=0.0, cache_teacher=True, epochs=1), tmp_path, **QUIET)
+    alone = dict(weight=0.0, cache_teacher=True, epochs=1, misdirect_target="permuted")
+    train(digits(teacher, **alone), tmp_path, **QUIET)
     row = load_checkpoint(tmp_path / "checkpoint.pt")["rows"][0]
     assert row["divergence"] is None and row["misled"] > 0
     assert not (tmp_path / "teacher_logits.pt").exists()
+
+
+@pytest.mark.parametrize(("target", "weight"), [("decoy", 0.0), ("decoy", 0.1), ("second", 0.0)])
+def test_a_teacher_is_at_hand_where_it_is_asked(teacher, tmp_path, monkeypatch, target, weight):
+    seen = []
+    original = step.Step.__call__
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.teacher)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(step.Step, "__call__", watched)
+    config = digits(teacher, misdirect_target=target, weight=weight, epochs=1)
+    train(config, tmp_path, **QUIET)
+    asked = target != "decoy" or weight > 0
+    assert seen and all((found is not None) == asked for found in seen)
 
 
 def test_a_replayed_step_is_the_step_bit_for_bit(teacher, misled, tmp_path, monkeypatch):

@@ -79,12 +79,6 @@ class Trainer:
                     module.mode = "delayed"
         self.steps, self.drop_last = steps_of(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
-        asked: nn.Module | None = None  # λ = 0 asks no teacher
-        if teacher is not None and config.kind.sign and (config.weight or config.misdirect):
-            asked = teacher.model.requires_grad_(False)
-            asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        warmup = round(config.warmup_epochs * self.steps)
-        kind = Observation if config.method == "ptq" else Step
         self.proxies: Proxies | None = None
         misdirection: Misdirection | None = None
         if config.misdirect:
@@ -94,6 +88,13 @@ class Trainer:
             if misdirection.decoy is not None:
                 misdirection.decoy.fit(self.proxies.sample(train_set))
             misdirection.to(device)
+        asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
+        asks = config.weight or (misdirection is not None and misdirection.asks)
+        if teacher is not None and config.kind.sign and asks:
+            asked = teacher.model.requires_grad_(False)
+            asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        warmup = round(config.warmup_epochs * self.steps)
+        kind = Observation if config.method == "ptq" else Step
         self.step = kind(config, self.model, asked, train_set.labels, team, warmup, misdirection)
         if asked is not None and config.cache_teacher and config.weight:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
