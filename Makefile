@@ -14,7 +14,7 @@ fashion-mnist: .venv/installed
 	$(BIN)/divqat run --config configs/fashion-mnist.yaml --out runs/fashion-mnist
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 	$(MAKE) test-triton
 
 # The Triton kernels in Triton's interpreter, which a process has or has not: the installed release, and
