@@ -266,6 +266,45 @@ class TestTransferSet:
         assert (x.float().std(dim=(1, 2, 3)) > 1).float().mean() > 0.9  # not one color
         assert x.unique(dim=0).shape[0] > 480
 
+    @needs_pillow
+    def test_photos_of_a_folder(self, tmp_path):
+        from PIL import Image
+
+        Image.new("L", (40, 64), 90).save(tmp_path / "a.png")
+        Image.new("L", (20, 30), 7).save(tmp_path / "small.png")  # less than a patch
+        x = data.transfer_set("photos", channels=1, image_size=28, limit=9, data_root=tmp_path)
+        assert x.shape == (9, 1, 28, 28) and (x == 90).all()
+        with pytest.raises(DataNotFound, match=r"'photos' was not found in .*: pass --data-root"):
+            empty = tmp_path / "empty"
+            data.transfer_set("photos", channels=1, image_size=28, data_root=empty)
+
+    @needs_sklearn
+    @needs_pillow
+    def test_of_scikit_image_only_photos_are_taken(self, tmp_path, monkeypatch):
+        """It ships files that are broken on purpose."""
+        from PIL import Image
+
+        (tmp_path / "data").mkdir()
+        Image.new("L", (64, 64), 90).save(tmp_path / "data" / "moon.png")
+        (tmp_path / "data" / "multipage_rgb.tif").write_bytes(b"none")
+        (tmp_path / "__init__.py").touch()
+        spec = importlib.util.spec_from_file_location(
+            "skimage", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
+        )
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        x = data.transfer_set("photos", channels=1, image_size=28, limit=500)
+        moon = (x == 90).all(dim=(1, 2, 3)).float().mean()
+        assert 0.05 < moon < 0.5
+
+    @needs_pillow
+    def test_icons_of_a_folder_are_darkened(self, tmp_path):
+        from PIL import Image
+
+        (tmp_path / "icons").mkdir()
+        Image.new("L", (48, 48), 250).save(tmp_path / "icons" / "a.png")
+        x = data.transfer_set("icons", channels=1, image_size=28, limit=2, data_root=tmp_path)
+        assert (x == 5).all()
+
     @needs_clipart
     @needs_pillow
     @pytest.mark.filterwarnings("ignore:left out")
@@ -281,6 +320,9 @@ class TestTransferSet:
         monkeypatch.setattr(data.transfer, "CLIPART_ROOT", str(tmp_path))
         with pytest.raises(DataNotFound, match="apt-get install openclipart-png"):
             data.transfer_set("openclipart", channels=1, image_size=8)
+        monkeypatch.setattr(data.transfer, "ICONS_ROOT", str(tmp_path))
+        with pytest.raises(DataNotFound, match="apt-get install oxygen-icon-theme"):
+            data.transfer_set("icons", channels=1, image_size=8)
         with pytest.raises(DataNotFound, match="'folder' was not found: pass --data-root DIR"):
             data.transfer_set("folder", channels=1, image_size=8)
 

@@ -159,10 +159,10 @@ def proxy_pools(
     channels, height, width = image_shape
     size = {"channels": channels, "image_size": (height, width), "seed": seed}
     limit = max(1, min(POOL, POOL_BYTES // (channels * height * width)))
+    roots = {name: folder if name == "folder" else None for name in names if name in READ}
     return {
-        name: transfer_set(name, limit=limit, data_root=folder, **size).to(device)  # type: ignore[arg-type]
-        for name in names
-        if name in READ
+        name: transfer_set(name, limit=limit, data_root=root, **size).to(device)  # type: ignore[arg-type]
+        for name, root in roots.items()
     }
 
 

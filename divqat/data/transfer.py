@@ -19,12 +19,19 @@ from divqat.progress import progress
 
 CLIPART_ROOT = "/usr/share/openclipart/png"
 CLIPART_VARIANTS = 4  # 6,885 readable files give 27,540 queries
+ICONS_ROOT = "/usr/share/icons/oxygen/base/48x48"
+# Of what scikit-image ships; the rest are drawings, texts, and files that are broken on purpose.
+SKIMAGE_PHOTOS = (
+    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
+    "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
+    "motorcycle_left.png", "retina.jpg", "rocket.jpg",
+)  # fmt: skip
 GENERATED = 10_000  # images of `photos` and `noise` without a limit
 
 
 def transfer_names() -> list[str]:
     """The names that :func:`transfer_set` knows."""
-    return ["openclipart", "photos", "noise", "folder"]
+    return ["openclipart", "icons", "photos", "noise", "folder"]
 
 
 def transfer_set(
@@ -42,8 +49,11 @@ def transfer_set(
       ``data_root/openclipart``). Every file is queried as it is first; the rest are
       variants, mirrored, rotated, cropped. Grey ones on a light background are inverted, because
       Fashion-MNIST's background is dark.
-    - ``photos``: patches, at several scales, of the photos that scikit-learn and, where
-      installed, scikit-image ship. Patches of about twenty photos are correlated.
+    - ``icons``: in the same way, the 1,100 pictures of the Debian package ``oxygen-icon-theme``:
+      to tune a defense with, so that ``openclipart`` stays unseen.
+    - ``photos``: patches, at several scales, of the photos below ``data_root``, or without one of
+      those that scikit-learn and, where installed, scikit-image ship. Patches of about fifteen
+      photos are correlated.
     - ``noise``: uniform noise of four grain sizes.
     - ``folder``: the pictures below ``data_root``, then, beyond their number, their variants.
 
@@ -51,7 +61,7 @@ def transfer_set(
         name: one of :func:`transfer_names`.
         channels: 1 (grey) or 3 (RGB).
         image_size: (H, W), or one number for both.
-        data_root: the folder of pictures for ``folder``; see also ``openclipart``.
+        data_root: the folder of pictures for ``folder``; see also the others.
         limit: number of images; None: four per drawing, 10,000 patches or noise images, one per
             picture of a folder.
         seed: which images come, in which order and in which variants.
@@ -77,11 +87,13 @@ def transfer_set(
     if name == "noise":
         return _noise(limit or GENERATED, channels, size, generator)
     if name == "photos":
-        return _patches(_photos(), limit or GENERATED, channels, size, generator)
-    if name == "openclipart":
-        own = None if data_root is None else Path(data_root) / "openclipart"
-        root = own if own is not None and own.is_dir() else CLIPART_ROOT
-        remedy = "apt-get install openclipart-png, or pass --data-root DIR with DIR/openclipart"
+        return _patches(_photos(data_root), limit or GENERATED, channels, size, generator)
+    if name in ("openclipart", "icons"):
+        own = None if data_root is None else Path(data_root) / name
+        usual = CLIPART_ROOT if name == "openclipart" else ICONS_ROOT
+        root = own if own is not None and own.is_dir() else usual
+        package = "openclipart-png" if name == "openclipart" else "oxygen-icon-theme"
+        remedy = f"apt-get install {package}, or pass --data-root DIR with DIR/{name}"
         # A link is a second name of a drawing in another category.
         paths = [path for path in _pictures(name, root, remedy) if not path.is_symlink()]
         variants = CLIPART_VARIANTS
@@ -160,14 +172,17 @@ def _vary(double: Tensor, generator: Generator) -> Tensor:
     )
 
 
-def _photos() -> list[Path]:
-    """Photos that the installed packages ship; nothing of scikit-image is imported."""
+def _photos(root: str | Path | None) -> list[Path]:
+    """Photos of a folder, or that the installed packages ship; nothing of scikit-image is
+    imported."""
+    if root is not None:
+        return _pictures("photos", root, "pass --data-root DIR with photos, or none")
     shipped = Path(require("sklearn.datasets", "data").__file__).parent / "images"
-    folders = [shipped]
+    paths = list_pictures(shipped)
     skimage = importlib.util.find_spec("skimage")
     if skimage is not None and skimage.submodule_search_locations:
-        folders.append(Path(skimage.submodule_search_locations[0]) / "data")
-    paths = [path for folder in folders for path in list_pictures(folder)]
+        folder = Path(skimage.submodule_search_locations[0]) / "data"
+        paths += [path for name in SKIMAGE_PHOTOS if (path := folder / name).is_file()]
     if not paths:
         raise DataNotFound(
             f"transfer set 'photos' was not found in {shipped}: "
