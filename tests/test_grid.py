@@ -224,3 +224,28 @@ def test_a_thief_may_ask_about_the_victims_own_kind():
     grid = Grid(query_set="own", query_limit=30)
     assert torch.equal(grid.queries(splits), splits.validation.images[:30])
     assert len(replace(grid, query_limit=None).queries(splits)) == len(splits.validation)
+
+
+def test_a_defense_can_be_tuned_without_the_test_set(model, tmp_path):
+    splits = toy_splits()
+    grid = replace(GRID, split="validation", budgets=(50,), attacks=("knockoff",), holdout=20)
+    measured = grid.measured(splits)
+    test, rest = measured.test, measured.validation
+    assert len(test) + len(rest) == len(splits.validation) and abs(len(test) - len(rest)) <= 1
+    both = torch.cat([test.images, rest.images]).flatten(1)
+    whole = splits.validation.images.flatten(1)
+    assert torch.equal(both.unique(dim=0), whole.unique(dim=0))
+    unseen = replace(splits, test=splits.test.subset(slice(1)))
+    out = tmp_path / "out"
+    result = evaluate([Subject("qat", model, "qat")], unseen, grid, out, log=lambda line: None)
+    answers = model(to_float(test.images)).argmax(1)
+    expected = (answers == test.labels).float().mean()
+    assert result.released[0].accuracy == pytest.approx(float(expected))
+    assert "Percent on images of the validation split" in (out / "report.md").read_text()
+    # the same folder, on the test set: everything is done anew
+    again = replace(grid, split="test")
+    other = evaluate([Subject("qat", model, "qat")], splits, again, out, log=lambda line: None)
+    assert other.released[0].accuracy != result.released[0].accuracy
+    assert "Percent on the test set" in (out / "report.md").read_text()
+    with pytest.raises(ConfigError, match="that are not measured, got 200 and 200"):
+        replace(grid, attacks=("labeled-only",), holdout=200).check(splits)

@@ -4,7 +4,7 @@ in the YAML file of a study."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -54,6 +54,12 @@ class Grid(Attacker):
     seeds: int = option(
         3, "Attacks of each kind, with seeds 0, 1 ...", group="what is tried", least=1
     )
+
+    split: str = option(
+        "test", "Images that accuracies are measured on; validation: every second one of that "
+        "split, while attackers own some of the others: to tune a defense without the test set.",
+        group="what is tried", choices=("test", "validation"),
+    )  # fmt: skip
 
     query_limit: int | None = option(
         None, "Images of the query set; None: all.", group="attacker", least=1
@@ -117,13 +123,21 @@ class Grid(Attacker):
         Raises:
             ConfigError: the validation split has fewer, and an attack trains on some.
         """
-        available = len(splits.validation)
+        available = len(self.measured(splits).validation)
         if any(map(owns, self.attacks)) and self.holdout + self.labeled > available:
             raise ConfigError(
                 f"holdout, labeled: wanted together at most {available}, the validation images of "
-                f"{splits.name}, got {self.holdout} and {self.labeled}"
+                f"{splits.name} that are not measured, got {self.holdout} and {self.labeled}"
             )
+
+    def measured(self, splits: Splits) -> Splits:
+        """The data with what ``split`` says in the place of the test set."""
+        if self.split == "test":
+            return splits
+        known = splits.validation
+        test, rest = known.subset(slice(0, None, 2)), known.subset(slice(1, None, 2))
+        return replace(splits, test=test, validation=rest)
 
     def queries(self, splits: Splits) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""
-        return self.load_queries(splits, self.query_limit)
+        return self.load_queries(self.measured(splits), self.query_limit)

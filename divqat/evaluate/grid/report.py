@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from divqat.evaluate.grid import plots, tables
 from divqat.evaluate.grid.audits import audits
@@ -29,12 +31,18 @@ def write_report(folder: str | Path) -> Path:
     return write_page(folder, title, _sections(result, folder / "plots"))
 
 
+def _measured(grid: Mapping[str, Any]) -> str:
+    if grid.get("split", "test") == "test":
+        return "the test set"
+    return "images of the validation split, which is called the test set below"
+
+
 def _sections(result: Evaluation, folder: Path) -> list[Section]:
     grid = result.grid
     training = {name: grid[name] for name in ("epochs", "batch_size", "lr", "precision")}
     main = (
-        f"Attacked: {result.deployed}. Percent on the test set, mean ± standard deviation over the "
-        f"seeds, for {result.budget} queries of {grid['query_set']}. Clones "
+        f"Attacked: {result.deployed}. Percent on {_measured(grid)}, mean ± standard deviation "
+        f"over the seeds, for {result.budget} queries of {grid['query_set']}. Clones "
         f"({', '.join(grid['clones'])}) train with {settings_text(training)} unless their attack "
         "says otherwise. Soft: from the answers as they are given; hard: from their largest entry; "
         f"best of all: of every attack and clone, the one that does best on {grid['holdout']} "

@@ -69,9 +69,10 @@ def evaluate(
 
     Args:
         subjects: the victims.
-        splits: their data. Attacks see none of it but ``grid.holdout`` images of the validation
-            split, which choose the best clone, and ``grid.labeled`` others, for the attacks that
-            train on some; defenses that train see the training images.
+        splits: their data, of which :meth:`Grid.measured` says what is measured on. Attacks see
+            none of it but ``grid.holdout`` images of the validation split, which choose the best
+            clone, and ``grid.labeled`` others, for the attacks that train on some; defenses that
+            train see the training images.
         grid: what is tried.
         out: the folder of the evaluation; made if it does not exist.
         queries: ``grid.queries(splits)`` if it is loaded already.
@@ -91,6 +92,7 @@ def evaluate(
         raise ValueError(f"subjects: wanted victims of different names, got {list(names)}")
     grid.check(splits)
     queries = grid.queries(splits) if queries is None else queries
+    splits = grid.measured(splits)
     runner = _Runner(splits, queries, grid, Path(out), log)
     log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
     with cpu_threads(grid.threads):
@@ -134,7 +136,7 @@ class _Runner:
     def beside(self, deployed: Deployed, seed: int) -> None:
         """What may have changed in a victim besides."""
         subject, grid = deployed.subject, self.grid
-        here: dict[str, Any] = {"victim": deployed.source, "seed": seed}
+        here: dict[str, Any] = {"victim": deployed.source, "seed": seed, **self._split}
         if subject.gradients is not None:
             here |= {"gradients": fingerprint(subject.gradients.state_dict())}
             here |= {"epsilons": grid.epsilons, "images": grid.adversarial_images}
@@ -159,6 +161,7 @@ class _Runner:
         folder = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / _file_name(spec)
         here = {"victim": source, "defense": spec, "surrogate": self.grid.surrogate, "seed": seed}
         here |= {name: getattr(self.grid, name) for name in ("query_set", "query_limit", "holdout")}
+        here |= self._split
         common: dict[str, Any] = {"seed": seed, "victim": subject.name, "defense": spec}
 
         def release() -> dict[str, Any]:
@@ -219,6 +222,11 @@ class _Runner:
             cells=self.cells,
             side_effects=self.side_effects,
         )
+
+    @property
+    def _split(self) -> dict[str, str]:
+        """What is said of a part's identity, if it is not as usual."""
+        return {} if self.grid.split == "test" else {"split": self.grid.split}
 
     def _holdout(self, seed: int) -> ImageSet:
         return self._owned(seed, slice(self.grid.holdout))
