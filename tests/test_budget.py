@@ -1,24 +1,23 @@
-"""The defense's strength is steered so that validation accuracy stays within a budget."""
+"""How much of a defense is kept, so that validation accuracy stays within a budget."""
 
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import QUIET, assert_same
-from test_train_captured import tape
 from torch import nn
 from trainings import train_interrupted
 
-from divqat.files import load_checkpoint, read_json
-from divqat.nn import DivQATLoss
+from divqat.files import read_json
 from divqat.options import ConfigError
-from divqat.train import TrainConfig, graph, load_run, loop, train, trainer
-from divqat.train.budget import FLOOR, START, Budget
+from divqat.train import TrainConfig, load_run, train, trainer
+from divqat.train.budget import AIM, STEPS, Budget, between
 from divqat.train.learning import MISDIRECT
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
-STRONG = dict(method="divqat", weight=0.6, misdirect=0.0)
+STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -42,179 +41,159 @@ def settings(teacher, qat, **changes):
 
 
 @pytest.fixture(scope="module")
-def steered(teacher, qat, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("steered") / "divqat"
+def free(teacher, tmp_path_factory):
+    """The same training without a budget."""
+    folder = tmp_path_factory.mktemp("free") / "divqat"
+    train(TrainConfig(**{**DIGITS, **STRONG}, teacher=str(teacher)), folder, **QUIET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(teacher, qat, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "divqat"
     train(settings(teacher, qat), folder, **QUIET)
     return folder
 
 
-def budget(points=2.0, course=(0.9,), epochs=4, checks=4):
-    return Budget(points, course, epochs, checks)
+def test_between_two_states():
+    start = {"weight": torch.tensor([1.0, -2.0, math.inf]), "count": torch.tensor(3)}
+    end = {
+        "weight": torch.tensor([2.0, 6.0, math.inf]),
+        "count": torch.tensor(9),
+        "own": torch.ones(1),
+        "extra": {"a": 1},
+    }
+    there = between(start, end, 0.25)
+    assert there["weight"].tolist() == [1.25, 0.0, math.inf]
+    assert there["count"] == 9 and there["own"] == 1 and there["extra"] == {"a": 1}
 
 
-def test_the_ascent_by_hand():
-    """η = ½, aim half of 2 points: log f falls by ½ · (points below − 1) / 2."""
-    one = budget()
-    assert one.factor == START
-    for accuracy, move in [
-        (0.89, 0.0),  # as aimed
-        (0.87, -0.5),  # two points too low: one budget
-        (0.90, 0.25),
-        (0.91, 0.5),
-        (0.99, 0.5),  # no more than one budget at once
-        (0.10, -1.0),  # no more than two
-    ]:
-        one.factor = 0.2
-        assert one.steer(accuracy, 4) == pytest.approx(0.2 * math.exp(move)), accuracy
-    one.factor = 0.9
-    assert one.steer(0.95, 4) == 1
-    one.factor = 0.011
-    assert one.steer(0.1, 4) == FLOOR
+@given(pair=st.tuples(*[st.floats(-(2.0**99), 2.0**99, width=32)] * 2), share=st.floats(0, 1))
+def test_the_way_begins_and_ends_with_the_same_bits_and_never_leaves_them(pair, share):
+    start, end = ({"w": torch.tensor([value])} for value in pair)
+    assert between(start, end, 0)["w"].equal(start["w"])
+    assert between(start, end, 1)["w"].equal(end["w"])
+    low, high = sorted(pair)
+    found = float(between(start, end, share)["w"])
+    rounding = 2e-7 * max(abs(low), abs(high))
+    assert low - rounding <= found <= high + rounding
 
 
-@given(
-    accuracies=st.lists(st.floats(0, 1), max_size=30), points=st.floats(1e-3, 99, exclude_min=True)
-)
-def test_the_factor_stays_between_its_ends_and_follows_accuracy(accuracies, points):
-    one = budget(points)
-    for accuracy in accuracies:
-        before = one.factor
-        after = one.steer(accuracy, 1)
-        assert FLOOR <= after <= 1
-        if one.below(accuracy) > points:
-            assert after <= before
-        if accuracy >= 0.9:
-            assert after >= before
+def settled(accuracy, points=2.0, reference=0.9):
+    """A budget and a model of one weight, which went from 1 to 3, whose accuracy is a function of
+    how far it went."""
+    model = nn.Linear(1, 1, bias=False)
+    budget = Budget(points, reference, {"weight": torch.ones(1, 1)})
+    nn.init.constant_(model.weight, 3)
+    asked = []
+
+    def measure():
+        share = (float(model.weight.detach()) - 1) / 2
+        asked.append(share)
+        return {"validation_accuracy": accuracy(share), "misled": share}
+
+    budget.settle(model, measure)
+    share = (float(model.weight.detach()) - 1) / 2
+    assert share == pytest.approx(budget.chosen["share"], abs=1e-6)
+    assert asked == pytest.approx([1 - i / STEPS for i in range(len(asked))], abs=1e-6)
+    assert [row["misled"] for row in budget.summary()["path"]] == asked
+    return budget
 
 
-def test_what_is_expected_is_the_references_course():
-    one = budget(course=(0.6, 0.8, 0.95, 0.9), epochs=2)  # of half as many epochs
-    assert [one.expected(epoch) for epoch in (0.1, 0.5, 0.75, 1)] == pytest.approx(
-        [0.6, 0.6, 0.7, 0.8]
-    )
-    # not more than the reference ended with
-    assert [one.expected(epoch) for epoch in (1.5, 1.75, 2)] == pytest.approx([0.9, 0.9, 0.9])
-    assert one.reference == 0.9
-    assert budget().expected(0.3) == budget().expected(4) == 0.9  # that of a teacher is constant
+def test_the_first_that_costs_half_the_budget_is_the_result():
+    assert settled(lambda share: 0.89).chosen["share"] == 1  # one point of two
+    budget = settled(lambda share: 0.9 - 0.04 * share)  # four points, of which one
+    assert budget.chosen["share"] == pytest.approx(0.25)
+    assert budget.chosen["points_below"] == pytest.approx(1)
+    assert budget.warning() is None and budget.summary()["inside"]
+    # a better place after a worse one is not looked for
+    assert settled(lambda share: 0.9 - 0.04 * (share > 0.5)).chosen["share"] == 0.5
 
 
-def test_measurements_are_spread_over_the_epoch():
-    def due(checks, steps, epoch=3):  # of 4
-        one = budget(checks=checks)
-        return [step for step in range(1, steps + 1) if one.due(epoch, step, steps)]
-
-    assert due(4, 20) == [5, 10, 15]
-    assert due(4, 10) == [3, 5, 8]
-    assert due(1, 10) == []
-    assert due(4, 1) == []
-    assert due(9, 3) == [1, 2]
-    assert due(4, 20, epoch=2) == []  # the first half
-    one = budget(epochs=1)
-    assert [step for step in range(1, 21) if one.due(1, step, 20)] == [15]
+def test_else_the_first_inside_else_the_most_accurate():
+    budget = settled(lambda share: 0.885 if share < 0.7 else 0.5)  # 1.5 points
+    assert budget.chosen["share"] == pytest.approx(0.65) and budget.warning() is None
+    budget = settled(lambda share: 0.8 - abs(share - 0.3))
+    assert budget.chosen["share"] == pytest.approx(0.3)
+    assert "wanted at most 2 points below 90.00%, got 10.00 at best" in budget.warning()
+    assert not budget.summary()["inside"]
+    budget = settled(lambda share: 0.9 if share == 0 else 0.1)
+    assert budget.chosen["share"] == 0 and "nothing is left of the defense" in budget.warning()
 
 
-def test_the_strongest_epoch_inside_is_the_result():
-    one, model = budget(), nn.Linear(1, 1, bias=False)
-
-    def end(epoch, accuracy, divergence, **more):
-        model.weight.data.fill_(epoch)
-        row = {"epoch": epoch, "validation_accuracy": accuracy, "divergence": divergence, **more}
-        return row | one.end_epoch(row, model)
-
-    def result(row):
-        one.choose(row, model)
-        return one.epoch, float(model.weight.detach())
-
-    row = end(1, 0.5, 9.0)
-    assert result(row) == (1, 1.0) and "no epoch ended inside" in one.warning(row)
-    assert row["factor"] == START and row["points_below"] == pytest.approx(40)
-    assert result(end(2, 0.885, 2.0)) == (2, 2.0)
-    assert result(end(3, 0.895, 1.0)) == (3, 3.0)  # the last one, if it is inside
-    row = end(4, 0.87, 8.0)
-    assert not one.inside(0.87) and result(row) == (2, 2.0)  # else the strongest
-    one.kept.clear()
-    end(5, 0.89, None, misled=0.4)
-    end(6, 0.89, 3.0, misled=0.3)
-    assert result(end(7, 0.1, 3.0, misled=0.9)) == (5, 5.0)
-    assert one.inside(0.88) and one.warning({"validation_accuracy": 0.88}) is None
-
-
-def test_the_budget_holds_where_the_same_weight_would_break_it(teacher, qat, steered, tmp_path):
-    free = TrainConfig(**DIGITS, **STRONG, teacher=str(teacher))
-    train(free, tmp_path, **QUIET)
+def test_the_budget_holds_where_the_same_training_breaks_it(qat, free, kept):
     reference = read_json(qat / "summary.json")["validation_accuracy"]
-    broken = read_json(tmp_path / "summary.json")
+    broken, summary = (read_json(folder / "summary.json") for folder in (free, kept))
     assert broken["budget"] is None and broken["validation_accuracy"] < reference - 0.2
-    summary, rows = read_json(steered / "summary.json"), load_checkpoint(steered / "checkpoint.pt")
-    assert summary["validation_accuracy"] >= reference - 0.03 - 1e-9
+    assert summary["validation_accuracy"] >= reference - 0.03 * AIM - 1e-9
     told = summary["budget"]
     assert told["inside"] and told["reference"] == reference and told["points"] == 3
-    assert told["points_below"] <= 3 and not summary["warnings"]
-    assert len({row["factor"] for row in rows["rows"]}) > 1
-    assert all(FLOOR <= row["factor"] <= 1 for row in rows["rows"])
-    # what is loaded is what was measured
-    run = load_run(steered)
-    logits = trainer.predict(run.model, run.splits().validation)
-    found = trainer.accuracy(logits, run.splits().validation.labels)
+    assert 0 < told["share"] < 1 and told["points_below"] <= 3
+    assert not any(warning.startswith("accuracy_budget") for warning in summary["warnings"])
+    # the way began at what the training without a budget ended with
+    assert told["path"][0]["validation_accuracy"] == broken["validation_accuracy"]
+    assert (kept / "plots" / "budget.png").is_file()
+    assert not (free / "plots" / "budget.png").exists()
+    # what is loaded is what was measured, and lies between the two
+    run, start, end = load_run(kept), load_run(qat), load_run(free)
+    validation = run.splits().validation
+    found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)
     assert found == summary["validation_accuracy"]
+    way = between(start.model.state_dict(), end.model.state_dict(), told["share"])
+    for name, value in run.model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, way[name], equal_nan=True)
 
 
 @pytest.mark.parametrize("epoch", [1, 4])
-def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, steered, tmp_path, epoch):
+def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, kept, tmp_path, epoch):
     train_interrupted(settings(teacher, qat), tmp_path, epoch)
-    assert_same(tmp_path, steered)
+    assert_same(tmp_path, kept)
     timed = ("seconds", "ms_per_step", "waiting", "peak_memory")
-    ours, theirs = (read_json(folder / "summary.json") for folder in (tmp_path, steered))
+    ours, theirs = (read_json(folder / "summary.json") for folder in (tmp_path, kept))
     assert {k: v for k, v in ours.items() if k not in timed} == {
         k: v for k, v in theirs.items() if k not in timed
     }
 
 
-def test_a_captured_step_follows_the_factor(teacher, qat, tmp_path, monkeypatch):
-    """λ and the misdirection's weight are read where they lie, not as they were when captured."""
-    config = settings(teacher, qat, epochs=2, misdirect=0.5, proxies=("noise", "rotated"))
-    train(config, tmp_path / "eager", **QUIET)
-
-    class Replaying(trainer.Trainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.do_step = graph.Captured(self.step, tape)
-
-    monkeypatch.setattr(loop, "Trainer", Replaying)
-    train(config, tmp_path / "replayed", **QUIET)
-    assert_same(tmp_path / "eager", tmp_path / "replayed")
-    assert load_checkpoint(tmp_path / "eager" / "checkpoint.pt")["rows"][0]["misled"] > 0
-
-
-def test_both_weights_are_scaled(teacher, qat, tmp_path, monkeypatch):
-    seen = []
-    original = trainer.Step.scale
-
-    def watched(self, factor):
-        original(self, factor)
-        assert isinstance(self.loss, DivQATLoss) and self.loss.enabled
-        seen.append((factor, float(self.loss.final_weight), float(self.misdirection.weight)))
-
-    monkeypatch.setattr(trainer.Step, "scale", watched)
-    config = settings(teacher, qat, epochs=1, misdirect=2.0, proxies=("noise",), reference=None)
+def test_without_a_reference_it_is_the_teacher(teacher, tmp_path):
     lines = []
+    config = settings(
+        teacher, None, reference=None, epochs=1, misdirect=2.0, weight=0.0,
+        proxies=("noise", "rotated"), misdirect_target="permuted",
+    )  # fmt: skip
     train(config, tmp_path, log=lines.append)
-    assert len(seen) == 4 and seen[0][0] == START  # the start, two checks, the epoch's end
-    for factor, weight, misdirect in seen:
-        assert (weight, misdirect) == pytest.approx((0.6 * factor, 2 * factor))
-    assert f"factor {seen[2][0]:.3f}" in lines[0]
-    summary = read_json(tmp_path / "summary.json")
-    before = read_json(teacher / "summary.json")["validation_accuracy"]
-    assert summary["budget"]["reference"] == before  # without a reference, the teacher's
+    told = read_json(tmp_path / "summary.json")["budget"]
+    assert told["reference"] == read_json(teacher / "summary.json")["validation_accuracy"]
+    assert 0 < told["share"] < 1  # the further, the more proxies are misled
+    misled = [row["misled"] for row in told["path"]]
+    assert 1 >= misled[0] > misled[-1] > 0
+    assert any(line.startswith("accuracy budget: ") and "of the way" in line for line in lines)
 
 
 def test_a_budget_that_is_not_kept_is_told(teacher, tmp_path):
     lines = []
-    config = settings(teacher, None, reference=None, accuracy_budget=0.01, epochs=1, weight=9.0)
+    config = settings(
+        teacher, None, reference=None, accuracy_budget=0.001, epochs=1,
+        weight_bits=2,
+    )  # fmt: skip
     train(config, tmp_path, log=lines.append)
     (warning,) = read_json(tmp_path / "summary.json")["warnings"]
-    assert warning.startswith("accuracy_budget: wanted at most 0.01 points below")
+    assert warning.startswith("accuracy_budget: wanted at most 0.001 points below")
     assert lines[-1] == f"warning: {warning}"
+
+
+def test_a_reference_that_changed_is_refused(teacher, qat, tmp_path):
+    def log(line):
+        if line.startswith("epoch 1/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(teacher, qat), tmp_path / "run", log=log)
+    other = TrainConfig(**{**DIGITS, "lr": 0.02}, method="qat", teacher=str(teacher))
+    train(other, tmp_path / "qat", **QUIET)
+    with pytest.raises(ValueError, match="reference: it has changed"):
+        train(settings(teacher, tmp_path / "qat"), tmp_path / "run", **QUIET)
 
 
 def test_a_budget_brings_the_misdirection_that_it_bounds():
@@ -240,10 +219,17 @@ def test_refusals(teacher, qat, tmp_path):
     check(f"{wanted}divqat, weight = 0, misdirect = 0", **neither, accuracy_budget=1.0)
     check("accuracy_budget: wanted a number above 0", accuracy_budget=0.0)
     check("reference: wanted none without accuracy_budget, got 'b'", reference="b")
-    with pytest.raises(ValueError, match="reference: wanted a training with method = qat, got fp"):
-        train(settings(teacher, teacher), tmp_path / "a", **QUIET)
-    other = settings(teacher, qat, validation_fraction=0.2)
-    with pytest.raises(ValueError, match="validation_fraction"):
-        train(other, tmp_path / "b", **QUIET)
-    with pytest.raises(FileNotFoundError, match="no training at"):
-        train(settings(teacher, tmp_path / "none"), tmp_path / "c", **QUIET)
+
+    def refused(message, reference, error=ValueError, **changes):
+        with pytest.raises(error, match=message):
+            train(settings(teacher, reference, **changes), tmp_path / "a", **QUIET)
+
+    refused("reference: wanted a training with method = qat, got fp", teacher)
+    refused("validation_fraction", qat, validation_fraction=0.2)
+    refused("reference: wanted a training with weight_bits = 4, got 8", qat, weight_bits=4)
+    refused("no training at", tmp_path / "none", error=FileNotFoundError)
+    own = TrainConfig(**{**DIGITS, "epochs": 1, "seed": 5})
+    train(own, tmp_path / "fp", **QUIET)
+    foreign = TrainConfig(**{**DIGITS, "epochs": 1}, method="qat", teacher=str(tmp_path / "fp"))
+    train(foreign, tmp_path / "qat", **QUIET)
+    refused("reference: wanted a training from the teacher", tmp_path / "qat")

@@ -71,8 +71,9 @@ def tape(function):
         dict(method="qat", accumulate=2),
         dict(save_as_codes=True),
         dict(cache_teacher=True),
+        dict(misdirect=0.5, weight=0.02, proxies=("noise", "rotated")),
     ],
-    ids=["divqat", "float16", "accumulate", "codes", "cached"],
+    ids=["divqat", "float16", "accumulate", "codes", "cached", "misdirect"],
 )
 def test_a_replayed_step_is_the_step_bit_for_bit(vgg_teacher, tmp_path, monkeypatch, changes):
     """Observers' buffers, momentum, the rise of λ and the learning rate included."""

@@ -36,7 +36,6 @@ CURVES = {
     "divergence": "divergence (nats)",
     "top_probability": "mean top probability",
     "misled": "proxies answered as misled (%)",
-    "factor": "factor of the defense",
 }
 IN_PERCENT = ("validation_accuracy", "misled")
 Values = list[tuple[float, float]]  # of one curve: (epoch, value)
@@ -81,6 +80,33 @@ def training_curves(files: dict[str, list[Path]], path: Path) -> Path | None:
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
 
     return save_plot(path, (4.2 * columns, 2.7 * rows + 0.3), draw)
+
+
+def budget_path(budget: dict[str, Any], path: Path) -> Path:
+    """What the way back to undefended weights costs and keeps.
+
+    Args:
+        budget: of a ``summary.json``.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    rows = budget["path"]
+    panels = [column for column in IN_PERCENT if column in rows[0]]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        shares = [100 * row["share"] for row in rows]
+        for ax, column in zip(axes, panels, strict=True):
+            ax.plot(shares, [100 * row[column] for row in rows], "o-", color=COLORS[0], ms=4)
+            ax.axvline(100 * budget["share"], color="#808080", ls=":", lw=1, label="chosen")
+            ax.set(title=CURVES[column], xlabel="way from plain QAT to the defense (%)")
+        limit = 100 * budget["reference"] - budget["points"]
+        axes[0].axhline(limit, color=COLORS[1], ls="--", lw=1, label="budget")
+        axes[0].legend()
+
+    return save_plot(path, (4.2 * len(panels), 3.0), draw)
 
 
 def clone_bars(result: Result, path: Path) -> Path:

@@ -3,7 +3,7 @@
 It reads ``OUT/result.json`` (its schema is :class:`divqat.evaluate.result.Result`) and, where
 they exist, ``OUT/seed<n>/<victim>/metrics.csv`` (columns ``epoch`` and those of
 :data:`divqat.evaluate.plots.CURVES`: ``validation_accuracy`` as a fraction, ``ce``,
-``divergence``, ``top_probability``, ``misled``, ``factor``), ``OUT/seed<n>/<victim>/layers.json``
+``divergence``, ``top_probability``, ``misled``), ``OUT/seed<n>/<victim>/layers.json``
 (``divqat.summary(...).to_dict()``: ``rows`` with ``layer`` and ``sqnr_db``) and
 ``OUT/seed<n>/<victim>/summary.json`` (``warnings``, a list of sentences).
 """

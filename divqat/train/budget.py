@@ -1,66 +1,58 @@
-"""A budget of validation accuracy, and the defense's strength steered so that it is kept."""
+"""A budget of validation accuracy, and how much of a defense it allows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from divqat.data import LabeledImages
 from divqat.evaluate import accuracy, predict
 from divqat.train.config import SHARED, TrainConfig
-from divqat.train.folder import Run, load_run, read_checkpoint
+from divqat.train.folder import Run, fingerprint, load_run
 
 AIM = 0.5  # of the budget: measurements are noisy, and the test split is not the one measured
-RATE = 0.5  # of the ascent: one check multiplies the factor by e^0.5 at most
-LARGEST = 2.0  # excess that counts, in budgets; a first epoch may lose twenty times as much
-FLOOR = 0.01  # from here to 1 it takes ten checks at least
-# Where it begins: at 1, with a high learning rate, a network can be lost before the first check,
-# and a factor that falls afterwards does not bring it back.
-START = 0.1
-# Steered after this part of the training: before, a high learning rate costs more than the defense.
-BEGIN = 0.5
+STEPS = 20  # on the whole way
+QUANTIZATION = ("preset", "weight_bits", "activation_bits")
 
 
 class Budget:
-    """A factor in (0, 1] of λ and of the misdirection's weight, together.
+    """How far the weights go from undefended ones to defended ones.
 
-    The problem is: protect most, subject to A_ref − A <= b, with A the accuracy on the validation
-    split and A_ref that of the reference, in points. Its Lagrangian is
-    −protection + μ · (A_ref − A − b), and f = 1 / μ is what scales the protection against the task.
-    Ascent on log μ, after every measurement in the second half of the training:
+        θ(s) = θ₀ + s (θ − θ₀),  s = 1, 0.95 ... 0
 
-        log f ← clip(log f − η · clip((A_ref(t) − A − ½ b) / b, −1, 2), log 0.01, 0)
+    After its last epoch a training has the weights θ; θ₀ are those of plain QAT, or without a
+    ``reference`` those of the teacher, where both began. The result is the first θ(s) that costs at
+    most half of the budget, A_ref − A(s) <= ½ b in points of validation accuracy; if there is none,
+    the first that costs at most b; if there is none of these, the most accurate. Activation ranges
+    and BatchNorm's statistics go the same way, whole numbers stay.
 
-    A_ref(t) is what plain QAT had at the same part of its training, at most what it ended with: at
-    a high learning rate it, too, is worse than its teacher, and that is not the defense's cost. In
-    the first half f stays at 0.1.
+    A weight of the loss that is steered while training has to be judged at a high learning rate, at
+    which accuracy is not yet what it will be, and each choice costs epochs. On the way back each
+    costs a pass over the validation images, and the loss of accuracy falls faster than what the
+    defense has taught: see "Misdirection" in the README. That networks trained on from the same
+    weights are joined by a straight line without a barrier, and that a second task learned can be
+    traded against the first on it, is of Frankle et al., "Linear mode connectivity and the lottery
+    ticket hypothesis", ICML 2020, arXiv 1912.05671, and Ilharco et al., "Patching open-vocabulary
+    models by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
 
-    (Platt and Barr, "Constrained differential optimization", NIPS 1987, there ascent on μ, by
-    gradients of a constraint that has some; accuracy has none, and in the logarithm one η is right
-    for all scales of λ.) After the last epoch the result is that epoch's model if it is inside the
-    budget, else, of the epochs that ended inside, the one with the strongest defense: most
-    proxies misled, or without misdirection most divergence.
-
-    A whole validation split is measured ``budget_checks`` times per epoch of that half, the last
-    time where it is anyway. What it has chosen, it no longer estimates without bias; the test split
-    does.
+    What the validation split has chosen, it no longer estimates without bias; the test split does.
 
     Args:
         points: b, above 0.
-        course: the accuracy, a fraction, of the reference after each of its epochs; the last is
-            A_ref.
-        epochs: of this training. checks: measurements in each.
+        reference: A_ref, a fraction.
+        start: θ₀, a state dict; where it lacks something the trained value stays.
+
+    Attributes:
+        path: what was measured, first to last, then again what was chosen: share s, validation
+            accuracy, points below the reference, and whatever else was measured.
     """
 
-    def __init__(self, points: float, course: Sequence[float], epochs: int, checks: int) -> None:
-        self.points, self.course = points, tuple(course)
-        self.epochs, self.checks = epochs, checks
-        self.factor = START
-        self.epoch = 0  # whose model is the result, as far as is known
-        self.kept: dict[str, Any] = {}  # of the strongest epoch inside: epoch, strength, model
+    def __init__(self, points: float, reference: float, start: Mapping[str, Any]) -> None:
+        self.points, self.reference, self.start = points, reference, start
+        self.path: list[dict[str, float]] = []
 
     @classmethod
     def of(
@@ -71,122 +63,110 @@ class Budget:
 
         Raises:
             FileNotFoundError: no finished training in the folder ``config.reference``.
-            ValueError: that is no plain QAT of the same data and model.
+            ValueError: that is no plain QAT of the same teacher, data and quantized model.
         """
         if config.accuracy_budget is None:
             return None
-        if config.reference is not None:
-            course = reference_course(config)
-        else:
-            assert teacher is not None
-            course = [accuracy(predict(teacher.model, validation), validation.labels)]
-        return cls(config.accuracy_budget, course, config.epochs, config.budget_checks)
+        assert teacher is not None
+        run = teacher if config.reference is None else _reference(config, teacher)
+        found = accuracy(predict(run.model, validation), validation.labels)
+        return cls(config.accuracy_budget, found, run.model.state_dict())
 
-    @property
-    def reference(self) -> float:
-        """A_ref."""
-        return self.course[-1]
-
-    def expected(self, epoch: float) -> float:
-        """A_ref(t) after so many epochs of this training, not a whole number within one."""
-        place = max(0.0, epoch / self.epochs * len(self.course) - 1)
-        before = min(int(place), len(self.course) - 1)
-        after = min(before + 1, len(self.course) - 1)
-        found = self.course[before] + (place - before) * (self.course[after] - self.course[before])
-        return min(found, self.reference)
-
-    def below(self, accuracy: float) -> float:
-        """How many points an accuracy is below the reference."""
-        return 100 * (self.reference - accuracy)
-
-    def inside(self, accuracy: float) -> bool:
-        return self.below(accuracy) <= self.points + 1e-9  # rounding of the difference
-
-    def begun(self, epoch: float) -> bool:
-        """Whether it is steered after so many epochs."""
-        return epoch > BEGIN * self.epochs
-
-    def due(self, epoch: int, step: int, steps: int) -> bool:
-        """Whether to measure after this step, from 1, of an epoch, from 1, of so many. Not after
-        the last: the epoch ends with a measurement."""
-        if step == steps or not self.begun(epoch - 1 + step / steps):
-            return False
-        return step * self.checks // steps > (step - 1) * self.checks // steps
-
-    def steer(self, accuracy: float, epoch: float) -> float:
-        """The factor from now on; ``epoch`` as in :meth:`expected`."""
-        below = 100 * (self.expected(epoch) - accuracy)
-        excess = (below - AIM * self.points) / self.points
-        move = -RATE * min(LARGEST, max(-1.0, excess))
-        self.factor = min(1.0, max(FLOOR, self.factor * math.exp(move)))
-        return self.factor
-
-    def end_epoch(self, row: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        """Take note of an epoch's model, and steer.
+    def settle(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
+        """Give ``model``, which is trained, the weights that are the result.
 
         Args:
-            row: of ``metrics.csv``. model: which has been measured.
-
-        Returns:
-            Columns for the row: the factor of the last steps, and points below the reference.
+            measure: what is to be known of the model as it is: ``validation_accuracy``, a
+                fraction, and what else is to be in the path.
         """
-        found, used = row["validation_accuracy"], self.factor
-        self.epoch = row["epoch"]
-        strength = row.get("misled", row["divergence"])
-        if self.inside(found) and strength >= self.kept.get("strength", -math.inf):
-            state = {
-                name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
-                for name, value in model.state_dict().items()
-            }
-            self.kept = {"epoch": self.epoch, "strength": strength, "model": state}
-        if self.begun(self.epoch):
-            self.steer(found, self.epoch)
-        return {"factor": used, "points_below": self.below(found)}
+        end = {name: _copy(value) for name, value in model.state_dict().items()}
+        for step in range(STEPS, -1, -1):
+            share = step / STEPS
+            model.load_state_dict(between(self.start, end, share))
+            found = measure()
+            below = 100 * (self.reference - found["validation_accuracy"])
+            self.path.append({"share": share, "points_below": below, **found})
+            if _within(below, AIM * self.points):
+                break
+        chosen = self.path[-1]
+        if not _within(chosen["points_below"], AIM * self.points):
+            inside = [row for row in self.path if _within(row["points_below"], self.points)]
+            chosen = inside[0] if inside else min(self.path, key=lambda row: row["points_below"])
+            model.load_state_dict(between(self.start, end, chosen["share"]))
+        self.path.append(chosen)
 
-    def choose(self, row: dict[str, Any], model: nn.Module) -> None:
-        """Make ``model``, after the last epoch, the result; ``row`` is that epoch's."""
-        if not self.inside(row["validation_accuracy"]) and self.kept:
-            self.epoch = self.kept["epoch"]
-            model.load_state_dict(self.kept["model"])
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The row of the path that is the result."""
+        return self.path[-1]
 
-    def summary(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What to tell at the end; ``row`` is that of the epoch chosen."""
-        return {
-            "points": self.points,
-            "reference": self.reference,
-            "epoch": self.epoch,
-            "factor": row["factor"],
-            "points_below": row["points_below"],
-            "inside": self.inside(row["validation_accuracy"]),
-        }
+    def summary(self) -> dict[str, Any]:
+        """What to tell at the end."""
+        found = {name: self.chosen[name] for name in ("share", "points_below")}
+        inside = _within(self.chosen["points_below"], self.points)
+        told = {"points": self.points, "reference": self.reference, **found, "inside": inside}
+        return {**told, "path": self.path[:-1]}
 
-    def warning(self, row: dict[str, Any]) -> str | None:
-        """A sentence if no epoch ended inside the budget."""
-        if self.inside(row["validation_accuracy"]):
-            return None
+    def line(self) -> str:
+        """A line for the log."""
+        row = self.chosen
         return (
-            f"accuracy_budget: wanted at most {self.points:g} points below "
-            f"{self.reference:.2%}, got {row['points_below']:.2f}, and no epoch ended inside, with "
-            f"a factor of {row['factor']:.3f} in the end: try more epochs, a smaller lr, weight or "
-            "misdirect, or a larger budget"
+            f"accuracy budget: {row['share']:.0%} of the way from the reference's "
+            f"{self.reference:.2%}: {row['validation_accuracy']:.2%}, {row['points_below']:.2f} "
+            f"points below, {self.points:g} allowed"
         )
 
+    def warning(self) -> str | None:
+        """A sentence if the budget is not kept, or nothing is left of the defense."""
+        row = self.chosen
+        if not _within(row["points_below"], self.points):
+            return (
+                f"accuracy_budget: wanted at most {self.points:g} points below "
+                f"{self.reference:.2%}, got {row['points_below']:.2f} at best, "
+                f"{row['share']:.0%} of the way to the defended weights: name a reference, or try "
+                "a larger budget"
+            )
+        if row["share"] == 0:
+            return (
+                f"accuracy_budget: inside {self.points:g} points of {self.reference:.2%} nothing "
+                "is left of the defense: try more epochs, a smaller lr, weight or misdirect, or a "
+                "larger budget"
+            )
+        return None
+
     def state(self) -> dict[str, Any]:
-        """All that the next epoch depends on; the reference, too, as a run goes on with the one
-        it began with."""
-        names = ("course", "factor", "epoch", "kept")
-        return {name: getattr(self, name) for name in names}
+        """What a training that goes on has to find again."""
+        return {"path": self.path, "start": fingerprint(self.start)}
 
     def load(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Take over a :meth:`state`.
+
+        Raises:
+            ValueError: it began with another reference.
+        """
+        if state["start"] != fingerprint(self.start):
+            raise ValueError("reference: it has changed since this training was begun")
+        self.path = state["path"]
 
 
-def reference_course(config: TrainConfig) -> list[float]:
-    """The validation accuracies of the plain QAT in the folder ``config.reference``; see
-    :meth:`Budget.of`."""
+def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """The state dict after a share, from 0 to 1, of the straight way; only floating-point tensors
+    move, and with share 0 and 1 the bits are those of ``start`` and ``end``."""
+
+    def move(name: str, last: Any) -> Any:
+        first = start.get(name, last)
+        if not isinstance(last, Tensor) or not last.is_floating_point():
+            return last
+        first = first.to(last.device)
+        # a range that was never observed is infinite, at both ends
+        return torch.where(first == last, last, torch.lerp(first, last, share))
+
+    return {name: move(name, last) for name, last in end.items()}
+
+
+def _reference(config: TrainConfig, teacher: Run) -> Run:
     run = load_run(str(config.reference))
-    same = [name for name in SHARED if name != "data_root"]
+    same = [name for name in (*SHARED, *QUANTIZATION) if name != "data_root"]
     wanted = {"method": "qat"} | {name: getattr(config, name) for name in same}
     for name, value in wanted.items():
         if getattr(run.config, name) != value:
@@ -194,4 +174,17 @@ def reference_course(config: TrainConfig) -> list[float]:
                 f"reference: wanted a training with {name} = {value}, got "
                 f"{getattr(run.config, name)} in {config.reference}"
             )
-    return [row["validation_accuracy"] for row in read_checkpoint(run.folder)["rows"]]
+    if run.teacher != teacher.fingerprint:
+        raise ValueError(
+            f"reference: wanted a training from the teacher {config.teacher}, got one from "
+            f"another in {config.reference}"
+        )
+    return run
+
+
+def _within(below: float, points: float) -> bool:
+    return below <= points + 1e-9  # rounding of the difference
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

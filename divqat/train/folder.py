@@ -35,6 +35,7 @@ class Run:
     model: nn.Module  # float or prepared, in eval mode, on the CPU
     epoch: int  # epochs done
     shape: dict[str, Any]  # in_channels, num_classes, image_size
+    teacher: str | None  # its fingerprint, if it had one
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +68,7 @@ def load_run(folder: str | Path) -> Run:
         )
     model = build_model(config, state["shape"])
     model.load_state_dict(state["model"])
-    return Run(folder, config, model.eval(), state["epoch"], state["shape"])
+    return Run(folder, config, model.eval(), state["epoch"], state["shape"], state["teacher"])
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:

@@ -193,16 +193,13 @@ class Learning(Options):
     )  # fmt: skip
 
     accuracy_budget: float | None = option(
-        None, "Points of validation accuracy that the defense may cost: λ and misdirect are scaled "
-        "by a factor from 0.01 to 1, steered while training; None: they stay as they are.",
+        None, "Points of validation accuracy that the defense may cost: after the last epoch the "
+        "weights go back towards those of the reference until they do; None: they stay as they "
+        "are.",
         group="accuracy budget", above=0, below=100,
     )  # fmt: skip
     reference: str | None = option(
-        None, "Run folder of the plain qat that the budget counts from; None: from the teacher.",
+        None, "Run folder of the plain qat, of the same teacher, that the budget counts from and "
+        "that the weights go back to; None: the teacher.",
         group="accuracy budget",
-    )  # fmt: skip
-    budget_checks: int = option(
-        4, "Measurements per epoch of the second half to steer by, each but the last of an epoch a "
-        "forward pass over the validation images besides.",
-        group="accuracy budget", least=1,
     )  # fmt: skip

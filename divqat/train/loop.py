@@ -12,7 +12,7 @@ import torch
 
 from divqat.data import StreamedSet
 from divqat.errors import require
-from divqat.evaluate.plots import training_curves
+from divqat.evaluate.plots import budget_path, training_curves
 from divqat.files import read_json, write_json
 from divqat.options import write_yaml
 from divqat.train.config import SHARED, TrainConfig
@@ -43,8 +43,8 @@ def train(
     ``out`` gets ``config.yaml``, ``metrics.csv`` (a row per epoch), ``checkpoint.pt`` (after every
     epoch), and at the end ``summary.json`` and ``plots/``. A run that was killed at any moment and
     started again ends with the same bits as one that was not. The model of the last epoch is the
-    result, or with ``accuracy_budget`` that of one inside it; the test set is looked at once, at
-    the end.
+    result, or with ``accuracy_budget`` one between it and plain QAT; the test set is looked at
+    once, at the end.
 
     Args:
         config: the settings.
@@ -113,11 +113,15 @@ def _train(
             if writes:
                 write_checkpoint(out, trainer.state())
             log(_line(row, config.epochs))
+        if trainer.budget is not None:
+            log(trainer.budget.line())
         summary = trainer.summary(splits)
     if not writes:
         return summary
     try:
         training_curves({out.name: [out / METRICS]}, out / "plots" / "training.png")
+        if summary["budget"] is not None:
+            budget_path(summary["budget"], out / "plots" / "budget.png")
     except ImportError as error:
         log(f"no plots: {error}")
     write_json(out / SUMMARY, summary)
@@ -167,8 +171,6 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     divergence = "" if row["divergence"] is None else f"  divergence {row['divergence']:.4f}"
     if "misled" in row:
         divergence += f"  proxies misled {row['misled']:.1%}"
-    if "factor" in row:
-        divergence += f"  factor {row['factor']:.3f}"
     return (
         f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  loss {row['loss']:.4f}  "
         f"ce {row['ce']:.4f}{divergence}  val acc {row['validation_accuracy']:6.2%}  "

@@ -42,8 +42,7 @@ class Misdirection(nn.Module):
 
     x~ are proxies of what a thief may ask about (:mod:`divqat.data.proxies`) and t(x~) is a class
     that has not to do with the teacher's, so that hard labels are wrong, too, which a loss on
-    training images does not see to. Nothing is read on the host, and w is a tensor that keeps its
-    place.
+    training images does not see to. Nothing is read on the host.
 
     Our own; near it are Kariyappa and Qureshi, "Defending against model stealing attacks with
     adaptive misinformation", CVPR 2020, arXiv 1911.07100, §4, whose service mixes in the answers
@@ -64,8 +63,8 @@ class Misdirection(nn.Module):
       its gradient is 0, and quantization noise has to break the tie.
 
     Args:
-        config: ``misdirect`` w, ``misdirect_target``, ``proxy_confidence``, and ``seed``, from
-            which permutation and key come.
+        config: ``misdirect_target``, ``proxy_confidence``, and ``seed``, from which permutation
+            and key come.
         num_classes: at least 2. image_shape: (C, H, W).
 
     Attributes:
@@ -73,7 +72,6 @@ class Misdirection(nn.Module):
         asks: whether the teacher's answers to the proxies are needed.
     """
 
-    weight: Tensor
     permutation: Tensor
     key: Tensor
 
@@ -88,7 +86,6 @@ class Misdirection(nn.Module):
         while (permutation == own).any():  # e times on average
             permutation = torch.randperm(num_classes, generator=generator)
         key = torch.randint(2**62, (math.prod(image_shape),), generator=generator)
-        self.register_buffer("weight", torch.tensor(config.misdirect))
         self.register_buffer("permutation", permutation)
         self.register_buffer("key", 2 * key + 1)
         self.asks = self.target != "decoy" or self.confidence is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -64,13 +64,6 @@ class Step:
             self.loss = DivQATLoss(
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
-
-    def scale(self, factor: float) -> None:
-        """λ and the misdirection's weight become this share, above 0, of what the settings say."""
-        if self.loss is not None:
-            self.loss.set_weight(self.config.kind.sign * factor * float(self.config.weight or 0))
-        if self.misdirection is not None:
-            self.misdirection.weight.fill_(factor * float(self.config.misdirect or 0))
 
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
@@ -139,7 +132,8 @@ class Step:
                 theirs = self._ask(batch[n:]) if self.misdirection.asks else None
                 astray = self.misdirection(logits[n:], theirs, batch[n:])
                 # the sum over the parts and the mean over the processes is w · mean
-                mean = self.misdirection.weight * astray.loss / self.config.proxy_count(total)
+                weight = float(self.config.misdirect or 0)
+                mean = weight * astray.loss / self.config.proxy_count(total)
                 objective = objective + mean * self.team.size
                 sums[0] += total * mean.detach()
                 sums[3:] += torch.stack([astray.loss.detach(), astray.misled])
@@ -170,6 +164,19 @@ class Step:
         loss = self.loss(logits, labels, answers)
         assert self.loss.ce is not None and self.loss.divergence is not None
         return loss, self.loss.ce, self.loss.divergence
+
+    @torch.inference_mode()
+    def misled(self, parts: Iterable[Tensor]) -> float:
+        """The share of proxies that the model, in eval mode, misleads about; parts as
+        ``Proxies.sample`` gives them."""
+        assert self.misdirection is not None
+        counts = []
+        for images in parts:
+            batch = images.to(self.team.device, memory_format=torch.channels_last)
+            theirs = self._ask(batch) if self.misdirection.asks else None
+            logits = self.forward(self.model, batch)
+            counts.append((self.misdirection(logits, theirs, batch).misled, len(images)))
+        return float(sum(misled for misled, _ in counts)) / sum(n for _, n in counts)
 
     def _answers(self, images: Tensor, index: Tensor) -> Tensor | None:
         """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""

@@ -103,8 +103,6 @@ class Trainer:
                     folder, asked, self.train_set, key, keep=team.rank == 0
                 )
         self.budget = Budget.of(config, teacher, self.validation)
-        if self.budget is not None:
-            self.step.scale(self.budget.factor)
         self.need = self._need()
         self.need.check()
         self.frozen = (False, False)
@@ -135,7 +133,6 @@ class Trainer:
         self.epoch, self.rows = state["epoch"], state["rows"]
         if self.budget is not None:
             self.budget.load(state["budget"])
-            self.step.scale(self.budget.factor)
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, validate, and return its row of ``metrics.csv``."""
@@ -168,11 +165,8 @@ class Trainer:
         }
         if self.proxies is not None:
             row |= {"misdirection": astray, "misled": misled}
-        if self.budget is not None:
-            row |= self.budget.end_epoch(row, self.model)
-            self.step.scale(self.budget.factor)
-            if epoch == config.epochs:
-                self.budget.choose(row, self.model)
+        if self.budget is not None and epoch == config.epochs:
+            self.budget.settle(self.model, partial(self._measure, epoch))
         self.epoch = epoch
         self.rows.append(row)
         return row
@@ -187,13 +181,14 @@ class Trainer:
                 "images; try a smaller lr or grad_clip"
             ) from error
 
-    def _steer(self, budget: Budget, epoch: int, step: int) -> None:
-        """Measure within an epoch."""
-        found = accuracy(self._validate(epoch, step), self.validation.labels)
-        self.model.train()
-        # BatchNorm's statistics differ between processes until the epoch ends; the factor must not.
-        found = self.team.broadcast(found)
-        self.step.scale(budget.steer(found, epoch - 1 + step / self.steps))
+    def _measure(self, epoch: int) -> dict[str, float]:
+        """What a budget weighs; every process finds the same."""
+        logits = self._validate(epoch, self.steps)
+        found = {"validation_accuracy": accuracy(logits, self.validation.labels)}
+        if self.proxies is not None:
+            train_set = replace(self.train_set, labels=self.step.labels)  # type: ignore[type-var]
+            found["misled"] = self.step.misled(self.proxies.sample(train_set))
+        return self.team.broadcast(found)
 
     def _need(self) -> Need:
         """The memory of a step, from two images in a copy of the model."""
@@ -268,8 +263,6 @@ class Trainer:
                 # Of all processes: they stop together, with one error, and nobody waits.
                 check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
-            if self.budget is not None and self.budget.due(epoch, step, self.steps):
-                self._steer(self.budget, epoch, step)
             ready = time.perf_counter()
         sums = self.team.reduce(sums)
         return torch.cat([sums[:3] / count, sums[3:] / max(1, proxies)]), waited
@@ -277,10 +270,9 @@ class Trainer:
     def summary(self, splits: Splits) -> dict[str, Any]:
         """The content of ``summary.json``; looks at the test set."""
         config, budget = self.config, self.budget
-        rows = self.rows if budget is None else self.rows[: budget.epoch]
-        last = rows[-1]
+        last = self.rows[-1] if budget is None else budget.chosen
         logits = predict(self.model.eval(), splits.test)
-        warnings = [collapse(config, rows), None if budget is None else budget.warning(last)]
+        warnings = [collapse(config, self.rows), None if budget is None else budget.warning()]
         return {
             "method": config.method,
             "dataset": config.dataset,
@@ -295,7 +287,7 @@ class Trainer:
             "ms_per_step": mean(row["ms_per_step"] for row in self.rows),
             "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
             "peak_memory": peak_memory(self.device),  # bytes, of process 0
-            "budget": None if budget is None else budget.summary(last),
+            "budget": None if budget is None else budget.summary(),
             "warnings": [warning for warning in warnings if warning is not None],
             "versions": versions(),
             "hardware": hardware(),
