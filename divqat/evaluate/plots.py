@@ -92,7 +92,7 @@ def budget_path(budget: dict[str, Any], path: Path) -> Path:
     Raises:
         ImportError: matplotlib is missing.
     """
-    rows = budget["path"]
+    rows = sorted(budget["path"], key=lambda row: row["share"])
     panels = [column for column in IN_PERCENT if column in rows[0]]
 
     def draw(figure: Any) -> None:

@@ -13,7 +13,6 @@ from divqat.evaluate import accuracy, predict
 from divqat.train.config import SHARED, TrainConfig
 from divqat.train.folder import Run, fingerprint, load_run
 
-AIM = 0.5  # of the budget: measurements are noisy, and the test split is not the one measured
 STEPS = 20  # on the whole way
 QUANTIZATION = ("preset", "weight_bits", "activation_bits")
 
@@ -24,21 +23,22 @@ class Budget:
         θ(s) = θ₀ + s (θ − θ₀),  s = 1, 0.95 ... 0
 
     After its last epoch a training has the weights θ; θ₀ are those of plain QAT, or without a
-    ``reference`` those of the teacher, where both began. The result is the first θ(s) that costs at
-    most half of the budget, A_ref − A(s) <= ½ b in points of validation accuracy; if there is none,
-    the first that costs at most b; if there is none of these, the most accurate. Activation ranges
-    and BatchNorm's statistics go the same way, whole numbers stay.
+    ``reference`` those of the teacher, where both began. The result is the first θ(s) inside the
+    budget, A_ref − A(s) <= b in points of validation accuracy, or if there is none, the most
+    accurate. Activation ranges and BatchNorm's statistics go the same way, whole numbers stay.
 
     A weight of the loss that is steered while training has to be judged at a high learning rate, at
     which accuracy is not yet what it will be, and each choice costs epochs. On the way back each
-    costs a pass over the validation images, and the loss of accuracy falls faster than what the
-    defense has taught: see "Misdirection" in the README. That networks trained on from the same
-    weights are joined by a straight line without a barrier, and that a second task learned can be
-    traded against the first on it, is of Frankle et al., "Linear mode connectivity and the lottery
-    ticket hypothesis", ICML 2020, arXiv 1912.05671, and Ilharco et al., "Patching open-vocabulary
-    models by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
+    costs a pass over the validation images, and at its begin the loss of accuracy falls faster than
+    what the defense has taught. Where the weights have gone too far, accuracy is lowest in the
+    middle of the way and little of the defense is left when it is back: a smaller weight of the
+    loss then protects more. That networks trained on from the same weights can be joined by a
+    straight line without such a barrier, and that what was learned second can be traded against
+    the first on it, is of Frankle et al., "Linear mode connectivity and the lottery ticket
+    hypothesis", ICML 2020, arXiv 1912.05671, and Ilharco et al., "Patching open-vocabulary models
+    by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
 
-    What the validation split has chosen, it no longer estimates without bias; the test split does.
+    The validation split no longer estimates without bias what it has chosen; the test split does.
 
     Args:
         points: b, above 0.
@@ -46,8 +46,8 @@ class Budget:
         start: θ₀, a state dict; where it lacks something the trained value stays.
 
     Attributes:
-        path: what was measured, first to last, then again what was chosen: share s, validation
-            accuracy, points below the reference, and whatever else was measured.
+        path: what was measured: share s, validation accuracy, points below the reference, and
+            whatever else; the last row is the result.
     """
 
     def __init__(self, points: float, reference: float, start: Mapping[str, Any]) -> None:
@@ -86,14 +86,11 @@ class Budget:
             found = measure()
             below = 100 * (self.reference - found["validation_accuracy"])
             self.path.append({"share": share, "points_below": below, **found})
-            if _within(below, AIM * self.points):
+            if _within(below, self.points):
                 break
-        chosen = self.path[-1]
-        if not _within(chosen["points_below"], AIM * self.points):
-            inside = [row for row in self.path if _within(row["points_below"], self.points)]
-            chosen = inside[0] if inside else min(self.path, key=lambda row: row["points_below"])
-            model.load_state_dict(between(self.start, end, chosen["share"]))
-        self.path.append(chosen)
+        else:
+            self.path.append(min(self.path, key=lambda row: row["points_below"]))
+            model.load_state_dict(between(self.start, end, self.chosen["share"]))
 
     @property
     def chosen(self) -> dict[str, float]:
@@ -105,7 +102,7 @@ class Budget:
         found = {name: self.chosen[name] for name in ("share", "points_below")}
         inside = _within(self.chosen["points_below"], self.points)
         told = {"points": self.points, "reference": self.reference, **found, "inside": inside}
-        return {**told, "path": self.path[:-1]}
+        return {**told, "path": self.path}
 
     def line(self) -> str:
         """A line for the log."""

@@ -49,7 +49,8 @@ class TrainConfig(Learning):
         least=2,
     )
     freeze_batchnorm_epoch: int | None = option(
-        None, "Epoch from which BatchNorm statistics stay fixed; as above.",
+        None, "Epoch from which BatchNorm statistics stay fixed; as above, but the last one with "
+        "misdirect.",
         group="quantization", least=1,
     )  # fmt: skip
 
@@ -135,7 +136,9 @@ class TrainConfig(Learning):
         if first is None and self.method == "ptq":  # its passes have no other purpose
             return False
         if first is None:  # the last third, at least the last; never in a single epoch
-            first = max(2, self.epochs + 1 - max(1, round(self.epochs / 3)))
+            # Misdirection asks for more change than a frozen BatchNorm takes at a high rate.
+            few = what == "batchnorm" and self.misdirect
+            first = max(2, self.epochs + 1 - max(1, 0 if few else round(self.epochs / 3)))
         return epoch >= first
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:

@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 PROXIES = ("glyphs", "noise", "shuffled", "rotated", "inverted", "warped", "edges")
-MISDIRECT = 1.0  # with an accuracy budget, which scales it
+MISDIRECT = 0.2  # with an accuracy budget
 TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
