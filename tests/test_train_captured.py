@@ -147,6 +147,7 @@ def test_a_step_reads_nothing_on_the_host(vgg_teacher, tmp_path, monkeypatch, me
         train(TrainConfig(**plain, precision=precision), tmp_path, **QUIET)
     else:
         own = dict(weight=0.0) if method == "qat" else {}
+        own |= dict(epochs=1, warmup_epochs=0.5)
         trained(vgg_teacher, tmp_path, method=method, precision=precision, grad_clip=5.0, **own)
     assert len(seen) > 3 and not any(seen)
     with HostReads() as reads:
