@@ -90,7 +90,7 @@ def test_report_shows_tables_plots_and_audits(done):
     for table in (main_table(result), attacks_table(result), released_table(result)):
         assert table.markdown() in page
     assert {file.stem for file in (out / "plots").iterdir()} == {
-        "front", "clones", "budget", "answers",
+        "front", "clones", "attacks", "budget", "answers",
     }  # fmt: skip
     assert "data:image/png;base64" in (out / "report.html").read_text()
     by_name = {audit.name: audit for audit in audits(result)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -73,17 +74,51 @@ def bars(result: Evaluation, path: Path) -> Path | None:
     pairs = [pair for pair in result.pairs() if result.per_seed(*pair, best_of)]
     if not pairs:
         return None
-    groups = {"soft answers": reads(SOFT), "hard answers": reads(HARD), "best of all": best_of}
+    picks = {"soft answers": reads(SOFT), "hard answers": reads(HARD), "best of all": best_of}
+    groups = {
+        label: [[c.accuracy for c in result.per_seed(*pair, pick)] for pair in pairs]
+        for label, pick in picks.items()
+    }
+    return _bars(result, [" · ".join(pair) for pair in pairs], groups, BARS, path)
+
+
+def attacks(result: Evaluation, path: Path) -> Path | None:
+    """What every attack makes of every undefended victim, with the largest budget; None
+    where only one attack was tried."""
+    cells = result.select(result.cells, defense=UNDEFENDED, budget=result.budget)
+    names = list(dict.fromkeys((cell.attack, cell.clone) for cell in cells))
+    if len(names) < 2:
+        return None
+    groups = {
+        victim: [
+            [c.accuracy for c in result.select(cells, victim=victim, attack=attack, clone=clone)]
+            for attack, clone in names
+        ]
+        for victim in dict.fromkeys(cell.victim for cell in cells)
+    }
+    several = len({clone for _, clone in names}) > 1
+    places = [f"{attack} ({clone})" if several else attack for attack, clone in names]
+    return _bars(result, places, groups, colors(), path)
+
+
+def _bars(
+    result: Evaluation,
+    places: list[str],
+    groups: dict[str, list[list[float]]],  # by label, for each place the accuracies of the seeds
+    palette: Iterable[str],
+    path: Path,
+) -> Path:
+    """Horizontal bars, those of a place beside each other."""
+    width = 0.75 / len(groups)
 
     def draw(figure: Any) -> None:
         ax = figure.subplots()
-        for i, (color, (label, pick)) in enumerate(zip(BARS, groups.items(), strict=False)):
-            values = [[100 * c.accuracy for c in result.per_seed(*pair, pick)] for pair in pairs]
-            known = [(place, some) for place, some in enumerate(values) if some]
+        for i, (color, (label, values)) in enumerate(zip(palette, groups.items(), strict=False)):
+            known = [(n, [100 * x for x in some]) for n, some in enumerate(values) if some]
             ax.barh(
-                [place + 0.25 * (i - 1) for place, _ in known],
+                [place + width * (i - (len(groups) - 1) / 2) for place, _ in known],
                 [mean(some) for _, some in known],
-                0.23,
+                0.92 * width,
                 xerr=[_std(some) for _, some in known],
                 error_kw=WHISKER,
                 color=color,
@@ -93,12 +128,12 @@ def bars(result: Evaluation, path: Path) -> Path | None:
         lowest = floor(result)
         if lowest is not None:
             ax.axvline(100 * lowest, ls="--", label="label-only floor", **LINE)
-        ax.set_yticks(range(len(pairs)), [" · ".join(pair) for pair in pairs], fontsize=8)
-        ax.set(xlabel="clone's test accuracy (%)", xlim=(0, 100), ylim=(len(pairs) - 0.5, -0.5))
+        ax.set_yticks(range(len(places)), places, fontsize=8)
+        ax.set(xlabel="clone's test accuracy (%)", xlim=(0, 100), ylim=(len(places) - 0.5, -0.5))
         ax.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=5)
 
-    return save_plot(path, (8.0, 0.42 * len(pairs) + 1.2), draw)
+    return save_plot(path, (8.0, max(0.42, 0.14 * len(groups)) * len(places) + 1.2), draw)
 
 
 def budget_curve(result: Evaluation, path: Path) -> Path | None:

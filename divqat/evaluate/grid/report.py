@@ -60,6 +60,7 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
             "Clone accuracy by victim; what choosing the best epoch with the test set would add, "
             "in points; seconds of an attack.",
             tables.attacks_table(result),
+            plots.attacks(result, folder / "attacks.png"),
         ),
         *_beside(result),
         Section("More queries", plot=plots.budget_curve(result, folder / "budget.png")),
