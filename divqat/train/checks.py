@@ -83,3 +83,7 @@ def check_team(config: TrainConfig, processes: int, device: str) -> None:
         raise ConfigError(
             f"cuda_graph: wanted one process on a GPU, got {processes} on device {device}"
         )
+    if config.sync_batchnorm and config.compile and processes > 1:
+        raise ConfigError(
+            f"sync_batchnorm: wanted compile = false with {processes} processes, got true"
+        )

@@ -75,6 +75,12 @@ class TrainConfig(Learning):
         group="speed",
     )
 
+    sync_batchnorm: bool = option(
+        False, "With several processes: BatchNorm's statistics are those of all their images (of a "
+        "part, with accumulate), not of each process's own; two collectives per BatchNorm and "
+        "step until it freezes; without compile.",
+        group="speed",
+    )  # fmt: skip
     save_as_codes: bool = option(
         False, "Keep quantized activations for the backward pass as 8-bit codes: less memory, more "
         "time, same bits.",
@@ -121,8 +127,8 @@ class TrainConfig(Learning):
 
         Raises:
             ConfigError: fewer images per step than parts; exact ranges, which a layer would have
-                to know of the whole batch while that is spread over several parts; or a graph
-                without a GPU, or of collectives.
+                to know of the whole batch while that is spread over several parts; a graph
+                without a GPU, or of collectives; or compiled collectives.
         """
         checks.check_team(self, processes, device)
 

@@ -20,6 +20,7 @@ from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
+from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.budget import Budget
 from divqat.train.collapse import collapse
 from divqat.train.config import TrainConfig
@@ -77,6 +78,8 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, FakeQuantize):
                     module.mode = "delayed"
+        if config.sync_batchnorm and team.size > 1:
+            synchronize_batchnorm(self.model)
         self.steps, self.drop_last = steps_of(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         self.proxies: Proxies | None = None

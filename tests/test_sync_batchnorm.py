@@ -1,0 +1,201 @@
+"""BatchNorm over the images of all processes against nn.BatchNorm2d in one process."""
+
+import pytest
+import torch
+from test_distributed import SIZES, Collectives, assert_close, batch, gradients, interrupted, spawn
+from test_train import QUIET
+from testing import randn
+from torch import nn
+from torch.nn import functional as F
+
+import divqat
+from divqat.data import shard_rows
+from divqat.options import ConfigError
+from divqat.quantize import freeze_batchnorm, observe_first
+from divqat.train import TrainConfig, train
+from divqat.train.batchnorm import synchronize_batchnorm, whole_batch
+from divqat.train.distributed import Team
+
+# 1294 images: two uneven halves per step, and a last step of 7
+FP = dict(dataset="digits", model="lenet", epochs=2, batch_size=117, lr=0.01, threads=1)
+STEPS = (*SIZES, 13)  # images per step: fewer than processes, too; the last one is frozen
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network():
+    """In float64: a folded BatchNorm, one that is not, and another folded one."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)]
+    layers += [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)]
+    for norm in layers[1::2][:3]:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    config = divqat.QuantConfig(mode="delayed")
+    model = divqat.prepare(nn.Sequential(*layers), config, torch.zeros(2, 1, 8, 8))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.double()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model
+
+
+def result(model, sent=()):
+    """Gradients, buffers (statistics, how many batches, ranges), and what was sent."""
+    return gradients(model), [buffer.clone() for buffer in model.buffers()], sent
+
+
+def in_parts(rank, size, count=1, whole=True):
+    """The result of each step, its batch spread over processes and parts; without processes what
+    they have to give: whole batches."""
+    team, model, steps = Team(rank, size), network(), []
+    if whole and size > 1:
+        synchronize_batchnorm(model)
+    observe_first(model, [batch(STEPS[0])[0]])
+    net = team.wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for number, n in enumerate(STEPS):
+        rows = shard_rows(n, (rank, size))
+        if number == len(SIZES):
+            freeze_batchnorm(model)
+        optimizer.zero_grad()
+        with Collectives() as sent:
+            for part in team.parts(net, *(of_all[rows] for of_all in batch(n)), n, count):
+                (F.cross_entropy(net(part.images), part.index) * part.weight).backward()
+        steps.append(result(model, sent.seen))
+        optimizer.step()
+    return steps
+
+
+def values(dtype):
+    """[7, 3, 2, 2] at 1000 standard deviations from 0 (bfloat16: 2), and a gradient."""
+    x = randn(7, 3, 2, 2) + (2 if dtype == torch.bfloat16 else 1000)
+    return x.to(dtype), randn(7, 3, 2, 2, seed=1).to(dtype)
+
+
+def batchnorm(dtype):
+    norm = nn.BatchNorm2d(3)
+    norm.weight.data, norm.bias.data = torch.tensor([2.0, -1, 0.5]), torch.tensor([1.0, 0, 3])
+    return norm.to(dtype)
+
+
+def layer(rank, dtype, rows):
+    """Of some rows of :func:`values`, the second process's first two of which are fillers: output,
+    gradients of input, γ and β, and the running statistics."""
+    model = nn.Sequential(batchnorm(torch.promote_types(dtype, torch.float32)))
+    synchronize_batchnorm(model)
+    x, gradient = (value[rows] for value in values(dtype))
+    fillers = 2 if rank else 0
+    gradient[:fillers] = 0
+    with whole_batch(model, fillers):
+        y = model(x.requires_grad_())
+    y.backward(gradient)
+    return [y.detach()[fillers:], x.grad[fillers:]], gradients(model), list(model.buffers())
+
+
+def everything(rank, size, folder):
+    """All that two processes do."""
+    train(TrainConfig(**FP, sync_batchnorm=True), folder / "whole", **QUIET)
+    train(TrainConfig(**FP), folder / "each", **QUIET)
+    return {
+        "steps": in_parts(rank, size),
+        "each": in_parts(rank, size, whole=False),
+        "five": in_parts(rank, size, count=5),
+        "layers": [layer(rank, dtype, [[0, 1, 2, 3, 4], [0, 0, 5, 6]][rank]) for dtype in DTYPES],
+        "empty": layer(rank, torch.float64, [[0, 1, 2, 3, 4, 5, 6], [0, 0]][rank]),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of two processes' trainings, and what else each has found."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, *spawn(2, folder / "spawn", everything, folder)
+
+
+def assert_steps(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a[:2], b[:2], rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_do_the_steps_of_one(two):
+    wanted = in_parts(0, 1)
+    for found in two[1:]:
+        assert_steps(found["steps"], wanted)
+        with pytest.raises(AssertionError):
+            assert_steps(found["each"][:1], wanted[:1])
+
+
+def test_with_parts_all_processes_have_the_same_statistics(two):
+    a, b = (found["five"] for found in two[1:])
+    for one, other in zip(a, b, strict=True):  # two parts of the last step have no image
+        assert all(map(torch.equal, one[0] + one[1], other[0] + other[1]))
+        assert all(value.isfinite().all() for value in one[0] + one[1])
+
+
+def test_each_batchnorm_sends_once_each_way_until_it_is_frozen(two):
+    ddp = 8 * sum(p.numel() for p in network().parameters())
+    ranges = 8 * sum(b.numel() for name, b in network().named_buffers() if name.endswith("scale"))
+
+    def wanted(*channels):
+        forth, back = [8 * (2 * c + 1) for c in channels], [8 * 2 * c for c in channels]
+        return sorted([ddp, ranges, *forth, *back])
+
+    def sent(steps):  # in the first two, DDP settles its buckets as well
+        assert {name for *_, sent in steps for name, _ in sent} == {"c10d::allreduce_"}
+        return [sorted(size for _, size in sent) for *_, sent in steps[2:]]
+
+    for found in two[1:]:
+        assert sent(found["steps"]) == [wanted(4, 4, 6)] * 3 + [wanted(4)]  # one is not folded
+        assert sent(found["each"]) == [wanted()] * 4
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_layer_is_that_of_the_whole_batch(two, number):
+    """Fillers do not count; against nn.BatchNorm2d in float64."""
+    dtype = (*DTYPES, torch.float64)[number]
+    rows, grads, buffers = zip(
+        *([*found["layers"], found["empty"]][number] for found in two[1:]), strict=True
+    )
+    x, gradient = (value.double() for value in values(dtype))
+    norm = batchnorm(torch.float64)
+    y = norm(x.requires_grad_())
+    y.backward(gradient)
+    # float32 holds x, around 1000, to 6e-5 and less
+    close = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 3e-2}[dtype]
+    close = dict(rtol=close, atol=close, check_dtype=False)
+    for got, wanted in zip(map(torch.cat, zip(*rows, strict=True)), (y, x.grad), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, wanted, **close)
+    for got, wanted in zip(zip(*grads, strict=True), gradients(norm), strict=True):
+        torch.testing.assert_close(got[0] + got[1], wanted, **close)
+    for got in buffers:
+        torch.testing.assert_close(got, list(norm.buffers()), **close)
+
+
+def test_two_processes_train_what_one_does(two, tmp_path):
+    interrupted(TrainConfig(**FP), tmp_path / "start", 1)
+    train(TrainConfig(**FP), tmp_path / "one", **QUIET)
+    assert_close(two[0] / "whole", tmp_path / "one", tmp_path / "start")
+    with pytest.raises(AssertionError):
+        assert_close(two[0] / "each", tmp_path / "one", tmp_path / "start")
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm1d(3),
+        nn.BatchNorm2d(3, affine=False),
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.BatchNorm2d(3, momentum=None),
+    ],
+)
+def test_other_batchnorms_are_refused(norm):
+    with pytest.raises(ValueError, match=r"model: wanted nn.BatchNorm2d with γ, .*, got 0: Batch"):
+        synchronize_batchnorm(nn.Sequential(norm))
+
+
+def test_compile_is_refused_with_several_processes():
+    config = TrainConfig(sync_batchnorm=True, compile=True)
+    with pytest.raises(ConfigError, match="sync_batchnorm: wanted compile = false with 2 proc"):
+        config.check_team(2)
