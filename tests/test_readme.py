@@ -17,6 +17,7 @@ from divqat.evaluate.grid.tables import (
     attacks_table,
     budgets_table,
     defenses_table,
+    main_table,
     side_effects_table,
 )
 from divqat.job import Job
@@ -105,6 +106,7 @@ def test_the_studies_are_those_of_the_committed_results():
         "misdirection": [attacks_table, side_effects_table],
         "misdirection-own": [attacks_table],
         "misdirection-photos": [attacks_table],
+        "misdirection-sweep": [main_table],
     }.items():
         result = Evaluation.load(RESULTS / name / "evaluation.json")
         for table in tables:
