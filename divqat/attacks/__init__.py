@@ -16,6 +16,7 @@ from divqat.attacks.partial_bayes import PartialBayes
 from divqat.attacks.relabel import Relabel
 from divqat.attacks.s4l import S4L
 from divqat.attacks.selective import Selective
+from divqat.attacks.shadow import Shadow
 from divqat.attacks.sift import Sift
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
@@ -36,6 +37,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "d-dae": DDAE,
     "d-dae+": DDAEPlus,
     "partial-bayes": PartialBayes,
+    "shadow": Shadow,
     "jbda": JBDA,
     "jbda-tr": JBDATR,
     "dfme": DFME,
@@ -62,6 +64,7 @@ __all__ = [
     "PartialBayes",
     "Relabel",
     "Selective",
+    "Shadow",
     "Sift",
     "SkepticalStudent",
     "Smoothing",

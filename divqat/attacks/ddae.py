@@ -6,6 +6,7 @@ import copy
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -100,18 +101,24 @@ def renewed(network: nn.Module, seed: int) -> nn.Module:
     return network
 
 
-def restorer(classes: int) -> nn.Module:
+def restorer(classes: int, inputs: int | None = None) -> nn.Module:
     """ModelGuard's network from released to clean answers; its widths for 10, 43, 100, 200 and 256
-    classes are those of the published table: 128, 512, 1024, 2048, 2048, and half of it."""
+    classes are those of the published table: 128, 512, 1024, 2048, 2048, and half of it.
+
+    Args:
+        classes: of the clean answers.
+        inputs: width of what it reads; None: that of answers, ``classes``.
+    """
     width = min(2048, 2 ** math.ceil(math.log2(10 * classes)))
+    widths = (classes if inputs is None else inputs, width, width // 2, classes)
     layers: list[nn.Module] = []
-    for inputs, outputs in ((classes, width), (width, width // 2), (width // 2, classes)):
-        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU(0.2)]
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, nn.Softmax(1))
 
 
 def train(network: nn.Module, released: Tensor, clean: Tensor, epochs: int) -> None:
-    """Minimize the L1 distance of ``network(released)`` to ``clean``, both [M, num_classes].
+    """Minimize the L1 distance of ``network(released)`` to ``clean`` [M, num_classes].
 
     SGD with the settings of the published code: learning rate 0.01, halved every 100 epochs,
     momentum 0.9, L2 penalty 1e-4. That code leaves batch norm in training mode when it recovers, so

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from divqat.attacks.attack import Attack, Task
-from divqat.attacks.training import Training, TransferAttack
+from divqat.attacks.training import Loss, Training, TransferAttack, soft_cross_entropy
 from divqat.data.sets import ImageSet
 from divqat.victim import Victim
 
@@ -76,7 +76,11 @@ class LabeledAttack(Attack):
 
 
 def learn_labels(
-    attack: TransferAttack, task: Task, labeled: ImageSet, name: str = "clone.pt"
+    attack: TransferAttack,
+    task: Task,
+    labeled: ImageSet,
+    name: str = "clone.pt",
+    loss: Loss = soft_cross_entropy,
 ) -> nn.Module:
     """Train the task's clone, with the weights it has, on labels in place of answers.
 
@@ -85,6 +89,7 @@ def learn_labels(
         task: the clone, and the folder that keeps it.
         labeled: what it learns.
         name: of the checkpoint.
+        loss: of a batch; its targets are the labels, one-hot.
 
     Returns:
         The clone in eval mode.
@@ -95,4 +100,4 @@ def learn_labels(
     generator = torch.Generator().manual_seed(attack.seed)
     seeds = torch.randint(2**62, (attack.epochs,), generator=generator).tolist()
     targets = F.one_hot(labeled.labels, task.classes).float()
-    return Training(attack, task, seeds, name=name).run(labeled.images, targets)
+    return Training(attack, task, seeds, name=name).run(labeled.images, targets, loss)
