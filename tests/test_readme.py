@@ -103,6 +103,7 @@ def test_the_studies_are_those_of_the_committed_results():
         "attacks": [lambda result: budgets_table(result, "qat")],
         "data-free": [lambda result: budgets_table(result, "qat")],
         "defenses": [defenses_table],
+        "combination": [defenses_table],
         "misdirection": [attacks_table, side_effects_table],
         "misdirection-own": [attacks_table],
         "misdirection-photos": [attacks_table],
