@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,7 +134,14 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 def test_sigint_and_resume(tmp_path):
     command = [sys.executable, "-m", "divqat", "train", "--out", str(tmp_path / "run")]
     command += ["--epochs", "200", *FAST]  # seconds, so that the signal comes before the end
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        # what runs in the background of a shell inherits that it is ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.csv").exists():
         assert time.monotonic() < deadline and process.poll() is None
