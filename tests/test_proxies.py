@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from divqat.data import proxies
 from divqat.data.glyphs import _ellipses, _polygons, _to_strokes, glyphs
+from divqat.data.leaves import leaves
 from divqat.data.proxies import GRID, MADE, NAMES, proxy_batch, proxy_pools
 
 SHAPES = [(1, 8, 8), (3, 28, 28), (1, 30, 17), (3, 64, 64)]
@@ -103,6 +104,53 @@ def test_warped_images_are_bent_smoothly_and_within_reach(monkeypatch):
     assert made.diff(dim=2).abs().amax() < 30  # along the ramp's lines it was 0: no tears
     monkeypatch.setattr(proxies, "REACH", 0.0)
     assert torch.equal(proxies.warped(ramp, seeded()), ramp)
+
+
+def test_zoomed_images_are_small_or_large_and_somewhere_else():
+    """A ramp along both axes becomes so much steeper or flatter."""
+    ramp = torch.arange(64).mul(2).add(60).to(torch.uint8)
+    image = (ramp[:, None] // 2 + ramp // 2).expand(400, 1, 64, 64)
+    made = proxies.zoomed(image, seeded()).double()[:, 0]
+    across, down = made.diff(dim=2), made.diff(dim=1)
+    slope = across.abs().amax((1, 2))  # a grey level per pixel before
+    large = across.abs().mean((1, 2)) < 0.55
+    assert 150 < large.sum() < 250
+    assert 0.25 < across[large].abs().mean() < 0.5  # 2 to 3.5 times as large
+    assert (slope[~large] >= 2).all() and (slope[~large] <= 5).all()
+    inner = made[~large, 8:-8, 8:-8]
+    assert (inner.amax((1, 2)) - inner.amin((1, 2)) > 40).double().mean() > 0.8  # not out of sight
+    signs = {(float(a.sum().sign()), float(d.sum().sign()))
+             for a, d in zip(across[~large], down[~large], strict=True)}  # fmt: skip
+    assert signs == {(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)}
+
+
+@pytest.mark.parametrize("height,width", [(64, 64), (40, 80)])
+def test_a_collage_shows_three_images_as_rectangles_of_the_right_size(height, width, monkeypatch):
+    monkeypatch.setattr(proxies, "PASTED", 1)
+    white = torch.full((300, 1, height, width), 255, dtype=torch.uint8)
+    made = proxies.collage(white, seeded())[:, 0]
+    paper = made.flatten(1).median(1).values  # less than half of it is covered
+    assert 100 < (paper == 0).sum() < 200  # half of them black
+    inked = (made != paper[:, None, None]).double().mean((1, 2))
+    shown = inked > 0
+    assert shown.double().mean() > 0.8  # inverted ones on black are not to be seen
+    # 0.9 of each side of it is shown, of 0.25 to 0.7 of the picture's
+    assert inked.max() < 1.05 * (0.9 * 0.7) ** 2
+    assert 0.5 * (0.9 * 0.475) ** 2 < inked[shown].mean() < 1.3 * (0.9 * 0.475) ** 2
+    monkeypatch.setattr(proxies, "PASTED", 3)
+    many = (proxies.collage(white, seeded())[:, 0] != 0).double().mean()
+    assert many > (made != 0).double().mean()
+
+
+def test_leaves_hide_each_other_and_leave_no_ground():
+    made = leaves(torch.empty(200, 3, 32, 32), seeded())
+    assert not torch.equal(made[:, 0], made[:, 1])  # in color
+    steps = made.double().diff(dim=3).abs()
+    flat = (steps < 8).double().mean((1, 2, 3))
+    assert flat.min() > 0.4 and flat.max() < 0.99  # shades with edges between, unlike noise
+    assert (steps.amax((1, 2, 3)) > 60).all()
+    one = made[0, 0]
+    assert one.unique().numel() > 20
 
 
 def test_edges_by_hand():

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from divqat.data.glyphs import glyphs
+from divqat.data.leaves import leaves
 from divqat.data.transfer import transfer_set
 from divqat.errors import unknown_name
 
 GRID = 4  # patches along an axis; of fewer, whole parts of a thing can be seen
 COARSE = 4  # points along an axis, from which a smooth field is interpolated
 REACH = 0.4  # farthest that a pixel is bent, in halves of the side
+PASTED = 3  # images in a collage, on top of each other
 POOL, POOL_BYTES = 10_000, 2**28  # images read from files, at most
 
 
@@ -67,7 +69,7 @@ def rotated(images: Tensor, generator: Generator) -> Tensor:
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     ratio = height / width  # grid coordinates run from -1 to 1 along both axes
     theta = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], dim=1).view(m, 2, 3)
-    return _sampled(images, F.affine_grid(theta, list(images.shape), align_corners=False))
+    return _to_bytes(_sampled(images, _grid(images, theta)))
 
 
 def inverted(images: Tensor, generator: Generator) -> Tensor:
@@ -80,8 +82,45 @@ def warped(images: Tensor, generator: Generator) -> Tensor:
     m = len(images)
     bend = 2 * _rand(images, m, 2, COARSE, COARSE, generator=generator) - 1
     identity = torch.eye(2, 3, device=images.device).expand(m, 2, 3)
-    grid = F.affine_grid(identity, list(images.shape), align_corners=False)  # [m, H, W, 2]
-    return _sampled(images, grid + REACH * _smooth(bend, images).permute(0, 2, 3, 1))
+    grid = _grid(images, identity) + REACH * _smooth(bend, images).permute(0, 2, 3, 1)
+    return _to_bytes(_sampled(images, grid))
+
+
+def zoomed(images: Tensor, generator: Generator) -> Tensor:
+    """A thing that is small, 30 to 55 % of the side, or a part of one, 2 to 3.5 times as large;
+    somewhere, mirrored along either axis or not. What comes in at the edge goes on outwards."""
+    m = len(images)
+    near = _rand(images, m, 1, generator=generator) < 0.5
+    shrunk = 0.3 + 0.25 * _rand(images, m, 1, generator=generator)
+    magnified = 2 + 1.5 * _rand(images, m, 1, generator=generator)
+    step = 1 / torch.where(near, magnified, shrunk)  # in the image, per pixel of the result
+    mirror = torch.where(_rand(images, m, 2, generator=generator) < 0.5, -1, 1)
+    aside = 0.8 * (step - 1).abs() * (2 * _rand(images, m, 2, generator=generator) - 1)
+    theta = torch.cat([(step * mirror).diag_embed(), aside[:, :, None]], dim=2)
+    return _to_bytes(_sampled(images, _grid(images, theta), "border"))
+
+
+def collage(images: Tensor, generator: Generator) -> Tensor:
+    """Three images, 25 to 70 % of the side, turned, some inverted, on paper of one shade."""
+    m, _, height, width = images.shape
+    shade = 255 * _rand(images, m, 1, 1, 1, generator=generator)
+    black = _rand(images, m, 1, 1, 1, generator=generator) < 0.5
+    picture = torch.where(black, 0, shade).expand(images.shape)
+    ratio = height / width
+    for _ in range(PASTED):
+        own = images[_choose(images, images, m, generator)].float()
+        own = torch.where(_rand(images, m, 1, 1, 1, generator=generator) < 0.3, 255 - own, own)
+        own = own * (0.4 + 0.6 * _rand(images, m, 1, 1, 1, generator=generator))
+        angle = 2 * math.pi * _rand(images, m, generator=generator)
+        step = 1 / (0.25 + 0.45 * _rand(images, m, generator=generator))
+        x, y = (1.4 * _rand(images, 2, m, generator=generator) - 0.7).unbind()  # its center
+        cos, sin = step * angle.cos(), step * angle.sin()
+        rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
+        rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
+        grid = _grid(images, torch.stack(rows, dim=1).view(m, 2, 3))
+        inside = grid.abs().amax(-1)[:, None] < 0.9  # without what only a border is
+        picture = torch.where(inside, _sampled(own, grid), picture)
+    return _to_bytes(picture)
 
 
 def edges(images: Tensor, generator: Generator) -> Tensor:
@@ -128,6 +167,9 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "warped": warped,
     "edges": edges,
     "thresholded": thresholded,
+    "leaves": leaves,
+    "zoomed": zoomed,
+    "collage": collage,
 }
 READ = ("photos", "folder")
 NAMES = (*MADE, "mixed", *READ)
@@ -227,9 +269,13 @@ def _smooth(coarse: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(coarse, like.shape[2:], mode="bicubic", align_corners=True)
 
 
-def _sampled(images: Tensor, grid: Tensor) -> Tensor:
-    sampled = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    return _to_bytes(sampled)
+def _grid(images: Tensor, theta: Tensor) -> Tensor:
+    """Where to read, [M, H, W, 2], for affine maps [M, 2, 3] of coordinates from -1 to 1."""
+    return F.affine_grid(theta, list(images.shape), align_corners=False)
+
+
+def _sampled(images: Tensor, grid: Tensor, outside: str = "reflection") -> Tensor:
+    return F.grid_sample(images.float(), grid, padding_mode=outside, align_corners=False)
 
 
 def _to_bytes(images: Tensor) -> Tensor:

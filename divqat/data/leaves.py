@@ -1,0 +1,54 @@
+"""Dead leaves: shapes of all sizes that hide each other, as things in photos do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+LEAVES = 24  # in a picture, one on top of the other
+SMALLEST = 0.12  # half of a leaf's length, in halves of the picture's side; the largest is 1
+ROUNDNESS = (1.0, 2.0, 8.0)  # exponents: a diamond, an ellipse, a rounded box
+
+
+def leaves(images: Tensor, generator: Generator) -> Tensor:
+    """Random pictures full of diamonds, ellipses and boxes, the large ones further back.
+
+    They have the edges and the sharp differences of shade of photos, but nothing that one would
+    recognize (Lee, Mumford and Huang, "Occlusion models for natural images: a statistical study of
+    a scale-invariant dead leaves model", IJCV 41, 2001; as images to learn from: Baradad et al.,
+    "Learning to see by looking at noise", NeurIPS 2021, arXiv 2106.05963). The shade of a leaf
+    changes along it.
+
+    Args:
+        images: [M, C, H, W]; only their shape and device count.
+        generator: on their device.
+
+    Returns:
+        uint8 [M, C, H, W].
+    """
+    m, channels, height, width = images.shape
+    device = images.device
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    y, x = (2 * (torch.arange(k, device=device) + 0.5) / k - 1 for k in (height, width))
+    x, y = x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()  # [P]
+    roundness = torch.tensor(ROUNDNESS, device=device)
+    picture = rand(m, channels, 1).expand(m, channels, height * width)
+    for k in range(LEAVES):
+        # Evenly in the logarithm, from the smallest to a largest that shrinks from leaf to leaf.
+        length = SMALLEST ** (1 - (1 - k / LEAVES) * rand(m, 1))
+        breadth = length * (0.3 + 0.7 * rand(m, 1))
+        across, down = (2.4 * rand(2, m, 1) - 1.2).unbind()  # some reach in from outside
+        angle = math.pi * rand(m, 1)
+        cos, sin = angle.cos(), angle.sin()
+        u = ((x - across) * cos + (y - down) * sin) / length  # [m, P]
+        v = ((y - down) * cos - (x - across) * sin) / breadth
+        power = roundness[(len(ROUNDNESS) * rand(m, 1)).long()]
+        inside = u.abs() ** power + v.abs() ** power < 1
+        shade = rand(m, channels, 1) + (rand(m, channels, 1) - 0.5) * u[:, None]
+        picture = torch.where(inside[:, None], shade.clamp(0, 1), picture)
+    return (255 * picture).round().to(torch.uint8).view(m, channels, height, width)
