@@ -19,10 +19,11 @@ OWNED = ImageSet(*toy_images(60, seed=6))
 
 
 class Dark(nn.Module):
-    """A decoy for the tests: class 1 where the mean is above 0, else class 0."""
+    """A decoy for the tests: 3/4 for class 1 where the mean is above 0, else for class 0."""
 
     def forward(self, images):
-        return (images.mean((1, 2, 3)) > 0).long()
+        light = (images.mean((1, 2, 3)) > 0).float()
+        return torch.stack([0.75 - 0.5 * light, 0.25 + 0.5 * light, 0 * light], 1)
 
 
 class Seen(nn.Module):
@@ -49,7 +50,11 @@ def test_the_loss_of_a_shadow_by_hand(share, count):
 
     own = [cross_entropy(*pair) for pair in zip(network.images[:6], labels, strict=True)]
     proxies = network.images[6:]
-    astray = [cross_entropy(image, int(image.double().mean() > 0)) for image in proxies]
+    astray = [
+        0.75 * cross_entropy(image, int(image.double().mean() > 0))
+        + 0.25 * cross_entropy(image, int(image.double().mean() <= 0))
+        for image in proxies
+    ]
     wanted = sum(own) / 6 + 0.7 * sum(astray) / count
     assert found.item() == pytest.approx(wanted, rel=1e-5)
 
@@ -79,4 +84,4 @@ def test_a_decoy_is_fitted_to_proxies_of_the_labeled_images_and_has_its_own_seed
     rows = decoy.rows.double()
     torch.testing.assert_close(logits.T.cov(), rows @ rows.T, rtol=0, atol=0.15)
     torch.testing.assert_close(logits.mean(0), torch.zeros(4).double(), rtol=0, atol=0.1)
-    assert (decoy(images) == other(images)).double().mean() < 0.6
+    assert (decoy(images).argmax(1) == other(images).argmax(1)).double().mean() < 0.6

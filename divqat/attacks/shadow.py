@@ -169,7 +169,7 @@ def misdirecting(decoy: nn.Module, weight: float, share: float) -> Loss:
     """L = CE(f(x), y) + w mean CE(f(x~), t(x~)), x and x~ in one batch, as the victim has them.
 
     Args:
-        decoy: t, from float images [M, C, H, W] to classes int64 [M].
+        decoy: t, from float images [M, C, H, W] to answers [M, num_classes], rows of sum 1.
         weight: w.
         share: proxies x~ per image x, at least one in all; made from the batch, of the kinds that
             are the default. Chance is torch's global generator.

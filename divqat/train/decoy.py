@@ -10,17 +10,20 @@ from torch.nn import functional as F
 
 GRID = 4  # points along an axis of the coarse picture
 DIMENSIONS = 8  # of the coarse picture, those along which proxies differ most
+SHARPNESS = 4.0  # β
 
 
 class Decoy(nn.Module):
-    """t(x) = argmax_k (W z(x))_k, z the coarse picture of x.
+    """t(x) = softmax(β W z(x)), z the coarse picture of x.
 
     x is averaged to 4 x 4 and made free of brightness and contrast; z [8] are its leading principal
     components over proxies, each with mean 0 and variance 1, so that no class comes much more often
     than another. W [num_classes, 8] has random rows of length 1. A picture's lights and shades
     decide and not what it shows: a thief who learns t learns no more than where a picture is light.
     A constant class would say as little, but a network is constant only nearly, and what varies
-    around a constant can be told and amplified.
+    around a constant can be told and amplified. For the same reason t is not the largest class
+    alone: where a network gives up one class, the others stay in the order that the picture has in
+    its task, and a thief can learn to read it. Here the picture's shades decide their order, too.
 
     Args:
         num_classes: at least 2. channels: of the images.
@@ -53,9 +56,9 @@ class Decoy(nn.Module):
     def forward(
         self,
         images: Tensor,  # float32 [M, C, H, W]
-    ) -> Tensor:  # int64 [M]
-        """The class of each image."""
-        return ((coarse(images) - self.mean) @ self.directions).argmax(1)
+    ) -> Tensor:  # float32 [M, num_classes]
+        """The answer to each image, rows of sum 1."""
+        return (SHARPNESS * (coarse(images) - self.mean) @ self.directions).softmax(1)
 
 
 def coarse(

@@ -178,7 +178,7 @@ class Learning(Options):
     )
     misdirect_target: str = option(
         "decoy",
-        "What the int8 model learns to answer to a proxy: decoy: a class that its lights and "
+        "What the int8 model learns to answer to a proxy: decoy: probabilities that its lights and "
         "shades decide; permuted: another class for each class of the teacher's; per_image: a "
         "class that the image's hash decides, not the teacher's; least_likely and second: in the "
         "teacher's order; divergence: anything as far from the teacher's probabilities as "

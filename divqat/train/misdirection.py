@@ -41,8 +41,8 @@ class Misdirection(nn.Module):
     """L = CE(y, q) − λ T² D(q, p) + w · mean_x~ CE(q(x~), t(x~)), the last term of it.
 
     x~ are proxies of what a thief may ask about (:mod:`divqat.data.proxies`) and t(x~) is a class
-    that has not to do with the teacher's, so that hard labels are wrong, too, which a loss on
-    training images does not see to. Nothing is read on the host.
+    that has not to do with the teacher's, or an answer of that kind, so that hard labels are wrong,
+    too, which a loss on training images does not see to. Nothing is read on the host.
 
     Our own; near it are Kariyappa and Qureshi, "Defending against model stealing attacks with
     adaptive misinformation", CVPR 2020, arXiv 1911.07100, §4, whose service mixes in the answers
@@ -51,7 +51,7 @@ class Misdirection(nn.Module):
 
     ``t`` (``misdirect_target``), with the teacher's classes in the order of its probabilities p:
 
-    - ``decoy``: a class that the picture's lights and shades decide, see :class:`Decoy`. A thief
+    - ``decoy``: an answer that the picture's lights and shades decide, see :class:`Decoy`. A thief
       cannot undo it, as it can the next, which gives each class another name;
     - ``permuted``: π(first), π a random permutation that leaves no class where it is;
     - ``per_image``: a class other than the first, by a keyed hash of the image, so that the same
@@ -109,7 +109,7 @@ class Misdirection(nn.Module):
         else:
             targets = self.targets(teacher_logits, images)
             losses = F.cross_entropy(logits, targets, reduction="none")
-            misled = answered == targets
+            misled = answered == (targets if targets.dim() == 1 else targets.argmax(1))
         if self.confidence is not None:
             assert teacher_logits is not None
             top = teacher_logits.softmax(1).amax(1)
@@ -117,7 +117,8 @@ class Misdirection(nn.Module):
         return Astray(losses.sum(), misled.double().sum())
 
     def targets(self, teacher_logits: Tensor | None, images: Tensor) -> Tensor:
-        """t(x~), int64 [M]; not for ``divergence``."""
+        """t(x~): classes, int64 [M], for ``decoy`` answers, float32 [M, num_classes]; not for
+        ``divergence``."""
         if self.decoy is not None:
             return self.decoy(images)
         assert teacher_logits is not None
