@@ -8,6 +8,7 @@ import torch
 from toys import QUERIES, Killed, kill_at, same_bits, toy_images, toy_model, toy_victim
 
 from divqat.attacks import KnockoffNets, Shadow, attack, shadow
+from divqat.attacks.answers import reading
 from divqat.attacks.ddae import train
 from divqat.attacks.training import Training
 from divqat.data import ImageSet, to_float
@@ -80,6 +81,23 @@ def test_the_clone_learns_the_recovered_answers(reads, monkeypatch):
     plain = KnockoffNets(query_budget=100, epochs=2, batch_size=32, reading=reads)
     wanted = plain(Victim(lambda images: recovered[reads](MODEL(images))), QUERIES, CLONE)
     assert same_bits(found.clone, wanted.clone)
+
+
+def test_the_control_recovers_answers_to_other_images(monkeypatch):
+    """All else is the same, so what its clone reaches the thief's own images teach."""
+    given, learned, run = [], [], Training.run
+    monkeypatch.setattr(Shadow, "_recover", lambda *args: given.append(args[-1]) or args[-1])
+    monkeypatch.setattr(Training, "run", lambda *args: learned.append(args[2]) or run(*args))
+    control, usual = (
+        replace(QUICK, reading=reads).owning(OWNED)(Victim(MODEL), QUERIES, CLONE)
+        for reads in ("shuffled", "standardized2")
+    )
+    other, own = given
+    assert torch.equal(control.transfer_set[1], own) and torch.equal(usual.transfer_set[1], own)
+    assert ((other - own).abs().amax(1) < 1e-6).double().mean() < 0.1
+    torch.testing.assert_close(other.sort(0).values, own.sort(0).values)
+    assert torch.equal(learned[0], reading("standardized2")(other))
+    assert torch.equal(learned[1], reading("standardized2")(own))
 
 
 # as all attacks

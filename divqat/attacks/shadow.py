@@ -20,8 +20,9 @@ from divqat.data.sets import ImageSet
 from divqat.evaluate.metrics import predict, softmax
 from divqat.options import option
 from divqat.train.decoy import Decoy, coarse
-from divqat.train.learning import PROXIES
+from divqat.train.learning import MISDIRECT, PROXIES
 
+USUAL, CONTROL = "standardized2", "shuffled"  # of an answer's readings
 PARTS, PART = 8, 256  # of the proxies that a decoy is fitted to: as many as a victim's
 
 
@@ -42,8 +43,8 @@ class Shadow(LabeledAttack, KnockoffNets):
 
     A shadow stays in full precision: rounding to int8 changes its answers by much less than what is
     to be undone. The network may learn from pictures alone what the shadows know of the labeled
-    images, so of what the clone reaches, only what is beyond :class:`divqat.attacks.LabeledOnly` is
-    the victim's. The answers of an undefended victim it makes worse.
+    images: of what the clone reaches, only what is beyond the control ``reading="shuffled"`` is the
+    victim's. The answers of an undefended victim it makes worse.
 
     Args:
         shadow_pad: largest shift of the labeled images; ``flip`` mirrors them, too.
@@ -53,7 +54,7 @@ class Shadow(LabeledAttack, KnockoffNets):
         pictures: the network sees the coarse picture of the query, too, which the decoy reads.
         pairs: most pairs of defended and clean answers, at random of all shadows' to all queries.
         reading: what the clone learns of the *recovered* answers; estimates differ little, hence
-            ``standardized2``.
+            ``standardized2``, as for ``shuffled``, for which answers to other images are recovered.
 
     Raises:
         FloatingPointError: also where a shadow's loss is no longer finite, after the queries.
@@ -67,13 +68,15 @@ class Shadow(LabeledAttack, KnockoffNets):
     shadow_lr: float = option(0.05, "First learning rate of a shadow.", above=0)
     shadow_batch_size: int = option(50, "Labeled images per step of a shadow.", least=1)
     shadow_pad: int = option(2, "Shift the labeled images by up to so many pixels.", least=0)
-    misdirect: float = option(0.2, "Weight of the shadows' misdirection.", above=0)
+    misdirect: float = option(MISDIRECT, "Weight of the shadows' misdirection.", above=0)
     proxy_share: float = option(2.0, "Proxies per labeled image of a step.", above=0)
     pictures: bool = option(True, "Recover an answer from it and the query's coarse picture.")
     pairs: int = option(100_000, "Pairs of defended and clean answers to learn from.", least=1)
     recovery_epochs: int = option(20, "Epochs of the network that recovers answers.", least=1)
     reading: str = option(
-        "standardized2", f"What the clone learns of a recovered answer: {READINGS}."
+        USUAL,
+        f"What the clone learns of a recovered answer: {READINGS}, which recovers answers to other "
+        "images.",
     )
 
     def _extract(self, task: Task) -> Extraction:
@@ -81,11 +84,13 @@ class Shadow(LabeledAttack, KnockoffNets):
         return super()._extract(task)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        control = self.reading == CONTROL
         stored = task.folder.load("recovered.pt")
         if stored is None:
-            stored = {"answers": self._recover(task, images, answers)}
+            released = reading(CONTROL)(answers) if control else answers
+            stored = {"answers": self._recover(task, images, released)}
             task.folder.save("recovered.pt", stored)
-        return images, reading(self.reading)(stored["answers"])
+        return images, reading(USUAL if control else self.reading)(stored["answers"])
 
     def _recover(self, task: Task, images: Tensor, answers: Tensor) -> Tensor:
         """Estimates of the clean answers, float32 [Q, num_classes] on the CPU.
