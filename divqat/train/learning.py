@@ -15,8 +15,11 @@ from divqat.train.methods import METHODS
 OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-PROXIES = ("glyphs", "noise", "shuffled", "rotated", "inverted", "warped", "edges")
-MISDIRECT = 0.2  # with an accuracy budget
+PROXIES = (
+    "glyphs", "leaves", "noise", "shuffled", "rotated", "inverted", "warped", "zoomed", "collage",
+    "edges",
+)  # fmt: skip
+MISDIRECT = 0.3  # with an accuracy budget
 TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
