@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from divqat.data import proxies
 from divqat.data.glyphs import _ellipses, _polygons, _to_strokes, glyphs
 from divqat.data.leaves import leaves
-from divqat.data.proxies import GRID, MADE, NAMES, proxy_batch, proxy_pools
+from divqat.data.proxies import GRID, MADE, NAMES, READ, proxy_batch, proxy_pools
 
 SHAPES = [(1, 8, 8), (3, 28, 28), (1, 30, 17), (3, 64, 64)]
 CPU = torch.device("cpu")
@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_gives_its_images_and_follows_the_seed(name, shape, folder, monkeypatch):
     monkeypatch.setattr(proxies, "POOL", 50)
+    monkeypatch.setattr(proxies, "DRAWINGS", 50)
     pools = proxy_pools([name], shape, CPU, folder=folder)
     images, labels = pictures(6, shape), torch.arange(6) % 2
 
@@ -66,6 +67,25 @@ def test_every_name_has_an_equal_share():
         for seed in range(20)
     ]
     assert 0 < sum(bool((image == 7).all()) for image in odd) < 20  # chance, not the first name
+
+
+def test_what_is_drawn_is_drawn_once(monkeypatch):
+    monkeypatch.setattr(proxies, "DRAWINGS", 20)
+    monkeypatch.setattr(proxies, "AT_ONCE", 7 * 64)  # images at once
+    pools = proxy_pools(["glyphs", "inverted"], (1, 8, 8), CPU, seed=3)
+    assert list(pools) == ["glyphs"]
+    again = proxy_pools(["glyphs", "leaves", "noise"], (1, 8, 8), CPU, seed=3)
+    other = proxy_pools(["glyphs"], (1, 8, 8), CPU, seed=4)
+    assert {len(pool) for pool in again.values()} == {20}
+    assert torch.equal(again["glyphs"], pools["glyphs"])
+    assert not torch.equal(again["glyphs"], other["glyphs"])
+    for name, pool in again.items():
+        assert len(pool.unique(dim=0)) > 15
+        made = proxy_batch([name], pictures(3), seeded(), 100, pools=again)
+        assert (made[:, None] == pool).flatten(2).all(2).any(1).all()
+        assert len(made.unique(dim=0)) > 10
+    monkeypatch.setattr(proxies, "DRAWN_BYTES", 3 * 64 * 3)
+    assert len(proxy_pools(["noise"], (3, 8, 8), CPU)["noise"]) == 3
 
 
 def test_shuffled_images_have_the_same_patches_in_another_order():
@@ -214,7 +234,7 @@ def test_distances_of_glyphs_by_hand():
 
 def test_pools_are_bounded_and_of_the_folder(folder, monkeypatch):
     monkeypatch.setattr(proxies, "POOL_BYTES", 7 * 3 * 16 * 16)
-    pools = proxy_pools(NAMES, (3, 16, 16), CPU, folder=folder)
+    pools = proxy_pools(READ, (3, 16, 16), CPU, folder=folder)
     assert {name: len(pool) for name, pool in pools.items()} == {"photos": 7, "folder": 7}
     made = proxy_batch(["folder"], pictures(1, (3, 16, 16)), seeded(), 30, pools=pools)
     assert {tuple(image[:, 8, 8].tolist()) for image in made} == {

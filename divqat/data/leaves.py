@@ -9,7 +9,6 @@ from torch import Generator, Tensor
 
 LEAVES = 24  # in a picture, one on top of the other
 SMALLEST = 0.12  # half of a leaf's length, in halves of the picture's side; the largest is 1
-ROUNDNESS = (1.0, 2.0, 8.0)  # exponents: a diamond, an ellipse, a rounded box
 
 
 def leaves(images: Tensor, generator: Generator) -> Tensor:
@@ -36,7 +35,6 @@ def leaves(images: Tensor, generator: Generator) -> Tensor:
 
     y, x = (2 * (torch.arange(k, device=device) + 0.5) / k - 1 for k in (height, width))
     x, y = x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()  # [P]
-    roundness = torch.tensor(ROUNDNESS, device=device)
     picture = rand(m, channels, 1).expand(m, channels, height * width)
     for k in range(LEAVES):
         # Evenly in the logarithm, from the smallest to a largest that shrinks from leaf to leaf.
@@ -47,8 +45,10 @@ def leaves(images: Tensor, generator: Generator) -> Tensor:
         cos, sin = angle.cos(), angle.sin()
         u = ((x - across) * cos + (y - down) * sin) / length  # [m, P]
         v = ((y - down) * cos - (x - across) * sin) / breadth
-        power = roundness[(len(ROUNDNESS) * rand(m, 1)).long()]
-        inside = u.abs() ** power + v.abs() ** power < 1
+        kind, uu, vv = (3 * rand(m, 1)).long(), u.square(), v.square()
+        diamond, ellipse = u.abs() + v.abs(), uu + vv
+        box = uu.square().square() + vv.square().square()  # its corners are round
+        inside = torch.where(kind == 0, diamond, torch.where(kind == 1, ellipse, box)) < 1
         shade = rand(m, channels, 1) + (rand(m, channels, 1) - 0.5) * u[:, None]
         picture = torch.where(inside[:, None], shade.clamp(0, 1), picture)
     return (255 * picture).round().to(torch.uint8).view(m, channels, height, width)

@@ -27,7 +27,9 @@ GRID = 4  # patches along an axis; of fewer, whole parts of a thing can be seen
 COARSE = 4  # points along an axis, from which a smooth field is interpolated
 REACH = 0.4  # farthest that a pixel is bent, in halves of the side
 PASTED = 3  # images in a collage, on top of each other
-POOL, POOL_BYTES = 10_000, 2**28  # images read from files, at most
+POOL, POOL_BYTES = 10_000, 2**28  # images of a kind that are read from files, at most
+DRAWINGS, DRAWN_BYTES = 4096, 2**26  # that are drawn, at most
+AT_ONCE = 2**17  # bytes drawn at once; that takes some hundred times as much memory
 
 
 def noise(images: Tensor, generator: Generator) -> Tensor:
@@ -171,6 +173,7 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "zoomed": zoomed,
     "collage": collage,
 }
+DRAWN = ("glyphs", "leaves", "noise")  # from nothing
 READ = ("photos", "folder")
 NAMES = (*MADE, "mixed", *READ)
 
@@ -183,13 +186,15 @@ def proxy_pools(
     folder: str | Path | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The images of ``photos`` and ``folder``, as far as they are among ``names``.
+    """The images of ``glyphs``, ``leaves``, ``noise``, ``photos`` and ``folder``, as far as they
+    are among ``names``: what is not made from training images is made once.
 
-    At most 10,000 each and 256 MiB, read as :func:`divqat.data.transfer_set` does.
+    Of each at most 4096 drawings, 64 MiB, drawn on the CPU and so the same everywhere, or 10,000
+    pictures, 256 MiB, read as :func:`divqat.data.transfer_set` does.
 
     Args:
         names: of :data:`NAMES`. image_shape: (C, H, W). device: where they are kept.
-        folder: the pictures of ``folder``. seed: which patches, pictures and variants.
+        folder: the pictures of ``folder``. seed: which drawings, patches, pictures and variants.
 
     Returns:
         uint8 [P, C, H, W] by name.
@@ -202,10 +207,21 @@ def proxy_pools(
     size = {"channels": channels, "image_size": (height, width), "seed": seed}
     limit = max(1, min(POOL, POOL_BYTES // (channels * height * width)))
     roots = {name: folder if name == "folder" else None for name in names if name in READ}
-    return {
-        name: transfer_set(name, limit=limit, data_root=root, **size).to(device)  # type: ignore[arg-type]
+    read = {
+        name: transfer_set(name, limit=limit, data_root=root, **size)  # type: ignore[arg-type]
         for name, root in roots.items()
     }
+    drawn = {name: _draw(name, image_shape, seed) for name in names if name in DRAWN}
+    return {name: pool.to(device) for name, pool in {**drawn, **read}.items()}
+
+
+def _draw(name: str, image_shape: tuple[int, int, int], seed: int) -> Tensor:
+    """A pool of ``DRAWN``, uint8 [P, C, H, W] on the CPU."""
+    generator, size = Generator().manual_seed(seed), math.prod(image_shape)
+    paper = torch.empty(1, *image_shape, dtype=torch.uint8)
+    total, at_once = max(1, min(DRAWINGS, DRAWN_BYTES // size)), max(1, AT_ONCE // size)
+    counts = [min(at_once, total - done) for done in range(0, total, at_once)]
+    return torch.cat([MADE[name](paper.expand(n, -1, -1, -1), generator) for n in counts])
 
 
 def proxy_batch(
@@ -228,7 +244,8 @@ def proxy_batch(
         generator: on the device of ``images``; with them it alone determines the result.
         count: how many; 0 or more.
         labels: of ``images``, for ``mixed``.
-        pools: of :func:`proxy_pools`, for ``photos`` and ``folder``.
+        pools: of :func:`proxy_pools`, for ``photos`` and ``folder``; drawn kinds without one are
+            drawn anew.
 
     Raises:
         ValueError: an unknown name, or no pool for one that needs it.
@@ -241,17 +258,18 @@ def proxy_batch(
     each = -(-count // len(names))
     made = []
     for name in names:
+        if pools is not None and name in pools:
+            made.append(pools[name][_choose(images, pools[name], each, generator)])
+            continue
         rows = _choose(images, images, each, generator)
         if name in MADE:
             made.append(MADE[name](images[rows], generator))
         elif name == "mixed":
             made.append(mixed(images, labels, rows, generator))
-        elif name not in READ:
-            raise unknown_name("proxy", name, NAMES)
-        elif pools is None or name not in pools:
+        elif name in READ:
             raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
         else:
-            made.append(pools[name][_choose(images, pools[name], each, generator)])
+            raise unknown_name("proxy", name, NAMES)
     order = _rand(images, each * len(names), generator=generator).argsort()
     return torch.cat(made)[order[:count]]
 
