@@ -54,3 +54,12 @@ def test_the_last_third_is_frozen(epochs, first):
     assert frozen == ([] if first is None else list(range(first, epochs + 1)))
     explicit = TrainConfig(epochs=epochs, freeze_batchnorm_epoch=1)
     assert explicit.frozen("batchnorm", 1)
+
+
+@pytest.mark.parametrize(("method", "last"), [("fp", 4), ("nasty", 4), ("qat", 1)])
+def test_a_scaled_rate_is_lowered_where_batchnorm_freezes(method, last):
+    teacher = None if method == "fp" else "t"
+    c = TrainConfig(method=method, teacher=teacher, epochs=2, batch_size=512, lr_scaling="linear")
+    plain = TrainConfig(epochs=2, batch_size=512)
+    ratios = [c.learning_rate(step, 5) / plain.learning_rate(step, 5) for step in (4, 5)]
+    assert ratios == pytest.approx([4, last])

@@ -30,7 +30,7 @@ def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> str | None:
         return None
     text, advice = "", "a smaller lr, or grad_clip"
     first = next((row["epoch"] for row in rows if config.frozen("batchnorm", row["epoch"])), None)
-    if config.method != "fp" and first is not None and first > best["epoch"]:
+    if config.kind.quantized and first is not None and first > best["epoch"]:
         text = f"; BatchNorm froze with epoch {first}, and the loss is steeper since"
         advice = f"a smaller lr, or freeze_batchnorm_epoch = {config.epochs + 1}, which is never"
     return (

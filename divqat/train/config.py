@@ -155,7 +155,7 @@ class TrainConfig(Learning):
         warmup = self.lr_warmup_epochs * steps_per_epoch
         # Goyal et al. 2017, §2.1 (linear); Krizhevsky 2014, §5 (square root)
         scale = (self.batch_size / self.base_batch_size) ** LR_SCALING[self.lr_scaling]
-        if self.method != "fp" and self.frozen("batchnorm", 1 + step // steps_per_epoch):
+        if self.kind.quantized and self.frozen("batchnorm", 1 + step // steps_per_epoch):
             scale = min(scale, 1.0)  # what divqat.train.collapse is about
         lr = self.lr * scale
         if self.schedule == "one-cycle":
