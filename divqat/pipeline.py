@@ -2,7 +2,7 @@
 
 OUT/config.yaml, result.json, report.html, report.md, plots/
 OUT/seed<n>/fp/                       the full-precision training
-OUT/seed<n>/<nasty victim>/           another one, a teacher of victims
+OUT/seed<n>/<nasty or ini victim>/    another one, a teacher of victims
 OUT/seed<n>/<victim>/                 a training, model.onnx, export/verify/layers/answers.json
 OUT/seed<n>/<victim>/attack-<answer>/ summary.json, transfer.pt, clone.pt
 """
@@ -38,7 +38,7 @@ from divqat.steps import (
     verify_run,
 )
 from divqat.train import Run, TrainConfig, load_run, train
-from divqat.train.config import LOSS, MISDIRECTION
+from divqat.train.config import INI, LOSS, MISDIRECTION
 from divqat.train.folder import FREE, load_splits
 from divqat.victim import Victim
 
@@ -196,9 +196,9 @@ class _Runner:
 
     def victim_result(self, seed: int, name: str) -> VictimResult:
         """What the files in a victim's folder say."""
-        config = self.job.training(name, seed, self.out)
         teacher = self.job.teacher(name)
-        told = {} if teacher == "fp" else _told(self.job.training(teacher, seed, self.out))
+        names = [name] if teacher == "fp" else [teacher, name]
+        trainings = [self.job.training(each, seed, self.out) for each in names]
         folder, fp = (self.job.folder(self.out, seed, part) for part in (name, teacher))
         trained, export, verified, answers = (
             read_json(folder / f"{part}.json")
@@ -212,9 +212,9 @@ class _Runner:
         return VictimResult(
             seed=seed,
             name=name,
-            # "qat" is the undefended control: what a Nasty Teacher made is not
-            method=config.method if teacher == "fp" else f"nasty-{config.method}",
-            settings=told | _told(config),
+            # "qat" is the undefended control: what a defended teacher made is not
+            method="-".join(training.method for training in trainings),
+            settings={key: value for each in trainings for key, value in _told(each).items()},
             accuracy_fp=read_json(fp / "summary.json")["test_accuracy"],
             accuracy_fake=verified["accuracy_fake"],
             accuracy_onnx=verified["accuracy_onnx"],
@@ -235,12 +235,12 @@ class _Runner:
 
 def _told(config: TrainConfig) -> dict[str, Any]:
     """What the report says of a victim: λ, T, and what is not as usual."""
-    always = ("weight", "temperature")
+    always = ("weight", "temperature", *INI)
     others = ("label_smoothing", "weight_bits", "activation_bits", "accuracy_budget", *MISDIRECTION)
-    names = (*LOSS, *others) if config.kind.sign else others
+    own = LOSS if config.kind.sign else INI if config.method == "ini" else ()
     usual = TrainConfig(method=config.method, teacher=config.teacher)
     return {
         name: getattr(config, name)
-        for name in names
+        for name in (*own, *others)
         if name in always or getattr(config, name) != getattr(usual, name)
     }

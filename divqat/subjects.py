@@ -36,7 +36,7 @@ def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
 
 
 def _method(run: Run) -> str:
-    """The method; that of a model made from a Nasty Teacher says so: it is not the control."""
+    """The method; that of a model made from a defended teacher says so: it is not the control."""
     teacher = run.config.teacher
     if teacher is None or not (Path(teacher) / CHECKPOINT).is_file():
         return run.config.method

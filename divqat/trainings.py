@@ -26,9 +26,10 @@ class Trainings:
         common: keys of :class:`TrainConfig` for all trainings.
         fp: keys for the full-precision training.
         victims: by name of the run folder, ``method`` (any but fp), ``teacher`` (the name of a
-            ``nasty`` victim further up; left out: fp), ``reference`` (the name of a ``qat`` victim
-            further up, that an ``accuracy_budget`` counts from) and other keys. A victim of method
-            nasty is trained, but neither exported nor attacked: the int8 models made from it are.
+            ``nasty`` or ``ini`` victim further up; left out: fp, or for ``ini`` none),
+            ``reference`` (the name of a ``qat`` victim further up, that an ``accuracy_budget``
+            counts from) and other keys. A victim of method nasty or ini is trained, but neither
+            exported nor attacked: the int8 models made from it are.
 
     Raises:
         ConfigError: an unknown key or a bad value, anywhere.
@@ -78,6 +79,8 @@ class Trainings:
     def _check_methods(self) -> None:
         """That each victim's teacher and reference are trained before it, and that there is one to
         attack."""
+        if self.fp.get("method", "fp") != "fp":
+            raise ConfigError(f"fp: method: wanted fp, got {self.fp['method']!r}")
         teachers, references = ["fp"], list[str]()
         for name, own in self.victims.items():
             method = own.get("method")
@@ -87,7 +90,7 @@ class Trainings:
                 )
             if self.teacher(name) not in teachers:
                 raise ConfigError(
-                    f"{name}: teacher: wanted fp or a nasty victim further up, "
+                    f"{name}: teacher: wanted fp, or a nasty or ini victim further up, "
                     f"got {self.teacher(name)!r}"
                 )
             if own.get("reference") not in (None, *references):
@@ -114,7 +117,7 @@ class Trainings:
         """The settings of ``fp`` or of a victim."""
         own = {"method": "fp", **self.fp} if name == "fp" else self.victims[name]
         settings = {**self.common, **own, "seed": seed}
-        if name != "fp":
+        if name != "fp" and METHODS[own["method"]].taught:
             settings["teacher"] = str(self.folder(out, seed, self.teacher(name)))
             if "reference" in own:
                 settings["reference"] = str(self.folder(out, seed, own["reference"]))

@@ -11,23 +11,32 @@ from divqat.pipeline import run_job
 from divqat.train import load_run
 
 NASTY = {"method": "nasty", "epochs": 2, "weight": 0.1}
+INI = {"method": "ini", "epochs": 2, "ini_epsilon": 50.0}
 VICTIMS = {
-    "teacher": NASTY,
     "ptq": {"method": "ptq", "epochs": 1},
     "undistillable": {"method": "ptq", "epochs": 1, "teacher": "teacher"},
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_nasty_victim_teaches_and_is_not_attacked(tmp_path):
+@pytest.mark.parametrize(
+    ("teacher", "told"),
+    [
+        (NASTY, {"weight": 0.1, "temperature": 4.0}),
+        (INI, {"ini_gamma": 0.3, "ini_delta": 1.0, "ini_epsilon": 50.0}),
+    ],
+    ids=["nasty", "ini"],
+)
+def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path, teacher, told):
     attack = {**JOB["attack"], "budget": 100, "answers": ["probs"]}
+    victims = {"teacher": teacher, **VICTIMS}
     result = run_job(
-        Job.from_dict({**JOB, "victims": VICTIMS, "attack": attack}), tmp_path, **QUIET
+        Job.from_dict({**JOB, "victims": victims, "attack": attack}), tmp_path, **QUIET
     )
     plain, ours = result.victims
     assert (plain.name, plain.method) == ("ptq", "ptq")
-    assert (ours.name, ours.method) == ("undistillable", "nasty-ptq")
-    assert ours.settings == {"weight": 0.1, "temperature": 4.0} and plain.settings == {}
+    assert (ours.name, ours.method) == ("undistillable", f"{teacher['method']}-ptq")
+    assert ours.settings == told and plain.settings == {}
     assert all(v.int8_layers == 5 and set(v.attacks) == {"probs"} for v in result.victims)
     assert all(v.argmax_agreement > 0.98 for v in result.victims)
     seed = tmp_path / "seed0"
@@ -41,17 +50,23 @@ def test_a_nasty_victim_teaches_and_is_not_attacked(tmp_path):
 @pytest.mark.parametrize(
     ("victims", "message"),
     [
-        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp or a nasty victim"),
+        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp, or a nasty or ini"),
         ({"a": {"method": "qat", "teacher": "b"}, "b": NASTY}, "further up, got 'b'"),
         ({"b": {"method": "qat"}, "a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted"),
         ({"b": NASTY}, "victims: wanted one that is quantized, to attack it"),
-        ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ptq, qat, kd-qat, divqat"),
+        ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ini, ptq, qat, kd-"),
+        ({"b": {**INI, "teacher": "fp"}, "a": {"method": "ptq", "teacher": "b"}}, "wanted none"),
         ({"a": {"method": "qat", "seed": 1}}, "a: the job sets seed itself"),
     ],
 )
 def test_bad_victims_are_refused(victims, message):
     with pytest.raises(ConfigError, match=message):
         Job.from_dict({**JOB, "victims": victims})
+
+
+def test_the_full_precision_training_has_no_other_method():
+    with pytest.raises(ConfigError, match="fp: method: wanted fp, got 'ini'"):
+        Job.from_dict({**JOB, "fp": {"method": "ini"}})
 
 
 @pytest.mark.parametrize("section", ["common", "fp"])

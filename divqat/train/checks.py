@@ -16,9 +16,11 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         ConfigError: they are not; it names the setting.
     """
-    if config.method == "fp" and config.teacher is not None:
-        raise ConfigError(f"teacher: wanted none for method fp, got {config.teacher!r}")
-    if config.method != "fp" and config.teacher is None:
+    if not config.kind.taught and config.teacher is not None:
+        raise ConfigError(
+            f"teacher: wanted none for method {config.method}, got {config.teacher!r}"
+        )
+    if config.kind.taught and config.teacher is None:
         raise ConfigError(
             f"teacher: method {config.method} wants the run folder of a full-precision training, "
             "got none"
@@ -40,10 +42,16 @@ def check_settings(config: TrainConfig) -> None:
             f"misdirect: wanted 0 with a method other than divqat, got {config.misdirect:g} with "
             f"method {config.method}"
         )
-    if config.misdirect and ("folder" in config.proxies) != (config.proxy_root is not None):
+    if config.shows_proxies and ("folder" in config.proxies) != (config.proxy_root is not None):
         raise ConfigError(
             f"proxy_root: wanted a folder for the proxies 'folder', and for no others, got "
             f"{config.proxy_root!r} with proxies {', '.join(config.proxies)}"
+        )
+    if config.method == "ini" and (config.compile or config.precision == "float16"):
+        raise ConfigError(
+            "method: wanted compile = false and precision float32 or bfloat16 with ini, which "
+            "compares the gradients of its terms, got compile = "
+            f"{str(config.compile).lower()}, precision {config.precision}"
         )
     defended = config.method == "divqat" and (config.weight or config.misdirect)
     if config.accuracy_budget is not None and not defended:
@@ -78,6 +86,11 @@ def check_team(config: TrainConfig, processes: int, device: str) -> None:
         raise ConfigError(
             f"ranges: wanted delayed or auto with {processes} processes and accumulate = "
             f"{config.accumulate}, got exact"
+        )
+    if config.method == "ini" and parts > 1:
+        raise ConfigError(
+            "method: wanted one process and accumulate = 1 with ini, whose terms are not sums over "
+            f"images, got {processes} and {config.accumulate}"
         )
     if config.cuda_graph and (device != "cuda" or processes > 1):
         raise ConfigError(

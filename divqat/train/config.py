@@ -15,6 +15,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
+INI = ("ini_gamma", "ini_delta", "ini_epsilon")
 MISDIRECTION = ("misdirect", "proxies", "proxy_share", "misdirect_target", "proxy_confidence")
 
 
@@ -118,17 +119,23 @@ class TrainConfig(Learning):
         """What the method is like."""
         return METHODS[self.method]
 
+    @property
+    def shows_proxies(self) -> bool:
+        """Whether proxies of a thief's images go with the training images."""
+        asks = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
+        return bool(self.misdirect or asks)
+
     def proxy_count(self, images: int) -> int:
         """How many proxies go with so many training images of a step."""
-        return round(self.proxy_share * images) if self.misdirect else 0
+        return round(self.proxy_share * images) if self.shows_proxies else 0
 
     def check_team(self, processes: int, device: str = "cuda") -> None:
         """Whether so many processes, on devices of this type, can do the steps.
 
         Raises:
             ConfigError: fewer images per step than parts; exact ranges, which a layer would have
-                to know of the whole batch while that is spread over several parts; a graph
-                without a GPU, or of collectives; or compiled collectives.
+                to know of the whole batch while that is spread over several parts; so ini's
+                gradients; a graph without a GPU, or of collectives; or compiled collectives.
         """
         checks.check_team(self, processes, device)
 

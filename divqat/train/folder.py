@@ -130,20 +130,25 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
     # From its teacher's initial weights a nasty one would follow the teacher's path, on which their
     # divergence is 0 and so is its gradient.
     own = (config.method,) if config.method == "nasty" else ()
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derived_seed(config.seed, "init", *own))
-        model = models.build(
-            config.model,
-            in_channels=shape["in_channels"],
-            num_classes=shape["num_classes"],
-            image_size=tuple(shape["image_size"]),
-        )
+    model = build_float(config, shape, *own)
     if not config.kind.quantized:
         return model
     quantization = preset(
         config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits
     )
     return prepare(model, quantization, example(shape))
+
+
+def build_float(config: TrainConfig, shape: Mapping[str, Any], *purpose: str) -> nn.Module:
+    """The float network of a configuration, with other weights from its seed for each purpose."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derived_seed(config.seed, "init", *purpose))
+        return models.build(
+            config.model,
+            in_channels=shape["in_channels"],
+            num_classes=shape["num_classes"],
+            image_size=tuple(shape["image_size"]),
+        )
 
 
 def example(shape: Mapping[str, Any]) -> Tensor:

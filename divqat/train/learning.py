@@ -41,8 +41,8 @@ class Learning(Options):
     )
     teacher: str | None = option(
         None,
-        "Run folder of a finished fp or nasty training, for all methods but fp. Quantized models "
-        "start from its weights; divqat, kd-qat and nasty learn from its answers.",
+        "Run folder of a finished fp, nasty or ini training, for all methods but fp and ini. "
+        "Quantized models start from its weights; divqat, kd-qat and nasty learn from its answers.",
         group="what to train",
     )
     model: str = option("lenet", "Network.", group="what to train", choices=models.names())
@@ -169,7 +169,8 @@ class Learning(Options):
         group="misdirection", least=0,
     )  # fmt: skip
     proxies: tuple[str, ...] = option(
-        PROXIES, "Kinds of proxies, as many of each; rotated by 60 degrees or more.",
+        PROXIES, "Kinds of proxies, of misdirect and ini, as many of each; rotated by 60 degrees "
+        "or more.",
         group="misdirection", choices=NAMES,
     )  # fmt: skip
     proxy_share: float = option(
@@ -193,6 +194,20 @@ class Learning(Options):
         None, "Proxies whose top probability p by the teacher is above count 1 - p only: they "
         "could be training images. None: all count 1.",
         group="misdirection", above=0, below=1,
+    )  # fmt: skip
+
+    ini_gamma: float = option(
+        0.3, "γ: draws answers to proxies of a thief's images to those of an untrained network.",
+        group="InI (method ini)", least=0,
+    )  # fmt: skip
+    ini_delta: float = option(
+        1.0, "δ: turns what a thief learns from answers to training images away from the task.",
+        group="InI (method ini)", least=0,
+    )  # fmt: skip
+    ini_epsilon: float = option(
+        1000.0, "ε: makes what a thief learns from answers to proxies small; with γ = δ = ε = 0 "
+        "the training is that of fp.",
+        group="InI (method ini)", least=0,
     )  # fmt: skip
 
     accuracy_budget: float | None = option(

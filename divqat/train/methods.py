@@ -24,12 +24,19 @@ class Method:
     weight: float = 0.15
     direction: str = "student_teacher"
 
+    @property
+    def taught(self) -> bool:
+        """Whether it starts or learns from a teacher."""
+        return self.quantized or self.sign != 0
+
 
 # nasty: Nasty Teacher (Ma et al., "Undistillable: Making a nasty teacher that cannot teach
 #   students", ICLR 2021, arXiv 2105.07381, §3): L = CE(y, q) − ω τ² KL(q_τ‖p_τ) against a frozen
 #   network of the same architecture. τ = 4 and ω = 0.04 are those of the authors' code for
 #   CIFAR-10; it takes τ = 20 and ω = 0.005 for CIFAR-100. Initial weights are not the teacher's
 #   even under the same seed (see build_model).
+# ini: see divqat.train.ini. Of full precision, as its authors have it; ptq takes it as it is, qat
+#   learns on from it without its loss.
 # ptq: ranges as moving averages, over frozen weights with the BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).
 # kd-qat: L = CE(y, q) + λ T² KL(p_T‖q_T) (Hinton et al., "Distilling the knowledge in a neural
@@ -44,6 +51,10 @@ METHODS = {
         quantized=False,
         sign=1,
         weight=0.04,
+    ),
+    "ini": Method(
+        "full precision and trained against a simulated thief (InI), from new weights",
+        quantized=False,
     ),
     "ptq": Method(
         "post-training quantization: ranges are observed, no weight changes", quantized=True

@@ -14,6 +14,7 @@ from divqat.nn import DivQATLoss
 from divqat.quantize import save_as_codes
 from divqat.train.config import LOSS, TrainConfig
 from divqat.train.distributed import Part, Team
+from divqat.train.ini import InI, without_conflicts
 from divqat.train.misdirection import Misdirection
 from divqat.train.optimizer import build_optimizer
 
@@ -32,6 +33,7 @@ class Step:
         team: the processes that do the step together.
         warmup_steps: in which λ rises.
         misdirection: the loss of proxies, which may ask the teacher, too.
+        ini: what method ini adds to the loss; of whole batches, in one part.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Step:
         team: Team,
         warmup_steps: int,
         misdirection: Misdirection | None = None,
+        ini: InI | None = None,
     ) -> None:
         self.config, self.model, self.team = config, model, team
-        self.labels, self.misdirection = labels, misdirection
+        self.labels, self.misdirection, self.ini = labels, misdirection, ini
         self.answers: Tensor | None = None  # float32 [number of images, num_classes], if kept
         self.teacher: Callable[[Tensor], Tensor] | None = teacher
         self.net = model
@@ -107,7 +110,7 @@ class Step:
 
         Args:
             images: float32 [n, C, H, W], this process's own. index: int64 [n], which ones they are.
-            proxies: float32 [m, C, H, W], its own, where the model is to misdirect.
+            proxies: float32 [m, C, H, W], its own, where the loss wants some.
             total: images of the whole batch, without proxies.
 
         Returns:
@@ -137,6 +140,10 @@ class Step:
                 objective = objective + mean * self.team.size
                 sums[0] += total * mean.detach()
                 sums[3:] += torch.stack([astray.loss.detach(), astray.misled])
+            if self.ini is not None:
+                terms = self.ini(logits, self.labels[part.index], batch)
+                sums[0] += total * sum(term.detach() for term in terms)
+                objective = without_conflicts([objective, *terms], list(self.model.parameters()))
             self.backward(objective)
             finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, objective)])
         self.update()

@@ -27,6 +27,7 @@ from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
 from divqat.train.graph import Captured, own_stream
+from divqat.train.ini import InI
 from divqat.train.memory import Need, peak_memory, reset_peak
 from divqat.train.misdirection import Misdirection, Proxies
 from divqat.train.observation import Observation
@@ -84,11 +85,12 @@ class Trainer:
         self.teacher_id = None if teacher is None else teacher.fingerprint
         self.proxies: Proxies | None = None
         misdirection: Misdirection | None = None
+        if config.shows_proxies:
+            self.proxies = Proxies(config, train_set.image_shape, team)
         if config.misdirect:
-            shape = train_set.image_shape
-            self.proxies = Proxies(config, shape, team)
-            misdirection = Misdirection(config, splits.num_classes, shape)
+            misdirection = Misdirection(config, splits.num_classes, train_set.image_shape)
             if misdirection.decoy is not None:
+                assert self.proxies is not None
                 misdirection.decoy.fit(self.proxies.sample(train_set))
             misdirection.to(device)
         asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
@@ -98,7 +100,8 @@ class Trainer:
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         warmup = round(config.warmup_epochs * self.steps)
         kind = Observation if config.method == "ptq" else Step
-        self.step = kind(config, self.model, asked, train_set.labels, team, warmup, misdirection)
+        terms = misdirection, InI.of(config, self.shape, device)
+        self.step = kind(config, self.model, asked, train_set.labels, team, warmup, *terms)
         if asked is not None and config.cache_teacher and config.weight:
             key = {"teacher": str(self.teacher_id), "precision": config.precision}
             with self.step.autocast():
@@ -166,7 +169,7 @@ class Trainer:
             "waiting": waited / seconds,
             "seconds": time.perf_counter() - start,
         }
-        if self.proxies is not None:
+        if config.misdirect:
             row |= {"misdirection": astray, "misled": misled}
         if self.budget is not None and epoch == config.epochs:
             self.budget.settle(self.model, partial(self._measure, epoch))
