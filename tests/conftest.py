@@ -45,6 +45,12 @@ def vgg_teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def lenet_teacher(tmp_path_factory):
+    """Another one for what is slow: float16 convolutions, which a CPU only imitates."""
+    return trainings.teach(tmp_path_factory.mktemp("teacher") / "fp", model="lenet")
+
+
+@pytest.fixture(scope="session")
 def vgg_divqat(vgg_teacher, tmp_path_factory):
     """The run folder of a DivQAT training from it, in float32 and eager."""
     folder = tmp_path_factory.mktemp("plain")

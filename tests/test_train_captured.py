@@ -67,7 +67,7 @@ def tape(function):
     "changes",
     [
         dict(),
-        dict(precision="float16"),
+        dict(precision="float16", model="lenet"),
         dict(method="qat", accumulate=2),
         dict(save_as_codes=True),
         dict(cache_teacher=True),
@@ -75,12 +75,15 @@ def tape(function):
     ],
     ids=["divqat", "float16", "accumulate", "codes", "cached", "misdirect"],
 )
-def test_a_replayed_step_is_the_step_bit_for_bit(vgg_teacher, tmp_path, monkeypatch, changes):
+def test_a_replayed_step_is_the_step_bit_for_bit(
+    vgg_teacher, lenet_teacher, tmp_path, monkeypatch, changes
+):
     """Observers' buffers, momentum, the rise of λ and the learning rate included."""
+    teacher = lenet_teacher if changes.get("model") == "lenet" else vgg_teacher
     settings = dict(epochs=4, freeze_observers_epoch=3, freeze_batchnorm_epoch=4, **changes)
     if changes.get("method") == "qat":
         settings["weight"] = 0.0
-    trained(vgg_teacher, tmp_path / "eager", **settings)
+    trained(teacher, tmp_path / "eager", **settings)
 
     class Replaying(trainer.Trainer):
         def __init__(self, *args):
@@ -89,7 +92,7 @@ def test_a_replayed_step_is_the_step_bit_for_bit(vgg_teacher, tmp_path, monkeypa
 
     monkeypatch.setattr(loop, "Trainer", Replaying)
     plays.clear()
-    trained(vgg_teacher, tmp_path / "replayed", **settings)
+    trained(teacher, tmp_path / "replayed", **settings)
     # 5 full steps per epoch; three to warm up whenever something has been frozen
     assert len(plays) == 3 * 5 + 5 - 3 * 3
     assert_same(tmp_path / "eager", tmp_path / "replayed")
@@ -132,7 +135,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["fp", "qat", "divqat"])
-def test_a_step_reads_nothing_on_the_host(vgg_teacher, tmp_path, monkeypatch, method, precision):
+def test_a_step_reads_nothing_on_the_host(lenet_teacher, tmp_path, monkeypatch, method, precision):
     seen, original = [], step.Step.__call__
 
     def watched(self, *args, **kwargs):
@@ -142,13 +145,12 @@ def test_a_step_reads_nothing_on_the_host(vgg_teacher, tmp_path, monkeypatch, me
         return result
 
     monkeypatch.setattr(step.Step, "__call__", watched)
+    plain = dict(model="lenet", epochs=1, grad_clip=5.0, precision=precision)
     if method == "fp":
-        plain = dict(dataset="digits", model="lenet", epochs=1, threads=1, grad_clip=5.0)
-        train(TrainConfig(**plain, precision=precision), tmp_path, **QUIET)
+        train(TrainConfig(dataset="digits", threads=1, **plain), tmp_path, **QUIET)
     else:
         own = dict(weight=0.0) if method == "qat" else {}
-        own |= dict(epochs=1, warmup_epochs=0.5)
-        trained(vgg_teacher, tmp_path, method=method, precision=precision, grad_clip=5.0, **own)
+        trained(lenet_teacher, tmp_path, method=method, warmup_epochs=0.5, **plain, **own)
     assert len(seen) > 3 and not any(seen)
     with HostReads() as reads:
         torch.ones(()).item()

@@ -5,39 +5,40 @@ import torch
 from test_train import QUIET, assert_same, config
 from trainings import PLAIN, train_interrupted, trained
 
-from divqat.files import load_checkpoint, read_json
+from divqat.files import read_json
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.optimizer import build_optimizer
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_learns_as_well(vgg_teacher, vgg_divqat, tmp_path, precision):
-    state = trained(vgg_teacher, tmp_path, precision=precision)
+def test_mixed_precision_learns_as_well(lenet_teacher, tmp_path, precision):
+    folders = tmp_path / "mixed", tmp_path / "float32"
+    state = trained(lenet_teacher, folders[0], model="lenet", precision=precision)
+    other = trained(lenet_teacher, folders[1], model="lenet")
     for name, value in state["model"].items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             assert value.dtype == torch.float32, name  # weights, scales and statistics
-    summaries = [read_json(folder / "summary.json") for folder in (vgg_divqat, tmp_path)]
+    summaries = [read_json(folder / "summary.json") for folder in folders]
     accuracies = [s["test_accuracy"] for s in summaries]
     assert abs(accuracies[0] - accuracies[1]) < 0.03, accuracies
     assert state["rows"][-1]["divergence"] > 0
-    other = load_checkpoint(vgg_divqat / "checkpoint.pt")
     assert any(not torch.equal(a, b) for a, b in zip(
         state["model"].values(), other["model"].values(), strict=True
     ) if isinstance(a, torch.Tensor))  # fmt: skip
     assert bool(state["scaler"]) == (precision == "float16")
 
 
-def test_steps_whose_scaled_gradients_overflow_are_skipped(vgg_teacher, tmp_path, monkeypatch):
+def test_steps_whose_scaled_gradients_overflow_are_skipped(lenet_teacher, tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp,
         "GradScaler",
         lambda *args, **kwargs: scaler(*args, init_scale=2.0**100, **kwargs),
     )
-    state = trained(vgg_teacher, tmp_path, precision="float16", epochs=2)
+    state = trained(lenet_teacher, tmp_path, model="lenet", precision="float16", epochs=2)
     assert state["scaler"]["scale"] == 2.0 ** (100 - 2 * 6)  # halved by each of 6 steps per epoch
-    start = load_run(vgg_teacher).model
+    start = load_run(lenet_teacher).model
     for name, value in start.named_parameters():
         assert torch.equal(value, state["model"].get(name, value)), name
 
@@ -80,8 +81,9 @@ def test_a_skipped_step_leaves_the_optimizer_as_it_was(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_an_interrupted_float16_run_ends_with_the_same_bits(vgg_teacher, tmp_path):
-    settings = config(vgg_teacher, **{**PLAIN, "precision": "float16", "epochs": 2})
+def test_an_interrupted_float16_run_ends_with_the_same_bits(lenet_teacher, tmp_path):
+    changes = dict(model="lenet", precision="float16", epochs=2)
+    settings = config(lenet_teacher, **{**PLAIN, **changes})
     train_interrupted(settings, tmp_path / "a", 1)
     train(settings, tmp_path / "b", **QUIET)
     assert_same(tmp_path / "a", tmp_path / "b")

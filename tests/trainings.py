@@ -9,9 +9,9 @@ from divqat.train import TrainConfig, train
 PLAIN = {**DIVQAT, "pad": 0, "epochs": 3, "model": "vgg_small"}
 
 
-def teach(folder):
+def teach(folder, model="vgg_small"):
     """A full-precision training."""
-    settings = dict(dataset="digits", model="vgg_small", batch_size=64, epochs=3, threads=1)
+    settings = dict(dataset="digits", model=model, batch_size=64, epochs=3, threads=1)
     train(TrainConfig(**settings), folder, **QUIET)
     return folder
 
