@@ -9,7 +9,6 @@ import pytest
 import torch
 from testing import (
     DTYPES,
-    axes,
     close_to_float64,
     loss_cases,
     qparams_along,
@@ -58,50 +57,60 @@ def both(function):
 
 
 def awkward(dtype):
-    """Inputs around the sizes of a word, a tile and two tiles, and in every layout."""
+    """Inputs around the sizes of a word, a tile and two tiles, in every layout, each with the axes
+    that make a difference: the interpreter takes as long for a program as for a launch."""
+
+    def values(*shape):
+        return randn(*shape, dtype=dtype, seed=sum(shape)).mul_(4)
+
     for n in (1, 31, 33, 1024, 1025, 2500):
-        yield randn(n, dtype=dtype, seed=n).mul_(4)
-    yield randn(2, 130, 3, 3, dtype=dtype).mul_(4)
-    large = randn(2, 9, 13, 11, dtype=dtype).mul_(4)
-    yield large
-    yield from variants(large)
-    yield randn(1000, dtype=dtype).mul_(4)[3:]
-    yield torch.zeros(0, 3, dtype=dtype)
+        yield values(n), None
+    for n in (1, 33, 130):  # channels, of which 64 are a tile
+        yield values(n), 0
+    yield values(2, 12, 3, 3), 1
+    large = values(2, 5, 13, 9)
+    yield from ((large, axis) for axis in (0, 2, 3))
+    yield from ((x, axis) for x in (large, *variants(large)) for axis in (None, 1))
+    yield values(1000)[3:], None
+    yield torch.tensor(0.3, dtype=dtype), None
+    yield from ((torch.zeros(0, 3, dtype=dtype), axis) for axis in (None, 0, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake_quantize_is_bit_equal(dtype):
-    for x in awkward(dtype):
-        for ch_axis in axes(x):
-            args = (x, *qparams_along(x, ch_axis), -60, 61, ch_axis)
-            for propagate in (True, False):
-                triton, wanted = both(lambda a=args, p=propagate: call.fake_quantize(*a, p))
-                same(triton, wanted)
-            grad = torch.empty_like(triton[0]).copy_(x)
-            same(*both(lambda g=grad, m=wanted[1]: [call.fake_quantize_backward(g, m)]))
+    for x, ch_axis in awkward(dtype):
+        args = (x, *qparams_along(x, ch_axis), -60, 61, ch_axis)
+        for propagate in (True, False):
+            triton, wanted = both(lambda a=args, p=propagate: call.fake_quantize(*a, p))
+            same(triton, wanted)
+        grad = torch.empty_like(triton[0]).copy_(x)
+        same(*both(lambda g=grad, m=wanted[1]: [call.fake_quantize_backward(g, m)]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("symmetric", [False, True])
+# what is symmetric is one value per channel, a float32 whatever the dtype of x
+@pytest.mark.parametrize(
+    ("dtype", "symmetric"), [(torch.float32, False), *((dtype, True) for dtype in DTYPES)]
+)
 def test_observed_is_bit_equal_buffers_included(dtype, symmetric):
-    for x in awkward(dtype):
-        for ch_axis in (None, min(1, x.dim() - 1)):
-            n = [] if ch_axis is None else [x.shape[ch_axis]]
+    for x, ch_axis in awkward(dtype):
+        n = [] if ch_axis is None else [x.shape[ch_axis]]
 
-            def steps(x=x, ch_axis=ch_axis, n=n):
-                buffers = [torch.full(n, INF), torch.full(n, -INF), torch.ones(n), torch.zeros(n)]
-                buffers[3] = buffers[3].int()
-                outputs = []
-                for i, mode in enumerate(("exact", "delayed", "frozen")):
-                    rest = (0, 255, ch_axis, 0.1, symmetric)
-                    batch = x * (1 + 0.3 * i)
-                    relu = i % 2 == 1
-                    outputs += call.fake_quantize_observed(batch, *buffers, *rest, mode, relu)
-                    call.observe(-batch, *buffers, *rest, relu)
-                    outputs += [b.clone() for b in buffers]
-                return outputs
+        def steps(x=x, ch_axis=ch_axis, n=n):
+            buffers = [torch.full(n, INF), torch.full(n, -INF), torch.ones(n), torch.zeros(n)]
+            buffers[3] = buffers[3].int()
+            outputs = []
+            rest = (0, 255, ch_axis, 0.1, symmetric)
+            for i, mode in enumerate(("exact", "delayed", "frozen")):
+                relu = i % 2 == 1
+                batch = x * (1 + 0.3 * i)
+                outputs += call.fake_quantize_observed(batch, *buffers, *rest, mode, relu)
+                outputs += [b.clone() for b in buffers]
+            for relu in (False, True):
+                call.observe(-x, *buffers, *rest, relu)
+                outputs += [b.clone() for b in buffers]
+            return outputs
 
-            same(*both(steps))
+        same(*both(steps))
 
 
 @pytest.mark.parametrize("ch_axis", [None, 1])
@@ -123,20 +132,19 @@ def test_over_its_input_it_is_bit_equal(ch_axis, mode):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lsq_is_bit_equal_and_its_sums_are_close(dtype):
-    for x in awkward(dtype):
-        for ch_axis in axes(x):
-            scale, _ = qparams_along(x, ch_axis)
-            zero_point = torch.linspace(-3.4, 9.6, scale.numel()).view_as(scale)
-            args = (scale, zero_point, -8, 7, ch_axis)
-            same(*both(lambda x=x, args=args: [call.fake_quantize_lsq(x, *args)]))
-            grad = randn(*x.shape, dtype=dtype, seed=9)
-            triton, wanted = both(
-                lambda x=x, g=grad, args=args: call.fake_quantize_lsq_backward(g, x, *args, 0.3)
-            )
-            same(triton[:1], wanted[:1])
-            per_scale = x.numel() // max(1, scale.numel())
-            tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1, per_scale), "equal_nan": True}
-            torch.testing.assert_close(triton[1:], wanted[1:], **tolerance)
+    for x, ch_axis in awkward(dtype):
+        scale, _ = qparams_along(x, ch_axis)
+        zero_point = torch.linspace(-3.4, 9.6, scale.numel()).view_as(scale)
+        args = (scale, zero_point, -8, 7, ch_axis)
+        same(*both(lambda x=x, args=args: [call.fake_quantize_lsq(x, *args)]))
+        grad = randn(*x.shape, dtype=dtype, seed=9)
+        triton, wanted = both(
+            lambda x=x, g=grad, args=args: call.fake_quantize_lsq_backward(g, x, *args, 0.3)
+        )
+        same(triton[:1], wanted[:1])
+        per_scale = x.numel() // max(1, scale.numel())
+        tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1, per_scale), "equal_nan": True}
+        torch.testing.assert_close(triton[1:], wanted[1:], **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +166,7 @@ def test_weights_are_bit_equal(dtype, quant_min):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["student_teacher", "teacher_student", "js"])
 def test_loss_agrees_with_the_reference(dtype, direction):
-    shapes = ((0, 5), (1, 1), (3, 2), (40, 10), (7, 17), (5, 1003), (2, 4096), (2, 4097), (1, 9000))
+    shapes = ((0, 5), (1, 1), (3, 2), (40, 10), (7, 17), (5, 1003), (1, 4096), (2, 4097))
     for logits, teacher, *args in loss_cases(dtype, direction, shapes):
         triton = call.divergence_loss(logits, teacher, *args)
         with ops.backend("torch"):
@@ -191,8 +199,10 @@ def test_many_samples_are_counted_by_a_launch_of_its_own():
     torch.testing.assert_close(triton, wanted, rtol=1e-5, atol=1e-8)
 
 
-def test_large_tensors_and_many_parts():
-    x = randn(_launch.SMALL + 4321)
+def test_large_tensors_and_many_parts(monkeypatch):
+    for module in (_launch, _channels):
+        monkeypatch.setattr(module, "SMALL", 1 << 13)
+    x = randn((1 << 14) + 4321)  # runs of 4096, more than there are parts
     start = [INF, -INF, 1.0]
     for mode in ("exact", "delayed"):
 
