@@ -122,11 +122,25 @@ def test_literature_costs():
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (2, 7, 9), (1, 1, 2)])
 def test_generator_makes_images_of_any_size(shape):
     torch.manual_seed(0)
-    images = Generator(16, shape)(torch.randn(64, 16))
+    images = Generator(16, shape, learn_range=False)(torch.randn(64, 16))
     assert images.shape == (64, *shape)
     channels = images.transpose(0, 1).flatten(1)
     torch.testing.assert_close(channels.mean(1), torch.zeros(shape[0]), atol=1e-4, rtol=0)
     torch.testing.assert_close(channels.std(1), torch.ones(shape[0]), atol=1e-1, rtol=0)
+
+
+@pytest.mark.parametrize("attack", [DFME(), MAZE()], ids=["dfme", "maze"])
+def test_only_mazes_generator_learns_brightness(attack):
+    torch.manual_seed(0)
+    generator = Generator(16, (1, 8, 8), learn_range=attack.learns_range)
+    optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        generator(torch.randn(8, 16)).mean().backward()  # darker
+        optimizer.step()
+    # By 0.1 in each step, or never: without weights a batch has mean 0.
+    wanted = -2 if isinstance(attack, MAZE) else 0
+    assert generator(torch.randn(8, 16)).mean().item() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_memory_gives_back_what_it_got(tmp_path):

@@ -71,6 +71,8 @@ class DataFree(Attack):
 
     #: Whether the clone's first step is on the images of the generator's last one, asked already.
     reuses_images: ClassVar[bool] = False
+    #: Whether the generator learns the brightness and contrast of its images.
+    learns_range: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +121,9 @@ class Duel:
         torch.manual_seed(attack.seed)
         self.seeds = torch.randint(2**62, (rounds,)).tolist()
         channels, height, width = shape = tuple(task.query_set.shape[1:])
-        self.generator = Generator(attack.latent, (channels, height, width)).to(task.device)
+        self.generator = Generator(
+            attack.latent, (channels, height, width), learn_range=attack.learns_range
+        ).to(task.device)
         self.modules = nn.ModuleList([task.clone, self.generator])
         self.clone_optimizer = torch.optim.SGD(
             task.clone.parameters(),

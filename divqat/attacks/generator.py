@@ -11,15 +11,17 @@ class Generator(nn.Module):
     upsampling with 3x3 convolutions, batch norm and leaky ReLUs.
 
     Source: the public code of Truong et al. (DFME, CVPR 2021) and of Kariyappa et al. (MAZE, CVPR
-    2021), which share the network up to the last batch norm: without weights as in DFME. There
+    2021), which share the network up to the weights of the last batch norm: DFME has none. There
     images are 32x32; here any size, sizes no multiple of 4 being rounded up and cut by upsampling.
 
     Args:
         latent: length of the noise.
         shape: [C, H, W] of an image.
+        learn_range: whether the last batch norm has weights, which set brightness and contrast;
+            without, the pixels of a batch have mean 0 and variance 1 in every channel.
     """
 
-    def __init__(self, latent: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, latent: int, shape: tuple[int, int, int], *, learn_range: bool) -> None:
         super().__init__()
         channels, height, width = shape
         sizes = [(-(-height // part), -(-width // part)) for part in (4, 2, 1)]
@@ -36,7 +38,7 @@ class Generator(nn.Module):
             ]
         )
         self.last = nn.Sequential(
-            nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=False)
+            nn.Conv2d(64, channels, 3, padding=1), nn.BatchNorm2d(channels, affine=learn_range)
         )
 
     def forward(self, z: Tensor) -> Tensor:  # [N, latent] -> [N, C, H, W]

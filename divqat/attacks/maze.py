@@ -34,8 +34,7 @@ class MAZE(DataFree):
     Deviations: all that the clone learned is repeated (the code keeps one batch of a round), drawn
     with replacement, from 8-bit images, which takes 5 GB of memory with the defaults and CIFAR-10;
     the clone is in eval mode while d is differentiated, as in DFME (in train mode its batch norm
-    would couple the images); the generator's last batch norm has no weights. See also
-    :class:`DataFree`.
+    would couple the images). See also :class:`DataFree`.
     """
 
     query_budget: int = option(5_000_000, "Images asked about at most.", least=1)
@@ -45,6 +44,7 @@ class MAZE(DataFree):
     directions: int = option(10, "Directions in which the generator's loss is probed.", least=1)
 
     reuses_images: ClassVar[bool] = True
+    learns_range: ClassVar[bool] = True
 
     def distance(self, answers: Tensor, logits: Tensor) -> Tensor:
         # d = Σ_k y_k (log y_k - log softmax(s)_k)
