@@ -114,7 +114,7 @@ def test_finished_job_may_be_moved(job, tmp_path, monkeypatch):
         ({"victims": {}}, "victims: wanted at least one"),
         ({"victims": {"fp": {"method": "qat"}}}, "victims: wanted names of folders"),
         ({"victims": {"a/b": {"method": "qat"}}}, "victims: wanted names of folders"),
-        ({"fp": {"method": "qat"}}, "fp: teacher: method qat wants"),
+        ({"fp": {"method": "qat"}}, "fp: method: wanted fp, got"),
         ({"victims": {"plain": {}}}, "plain: method"),
         ({"victims": {"plain": {"method": "fp"}}}, "plain: "),
         ({"attack": {"clone": "alexnet"}}, "attack: clone: wanted one of lenet"),
