@@ -105,6 +105,7 @@ def test_the_studies_are_those_of_the_committed_results():
         "defenses": [defenses_table],
         "combination": [defenses_table],
         "misdirection": [attacks_table, side_effects_table],
+        "misdirection-control": [attacks_table],
         "misdirection-own": [attacks_table],
         "misdirection-photos": [attacks_table],
         "misdirection-sweep": [main_table],
