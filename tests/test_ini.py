@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from captured import host_reads, replay_steps, tape
 from test_train import QUIET, assert_equal, assert_same
-from test_train_captured import HostReads, tape
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from divqat.data import to_float
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
 from divqat.steps import export_run, verify_run
-from divqat.train import TrainConfig, graph, load_run, loop, step, train, trainer
+from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
 from divqat.train.folder import build_model
 from divqat.train.ini import InI, without_conflicts
@@ -263,28 +263,14 @@ def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
         torch.set_rng_state(state)
         return captured
 
-    class Replaying(trainer.Trainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.do_step = graph.Captured(self.step, taped)
-
-    monkeypatch.setattr(loop, "Trainer", Replaying)
+    replay_steps(monkeypatch, taped)
     train(config(), tmp_path, **QUIET)
     assert_same(tmp_path, ini)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_nothing_is_read_on_the_host(tmp_path, monkeypatch, precision):
-    seen = []
-    for owner in (step.Step, Proxies):
-
-        def watched(self, *args, original=owner.__call__, **kwargs):
-            with HostReads() as reads:
-                result = original(self, *args, **kwargs)
-            seen.append(reads.seen)
-            return result
-
-        monkeypatch.setattr(owner, "__call__", watched)
+    seen = host_reads(monkeypatch, step.Step, Proxies)
     train(config(epochs=1, precision=precision), tmp_path, **QUIET)
     assert len(seen) == 2 * 11 and not any(seen)
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from captured import host_reads, replay_steps
 from test_train import QUIET, SMALL, assert_same
-from test_train_captured import HostReads, tape
 from torch import nn
 from torch.nn import functional as F
 from trainings import train_interrupted
@@ -15,7 +15,7 @@ from divqat.data.batches import to_float
 from divqat.data.proxies import NAMES
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
-from divqat.train import TrainConfig, graph, load_run, loop, step, train, trainer
+from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.decoy import Decoy
 from divqat.train.distributed import Team
 from divqat.train.learning import PROXIES, TARGETS
@@ -286,27 +286,13 @@ def test_a_teacher_is_at_hand_where_it_is_asked(teacher, tmp_path, monkeypatch, 
 
 
 def test_a_replayed_step_is_the_step_bit_for_bit(teacher, misled, tmp_path, monkeypatch):
-    class Replaying(trainer.Trainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.do_step = graph.Captured(self.step, tape)
-
-    monkeypatch.setattr(loop, "Trainer", Replaying)
+    replay_steps(monkeypatch)
     train(digits(teacher), tmp_path, **QUIET)
     assert_same(tmp_path, misled)
 
 
 def test_nothing_is_read_on_the_host(teacher, tmp_path, monkeypatch):
-    seen = []
-    for owner in (step.Step, Proxies):
-
-        def watched(self, *args, original=owner.__call__, **kwargs):
-            with HostReads() as reads:
-                result = original(self, *args, **kwargs)
-            seen.append(reads.seen)
-            return result
-
-        monkeypatch.setattr(owner, "__call__", watched)
+    seen = host_reads(monkeypatch, step.Step, Proxies)
     every = tuple(name for name in NAMES if name != "folder")
     train(digits(teacher, proxies=every, epochs=1), tmp_path, **QUIET)
     assert len(seen) == 2 * 11 and not any(seen)

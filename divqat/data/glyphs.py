@@ -36,10 +36,7 @@ def glyphs(images: Tensor, generator: Generator) -> Tensor:
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    y, x = (2 * (torch.arange(k, device=device) + 0.5) / k - 1 for k in (height, width))
-    points = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).view(
-        -1, 2
-    )  # [P, 2], P = H · W pixels
+    points = pixels(images)
     center = 1.2 * rand(n, 1, 2) - 0.6
     kind = (4 * rand(m)).long().repeat_interleave(SHAPES)[:, None]  # [n, 1]
     line = 0.04 + 0.12 * rand(n, 1)  # half the width of a line
@@ -64,6 +61,15 @@ def glyphs(images: Tensor, generator: Generator) -> Tensor:
         picture = torch.lerp(picture, color[:, k], ink[:, k])
     picture = torch.where(rand(m, 1, 1) < 0.5, picture, 1 - picture)
     return (255 * picture).round().to(torch.uint8).view(m, channels, height, width)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The pixels' places (x, y) in images [M, C, H, W]: [P, 2], P = H · W."""
+    height, width = images.shape[2:]
+    y, x = (2 * (torch.arange(k, device=images.device) + 0.5) / k - 1 for k in (height, width))
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).view(
+        -1, 2
+    )
 
 
 def _ellipses(rand: Callable[..., Tensor], n: int, points: Tensor) -> Tensor:

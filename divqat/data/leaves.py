@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from divqat.data.glyphs import pixels
+
 LEAVES = 24  # in a picture, one on top of the other
 SMALLEST = 0.12  # half of a leaf's length, in halves of the picture's side; the largest is 1
 
@@ -28,13 +30,11 @@ def leaves(images: Tensor, generator: Generator) -> Tensor:
         uint8 [M, C, H, W].
     """
     m, channels, height, width = images.shape
-    device = images.device
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=device)
+        return torch.rand(*shape, generator=generator, device=images.device)
 
-    y, x = (2 * (torch.arange(k, device=device) + 0.5) / k - 1 for k in (height, width))
-    x, y = x.expand(height, width).flatten(), y[:, None].expand(height, width).flatten()  # [P]
+    x, y = pixels(images).unbind(-1)  # [P], P = H · W
     picture = rand(m, channels, 1).expand(m, channels, height * width)
     for k in range(LEAVES):
         # Evenly in the logarithm, from the smallest to a largest that shrinks from leaf to leaf.
