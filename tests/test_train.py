@@ -168,6 +168,12 @@ def test_folder_of_other_settings_is_refused(qat, teacher):
         train(config(teacher, method="qat", lr=0.02, momentum=0.8), qat, **QUIET)
 
 
+def test_settings_that_matter_to_neither_training_may_change(qat, divqat, teacher):
+    train(config(teacher, method="qat", proxies=("noise",), ini_delta=0.5), qat, **QUIET)
+    with pytest.raises(ValueError, match=r"misdirect: 0\.0 -> 0\.2; proxies: "):
+        train(config(teacher, method="divqat", misdirect=0.2, proxies=("noise",)), divqat, **QUIET)
+
+
 def test_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="not a readable divqat checkpoint"):

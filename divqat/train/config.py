@@ -125,6 +125,12 @@ class TrainConfig(Learning):
         asks = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
         return bool(self.misdirect or asks)
 
+    @property
+    def idle(self) -> set[str]:
+        """Settings whose values change nothing in this training."""
+        proxies = () if self.shows_proxies else (*MISDIRECTION[1:], "proxy_root")
+        return {*proxies, *(() if self.method == "ini" else INI)}
+
     def proxy_count(self, images: int) -> int:
         """How many proxies go with so many training images of a step."""
         return round(self.proxy_share * images) if self.shows_proxies else 0

@@ -101,10 +101,11 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> None:
-    """Refuse a run folder whose checkpoint has other settings."""
+    """Refuse a run folder whose checkpoint has other settings that matter to either training."""
     # Through TrainConfig: a checkpoint from before a setting existed has its default.
     configs = (TrainConfig.from_dict(there, where=str(folder / CHECKPOINT)), here)
-    pair = ({k: v for k, v in c.to_dict().items() if k not in FREE} for c in configs)
+    left_out = {*FREE} | (configs[0].idle & configs[1].idle)
+    pair = ({k: v for k, v in c.to_dict().items() if k not in left_out} for c in configs)
     different = differences(*pair)
     if different:
         raise ValueError(
