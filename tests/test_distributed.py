@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import divqat
 from divqat.data import shard_rows
-from divqat.files import load_checkpoint
+from divqat.files import load_checkpoint, read_json
 from divqat.nn import FakeQuantize
 from divqat.quantize import observe_first, preset, sync_observers
 from divqat.train import TrainConfig, step, train, trainer
@@ -303,15 +303,17 @@ def test_torchrun(teacher, one, tmp_path):
     assert names == {"checkpoint.pt", "config.yaml", "metrics.csv", "plots", "summary.json"}
 
 
-def test_processes_in_mixed_precision_with_kept_answers_and_codes(teacher, tmp_path):
+def test_processes_in_mixed_precision_with_kept_answers_codes_and_a_budget(teacher, tmp_path):
     out = tmp_path / "out"
-    options = [*flags(teacher), "--method", "divqat", "--weight", 0.05, "--pad", 0]
+    options = [*flags(teacher), "--method", "divqat", "--weight", 0.3, "--pad", 0]
     options += ["--precision", "bfloat16", "--cache-teacher", "--save-as-codes", "--accumulate", 2]
+    options += ["--accuracy-budget", 1]
     done, _ = torchrun("-m", "divqat", "train", "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert (out / "teacher_logits.pt").is_file()
     rows = load_checkpoint(out / "checkpoint.pt")["rows"]
-    assert rows[-1]["divergence"] > 0 and rows[-1]["validation_accuracy"] > 0.8
+    budget = read_json(out / "summary.json")["budget"]
+    assert rows[-1]["divergence"] > 0 and budget["inside"] and len(budget["path"]) > 1
 
 
 def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
