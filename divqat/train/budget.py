@@ -56,21 +56,14 @@ class Budget:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, teacher: Run | None, validation: LabeledImages
+        cls, config: TrainConfig, reference: Run | None, validation: LabeledImages
     ) -> Budget | None:
-        """The budget of a training, if it has one; without ``config.reference`` against the
-        teacher's accuracy.
-
-        Raises:
-            FileNotFoundError: no finished training in the folder ``config.reference``.
-            ValueError: that is no plain QAT of the same teacher, data and quantized model.
-        """
+        """The budget of a training, if it has one; ``reference`` of :func:`load_reference`."""
         if config.accuracy_budget is None:
             return None
-        assert teacher is not None
-        run = teacher if config.reference is None else _reference(config, teacher)
-        found = accuracy(predict(run.model, validation), validation.labels)
-        return cls(config.accuracy_budget, found, run.model.state_dict())
+        assert reference is not None
+        found = accuracy(predict(reference.model, validation), validation.labels)
+        return cls(config.accuracy_budget, found, reference.model.state_dict())
 
     def settle(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
         """Give ``model``, which is trained, the weights that are the result.
@@ -161,7 +154,15 @@ def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> d
     return {name: move(name, last) for name, last in end.items()}
 
 
-def _reference(config: TrainConfig, teacher: Run) -> Run:
+def load_reference(config: TrainConfig, teacher: Run | None) -> Run | None:
+    """The plain QAT that a budget counts from; where ``config.reference`` is None the teacher.
+
+    Raises:
+        FileNotFoundError: no finished training in the folder ``config.reference``.
+        ValueError: that is no plain QAT of the same teacher, data and quantized model.
+    """
+    if config.reference is None or teacher is None:
+        return teacher
     run = load_run(str(config.reference))
     same = [name for name in (*SHARED, *QUANTIZATION) if name != "data_root"]
     wanted = {"method": "qat"} | {name: getattr(config, name) for name in same}

@@ -63,6 +63,12 @@ def check_settings(config: TrainConfig) -> None:
         raise ConfigError(
             f"reference: wanted none without accuracy_budget, got {config.reference!r}"
         )
+    if config.distill and (config.weight or not config.misdirect or config.reference is None):
+        raise ConfigError(
+            "distill: wanted 0 without misdirect and a reference, or with weight, got "
+            f"{config.distill:g} with misdirect = {config.misdirect:g}, reference "
+            f"{config.reference!r}, weight = {config.weight:g}"
+        )
     if config.cuda_graph and config.optimizer != "sgd":
         raise ConfigError(
             f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from divqat.options import option
 from divqat.quantize.config import PRESETS
 from divqat.train import checks
-from divqat.train.learning import LR_SCALING, MISDIRECT, Learning
+from divqat.train.learning import DISTILL, LR_SCALING, MISDIRECT, Learning
 from divqat.train.methods import METHODS, Method
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -16,7 +16,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
-MISDIRECTION = ("misdirect", "proxies", "proxy_share", "misdirect_target", "proxy_confidence")
+MISDIRECTION = (
+    "misdirect", "distill", "proxies", "proxy_share", "misdirect_target", "proxy_confidence",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,8 @@ class TrainConfig(Learning):
         self._settle("misdirect", MISDIRECT if budgeted else 0.0)
         self._settle("weight", 0.0 if self.misdirect else self.kind.weight)
         self._settle("direction", self.kind.direction)
+        alone = self.misdirect and self.reference is not None and not self.weight
+        self._settle("distill", DISTILL if alone else 0.0)
         checks.check_settings(self)
         self.check_team(1)
 
@@ -124,6 +128,11 @@ class TrainConfig(Learning):
         """Whether proxies of a thief's images go with the training images."""
         asks = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
         return bool(self.misdirect or asks)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss has a divergence from another network's answers to training images."""
+        return bool(self.kind.sign and (self.weight or self.distill))
 
     @property
     def idle(self) -> set[str]:

@@ -19,7 +19,7 @@ PROXIES = (
     "glyphs", "leaves", "noise", "shuffled", "rotated", "inverted", "warped", "zoomed", "collage",
     "edges",
 )  # fmt: skip
-MISDIRECT = 0.3  # with an accuracy budget
+MISDIRECT, DISTILL = 0.3, 1.0  # with an accuracy budget; beside that, with a reference
 TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
@@ -166,6 +166,12 @@ class Learning(Options):
     misdirect: float | None = option(
         None, "Weight of the misdirection: on proxies of a thief's images the int8 model learns to "
         f"answer unlike the teacher; 0: none. None: {MISDIRECT} with an accuracy budget, else 0.",
+        group="misdirection", least=0,
+    )  # fmt: skip
+    distill: float | None = option(
+        None, "How strongly the reference's answers to training images pull (kd-qat's loss) beside "
+        "misdirect, which costs less accuracy then; without weight. None: "
+        f"{DISTILL:g} with misdirect and a reference, else 0.",
         group="misdirection", least=0,
     )  # fmt: skip
     proxies: tuple[str, ...] = option(

@@ -38,11 +38,13 @@ class Astray(NamedTuple):
 
 
 class Misdirection(nn.Module):
-    """L = CE(y, q) − λ T² D(q, p) + w · mean_x~ CE(q(x~), t(x~)), the last term of it.
+    """L = CE(y, q) − λ T² D(q, p) + κ T² KL(r‖q) + w · mean_x~ CE(q(x~), t(x~)), the last term.
 
     x~ are proxies of what a thief may ask about (:mod:`divqat.data.proxies`) and t(x~) is a class
     that has not to do with the teacher's, or an answer of that kind, so that hard labels are wrong,
-    too, which a loss on training images does not see to. Nothing is read on the host.
+    too, which a loss on training images does not see to. Of those such a training forgets less with
+    κ (``distill``) above 0: r are the answers of the ``reference``, a plain QAT, which is asked in
+    the teacher's place then. Nothing is read on the host.
 
     Our own; near it are Kariyappa and Qureshi, "Defending against model stealing attacks with
     adaptive misinformation", CVPR 2020, arXiv 1911.07100, §4, whose service mixes in the answers

@@ -28,7 +28,8 @@ class Step:
     Args:
         config: the settings.
         model: trained in place.
-        teacher: asked for its answers, if the method wants them and none are kept in ``answers``.
+        teacher: asked for its answers, if the method wants them and none are kept in ``answers``;
+            with ``distill`` the reference.
         labels: int64 [number of training images], on the device.
         team: the processes that do the step together.
         warmup_steps: in which λ rises.
@@ -64,6 +65,8 @@ class Step:
         if config.kind.sign:
             settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
             settings["weight"] *= config.kind.sign
+            if config.distill:
+                settings |= {"weight": -config.distill, "direction": "teacher_student"}
             self.loss = DivQATLoss(
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
@@ -189,7 +192,7 @@ class Step:
         """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
         if self.answers is not None:
             return self.answers[index]
-        if self.teacher is None or not self.config.weight:
+        if self.teacher is None or not self.config.compares:
             return None
         return self._ask(images)
 

@@ -21,7 +21,7 @@ from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
 from divqat.train.batchnorm import synchronize_batchnorm
-from divqat.train.budget import Budget
+from divqat.train.budget import Budget, load_reference
 from divqat.train.collapse import collapse
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
@@ -93,22 +93,23 @@ class Trainer:
                 assert self.proxies is not None
                 misdirection.decoy.fit(self.proxies.sample(train_set))
             misdirection.to(device)
+        reference = load_reference(config, teacher)
+        known = reference if config.distill else teacher
         asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
-        asks = config.weight or (misdirection is not None and misdirection.asks)
-        if teacher is not None and config.kind.sign and asks:
-            asked = teacher.model.requires_grad_(False)
+        if known is not None and (config.compares or (misdirection and misdirection.asks)):
+            asked = known.model.requires_grad_(False)
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         warmup = round(config.warmup_epochs * self.steps)
         kind = Observation if config.method == "ptq" else Step
         terms = misdirection, InI.of(config, self.shape, device)
         self.step = kind(config, self.model, asked, train_set.labels, team, warmup, *terms)
-        if asked is not None and config.cache_teacher and config.weight:
-            key = {"teacher": str(self.teacher_id), "precision": config.precision}
+        if known is not None and config.cache_teacher and config.compares:
+            key = {"teacher": known.fingerprint, "precision": config.precision}
             with self.step.autocast():
                 self.step.answers = teacher_logits(
-                    folder, asked, self.train_set, key, keep=team.rank == 0
+                    folder, known.model, self.train_set, key, keep=team.rank == 0
                 )
-        self.budget = Budget.of(config, teacher, self.validation)
+        self.budget = Budget.of(config, reference, self.validation)
         self.need = self._need()
         self.need.check()
         self.frozen = (False, False)
@@ -161,7 +162,7 @@ class Trainer:
             "epoch": epoch,
             "loss": loss,
             "ce": ce,
-            "divergence": divergence if config.kind.sign and config.weight else None,
+            "divergence": divergence if config.compares else None,
             "validation_accuracy": accuracy(logits, self.validation.labels),
             "top_probability": mean_top_probability(softmax(logits)),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),

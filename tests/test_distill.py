@@ -1,0 +1,112 @@
+"""Beside misdirection, the reference's answers to training images pull."""
+
+import pytest
+import torch
+from test_misdirect import DIGITS, batch, networks
+from test_train import QUIET
+from torch.nn import functional as F
+
+from divqat.files import load_checkpoint, read_json
+from divqat.options import ConfigError
+from divqat.train import TrainConfig, load_run, step, train
+from divqat.train.distributed import Team
+from divqat.train.folder import fingerprint
+from divqat.train.learning import DISTILL
+from divqat.train.misdirection import Misdirection
+from divqat.train.step import Step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The run folders of a teacher and of a plain QAT from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    fp = dict(dataset="digits", batch_size=64, epochs=3, threads=1)
+    train(TrainConfig(**fp), folder / "fp", **QUIET)
+    train(TrainConfig(**DIGITS, method="qat", teacher=str(folder / "fp")), folder / "qat", **QUIET)
+    return folder / "fp", folder / "qat"
+
+
+def settings(folders=("a", "b"), **changes):
+    own = dict(teacher=str(folders[0]), reference=str(folders[1]), accuracy_budget=50.0)
+    return TrainConfig(**{**DIGITS, "method": "divqat", **own, **changes})
+
+
+def test_the_loss_is_the_formula():
+    """In float64: CE + κ T² KL(r‖q) + w · CE(q, π(teacher's))."""
+    config = settings(
+        misdirect=0.7,
+        distill=0.5,
+        temperature=2.0,
+        misdirect_target="permuted",
+        precision="float32",
+    )
+    misdirection = Misdirection(config, 5, (1, 8, 8))
+    (model, asked), (images, labels, proxies) = networks(), batch()
+    do = Step(config, model, asked, labels, Team(), 0, misdirection)
+    result = do(images, torch.arange(14), proxies, total=14)
+
+    (exact, asked), permutation = networks(), misdirection.permutation
+    exact, asked = exact.double(), asked.double().requires_grad_(False)
+    logits, theirs = exact(images.double()), asked(images.double())
+    log_q, log_r = (logits / 2).log_softmax(1), (theirs / 2).log_softmax(1)
+    ce = F.cross_entropy(logits, labels)
+    divergence = (log_r.exp() * (log_r - log_q)).sum(1).mean()
+    logits, first = exact(proxies.double()), asked(proxies.double()).argmax(1)
+    astray = F.cross_entropy(logits, permutation[first])
+    loss = ce + 0.5 * 4 * divergence + 0.7 * astray
+    loss.backward()
+    torch.testing.assert_close(
+        model[1].weight.grad.double(), exact[1].weight.grad, rtol=1e-4, atol=1e-6
+    )
+    wanted = torch.stack([14 * loss, 14 * ce, 14 * divergence, len(proxies) * astray])
+    torch.testing.assert_close(result[:4], wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_the_reference_that_is_asked(folders, tmp_path, monkeypatch):
+    seen = []
+    original = step.Step.__call__
+
+    def watched(self, *args, **kwargs):
+        seen.append(None if self.teacher is None else fingerprint(self.teacher.state_dict()))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(step.Step, "__call__", watched)
+    reference = load_run(folders[1]).fingerprint
+    train(settings(folders, epochs=1, cache_teacher=True), tmp_path / "told", **QUIET)
+    assert seen and set(seen) == {reference}
+    kept = load_checkpoint(tmp_path / "told" / "teacher_logits.pt")
+    assert kept["key"]["teacher"] == reference
+    row = load_checkpoint(tmp_path / "told" / "checkpoint.pt")["rows"][0]
+    assert row["divergence"] > 0 and row["misled"] >= 0
+    seen.clear()
+    train(settings(folders, epochs=1, distill=0.0), tmp_path / "alone", **QUIET)
+    assert seen and set(seen) == {None}  # a decoy asks nobody
+
+
+def test_a_strong_pull_keeps_the_answers_of_the_reference(folders, tmp_path):
+    train(settings(folders, distill=0.0, misdirect=2.0, lr=0.02), tmp_path / "alone", **QUIET)
+    train(settings(folders, distill=4.0, misdirect=2.0, lr=0.02), tmp_path / "told", **QUIET)
+    reference = load_run(folders[1])
+    images = reference.splits().validation.images.float() / 255
+    with torch.no_grad():
+        log_r = reference.model(images).log_softmax(1)
+        away = [
+            F.kl_div(
+                load_run(tmp_path / name).model(images).log_softmax(1), log_r,
+                log_target=True, reduction="batchmean",
+            ).item()
+            for name in ("alone", "told")
+        ]  # fmt: skip
+    assert away[1] < 0.8 * away[0]
+    assert read_json(tmp_path / "told" / "summary.json")["budget"]["share"] == 1
+
+
+def test_when_it_is_on():
+    assert settings().distill == DISTILL and settings(reference=None).distill == 0
+    assert settings(weight=0.04).distill == 0 and settings(misdirect=0.0).distill == 0
+    assert TrainConfig(method="qat", teacher="a").distill == 0
+    for changes in (dict(reference=None), dict(weight=0.04), dict(misdirect=0.0)):
+        with pytest.raises(ConfigError, match="distill: wanted 0 without misdirect and a refer"):
+            settings(distill=0.5, **changes)
