@@ -10,7 +10,7 @@ from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
-from divqat.train.folder import fingerprint
+from divqat.train.folder import check_same, fingerprint
 from divqat.train.learning import DISTILL
 from divqat.train.misdirection import Misdirection
 from divqat.train.step import Step
@@ -110,3 +110,10 @@ def test_when_it_is_on():
     for changes in (dict(reference=None), dict(weight=0.04), dict(misdirect=0.0)):
         with pytest.raises(ConfigError, match="distill: wanted 0 without misdirect and a refer"):
             settings(distill=0.5, **changes)
+
+
+def test_a_run_from_before_it_was_there_has_none(tmp_path):
+    before = {name: value for name, value in settings().to_dict().items() if name != "distill"}
+    check_same(tmp_path, before, settings(distill=0.0))
+    with pytest.raises(ValueError, match=r"other settings \(distill: 0\.0 -> 1\.0\)"):
+        check_same(tmp_path, before, settings())
