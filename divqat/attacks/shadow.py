@@ -20,7 +20,7 @@ from divqat.data.sets import ImageSet
 from divqat.evaluate.metrics import predict, softmax
 from divqat.options import option
 from divqat.train.decoy import Decoy, coarse
-from divqat.train.learning import MISDIRECT, PROXIES
+from divqat.train.learning import PROXIES
 
 USUAL, CONTROL = "standardized2", "shuffled"  # of an answer's readings
 PARTS, PART = 8, 256  # of the proxies that a decoy is fitted to: as many as a victim's
@@ -68,7 +68,7 @@ class Shadow(LabeledAttack, KnockoffNets):
     shadow_lr: float = option(0.05, "First learning rate of a shadow.", above=0)
     shadow_batch_size: int = option(50, "Labeled images per step of a shadow.", least=1)
     shadow_pad: int = option(2, "Shift the labeled images by up to so many pixels.", least=0)
-    misdirect: float = option(MISDIRECT, "Weight of the shadows' misdirection.", above=0)
+    misdirect: float = option(0.3, "Weight of the shadows' misdirection.", above=0)
     proxy_share: float = option(2.0, "Proxies per labeled image of a step.", above=0)
     pictures: bool = option(True, "Recover an answer from it and the query's coarse picture.")
     pairs: int = option(100_000, "Pairs of defended and clean answers to learn from.", least=1)
