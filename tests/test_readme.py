@@ -104,6 +104,8 @@ def test_the_studies_are_those_of_the_committed_results():
         "data-free": [lambda result: budgets_table(result, "qat")],
         "defenses": [defenses_table],
         "combination": [defenses_table],
+        "misdirection-strong": [attacks_table, side_effects_table],
+        "misdirection-strong-shadow": [attacks_table],
         "misdirection": [attacks_table, side_effects_table],
         "misdirection-control": [attacks_table],
         "misdirection-own": [attacks_table],
