@@ -305,15 +305,16 @@ def test_torchrun(teacher, one, tmp_path):
 
 def test_processes_in_mixed_precision_with_kept_answers_codes_and_a_budget(teacher, tmp_path):
     out = tmp_path / "out"
-    options = [*flags(teacher), "--method", "divqat", "--weight", 0.3, "--pad", 0]
+    options = [*flags(teacher), "--method", "divqat", "--weight", 0.05, "--pad", 0]
     options += ["--precision", "bfloat16", "--cache-teacher", "--save-as-codes", "--accumulate", 2]
     options += ["--accuracy-budget", 1]
     done, _ = torchrun("-m", "divqat", "train", "--out", out, *options)
     assert done.returncode == 0, done.stderr
     assert (out / "teacher_logits.pt").is_file()
     rows = load_checkpoint(out / "checkpoint.pt")["rows"]
+    assert rows[-1]["divergence"] > 0 and rows[-1]["validation_accuracy"] > 0.8
     budget = read_json(out / "summary.json")["budget"]
-    assert rows[-1]["divergence"] > 0 and budget["inside"] and len(budget["path"]) > 1
+    assert budget["inside"] and len(budget["path"]) > 1
 
 
 def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
