@@ -85,6 +85,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / CHECKPOINT} is not of a training: no {', '.join(sorted(missing))}"
         )
+    # From before it existed: its default would be another loss than the run had.
+    state["config"].setdefault("distill", 0.0)
     return state
 
 
@@ -102,10 +104,8 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> None:
     """Refuse a run folder whose checkpoint has other settings that matter to either training."""
-    # Through TrainConfig: a checkpoint from before a setting existed has its default; distill's
-    # would be another loss.
-    before = {"distill": 0.0, **there}
-    configs = (TrainConfig.from_dict(before, where=str(folder / CHECKPOINT)), here)
+    # Through TrainConfig: a checkpoint from before a setting existed has its default.
+    configs = (TrainConfig.from_dict(there, where=str(folder / CHECKPOINT)), here)
     left_out = {*FREE} | (configs[0].idle & configs[1].idle)
     pair = ({k: v for k, v in c.to_dict().items() if k not in left_out} for c in configs)
     different = differences(*pair)
