@@ -1,10 +1,10 @@
-"""A training step that is captured and replayed, or watched for what it reads on the host."""
+"""A training step that is captured and replayed, or watched for what it reads and whom it asks."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from divqat.train import graph, loop, trainer
+from divqat.train import graph, loop, step, trainer
 
 plays = []
 
@@ -93,4 +93,16 @@ def host_reads(monkeypatch, *owners):
             return result
 
         monkeypatch.setattr(owner, "__call__", watched)
+    return seen
+
+
+def teachers(monkeypatch):
+    """A list that gets the network that each step can ask, or None."""
+    seen, original = [], step.Step.__call__
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.teacher)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(step.Step, "__call__", watched)
     return seen

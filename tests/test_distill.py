@@ -2,15 +2,16 @@
 
 import pytest
 import torch
+from captured import teachers
 from test_misdirect import DIGITS, batch, networks
 from test_train import QUIET
 from torch.nn import functional as F
 
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
-from divqat.train import TrainConfig, load_run, step, train
+from divqat.train import TrainConfig, load_run, train
 from divqat.train.distributed import Team
-from divqat.train.folder import check_same, fingerprint
+from divqat.train.folder import fingerprint, write_checkpoint
 from divqat.train.learning import DISTILL
 from divqat.train.misdirection import Misdirection
 from divqat.train.step import Step
@@ -65,17 +66,10 @@ def test_the_loss_is_the_formula():
 
 
 def test_it_is_the_reference_that_is_asked(folders, tmp_path, monkeypatch):
-    seen = []
-    original = step.Step.__call__
-
-    def watched(self, *args, **kwargs):
-        seen.append(None if self.teacher is None else fingerprint(self.teacher.state_dict()))
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(step.Step, "__call__", watched)
+    seen = teachers(monkeypatch)
     reference = load_run(folders[1]).fingerprint
     train(settings(folders, epochs=1, cache_teacher=True), tmp_path / "told", **QUIET)
-    assert seen and set(seen) == {reference}
+    assert seen and {fingerprint(net.state_dict()) for net in seen} == {reference}
     kept = load_checkpoint(tmp_path / "told" / "teacher_logits.pt")
     assert kept["key"]["teacher"] == reference
     row = load_checkpoint(tmp_path / "told" / "checkpoint.pt")["rows"][0]
@@ -112,8 +106,13 @@ def test_when_it_is_on():
             settings(distill=0.5, **changes)
 
 
-def test_a_run_from_before_it_was_there_has_none(tmp_path):
-    before = {name: value for name, value in settings().to_dict().items() if name != "distill"}
-    check_same(tmp_path, before, settings(distill=0.0))
+def test_a_run_from_before_it_was_there_has_none(folders, tmp_path):
+    config = settings(folders, epochs=1, distill=0.0)
+    train(config, tmp_path, **QUIET)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    del state["config"]["distill"]
+    write_checkpoint(tmp_path, state)
+    assert load_run(tmp_path).config == config
+    train(config, tmp_path, **QUIET)
     with pytest.raises(ValueError, match=r"other settings \(distill: 0\.0 -> 1\.0\)"):
-        check_same(tmp_path, before, settings())
+        train(settings(folders, epochs=1), tmp_path, **QUIET)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from captured import host_reads, replay_steps
+from captured import host_reads, replay_steps, teachers
 from test_train import QUIET, SMALL, assert_same
 from torch import nn
 from torch.nn import functional as F
@@ -271,14 +271,7 @@ def test_the_teacher_is_asked_about_proxies_only(teacher, tmp_path):
 
 @pytest.mark.parametrize(("target", "weight"), [("decoy", 0.0), ("decoy", 0.1), ("second", 0.0)])
 def test_a_teacher_is_at_hand_where_it_is_asked(teacher, tmp_path, monkeypatch, target, weight):
-    seen = []
-    original = step.Step.__call__
-
-    def watched(self, *args, **kwargs):
-        seen.append(self.teacher)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(step.Step, "__call__", watched)
+    seen = teachers(monkeypatch)
     config = digits(teacher, misdirect_target=target, weight=weight, epochs=1)
     train(config, tmp_path, **QUIET)
     asked = target != "decoy" or weight > 0
