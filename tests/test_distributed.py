@@ -1,17 +1,11 @@
-"""Several processes, and several parts, train as one. Real processes, over gloo on the CPU."""
+"""The steps of several processes, and of parts, are those of one; over gloo on the CPU."""
 
-import os
-import subprocess
-import sys
-import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same
 from testing import randn
 from torch import distributed as dist
 from torch import nn
@@ -20,21 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import divqat
 from divqat.data import shard_rows
-from divqat.files import load_checkpoint, read_json
 from divqat.nn import FakeQuantize
 from divqat.quantize import observe_first, preset, sync_observers
-from divqat.train import TrainConfig, step, train, trainer
 from divqat.train.distributed import Team
 
-ROOT = str(Path(__file__).parent.parent)
-QUIET = dict(log=lambda line: None)
 BUFFERS = ("running_min", "running_max", "scale", "zero_point")
-# 1294 images: two uneven halves per step, and a last step of 7. A low lr: at 0.01, one activation
-# that another order of sums rounds to the next code becomes 10 % of a gradient within an epoch.
-QAT = dict(
-    dataset="digits", model="lenet", method="qat", epochs=2, batch_size=117, lr=0.001, threads=1,
-    pad=1, ranges="delayed", freeze_batchnorm_epoch=1, freeze_observers_epoch=9,
-)  # fmt: skip
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -191,150 +175,3 @@ def test_processes_do_the_steps_of_one_with_two_collectives(tmp_path, size, coun
         for _, _, sent in steps[2:]:  # in the first two, DDP settles its buckets as well
             # one bucket of gradients, and all ranges
             assert sent == [("c10d::allreduce_", 8 * weights), ("c10d::allreduce_", 8 * ranges)]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher") / "fp"
-    fp = dict(dataset="digits", model="lenet", epochs=3, batch_size=64, threads=1)
-    train(TrainConfig(**fp), folder, **QUIET)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def one(teacher, tmp_path_factory):
-    """The training that several processes have to repeat."""
-    folder = tmp_path_factory.mktemp("one") / "one"
-    train(TrainConfig(**QAT, teacher=str(teacher)), folder, **QUIET)
-    return folder
-
-
-def assert_close(folder, one, start):
-    """The same training up to rounding: what differs is little of what was learned."""
-    folders = (folder, one, start)
-    got, wanted, first = (load_checkpoint(f / "checkpoint.pt")["model"] for f in folders)
-    for name, value in wanted.items():
-        if name in first and torch.is_tensor(value) and value.is_floating_point():
-            moved = (value - first[name]).norm()
-            assert (got[name] - value).norm() <= 2e-3 * moved, name
-        elif torch.is_tensor(value):
-            torch.testing.assert_close(got[name], value, rtol=2e-3, atol=1e-5)
-        else:
-            assert got[name] == value, name
-
-
-def interrupted(config, folder, at):
-    """Train, and be interrupted in the loss of step ``at``."""
-    steps, loss = [], step.Step.losses
-
-    def failing(self, *args):
-        steps.append(1)
-        if len(steps) == at:
-            raise KeyboardInterrupt
-        return loss(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step.Step, "losses", failing)
-        train(config, folder, **QUIET)
-
-
-def trainings(rank, size, folder, teacher):
-    """Everything that is trained by two processes; returns what a NaN in one of them raises."""
-    config = TrainConfig(**QAT, teacher=teacher)
-    train(config, folder / "two", **QUIET)
-    interrupted(config, folder / "begun-by-two", 18)  # of 12 per epoch
-    train(config, folder / "begun-by-one", **QUIET)
-    moving = TrainConfig(**{**QAT, "freeze_batchnorm_epoch": 9, "ranges": "auto"}, teacher=teacher)
-    train(moving, folder / "norm", **QUIET)
-    interrupted(moving, folder / "norm-again", 18)
-    train(moving, folder / "norm-again", **QUIET)
-
-    original, steps = trainer.batches, []
-
-    def batches(*args, **kwargs):
-        for images, labels in original(*args, **kwargs):
-            steps.append(1)
-            if rank == 1 and len(steps) == 16:  # the first batch shows what memory is needed
-                images[0] = torch.nan  # of the second process
-            yield images, labels
-
-    trainer.batches = batches
-    with pytest.raises(FloatingPointError) as error:
-        train(config, folder / "nan", **QUIET)
-    return str(error.value)
-
-
-def test_two_processes_train_what_one_does(teacher, one, tmp_path):
-    config = TrainConfig(**QAT, teacher=str(teacher))
-    interrupted(config, tmp_path / "begun-by-one", 18)
-    errors = spawn(2, tmp_path / "spawn", trainings, tmp_path, str(teacher))
-    train(config, tmp_path / "begun-by-two", **QUIET)
-    for name in ("two", "begun-by-one", "begun-by-two"):
-        assert_close(tmp_path / name, one, teacher)
-    assert_same(tmp_path / "norm", tmp_path / "norm-again")
-    # A NaN in one process ends both with the one error.
-    assert errors == ["epoch 2, step 3: the input images hold NaN or Inf"] * 2
-    assert load_checkpoint(tmp_path / "nan" / "checkpoint.pt")["epoch"] == 1
-    assert not (tmp_path / "nan" / "summary.json").exists()
-
-
-def torchrun(*command):
-    started = time.monotonic()
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-    options = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    done = subprocess.run([*run, *map(str, command)], **options)
-    return done, time.monotonic() - started
-
-
-def flags(teacher):
-    for name, value in {**QAT, "teacher": teacher}.items():
-        yield from (f"--{name.replace('_', '-')}", value)
-
-
-def test_torchrun(teacher, one, tmp_path):
-    out = tmp_path / "out"
-    command = ["-m", "divqat", "train", "--out", out, "--accumulate", 2, *flags(teacher)]
-    done, _ = torchrun(*command)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["epoch", "epoch", "test"]
-    assert_close(out, one, teacher)
-    names = {path.name for path in out.iterdir()}
-    assert names == {"checkpoint.pt", "config.yaml", "metrics.csv", "plots", "summary.json"}
-
-
-def test_processes_in_mixed_precision_with_kept_answers_codes_and_a_budget(teacher, tmp_path):
-    out = tmp_path / "out"
-    options = [*flags(teacher), "--method", "divqat", "--weight", 0.05, "--pad", 0]
-    options += ["--precision", "bfloat16", "--cache-teacher", "--save-as-codes", "--accumulate", 2]
-    options += ["--accuracy-budget", 1]
-    done, _ = torchrun("-m", "divqat", "train", "--out", out, *options)
-    assert done.returncode == 0, done.stderr
-    assert (out / "teacher_logits.pt").is_file()
-    rows = load_checkpoint(out / "checkpoint.pt")["rows"]
-    assert rows[-1]["divergence"] > 0 and rows[-1]["validation_accuracy"] > 0.8
-    budget = read_json(out / "summary.json")["budget"]
-    assert budget["inside"] and len(budget["path"]) > 1
-
-
-def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
-    script, out = tmp_path / "fails.py", tmp_path / "out"
-    script.write_text(
-        "import os, sys\n"
-        "from divqat.cli import main\n"
-        "from divqat.train import step\n"
-        "loss = step.Step.losses\n"
-        "calls = []\n"
-        "def failing(self, *args):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 13 and os.environ['RANK'] == '1':\n"  # of 12 per epoch
-        "        raise RuntimeError('out of order')\n"
-        "    return loss(self, *args)\n"
-        "step.Step.losses = failing\n"
-        "sys.exit(main())\n"
-    )
-    done, seconds = torchrun(script, "train", "--out", out, *flags(teacher))
-    assert done.returncode != 0 and seconds < 60
-    assert "divqat (process 1 of 2): error: out of order" in done.stderr
-    assert load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
-    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "config.yaml", "metrics.csv"}

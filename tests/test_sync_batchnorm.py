@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_distributed import SIZES, Collectives, assert_close, batch, gradients, interrupted, spawn
+from test_distributed import SIZES, Collectives, batch, gradients, spawn
+from test_distributed_training import assert_close, interrupted
 from test_train import QUIET
 from testing import randn
 from torch import nn
