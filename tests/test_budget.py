@@ -1,6 +1,7 @@
 """How much of a defense is kept, so that validation accuracy stays within a budget."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from trainings import train_interrupted
 
 from divqat.files import read_json
 from divqat.options import ConfigError
+from divqat.quantize import freeze_batchnorm, freeze_observers
 from divqat.train import TrainConfig, load_run, train, trainer
-from divqat.train.budget import STEPS, Budget, between
+from divqat.train.budget import STEPS, Budget, between, copied
 from divqat.train.learning import MISDIRECT
+from divqat.train.step import Step
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
 STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)
@@ -80,23 +83,31 @@ def test_the_way_begins_and_ends_with_the_same_bits_and_never_leaves_them(pair, 
 
 
 def settled(accuracy, points=2.0, reference=0.9):
-    """A budget and a model of one weight, which went from 1 to 3, whose accuracy is a function of
-    how far it went."""
-    model = nn.Linear(1, 1, bias=False)
-    budget = Budget(points, reference, {"weight": torch.ones(1, 1)})
-    nn.init.constant_(model.weight, 3)
-    asked = []
+    """A budget and a model of two weights, whose accuracy is a function of how far it went: from
+    (1, 0) to (3, 0), and from there mended to (2, 1)."""
+    model = nn.Linear(2, 1, bias=False)
+    budget = Budget(points, reference, {"weight": torch.tensor([[1.0, 0.0]])})
+    model.weight.data = torch.tensor([[3.0, 0.0]])
+    asked, mended = [], []
+
+    def place():
+        far, aside = model.weight.detach()[0].tolist()
+        assert aside == pytest.approx(min(far - 1, 3 - far), abs=1e-6)  # on the two legs
+        return (far - 1) / 2
 
     def measure():
-        share = (float(model.weight.detach()) - 1) / 2
-        asked.append(share)
-        return {"validation_accuracy": accuracy(share), "misled": share}
+        asked.append(place())
+        return {"validation_accuracy": accuracy(asked[-1]), "misled": asked[-1]}
 
-    budget.settle(model, measure)
-    share = (float(model.weight.detach()) - 1) / 2
-    assert share == pytest.approx(budget.chosen["share"], abs=1e-6)
+    def mend():
+        mended.append(place())
+        model.weight.data = torch.tensor([[2.0, 1.0]])
+
+    budget.settle(model, measure, mend)
+    assert place() == pytest.approx(budget.chosen["share"], abs=1e-6)
     assert asked == pytest.approx([1 - i / STEPS for i in range(len(asked))], abs=1e-6)
     assert [row["misled"] for row in budget.summary()["path"]][: len(asked)] == asked
+    assert mended == ([] if len(asked) == 1 else [1])  # only what has to be
     return budget
 
 
@@ -129,15 +140,58 @@ def test_the_budget_holds_where_the_same_training_breaks_it(qat, free, kept):
     assert told["path"][0]["validation_accuracy"] == broken["validation_accuracy"]
     assert (kept / "plots" / "budget.png").is_file()
     assert not (free / "plots" / "budget.png").exists()
-    # what is loaded is what was measured, and lies between the two
-    run, start, end = load_run(kept), load_run(qat), load_run(free)
+    # what is loaded is what was measured
+    run = load_run(kept)
     validation = run.splits().validation
     found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)
     assert found == summary["validation_accuracy"]
-    way = between(start.model.state_dict(), end.model.state_dict(), told["share"])
-    for name, value in run.model.state_dict().items():
+
+
+def test_mending_is_plain_qat_with_ranges_and_batchnorm_as_they_are(
+    teacher, qat, tmp_path, monkeypatch
+):
+    """Against steps of plain QAT that are written out here."""
+    kept, seen = {}, []
+    step = Step.__call__
+
+    def watched(self, images, index, *proxies, total):
+        if "end" in kept:
+            seen.append((images.clone(), self.labels[index], *proxies))
+        return step(self, images, index, *proxies, total=total)
+
+    def settle(budget, model, measure, mend):
+        (holder,) = {mend.__self__}
+        kept["end"], kept["model"] = copied(model), deepcopy(model)
+        kept["momentum"] = deepcopy(holder.step.optimizer.state_dict())
+        mend()
+        kept["mended"] = copied(model)
+        kept["misled"] = measure()["misled"]  # has its proxies again
+        budget.path.append({"share": 0.5, "points_below": 0.0, **measure()})
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr(Budget, "settle", settle)
+    train(settings(teacher, qat, misdirect=1.0, distill=0.0, epochs=2), tmp_path, **QUIET)
+
+    model = kept["model"].train()
+    freeze_observers(model)
+    freeze_batchnorm(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, 0.9, weight_decay=5e-4, nesterov=True)
+    optimizer.load_state_dict(kept["momentum"])
+    for number, (images, labels, *proxies) in enumerate(seen):
+        assert not proxies
+        for group in optimizer.param_groups:  # from lr / 20 in a straight line to 0
+            group["lr"] = 0.05 * STRONG["lr"] * (1 - number / len(seen))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    wanted, changed = model.state_dict(), set()
+    for name, value in kept["mended"].items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(value, way[name], equal_nan=True)
+            torch.testing.assert_close(value, wanted[name], equal_nan=True)
+            if not torch.equal(value.nan_to_num(), kept["end"][name].nan_to_num()):
+                changed.add(name)
+    assert changed == {name for name, _ in model.named_parameters()}
+    assert 0 < kept["misled"] < 1
 
 
 @pytest.mark.parametrize("epoch", [1, 4])

@@ -217,9 +217,9 @@ class Learning(Options):
     )  # fmt: skip
 
     accuracy_budget: float | None = option(
-        None, "Points of validation accuracy that the defense may cost: after the last epoch the "
-        "weights go back towards those of the reference until they do; None: they stay as they "
-        "are.",
+        None, "Points of validation accuracy that the defense may cost: where it costs more after "
+        "the last epoch, the weights are trained on without it, and go back that way, and on to "
+        "those of the reference, until it does; None: they stay as they are.",
         group="accuracy budget", above=0, below=100,
     )  # fmt: skip
     reference: str | None = option(

@@ -6,15 +6,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
-from divqat.data import StreamedSet
+from divqat.data import Splits, StreamedSet
 from divqat.errors import require
+from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.plots import budget_path, training_curves
+from divqat.evaluate.result import hardware, versions
 from divqat.files import read_json, write_json
 from divqat.options import write_yaml
+from divqat.train.collapse import collapse
 from divqat.train.config import SHARED, TrainConfig
 from divqat.train.distributed import Team, connect, local_device
 from divqat.train.folder import (
@@ -28,6 +32,7 @@ from divqat.train.folder import (
     read_checkpoint,
     write_checkpoint,
 )
+from divqat.train.memory import peak_memory
 from divqat.train.trainer import Trainer
 
 
@@ -115,7 +120,7 @@ def _train(
             log(_line(row, config.epochs))
         if trainer.budget is not None:
             log(trainer.budget.line())
-        summary = trainer.summary(splits)
+        summary = _summary(trainer, splits)
     if not writes:
         return summary
     try:
@@ -132,6 +137,33 @@ def _train(
     )
     _warn(summary, log)
     return summary
+
+
+def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
+    """The content of ``summary.json``; looks at the test set."""
+    config, budget = trainer.config, trainer.budget
+    last = trainer.rows[-1] if budget is None else budget.chosen
+    logits = predict(trainer.model.eval(), splits.test)
+    warnings = [collapse(config, trainer.rows), None if budget is None else budget.warning()]
+    return {
+        "method": config.method,
+        "dataset": config.dataset,
+        "model": config.model,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "validation_accuracy": last["validation_accuracy"],
+        "test_accuracy": accuracy(logits, splits.test.labels),
+        "test_top_probability": mean_top_probability(softmax(logits)),
+        "seconds": sum(row["seconds"] for row in trainer.rows),
+        "ms_per_step": mean(row["ms_per_step"] for row in trainer.rows),
+        "waiting": mean(row.get("waiting", 0.0) for row in trainer.rows),  # share of the steps
+        "peak_memory": peak_memory(trainer.device),  # bytes, of process 0
+        "budget": None if budget is None else budget.summary(),
+        "warnings": [warning for warning in warnings if warning is not None],
+        "versions": versions(),
+        "hardware": hardware(),
+    }
 
 
 def _warn(summary: dict[str, Any], log: Callable[[str], object]) -> None:

@@ -96,6 +96,16 @@ class Misdirection(nn.Module):
             seed = derived_seed(config.seed, "decoy")
             self.decoy = Decoy(num_classes, image_shape[0], seed)
 
+    @classmethod
+    def fitted(
+        cls, config: TrainConfig, num_classes: int, train_set: LabeledImages, proxies: Proxies
+    ) -> Misdirection:
+        """One whose decoy, if it has one, knows what varies between the proxies; on the CPU."""
+        made = cls(config, num_classes, train_set.image_shape)
+        if made.decoy is not None:
+            made.decoy.fit(proxies.sample(train_set))
+        return made
+
     def forward(
         self,
         logits: Tensor,  # float32 [M, num_classes]

@@ -192,7 +192,7 @@ class Step:
         """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
         if self.answers is not None:
             return self.answers[index]
-        if self.teacher is None or not self.config.compares:
+        if self.teacher is None or self.loss is None or not self.config.compares:
             return None
         return self._ask(images)
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -15,20 +14,18 @@ from torch import Generator, Tensor, nn
 from divqat.data import Splits, augment, batches
 from divqat.data.batches import steps_of
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
-from divqat.evaluate.result import hardware, versions
 from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
 from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.budget import Budget, load_reference
-from divqat.train.collapse import collapse
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
 from divqat.train.folder import Run, build_model, derived_seed
 from divqat.train.graph import Captured, own_stream
 from divqat.train.ini import InI
-from divqat.train.memory import Need, peak_memory, reset_peak
+from divqat.train.memory import Need, reset_peak
 from divqat.train.misdirection import Misdirection, Proxies
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
@@ -87,12 +84,10 @@ class Trainer:
         misdirection: Misdirection | None = None
         if config.shows_proxies:
             self.proxies = Proxies(config, train_set.image_shape, team)
-        if config.misdirect:
-            misdirection = Misdirection(config, splits.num_classes, train_set.image_shape)
-            if misdirection.decoy is not None:
-                assert self.proxies is not None
-                misdirection.decoy.fit(self.proxies.sample(train_set))
-            misdirection.to(device)
+            if config.misdirect:
+                classes = splits.num_classes
+                misdirection = Misdirection.fitted(config, classes, train_set, self.proxies)
+                misdirection.to(device)
         reference = load_reference(config, teacher)
         known = reference if config.distill else teacher
         asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
@@ -146,16 +141,7 @@ class Trainer:
         start = time.perf_counter()
         config, epoch = self.config, self.epoch + 1
         self._freeze(epoch)
-        seed = derived_seed(config.seed, "epoch", epoch)
-        with (
-            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-            own_stream(self.stream),
-            self.step.modes(),
-        ):
-            torch.manual_seed(seed + self.team.rank)  # dropout
-            sums, waited = self._steps(epoch, Generator().manual_seed(seed))
-            loss, ce, divergence, astray, misled = sums.tolist()
-        self.team.average_batchnorm(self.model)
+        (loss, ce, divergence, astray, misled), waited = self._learn(epoch)
         seconds = time.perf_counter() - start
         logits = self._validate(epoch, self.steps)
         row = {
@@ -168,15 +154,42 @@ class Trainer:
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
             "ms_per_step": 1000 * seconds / self.steps,
             "waiting": waited / seconds,
-            "seconds": time.perf_counter() - start,
         }
         if config.misdirect:
             row |= {"misdirection": astray, "misled": misled}
         if self.budget is not None and epoch == config.epochs:
-            self.budget.settle(self.model, partial(self._measure, epoch))
-        self.epoch = epoch
+            self.budget.settle(self.model, partial(self._measure, epoch), self._mend)
+        self.epoch, row["seconds"] = epoch, time.perf_counter() - start
         self.rows.append(row)
         return row
+
+    def _learn(self, epoch: int) -> tuple[list[float], float]:
+        """Train for an epoch; what :meth:`_steps` returns."""
+        seed = derived_seed(self.config.seed, "epoch", epoch)
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            own_stream(self.stream),
+            self.step.modes(),
+        ):
+            torch.manual_seed(seed + self.team.rank)  # dropout
+            sums, waited = self._steps(epoch, Generator().manual_seed(seed))
+            found = sums.tolist()
+        self.team.average_batchnorm(self.model)
+        return found, waited
+
+    def _mend(self) -> None:
+        """Train on without the defense, as it is then; see :class:`Budget`."""
+        freeze_observers(self.model)
+        freeze_batchnorm(self.model)
+        if isinstance(self.do_step, Captured):
+            self.do_step.reset()
+        kept = self.proxies, self.step.loss
+        self.proxies = None
+        if not self.config.distill:
+            self.step.loss = None
+        for epoch in range(1, self.config.mending_epochs + 1):
+            self._learn(self.config.epochs + epoch)
+        self.proxies, self.step.loss = kept
 
     def _validate(self, epoch: int, step: int) -> Tensor:
         """The logits of the validation images, after ``step`` of ``epoch``; leaves eval mode on."""
@@ -244,7 +257,10 @@ class Trainer:
         finite: list[Tensor] = []
         done = (epoch - 1) * self.steps
         if self.team.rank == 0:
+            further = epoch - config.epochs
             name = f"epoch {epoch}/{config.epochs}"
+            if further > 0:
+                name = f"mending {further}/{config.mending_epochs}"
             loader = progress(loader, name, total=self.steps, unit="step")
         waited, ready = 0.0, time.perf_counter()
         for step, (images, index) in enumerate(loader, start=1):
@@ -273,29 +289,3 @@ class Trainer:
             ready = time.perf_counter()
         sums = self.team.reduce(sums)
         return torch.cat([sums[:3] / count, sums[3:] / max(1, proxies)]), waited
-
-    def summary(self, splits: Splits) -> dict[str, Any]:
-        """The content of ``summary.json``; looks at the test set."""
-        config, budget = self.config, self.budget
-        last = self.rows[-1] if budget is None else budget.chosen
-        logits = predict(self.model.eval(), splits.test)
-        warnings = [collapse(config, self.rows), None if budget is None else budget.warning()]
-        return {
-            "method": config.method,
-            "dataset": config.dataset,
-            "model": config.model,
-            "seed": config.seed,
-            "epochs": config.epochs,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "validation_accuracy": last["validation_accuracy"],
-            "test_accuracy": accuracy(logits, splits.test.labels),
-            "test_top_probability": mean_top_probability(softmax(logits)),
-            "seconds": sum(row["seconds"] for row in self.rows),
-            "ms_per_step": mean(row["ms_per_step"] for row in self.rows),
-            "waiting": mean(row.get("waiting", 0.0) for row in self.rows),  # share of the steps
-            "peak_memory": peak_memory(self.device),  # bytes, of process 0
-            "budget": None if budget is None else budget.summary(),
-            "warnings": [warning for warning in warnings if warning is not None],
-            "versions": versions(),
-            "hardware": hardware(),
-        }
