@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench accuracy``."""
     parser.add_argument("--runs", default="runs/accuracy", help="folder of the trainings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variant", action="append", help="names that contain this (repeatable)")
+    parser.add_argument(
+        "--variant", action="append", help="names that contain this, or =NAME (repeatable)"
+    )
     add_common_arguments(parser, seconds=None)
 
 

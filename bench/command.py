@@ -55,8 +55,12 @@ def set_up(args: argparse.Namespace) -> str:
 
 
 def matches(name: str, parts: list[str] | None) -> bool:
-    """Whether the name contains one of the parts; nothing asked for is everything."""
-    return parts is None or any(part.lower() in name.lower() for part in parts)
+    """Whether the name contains one of the parts, or is what one says after its "="; nothing asked
+    for is everything."""
+    if parts is None:
+        return True
+    name, parts = name.lower(), [part.lower() for part in parts]
+    return f"={name}" in parts or any(part in name for part in parts)
 
 
 def status(row: Row) -> str:

@@ -138,7 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench step``."""
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, nargs="+", help="images per step; default: by network")
-    parser.add_argument("--contender", action="append", help="names that contain this (repeatable)")
+    parser.add_argument(
+        "--contender", action="append", help="names that contain this, or =NAME (repeatable)"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all of the device")
     add_common_arguments(parser, seconds=5.0)

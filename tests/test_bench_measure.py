@@ -221,3 +221,5 @@ def test_compare_reads_results_of_one_command_only(tmp_path, capsys):
 def test_a_part_of_a_name_is_enough():
     assert command.matches("torch.ao fused", ["FUSED"]) and command.matches("x", None)
     assert not command.matches("torch.ao fused", ["brevitas"])
+    assert command.matches("divqat", ["=DivQAT"])
+    assert not command.matches("divqat cpp", ["=divqat"])
