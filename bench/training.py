@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import divqat
 from bench import qat_models
 from bench.case import our_backends, serving
+from bench.misdirected import Misdirected
 from bench.nets import NETWORKS
 
 FLOAT = "float"
@@ -59,7 +60,8 @@ class Recipe:
 
     Attributes:
         prepare: float model and one batch → model.
-        loss: ``ce``, or DivQAT's with the ``teacher`` run in the step, or its logits ``cached``.
+        loss: ``ce``, or DivQAT's with the ``teacher`` run in the step, or its logits ``cached``, or
+            ``misdirected``: a teacher in the step pulls, and proxies go with the images.
         backend: names the divqat backend, if it is one of ours, or raises :class:`Absent`.
         modes: those that say something: what breaks a graph cannot be compiled or captured.
         as_codes: activations are kept for the backward pass as 8-bit codes.
@@ -90,6 +92,10 @@ def recipes(device: str) -> dict[str, Recipe]:
         found[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
         for loss, label in (("teacher", "teacher in the step"), ("cached", "cached teacher")):
             found[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
+        # proxies are drawn outside of what is compiled or captured
+        found[f"{name}, DivQAT, misdirected"] = Recipe(
+            qat_models.ours(), "misdirected", backend, modes=("eager",)
+        )
         found[f"{name}, a call per weight"] = Recipe(qat_models.one_by_one, backend=backend)
         found[f"{name}, saved as codes"] = Recipe(
             qat_models.ours(), backend=backend, modes=("eager", "CUDA graph"), as_codes=True
@@ -111,6 +117,11 @@ class Step:
         self.model = recipe.prepare(setup.model, setup.x).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
         self.loss = divqat.nn.DivQATLoss(weight=0.05, temperature=4.0).to(setup.device)
+        self.misdirected: Misdirected | None = None
+        if recipe.loss == "misdirected":
+            self.misdirected = Misdirected(setup.x, setup.target, setup.teacher_logits.shape[1])
+            pull = divqat.nn.DivQATLoss(weight=-1.0, direction="teacher_student")
+            self.loss = pull.to(setup.device)
         self.compute: Callable[[], Tensor] = self._compute
         self.graph: Any = None
         # all compiled contenders are forms of one function, of which eight are allowed
@@ -129,16 +140,23 @@ class Step:
     def _compute(self) -> Tensor:
         setup = self.setup
         saving = divqat.quantize.save_as_codes(self.model) if self.as_codes else nullcontext()
+        x, n = setup.x, len(setup.x)
+        if self.misdirected is not None:
+            proxies = self.misdirected.draw()
+            x = torch.cat([x, proxies])
         with torch.autocast(setup.device, setup.dtype, enabled=setup.dtype != torch.float32):
             with saving:
-                logits = self.model(setup.x)
+                logits = self.model(x)
             if self.kind == "ce":
                 return F.cross_entropy(logits, setup.target)
             teacher_logits = setup.teacher_logits
-            if self.kind == "teacher":
+            if self.kind in ("teacher", "misdirected"):
                 with torch.no_grad():
                     teacher_logits = setup.teacher(setup.x)
-            return self.loss(logits, setup.target, teacher_logits)
+            loss = self.loss(logits[:n], setup.target, teacher_logits)
+            if self.misdirected is not None:
+                loss = loss + self.misdirected.loss(logits[n:].float(), proxies)
+            return loss
 
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

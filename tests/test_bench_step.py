@@ -85,6 +85,18 @@ def test_options_do_what_they_are_for(small):
     assert single["operators"] - ours["operators"] == 22 - 1  # the backward passes gradients on
 
 
+def test_a_misdirected_step_has_proxies_of_its_own(setup):
+    one = step.Step(setup, step.recipes("cpu")[f"{OURS}, DivQAT, misdirected"], "eager")
+    seen = []
+    one.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    with one.serving():
+        one(), one()
+    n = len(setup.x)
+    assert [len(x) for x in seen] == [n + n // 2] * 2
+    assert seen[0][:n].equal(setup.x) and not seen[0][n:].equal(seen[1][n:])
+    assert seen[0][n:].min() >= -1 and seen[0][n:].max() <= 1
+
+
 def test_the_step_compiles_without_a_break(setup):
     for name, recipe in step.recipes("cpu").items():
         if not name.startswith((OURS, "PyTorch")) or "compiled" not in recipe.modes:

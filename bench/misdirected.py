@@ -1,0 +1,38 @@
+"""What a misdirection adds to a training step: proxies of a thief's images, and their loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from divqat.data import ImageSet
+from divqat.data.batches import to_uint8
+from divqat.train import TrainConfig
+from divqat.train.distributed import Team
+from divqat.train.misdirection import Misdirection, Proxies
+
+
+class Misdirected:
+    """As ``divqat train --accuracy-budget`` has it by default.
+
+    Args:
+        x: training images, float32 [N, C, H, W]; values outside of -1 to 1 are clipped.
+        target: int64 [N]. classes: how many there are.
+    """
+
+    def __init__(self, x: Tensor, target: Tensor, classes: int) -> None:
+        self.x, self.target = x.clamp(-1, 1).contiguous(), target  # as a training loads them
+        config = TrainConfig(method="divqat", teacher="-", accuracy_budget=0.5)
+        images = ImageSet(to_uint8(self.x), target)
+        self.weight = float(config.misdirect or 0)
+        self.proxies = Proxies(config, images.image_shape, Team(device=x.device))
+        self.misdirection = Misdirection.fitted(config, classes, images, self.proxies).to(x.device)
+
+    def draw(self) -> Tensor:
+        """The proxies of a step, float32 [M, C, H, W]."""
+        drawn = self.proxies(self.x, self.target, len(self.x))
+        return drawn.contiguous(memory_format=torch.channels_last)
+
+    def loss(self, logits: Tensor, proxies: Tensor) -> Tensor:
+        """w · mean CE, []; of the model's logits [M, classes] for ``proxies``."""
+        return self.weight * self.misdirection(logits, None, proxies).loss / len(proxies)
