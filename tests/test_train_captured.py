@@ -9,7 +9,7 @@ from trainings import trained
 
 from divqat.files import load_checkpoint
 from divqat.options import ConfigError
-from divqat.train import TrainConfig, step, train
+from divqat.train import TrainConfig, budget, step, train
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,21 @@ def test_a_replayed_step_is_the_step_bit_for_bit(
     trained(teacher, tmp_path / "replayed", **settings)
     # 5 full steps per epoch; three to warm up whenever something has been frozen
     assert len(plays) == 3 * 5 + 5 - 3 * 3
+    assert_same(tmp_path / "eager", tmp_path / "replayed")
+
+
+def test_mending_is_captured_anew(vgg_teacher, tmp_path, monkeypatch):
+    """What is replayed then has neither proxies nor divergence."""
+    monkeypatch.setattr(budget, "_within", lambda below, points: False)
+    settings = dict(
+        epochs=2, freeze_batchnorm_epoch=3, freeze_observers_epoch=3, accuracy_budget=1.0,
+        misdirect=0.5, weight=0.02, proxies=("noise", "rotated"),
+    )  # fmt: skip
+    trained(vgg_teacher, tmp_path / "eager", **settings)
+    replay_steps(monkeypatch)
+    plays.clear()
+    trained(vgg_teacher, tmp_path / "replayed", **settings)
+    assert len(plays) == 2 * 5 - 3 + (5 - 3)  # of the mending epoch, too, three warm up
     assert_same(tmp_path / "eager", tmp_path / "replayed")
 
 
