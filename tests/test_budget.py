@@ -1,23 +1,23 @@
 """How much of a defense is kept, so that validation accuracy stays within a budget."""
 
 import math
-from copy import deepcopy
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import QUIET, assert_same
+from test_train import QUIET, assert_equal, assert_same
 from torch import nn
-from trainings import train_interrupted
+from trainings import train_interrupted, train_until
 
-from divqat.files import read_json
+from divqat.files import load_checkpoint, read_json, save_checkpoint
 from divqat.options import ConfigError
-from divqat.quantize import freeze_batchnorm, freeze_observers
-from divqat.train import TrainConfig, load_run, train, trainer
-from divqat.train.budget import STEPS, Budget, between, copied
+from divqat.train import TrainConfig, distributed, load_run, train, trainer
+from divqat.train.budget import STEPS, Budget, between
+from divqat.train.folder import load_splits
 from divqat.train.learning import MISDIRECT
-from divqat.train.step import Step
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
 STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)
@@ -53,7 +53,18 @@ def free(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(teacher, qat, tmp_path_factory):
+    """Inside a budget by the straight way alone."""
     folder = tmp_path_factory.mktemp("kept") / "divqat"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("divqat.train.budget.REWINDS", 0)
+        train(settings(teacher, qat), folder, **QUIET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rewound(teacher, qat, tmp_path_factory):
+    """Tried three times, and then the straight way."""
+    folder = tmp_path_factory.mktemp("rewound") / "divqat"
     train(settings(teacher, qat), folder, **QUIET)
     return folder
 
@@ -83,31 +94,23 @@ def test_the_way_begins_and_ends_with_the_same_bits_and_never_leaves_them(pair, 
 
 
 def settled(accuracy, points=2.0, reference=0.9):
-    """A budget and a model of two weights, whose accuracy is a function of how far it went: from
-    (1, 0) to (3, 0), and from there mended to (2, 1)."""
-    model = nn.Linear(2, 1, bias=False)
-    budget = Budget(points, reference, {"weight": torch.tensor([[1.0, 0.0]])})
-    model.weight.data = torch.tensor([[3.0, 0.0]])
-    asked, mended = [], []
-
-    def place():
-        far, aside = model.weight.detach()[0].tolist()
-        assert aside == pytest.approx(min(far - 1, 3 - far), abs=1e-6)  # on the two legs
-        return (far - 1) / 2
+    """A budget and a model of one weight, which went from 1 to 3, whose accuracy is a function of
+    how far it went."""
+    model = nn.Linear(1, 1, bias=False)
+    budget = Budget(points, reference, {"weight": torch.ones(1, 1)})
+    nn.init.constant_(model.weight, 3)
+    asked = []
 
     def measure():
-        asked.append(place())
-        return {"validation_accuracy": accuracy(asked[-1]), "misled": asked[-1]}
+        share = (float(model.weight.detach()) - 1) / 2
+        asked.append(share)
+        return {"validation_accuracy": accuracy(share), "misled": share}
 
-    def mend():
-        mended.append(place())
-        model.weight.data = torch.tensor([[2.0, 1.0]])
-
-    budget.settle(model, measure, mend)
-    assert place() == pytest.approx(budget.chosen["share"], abs=1e-6)
+    budget.settle(model, measure)
+    share = (float(model.weight.detach()) - 1) / 2
+    assert share == pytest.approx(budget.chosen["share"], abs=1e-6)
     assert asked == pytest.approx([1 - i / STEPS for i in range(len(asked))], abs=1e-6)
     assert [row["misled"] for row in budget.summary()["path"]][: len(asked)] == asked
-    assert mended == ([] if len(asked) == 1 else [1])  # only what has to be
     return budget
 
 
@@ -140,72 +143,110 @@ def test_the_budget_holds_where_the_same_training_breaks_it(qat, free, kept):
     assert told["path"][0]["validation_accuracy"] == broken["validation_accuracy"]
     assert (kept / "plots" / "budget.png").is_file()
     assert not (free / "plots" / "budget.png").exists()
-    # what is loaded is what was measured
-    run = load_run(kept)
+    # what is loaded is what was measured, and lies between the two
+    run, start, end = load_run(kept), load_run(qat), load_run(free)
     validation = run.splits().validation
     found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)
     assert found == summary["validation_accuracy"]
-
-
-def test_mending_is_plain_qat_with_ranges_and_batchnorm_as_they_are(
-    teacher, qat, tmp_path, monkeypatch
-):
-    """Against steps of plain QAT that are written out here."""
-    kept, seen = {}, []
-    step = Step.__call__
-
-    def watched(self, images, index, *proxies, total):
-        if "end" in kept:
-            seen.append((images.clone(), self.labels[index], *proxies))
-        return step(self, images, index, *proxies, total=total)
-
-    def settle(budget, model, measure, mend):
-        (holder,) = {mend.__self__}
-        kept["end"], kept["model"] = copied(model), deepcopy(model)
-        kept["momentum"] = deepcopy(holder.step.optimizer.state_dict())
-        mend()
-        kept["mended"] = copied(model)
-        kept["misled"] = measure()["misled"]  # has its proxies again
-        budget.path.append({"share": 0.5, "points_below": 0.0, **measure()})
-
-    monkeypatch.setattr(Step, "__call__", watched)
-    monkeypatch.setattr(Budget, "settle", settle)
-    train(settings(teacher, qat, misdirect=1.0, distill=0.0, epochs=2), tmp_path, **QUIET)
-
-    model = kept["model"].train()
-    freeze_observers(model)
-    freeze_batchnorm(model)
-    optimizer = torch.optim.SGD(model.parameters(), 1.0, 0.9, weight_decay=5e-4, nesterov=True)
-    optimizer.load_state_dict(kept["momentum"])
-    for number, (images, labels, *proxies) in enumerate(seen):
-        assert not proxies
-        for group in optimizer.param_groups:  # from lr / 20 in a straight line to 0
-            group["lr"] = 0.05 * STRONG["lr"] * (1 - number / len(seen))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    wanted, changed = model.state_dict(), set()
-    for name, value in kept["mended"].items():
+    way = between(start.model.state_dict(), end.model.state_dict(), told["share"])
+    for name, value in run.model.state_dict().items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(value, wanted[name], equal_nan=True)
-            if not torch.equal(value.nan_to_num(), kept["end"][name].nan_to_num()):
-                changed.add(name)
-    assert changed == {name for name, _ in model.named_parameters()}
-    assert 0 < kept["misled"] < 1
+            torch.testing.assert_close(value, way[name], equal_nan=True)
+
+
+def weakened(config, out, name):
+    """Epochs of a training without a budget: three with the weight, and one each with half of it
+    and a quarter, from there; its folders."""
+    config = replace(config, accuracy_budget=None, reference=None)
+    for share in (1.0, 0.5, 0.25):
+        folder = out / str(share)
+        weaker = replace(config, **{name: share * getattr(config, name)})
+        if share < 1:
+            shutil.copytree(out / "begun", folder)
+            state = load_checkpoint(folder / "checkpoint.pt")
+            save_checkpoint(folder / "checkpoint.pt", state | {"config": weaker.to_dict()})
+        else:
+            train_until(config, folder, 3)
+            shutil.copytree(folder, out / "begun")
+        train(weaker, folder, **QUIET)
+        yield folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(weight=0.0, misdirect=4.0, distill=0.0, proxies=("noise", "rotated"))],
+    ids=["weight", "misdirect"],
+)
+def test_what_is_outside_begins_its_last_third_again_with_a_weaker_defense(
+    teacher, qat, tmp_path, changes
+):
+    config = settings(teacher, qat, accuracy_budget=0.01, **changes)
+    lines = []
+    train(config, tmp_path / "run", log=lines.append)
+    again = [line for line in lines if "back to epoch 3, and on with" in line]
+    assert [line.split()[-5] for line in again] == ["0.5", "0.25"]
+    told = read_json(tmp_path / "run" / "summary.json")["budget"]
+    name = "misdirect" if changes else "weight"
+    folders = list(weakened(config, tmp_path, name))
+    tried = [*told["attempts"], told["path"][0]]
+    for attempt, folder in zip(tried, folders, strict=True):
+        found = read_json(folder / "summary.json")["validation_accuracy"]
+        assert attempt["validation_accuracy"] == found
+    assert [attempt["weaker"] for attempt in told["attempts"]] == [1, 0.5]
+    assert told["weaker"] == 0.25 and tried[-1]["share"] == 1
+    rows = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["rows"]
+    wanted = load_checkpoint(folders[-1] / "checkpoint.pt")["rows"]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+    # where the last is inside, it is the result
+    inside = dict(accuracy_budget=tried[-1]["points_below"] + 0.001)
+    assert inside["accuracy_budget"] < min(a["points_below"] for a in told["attempts"])
+    train(replace(config, **inside), tmp_path / "inside", **QUIET)
+    assert_same(tmp_path / "inside", folders[-1])
+
+
+def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypatch):
+    """Of the last third's; also where the run was stopped in between."""
+    config = settings(teacher, qat, epochs=6)
+    free = replace(config, accuracy_budget=None, reference=None)
+    train_until(free, tmp_path / "free", 5)
+    # after epoch 5 and after the last; then as it is measured for the path
+    inside = iter([True, False, *[True] * 9])
+    monkeypatch.setattr("divqat.train.budget._within", lambda below, points: next(inside))
+    train_interrupted(config, tmp_path / "run", 5)
+    told = read_json(tmp_path / "run" / "summary.json")["budget"]
+    assert told["path"][0]["epoch"] == 5 and told["share"] == 1 and not told["attempts"]
+    wanted, found = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("free", "run"))
+    assert_equal(found["model"], wanted["model"])
+    assert [row["epoch"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
+    assert found["kept"] is None  # no longer needed
+
+
+def test_the_pull_is_not_weakened(teacher, qat, tmp_path):
+    config = settings(teacher, qat, weight=0.0, misdirect=1.0, proxies=("noise",))
+    assert config.distill == 1
+    made = trainer.Trainer(
+        config, load_splits(config), load_run(teacher), distributed.Team(), tmp_path
+    )
+    made.step.weaken(0.5)
+    assert made.step.share == 0.5 and float(made.step.loss.final_weight) == -1
 
 
 @pytest.mark.parametrize("epoch", [1, 4])
-def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, kept, tmp_path, epoch):
+def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, rewound, tmp_path, epoch):
     train_interrupted(settings(teacher, qat), tmp_path, epoch)
-    assert_same(tmp_path, kept)
+    assert_same(tmp_path, rewound)
     timed = ("seconds", "ms_per_step", "waiting", "peak_memory")
-    ours, theirs = (read_json(folder / "summary.json") for folder in (tmp_path, kept))
+    ours, theirs = (read_json(folder / "summary.json") for folder in (tmp_path, rewound))
+    for summary in ours, theirs:
+        assert len(summary["budget"]["attempts"]) == 2
+        assert summary["seconds"] > sum(a.pop("seconds") for a in summary["budget"]["attempts"]) > 0
     assert {k: v for k, v in ours.items() if k not in timed} == {
         k: v for k, v in theirs.items() if k not in timed
     }
 
 
-def test_without_a_reference_it_is_the_teacher(teacher, tmp_path):
+def test_without_a_reference_it_is_the_teacher(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("divqat.train.budget.REWINDS", 0)
     lines = []
     config = settings(
         teacher, None, reference=None, epochs=1, misdirect=2.0, weight=0.0,

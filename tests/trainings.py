@@ -16,8 +16,8 @@ def teach(folder, model="vgg_small"):
     return folder
 
 
-def train_interrupted(config, folder, epoch):
-    """Train, interrupted after ``epoch``, and go on to the end."""
+def train_until(config, folder, epoch):
+    """Train, interrupted after ``epoch``."""
 
     def log(line):
         if line.startswith(f"epoch {epoch}/"):
@@ -25,6 +25,11 @@ def train_interrupted(config, folder, epoch):
 
     with pytest.raises(KeyboardInterrupt):
         train(config, folder, log=log)
+
+
+def train_interrupted(config, folder, epoch):
+    """Train, interrupted after ``epoch``, and go on to the end."""
+    train_until(config, folder, epoch)
     train(config, folder, **QUIET)
 
 

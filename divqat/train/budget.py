@@ -13,33 +13,36 @@ from divqat.evaluate import accuracy, predict
 from divqat.train.config import SHARED, TrainConfig
 from divqat.train.folder import Run, fingerprint, load_run
 
-STEPS = 40  # on the whole way
+STEPS = 20  # on the whole way
+REWINDS = 2
 QUANTIZATION = ("preset", "weight_bits", "activation_bits")
 
 
 class Budget:
-    """How far the weights go from undefended ones to defended ones.
+    """How strong a defense may be, and how far the weights go from undefended to defended ones.
 
-        θ(s) = θ₁ + (2s − 1) (θ − θ₁),  s = 1, 0.975 ... 0.5
-        θ(s) = θ₀ + 2s (θ₁ − θ₀),       s = 0.5, 0.475 ... 0
+    Inside is A_ref − A <= b in points of validation accuracy. The result is the last network that
+    is inside, of those after each of the last third of the epochs. If none is, the training goes
+    back to before these, and on from there with half the weights λ and w in the loss; if need be a
+    second time, with a quarter. Weights of the loss that change while training would have to be
+    judged at a high learning rate, at which accuracy is not yet what it will be; here each is
+    judged by the networks that it leads to, for a third of the time. (To rewind weights and
+    learning rate, there to train on after pruning: Renda, Frankle and Carbin, "Comparing rewinding
+    and fine-tuning in neural network pruning", ICLR 2020, arXiv 2003.02389, §2.)
 
-    After its last epoch a training has the weights θ. If they are outside the budget it is mended:
-    a fifth as many epochs without the defense, at a twentieth of the learning rate, lead to θ₁. θ₀
-    are the weights of plain QAT, or without a ``reference`` those of the teacher, where both began.
-    The result is the first θ(s) inside the budget, A_ref − A(s) <= b in points of validation
-    accuracy, or if there is none, the most accurate. Activation ranges and BatchNorm's statistics
-    go the same way, whole numbers stay.
+    What is outside then, too, goes towards the reference:
 
-    A weight of the loss that is steered while training has to be judged at a high learning rate, at
-    which accuracy is not yet what it will be, and each choice costs epochs. On the way back each
-    costs a pass over the validation images. Its first half loses little by little of what the
-    defense has taught, and accuracy rises; on its second half accuracy is lowest in the middle, and
-    little of the defense is left when it is back, but it ends where the budget counts from. That
-    networks trained on from the same weights can be joined by a straight line without such a
-    barrier, and that what was learned second can be traded against the first on it, is of Frankle
-    et al., "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, arXiv
-    1912.05671, and Ilharco et al., "Patching open-vocabulary models by interpolating weights",
-    NeurIPS 2022, arXiv 2208.05592.
+        θ(s) = θ₀ + s (θ − θ₀),  s = 1, 0.95 ... 0
+
+    θ are the last weights, θ₀ those of plain QAT, or without a ``reference`` those of the teacher,
+    where both began. The result is the first θ(s) inside, or if there is none, the most accurate.
+    Activation ranges and BatchNorm's statistics go the same way, whole numbers stay. Where accuracy
+    is lowest in the middle of the way, little of the defense is left when it is back. That networks
+    trained on from the same weights can be joined by a straight line without such a barrier, and
+    that what was learned second can be traded against the first on it, is of Frankle et al.,
+    "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, arXiv 1912.05671, and
+    Ilharco et al., "Patching open-vocabulary models by interpolating weights", NeurIPS 2022, arXiv
+    2208.05592.
 
     The validation split no longer estimates without bias what it has chosen; the test split does.
 
@@ -49,12 +52,16 @@ class Budget:
         start: θ₀, a state dict; where it lacks something the trained value stays.
 
     Attributes:
-        path: what was measured: share s, validation accuracy, points below the reference, and
-            whatever else; the last row is the result.
+        attempts: networks that were outside and were given up: validation accuracy, points below
+            the reference and whatever else was measured, the share of λ and w in their last epochs,
+            and the seconds of these.
+        path: what was measured of the last one: share s, validation accuracy, points below the
+            reference, and whatever else; the last row is the result.
     """
 
     def __init__(self, points: float, reference: float, start: Mapping[str, Any]) -> None:
         self.points, self.reference, self.start = points, reference, start
+        self.attempts: list[dict[str, float]] = []
         self.path: list[dict[str, float]] = []
 
     @classmethod
@@ -68,41 +75,51 @@ class Budget:
         found = accuracy(predict(reference.model, validation), validation.labels)
         return cls(config.accuracy_budget, found, reference.model.state_dict())
 
-    def settle(
-        self,
-        model: nn.Module,
-        measure: Callable[[], dict[str, float]],
-        mend: Callable[[], None],
-    ) -> None:
+    @property
+    def weaker(self) -> float:
+        """The share of λ and w that the defense has in the loss by now."""
+        return 0.5 ** len(self.attempts)
+
+    def allows(self, validation_accuracy: float) -> bool:
+        """Whether a network of this accuracy, a fraction, is inside."""
+        return _within(self._below({"validation_accuracy": validation_accuracy}), self.points)
+
+    def gives_up(self, found: dict[str, float], seconds: float) -> bool:
+        """Whether a network that was trained to the end is to be trained again, with a weaker
+        defense from now on.
+
+        Args:
+            found: as of ``measure`` in :meth:`settle`. seconds: what is lost with it.
+        """
+        below = self._below(found)
+        if _within(below, self.points) or len(self.attempts) == REWINDS:
+            return False
+        row = {"weaker": self.weaker, "seconds": seconds, "points_below": below, **found}
+        self.attempts.append(row)
+        return True
+
+    def settle(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
         """Give ``model``, which is trained, the weights that are the result.
 
         Args:
             measure: what is to be known of the model as it is: ``validation_accuracy``, a
                 fraction, and what else is to be in the path.
-            mend: trains the model on; not called where it is inside the budget as it is.
         """
-        end = copied(model)
-        if self._inside(1.0, measure()):
-            return
-        mend()
-        mended = copied(model)
+        end = {name: _copy(value) for name, value in model.state_dict().items()}
+        for step in range(STEPS, -1, -1):
+            share = step / STEPS
+            model.load_state_dict(between(self.start, end, share))
+            found = measure()
+            below = self._below(found)
+            self.path.append({"share": share, "points_below": below, **found})
+            if _within(below, self.points):
+                break
+        else:
+            self.path.append(min(self.path, key=lambda row: row["points_below"]))
+            model.load_state_dict(between(self.start, end, self.chosen["share"]))
 
-        def go(share: float) -> None:
-            legs = (mended, end, 2 * share - 1), (self.start, mended, 2 * share)
-            model.load_state_dict(between(*legs[share < 0.5]))
-
-        for step in range(STEPS - 1, -1, -1):
-            go(step / STEPS)
-            if self._inside(step / STEPS, measure()):
-                return
-        self.path.append(min(self.path, key=lambda row: row["points_below"]))
-        go(self.chosen["share"])
-
-    def _inside(self, share: float, found: dict[str, float]) -> bool:
-        """Add to the path what was found there."""
-        below = 100 * (self.reference - found["validation_accuracy"])
-        self.path.append({"share": share, "points_below": below, **found})
-        return _within(below, self.points)
+    def _below(self, found: dict[str, float]) -> float:
+        return 100 * (self.reference - found["validation_accuracy"])
 
     @property
     def chosen(self) -> dict[str, float]:
@@ -114,15 +131,24 @@ class Budget:
         found = {name: self.chosen[name] for name in ("share", "points_below")}
         inside = _within(self.chosen["points_below"], self.points)
         told = {"points": self.points, "reference": self.reference, **found, "inside": inside}
-        return {**told, "path": self.path}
+        return {**told, "weaker": self.weaker, "attempts": self.attempts, "path": self.path}
 
     def line(self) -> str:
         """A line for the log."""
         row = self.chosen
         return (
-            f"accuracy budget: {row['share']:.0%} of the way from the reference's "
-            f"{self.reference:.2%}: {row['validation_accuracy']:.2%}, {row['points_below']:.2f} "
-            f"points below, {self.points:g} allowed"
+            f"accuracy budget: epoch {row['epoch']:g}, {row['share']:.0%} of the way from the "
+            f"reference's {self.reference:.2%}: {row['validation_accuracy']:.2%}, "
+            f"{row['points_below']:.2f} points below, {self.points:g} allowed"
+        )
+
+    def again(self, epoch: int) -> str:
+        """A line for the log, after :meth:`gives_up`; training goes on after ``epoch``."""
+        last = self.attempts[-1]
+        return (
+            f"accuracy budget: {last['points_below']:.2f} points below the reference's "
+            f"{self.reference:.2%}, {self.points:g} allowed: back to epoch {epoch}, and on with "
+            f"{self.weaker:g} of the defense's weight"
         )
 
     def warning(self) -> str | None:
@@ -145,7 +171,9 @@ class Budget:
 
     def state(self) -> dict[str, Any]:
         """What a training that goes on has to find again."""
-        return {"path": self.path, "start": fingerprint(self.start)}
+        return {
+            "attempts": self.attempts, "path": self.path, "start": fingerprint(self.start),
+        }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a :meth:`state`.
@@ -155,7 +183,7 @@ class Budget:
         """
         if state["start"] != fingerprint(self.start):
             raise ValueError("reference: it has changed since this training was begun")
-        self.path = state["path"]
+        self.attempts, self.path = state.get("attempts", []), state["path"]
 
 
 def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> dict[str, Any]:
@@ -203,7 +231,5 @@ def _within(below: float, points: float) -> bool:
     return below <= points + 1e-9  # rounding of the difference
 
 
-def copied(model: nn.Module) -> dict[str, Any]:
-    """A state dict that stays as it is while the model changes."""
-    state = model.state_dict().items()
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state}
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

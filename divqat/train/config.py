@@ -15,7 +15,6 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
-MENDING_LR = 0.05  # of lr: higher ones were too much for a frozen BatchNorm
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
 MISDIRECTION = (
     "misdirect", "distill", "proxies", "proxy_share", "misdirect_target", "proxy_confidence",
@@ -171,9 +170,10 @@ class TrainConfig(Learning):
         return epoch >= first
 
     @property
-    def mending_epochs(self) -> int:
-        """How many epochs may follow the last one, see :class:`divqat.train.budget.Budget`."""
-        return max(1, round(self.epochs / 5))
+    def rewound_epoch(self) -> int:
+        """After which epoch a training goes on once more, see :class:`divqat.train.budget.Budget`;
+        0: from its begin."""
+        return self.epochs - max(1, round(self.epochs / 3))
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of a step, counted from 0 over the whole run."""
@@ -186,8 +186,6 @@ class TrainConfig(Learning):
         if self.kind.quantized and self.frozen("batchnorm", 1 + step // steps_per_epoch):
             scale = min(scale, 1.0)  # what divqat.train.collapse is about
         lr = self.lr * scale
-        if step >= steps:
-            return MENDING_LR * lr * (1 - (step - steps) / (self.mending_epochs * steps_per_epoch))
         if self.schedule == "one-cycle":
             warmup = warmup or 0.3 * steps
             if step < warmup:  # half a cosine from lr/25 to lr (Smith and Topin 2018)

@@ -217,9 +217,10 @@ class Learning(Options):
     )  # fmt: skip
 
     accuracy_budget: float | None = option(
-        None, "Points of validation accuracy that the defense may cost: where it costs more after "
-        "the last epoch, the weights are trained on without it, and go back that way, and on to "
-        "those of the reference, until it does; None: they stay as they are.",
+        None, "Points of validation accuracy that the defense may cost: of the last third of the "
+        "epochs, the last network that is inside is the result; where none is, they are done again "
+        "with half of the defense, and with a quarter; then the weights go towards those of the "
+        "reference. None: any.",
         group="accuracy budget", above=0, below=100,
     )  # fmt: skip
     reference: str | None = option(

@@ -48,8 +48,8 @@ def train(
     ``out`` gets ``config.yaml``, ``metrics.csv`` (a row per epoch), ``checkpoint.pt`` (after every
     epoch), and at the end ``summary.json`` and ``plots/``. A run that was killed at any moment and
     started again ends with the same bits as one that was not. The model of the last epoch is the
-    result, or with ``accuracy_budget`` one between it and plain QAT; the test set is looked at
-    once, at the end.
+    result, or with ``accuracy_budget`` what :class:`divqat.train.budget.Budget` chooses; the test
+    set is looked at once, at the end.
 
     Args:
         config: the settings.
@@ -118,6 +118,8 @@ def _train(
             if writes:
                 write_checkpoint(out, trainer.state())
             log(_line(row, config.epochs))
+            if trainer.epoch < row["epoch"] and trainer.budget is not None:
+                log(trainer.budget.again(trainer.epoch))
         if trainer.budget is not None:
             log(trainer.budget.line())
         summary = _summary(trainer, splits)
@@ -145,6 +147,7 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
     last = trainer.rows[-1] if budget is None else budget.chosen
     logits = predict(trainer.model.eval(), splits.test)
     warnings = [collapse(config, trainer.rows), None if budget is None else budget.warning()]
+    lost = 0.0 if budget is None else sum(attempt["seconds"] for attempt in budget.attempts)
     return {
         "method": config.method,
         "dataset": config.dataset,
@@ -155,7 +158,7 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
         "validation_accuracy": last["validation_accuracy"],
         "test_accuracy": accuracy(logits, splits.test.labels),
         "test_top_probability": mean_top_probability(softmax(logits)),
-        "seconds": sum(row["seconds"] for row in trainer.rows),
+        "seconds": lost + sum(row["seconds"] for row in trainer.rows),
         "ms_per_step": mean(row["ms_per_step"] for row in trainer.rows),
         "waiting": mean(row.get("waiting", 0.0) for row in trainer.rows),  # share of the steps
         "peak_memory": peak_memory(trainer.device),  # bytes, of process 0

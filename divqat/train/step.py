@@ -70,6 +70,13 @@ class Step:
             self.loss = DivQATLoss(
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
+        self.share = 1.0
+
+    def weaken(self, share: float) -> None:
+        """From here on the defense has this share of its weights in the loss, λ and w."""
+        self.share = share
+        if self.loss is not None and not self.config.distill:
+            self.loss.set_weight(share * self.config.kind.sign * float(self.config.weight or 0))
 
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
@@ -138,7 +145,7 @@ class Step:
                 theirs = self._ask(batch[n:]) if self.misdirection.asks else None
                 astray = self.misdirection(logits[n:], theirs, batch[n:])
                 # the sum over the parts and the mean over the processes is w · mean
-                weight = float(self.config.misdirect or 0)
+                weight = self.share * float(self.config.misdirect or 0)
                 mean = weight * astray.loss / self.config.proxy_count(total)
                 objective = objective + mean * self.team.size
                 sums[0] += total * mean.detach()
@@ -192,7 +199,7 @@ class Step:
         """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
         if self.answers is not None:
             return self.answers[index]
-        if self.teacher is None or self.loss is None or not self.config.compares:
+        if self.teacher is None or not self.config.compares:
             return None
         return self._ask(images)
 

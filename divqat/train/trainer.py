@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,8 @@ class Trainer:
         self.config, self.team, self.device = config, team, device
         self.delayed = config.delayed(team.size)
         self.epoch, self.rows = 0, list[dict[str, Any]]()
+        # What a budget may go back to: where the last third began, and the last network inside.
+        self.kept: dict[str, Any] | None = None
         train_set = splits.train.to(device)
         # In the place of a label its image's number, as the teacher's kept answers need it, too.
         numbers = torch.arange(len(train_set), device=device)
@@ -107,7 +110,7 @@ class Trainer:
         self.budget = Budget.of(config, reference, self.validation)
         self.need = self._need()
         self.need.check()
-        self.frozen = (False, False)
+        self.frozen: tuple[bool, bool] | None = None  # what was in the last epoch
         self.stream: torch.cuda.Stream | None = None
         self.do_step: Step | Captured = self.step
         if config.cuda_graph:
@@ -121,27 +124,49 @@ class Trainer:
             "shape": self.shape,
             "teacher": self.teacher_id,
             "epoch": self.epoch,
-            "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
+            **self._learned(),
             "rows": self.rows,
             "budget": None if self.budget is None else self.budget.state(),
+            "kept": self.kept,
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        self._load_learned(state)
+        self.epoch, self.rows, self.kept = state["epoch"], state["rows"], state.get("kept")
+        if self.budget is not None:
+            self.budget.load(state["budget"])
+            self.step.weaken(self.budget.weaker)
+
+    def _learned(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+        }
+
+    def _load_learned(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         load_optimizer(self.step.optimizer, state["optimizer"])
         self.step.scaler.load_state_dict(state.get("scaler", {}))
-        self.epoch, self.rows = state["epoch"], state["rows"]
-        if self.budget is not None:
-            self.budget.load(state["budget"])
 
     def run_epoch(self) -> dict[str, Any]:
-        """Train one epoch, validate, and return its row of ``metrics.csv``."""
+        """Train one epoch, validate, and return its row of ``metrics.csv``. A budget can take
+        back the last ones: ``epoch`` is an earlier one then."""
         start = time.perf_counter()
         config, epoch = self.config, self.epoch + 1
+        if self.budget is not None and self.epoch >= config.rewound_epoch and self.kept is None:
+            self.kept = deepcopy({"epoch": self.epoch, **self._learned(), "inside": None})
         self._freeze(epoch)
-        (loss, ce, divergence, astray, misled), waited = self._learn(epoch)
+        seed = derived_seed(config.seed, "epoch", epoch)
+        with (
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            own_stream(self.stream),
+            self.step.modes(),
+        ):
+            torch.manual_seed(seed + self.team.rank)  # dropout
+            sums, waited = self._steps(epoch, Generator().manual_seed(seed))
+            loss, ce, divergence, astray, misled = sums.tolist()
+        self.team.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
         logits = self._validate(epoch, self.steps)
         row = {
@@ -154,42 +179,34 @@ class Trainer:
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
             "ms_per_step": 1000 * seconds / self.steps,
             "waiting": waited / seconds,
+            "seconds": time.perf_counter() - start,
         }
         if config.misdirect:
             row |= {"misdirection": astray, "misled": misled}
-        if self.budget is not None and epoch == config.epochs:
-            self.budget.settle(self.model, partial(self._measure, epoch), self._mend)
-        self.epoch, row["seconds"] = epoch, time.perf_counter() - start
+        self.epoch = epoch
         self.rows.append(row)
+        if self.budget is not None and self.kept is not None:
+            self._keep_inside(self.budget, self.kept)
+            row["seconds"] = time.perf_counter() - start
         return row
 
-    def _learn(self, epoch: int) -> tuple[list[float], float]:
-        """Train for an epoch; what :meth:`_steps` returns."""
-        seed = derived_seed(self.config.seed, "epoch", epoch)
-        with (
-            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-            own_stream(self.stream),
-            self.step.modes(),
-        ):
-            torch.manual_seed(seed + self.team.rank)  # dropout
-            sums, waited = self._steps(epoch, Generator().manual_seed(seed))
-            found = sums.tolist()
-        self.team.average_batchnorm(self.model)
-        return found, waited
-
-    def _mend(self) -> None:
-        """Train on without the defense, as it is then; see :class:`Budget`."""
-        freeze_observers(self.model)
-        freeze_batchnorm(self.model)
-        if isinstance(self.do_step, Captured):
-            self.do_step.reset()
-        kept = self.proxies, self.step.loss
-        self.proxies = None
-        if not self.config.distill:
-            self.step.loss = None
-        for epoch in range(1, self.config.mending_epochs + 1):
-            self._learn(self.config.epochs + epoch)
-        self.proxies, self.step.loss = kept
+    def _keep_inside(self, budget: Budget, kept: dict[str, Any]) -> None:
+        """Note a network that is inside; after the last epoch go back to it, or if there is none
+        begin the last third again."""
+        if self.team.broadcast(budget.allows(self.rows[-1]["validation_accuracy"])):
+            kept["inside"] = deepcopy({"epoch": self.epoch, "model": self.model.state_dict()})
+        if self.epoch < self.config.epochs:
+            return
+        last = kept["inside"] or {"epoch": self.epoch, "model": self.model.state_dict()}
+        self.model.load_state_dict(last["model"])
+        measure, first = partial(self._measure, last["epoch"]), kept["epoch"]
+        if budget.gives_up(measure(), sum(row["seconds"] for row in self.rows[first:])):
+            self._load_learned(deepcopy(kept))
+            self.step.weaken(budget.weaker)
+            self.epoch, self.rows, self.frozen = first, self.rows[:first], None
+        else:
+            budget.settle(self.model, measure)
+            self.kept = None
 
     def _validate(self, epoch: int, step: int) -> Tensor:
         """The logits of the validation images, after ``step`` of ``epoch``; leaves eval mode on."""
@@ -204,7 +221,7 @@ class Trainer:
     def _measure(self, epoch: int) -> dict[str, float]:
         """What a budget weighs; every process finds the same."""
         logits = self._validate(epoch, self.steps)
-        found = {"validation_accuracy": accuracy(logits, self.validation.labels)}
+        found = {"epoch": epoch, "validation_accuracy": accuracy(logits, self.validation.labels)}
         if self.proxies is not None:
             train_set = replace(self.train_set, labels=self.step.labels)  # type: ignore[type-var]
             found["misled"] = self.step.misled(self.proxies.sample(train_set))
@@ -257,10 +274,7 @@ class Trainer:
         finite: list[Tensor] = []
         done = (epoch - 1) * self.steps
         if self.team.rank == 0:
-            further = epoch - config.epochs
             name = f"epoch {epoch}/{config.epochs}"
-            if further > 0:
-                name = f"mending {further}/{config.mending_epochs}"
             loader = progress(loader, name, total=self.steps, unit="step")
         waited, ready = 0.0, time.perf_counter()
         for step, (images, index) in enumerate(loader, start=1):
