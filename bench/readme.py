@@ -21,6 +21,7 @@ RESULTS = ROOT / "bench" / "results"
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu-ops": ("cpu-ops.json", tables.ops),
     "cpu-steps": ("cpu-steps.json", tables.steps),
+    "cpu-misdirection": ("cpu-misdirection.json", tables.steps),
     "cpu-options": ("cpu-options.json", tables.steps),
     "cuda-options": ("cuda-options.json", tables.steps),
     "cpu-scaling": ("cpu-scaling.json", tables.scaling),
