@@ -14,7 +14,7 @@ from divqat.train.config import SHARED, TrainConfig
 from divqat.train.folder import Run, fingerprint, load_run
 
 STEPS = 20  # on the whole way
-REWINDS = 2
+REWINDS = 2  # with half of λ and w, and with a quarter
 QUANTIZATION = ("preset", "weight_bits", "activation_bits")
 
 
