@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -84,19 +85,19 @@ class Budget:
         """Whether a network of this accuracy, a fraction, is inside."""
         return _within(self._below({"validation_accuracy": validation_accuracy}), self.points)
 
-    def gives_up(self, found: dict[str, float], seconds: float) -> bool:
-        """Whether a network that was trained to the end is to be trained again, with a weaker
-        defense from now on.
+    @property
+    def patient(self) -> bool:
+        """Whether the last third may be learned once more."""
+        return len(self.attempts) < REWINDS
+
+    def give_up(self, found: dict[str, float], seconds: float) -> None:
+        """Note a network that is outside; the defense is weaker from now on.
 
         Args:
             found: as of ``measure`` in :meth:`settle`. seconds: what is lost with it.
         """
-        below = self._below(found)
-        if _within(below, self.points) or len(self.attempts) == REWINDS:
-            return False
-        row = {"weaker": self.weaker, "seconds": seconds, "points_below": below, **found}
-        self.attempts.append(row)
-        return True
+        told = {"weaker": self.weaker, "seconds": seconds, "points_below": self._below(found)}
+        self.attempts.append(told | found)
 
     def settle(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
         """Give ``model``, which is trained, the weights that are the result.
@@ -105,7 +106,7 @@ class Budget:
             measure: what is to be known of the model as it is: ``validation_accuracy``, a
                 fraction, and what else is to be in the path.
         """
-        end = {name: _copy(value) for name, value in model.state_dict().items()}
+        end = deepcopy(model.state_dict())
         for step in range(STEPS, -1, -1):
             share = step / STEPS
             model.load_state_dict(between(self.start, end, share))
@@ -143,7 +144,7 @@ class Budget:
         )
 
     def again(self, epoch: int) -> str:
-        """A line for the log, after :meth:`gives_up`; training goes on after ``epoch``."""
+        """A line for the log, after :meth:`give_up`; training goes on after ``epoch``."""
         last = self.attempts[-1]
         return (
             f"accuracy budget: {last['points_below']:.2f} points below the reference's "
@@ -229,7 +230,3 @@ def load_reference(config: TrainConfig, teacher: Run | None) -> Run | None:
 
 def _within(below: float, points: float) -> bool:
     return below <= points + 1e-9  # rounding of the difference
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -166,13 +166,13 @@ class TrainConfig(Learning):
         if first is None:  # the last third, at least the last; never in a single epoch
             # Misdirection asks for more change than a frozen BatchNorm takes at a high rate.
             few = what == "batchnorm" and self.misdirect
-            first = max(2, self.epochs + 1 - max(1, 0 if few else round(self.epochs / 3)))
+            first = max(2, self.epochs if few else self.rewound_epoch + 1)
         return epoch >= first
 
     @property
     def rewound_epoch(self) -> int:
-        """After which epoch a training goes on once more, see :class:`divqat.train.budget.Budget`;
-        0: from its begin."""
+        """The last epoch before the last third, after which a training may go on once more, see
+        :class:`divqat.train.budget.Budget`; 0: from its begin."""
         return self.epochs - max(1, round(self.epochs / 3))
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:

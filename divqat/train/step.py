@@ -64,13 +64,12 @@ class Step:
         self.loss: DivQATLoss | None = None
         if config.kind.sign:
             settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
-            settings["weight"] *= config.kind.sign
             if config.distill:
                 settings |= {"weight": -config.distill, "direction": "teacher_student"}
             self.loss = DivQATLoss(
                 **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
             ).to(team.device)
-        self.share = 1.0
+        self.weaken(1.0)
 
     def weaken(self, share: float) -> None:
         """From here on the defense has this share of its weights in the loss, λ and w."""

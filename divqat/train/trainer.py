@@ -197,16 +197,19 @@ class Trainer:
             kept["inside"] = deepcopy({"epoch": self.epoch, "model": self.model.state_dict()})
         if self.epoch < self.config.epochs:
             return
-        last = kept["inside"] or {"epoch": self.epoch, "model": self.model.state_dict()}
-        self.model.load_state_dict(last["model"])
-        measure, first = partial(self._measure, last["epoch"]), kept["epoch"]
-        if budget.gives_up(measure(), sum(row["seconds"] for row in self.rows[first:])):
+        inside, first = kept["inside"], kept["epoch"]
+        if inside is None and budget.patient:
+            lost = sum(row["seconds"] for row in self.rows[first:])
+            budget.give_up(self._measure(self.epoch), lost)
             self._load_learned(deepcopy(kept))
             self.step.weaken(budget.weaker)
             self.epoch, self.rows, self.frozen = first, self.rows[:first], None
-        else:
-            budget.settle(self.model, measure)
-            self.kept = None
+            return
+        if inside is not None:
+            self.model.load_state_dict(inside["model"])
+        chosen = self.epoch if inside is None else inside["epoch"]
+        budget.settle(self.model, partial(self._measure, chosen))
+        self.kept = None
 
     def _validate(self, epoch: int, step: int) -> Tensor:
         """The logits of the validation images, after ``step`` of ``epoch``; leaves eval mode on."""
