@@ -56,6 +56,13 @@ def test_the_last_third_is_frozen(epochs, first):
     assert explicit.frozen("batchnorm", 1)
 
 
+@pytest.mark.parametrize(("method", "misdirect"), [("kd-qat", 0), ("divqat", 0.5)])
+def test_batchnorm_freezes_late_under_a_loss_of_two_large_terms(method, misdirect):
+    c = TrainConfig(method=method, misdirect=misdirect, teacher="t", epochs=9)
+    assert [epoch for epoch in range(1, 10) if c.frozen("batchnorm", epoch)] == [9]
+    assert [epoch for epoch in range(1, 10) if c.frozen("observers", epoch)] == [7, 8, 9]
+
+
 @pytest.mark.parametrize(("method", "last"), [("fp", 4), ("nasty", 4), ("qat", 1)])
 def test_a_scaled_rate_is_lowered_where_batchnorm_freezes(method, last):
     teacher = None if method == "fp" else "t"

@@ -126,7 +126,7 @@ class Attack(Options, ABC):
     lr: float = option(0.02, "First learning rate.", above=0)
     momentum: float = option(0.9, "Momentum.", least=0, below=1)
     weight_decay: float = option(5e-4, "L2 penalty.", least=0)
-    precision: str = option("float32", "Autocast of the clone's training.", choices=PRECISIONS)
+    precision: str = option("float32", "Autocast of what is trained.", choices=PRECISIONS)
     seed: int = option(0, "Everything random follows from it.", least=0)
 
     def __call__(

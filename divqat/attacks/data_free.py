@@ -123,7 +123,7 @@ class Duel:
         channels, height, width = shape = tuple(task.query_set.shape[1:])
         self.generator = Generator(
             attack.latent, (channels, height, width), learn_range=attack.learns_range
-        ).to(task.device)
+        ).to(task.device, memory_format=torch.channels_last)
         self.modules = nn.ModuleList([task.clone, self.generator])
         self.clone_optimizer = torch.optim.SGD(
             task.clone.parameters(),
@@ -197,10 +197,10 @@ class Duel:
         if self.memory:
             self.memory.load(self.task.folder, self.round * self.attack.clone_steps)
 
-    def _generate(self) -> Tensor:  # [batch_size, C, H, W], before the tanh
-        return self.generator(
-            torch.randn(self.attack.batch_size, self.attack.latent, device=self.task.device)
-        )
+    def _generate(self) -> Tensor:  # float32 [batch_size, C, H, W], before the tanh
+        z = torch.randn(self.attack.batch_size, self.attack.latent, device=self.task.device)
+        with autocast(self.attack, z.device):
+            return self.generator(z).float()
 
     def _ask(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images, self.task.query(images).to(self.task.device)
@@ -213,7 +213,7 @@ class Duel:
         def distance(images: Tensor, answers: Tensor) -> Tensor:
             return attack.distance(answers, clone(images))
 
-        # Always float32: the differences are too small for less.
+        # Only the images are of less than float32: the differences are too small for that.
         raw = self._generate()
         images, answers = self._ask(raw.detach().tanh())
         here = self._finite(distance(images, answers))

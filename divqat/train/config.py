@@ -53,7 +53,7 @@ class TrainConfig(Learning):
     )
     freeze_batchnorm_epoch: int | None = option(
         None, "Epoch from which BatchNorm statistics stay fixed; as above, but the last one with "
-        "misdirect.",
+        "misdirect and in kd-qat.",
         group="quantization", least=1,
     )  # fmt: skip
 
@@ -164,8 +164,8 @@ class TrainConfig(Learning):
         if first is None and self.method == "ptq":  # its passes have no other purpose
             return False
         if first is None:  # the last third, at least the last; never in a single epoch
-            # Misdirection asks for more change than a frozen BatchNorm takes at a high rate.
-            few = what == "batchnorm" and self.misdirect
+            # A second large term is more than a frozen BatchNorm takes at a high learning rate.
+            few = what == "batchnorm" and (self.misdirect or self.method == "kd-qat")
             first = max(2, self.epochs if few else self.rewound_epoch + 1)
         return epoch >= first
 
