@@ -284,7 +284,7 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
         splits = run.splits()
         assert read_json(folder / "summary.json")["test_accuracy"] > 0.6
         proxies = Proxies(config(), splits.train.image_shape, Team())
-        foreign = next(proxies.sample(splits.train))[:256]
+        foreign = next(proxies.sample(splits.train)).proxies[:256]
         images, labels = splits.test.images[:256], splits.test.labels[:256]
         images = torch.cat([to_float(images), foreign])
         logits = run.model(images).detach()

@@ -40,7 +40,7 @@ def test_pairs_are_rows_of_one_shadow_and_one_image(monkeypatch):
     images = QUERIES[:30]
     run = Shadow(shadows=3, pairs=50)
     inputs, clean = run._pairs(None, images)
-    assert inputs.shape == (50, 2 + 16) and clean.shape == (50, 2)
+    assert inputs.shape == (50, 2 + 64) and clean.shape == (50, 2)
     assert torch.equal(inputs[:, :2], -clean)
     shades = {
         key.item(): row
@@ -54,7 +54,7 @@ def test_pairs_are_rows_of_one_shadow_and_one_image(monkeypatch):
         assert torch.equal(row[2:], shades[key])
     every, _ = replace(run, pairs=1000)._pairs(None, images)
     alone, _ = replace(run, pictures=False, pairs=1000)._pairs(None, images)
-    assert every.shape == (90, 18) and torch.equal(every[:, :2], alone)
+    assert every.shape == (90, 66) and torch.equal(every[:, :2], alone)
     other, _ = replace(run, seed=1)._pairs(None, images)
     assert not torch.equal(other, inputs)
 

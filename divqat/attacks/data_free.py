@@ -123,7 +123,8 @@ class Duel:
         channels, height, width = shape = tuple(task.query_set.shape[1:])
         self.generator = Generator(
             attack.latent, (channels, height, width), learn_range=attack.learns_range
-        ).to(task.device, memory_format=torch.channels_last)
+        )
+        self.generator.to(task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules = nn.ModuleList([task.clone, self.generator])
         self.clone_optimizer = torch.optim.SGD(
             task.clone.parameters(),

@@ -19,7 +19,7 @@ from divqat.data.proxies import proxy_batch
 from divqat.data.sets import ImageSet
 from divqat.evaluate.metrics import predict, softmax
 from divqat.options import option
-from divqat.train.decoy import Decoy, coarse
+from divqat.train.decoy import Decoy, Sample, coarse
 from divqat.train.learning import PROXIES
 
 USUAL, CONTROL = "standardized2", "shuffled"  # of an answer's readings
@@ -163,10 +163,12 @@ def as_shown(
 
 
 def fitted(labeled: ImageSet, classes: int, seed: int) -> Decoy:
-    """A decoy, on the CPU, that knows what varies between proxies of labeled images."""
+    """A decoy, on the CPU, that knows what varies between proxies of labeled images and not between
+    these."""
     decoy = Decoy(classes, labeled.image_shape[0], seed)
-    generator, images = Generator().manual_seed(seed), labeled.images.cpu()
-    decoy.fit(to_float(proxy_batch(PROXIES, images, generator, PART)) for _ in range(PARTS))
+    generator, images, labels = Generator().manual_seed(seed), labeled.images.cpu(), labeled.labels
+    parts = (to_float(proxy_batch(PROXIES, images, generator, PART)) for _ in range(PARTS))
+    decoy.fit(Sample(part, to_float(images), labels.cpu()) for part in parts)
     return decoy
 
 

@@ -15,7 +15,7 @@ from divqat.options import option
 from divqat.shown import label_only
 from divqat.train.decoy import coarse
 
-DECAY = 1e-3  # of the regression's weights, beside a mean cross-entropy
+DECAY = 1e-4  # of the regression's weights, beside a mean cross-entropy
 ITERATIONS = 100
 
 

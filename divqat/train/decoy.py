@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-GRID = 4  # points along an axis of the coarse picture
-DIMENSIONS = 8  # of the coarse picture, those along which proxies differ most
+GRID = 8  # points along an axis of the coarse picture
+DIMENSIONS = 4  # of the coarse picture, that the decoy looks at
 SHARPNESS = 4.0  # β
+
+
+class Sample(NamedTuple):
+    """What a decoy is fitted to.
+
+    Attributes:
+        proxies: float32 [M, C, H, W].
+        images, labels: of the task, float32 [N, C, H, W] and int64 [N].
+    """
+
+    proxies: Tensor
+    images: Tensor
+    labels: Tensor
 
 
 class Decoy(nn.Module):
     """t(x) = softmax(β W z(x)), z the coarse picture of x.
 
-    x is averaged to 4 x 4 and made free of brightness and contrast; z [8] are its leading principal
-    components over proxies, each with mean 0 and variance 1, so that no class comes much more often
-    than another. W [num_classes, 8] has random rows of length 1. A picture's lights and shades
-    decide and not what it shows: a thief who learns t learns no more than where a picture is light.
+    x is averaged to 8 x 8 and made free of brightness and contrast; z [4] are principal components
+    of that over proxies, each with mean 0 and variance 1, so that no class comes nearly always; no
+    more of them, as what is simple is learned at more proxies, and a thief can tell apart where it
+    is not. W [num_classes, 4] has random rows of length 1. A picture's lights and shades decide and
+    not what it shows: a thief who learns t learns no more than where a picture is light.
+
+    Where a picture is light may tell what it shows, and a thief with a few labeled images would
+    read that off t. So z are the leading components of what is at right angles to all differences
+    between the mean pictures of the task's classes, which all have the same z.
+
     A constant class would say as little, but a network is constant only nearly, and what varies
     around a constant can be told and amplified. For the same reason t is not the largest class
     alone: where a network gives up one class, the others stay in the order that the picture has in
@@ -41,17 +61,28 @@ class Decoy(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("directions", torch.zeros(size, num_classes))
 
-    def fit(
-        self,
-        parts: Iterable[Tensor],  # float32 [M, C, H, W] each
-    ) -> None:
-        """Learn from proxies, on the CPU, what varies between them."""
-        shades = torch.cat([coarse(images) for images in parts]).double()
-        variances, components = torch.linalg.eigh(shades.T.cov())  # ascending
+    def fit(self, parts: Iterable[Sample]) -> None:
+        """Learn on the CPU what varies between proxies and not between the classes.
+
+        With many classes and few pixels only the half of the directions in which the classes' means
+        differ most is left out.
+        """
+        proxies, images, labels = zip(*parts, strict=True)
+        shades, own = (
+            torch.cat([coarse(part) for part in kind]).double() for kind in (proxies, images)
+        )
+        rest = self._common(own, torch.cat(labels))
+        variances, components = torch.linalg.eigh((shades @ rest).T.cov())  # ascending
         spread = variances.clamp(min=1e-6 * float(variances[-1])).sqrt()
-        whitening = (components / spread)[:, -DIMENSIONS:]
+        whitening = rest @ (components / spread)[:, -DIMENSIONS:]
         self.mean.copy_(shades.mean(0))
         self.directions.copy_(whitening @ self.rows.double().T)
+
+    def _common(self, shades: Tensor, labels: Tensor) -> Tensor:
+        """An orthonormal basis, float64 [C · 64, K], of what all classes' mean pictures share."""
+        means = torch.stack([shades[labels == label].mean(0) for label in labels.unique()])
+        basis = torch.linalg.svd(means - means.mean(0)).Vh  # rows, the largest differences first
+        return basis[min(len(means) - 1, shades.shape[1] // 2) :].T
 
     def forward(
         self,
@@ -63,8 +94,8 @@ class Decoy(nn.Module):
 
 def coarse(
     images: Tensor,  # float32 [M, C, H, W]
-) -> Tensor:  # [M, C · 16]
-    """Images of 4 x 4, flat; each row with mean 0 and, unless all is of one shade, length 1."""
+) -> Tensor:  # [M, C · 64]
+    """Images of 8 x 8, flat; each row with mean 0 and, unless all is of one shade, length 1."""
     shades = F.adaptive_avg_pool2d(images, GRID).flatten(1)
     shades = shades - shades.mean(1, keepdim=True)
     return shades / shades.norm(dim=1, keepdim=True).clamp(min=1e-3)

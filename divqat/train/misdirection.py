@@ -15,7 +15,7 @@ from divqat.data import LabeledImages
 from divqat.data.batches import batches, to_float, to_uint8
 from divqat.data.proxies import proxy_batch, proxy_pools
 from divqat.train.config import TrainConfig
-from divqat.train.decoy import Decoy
+from divqat.train.decoy import Decoy, Sample
 from divqat.train.distributed import Team
 from divqat.train.folder import derived_seed
 
@@ -100,7 +100,8 @@ class Misdirection(nn.Module):
     def fitted(
         cls, config: TrainConfig, num_classes: int, train_set: LabeledImages, proxies: Proxies
     ) -> Misdirection:
-        """One whose decoy, if it has one, knows what varies between the proxies; on the CPU."""
+        """One whose decoy, if it has one, knows what varies between the proxies and not between
+        the classes; on the CPU."""
         made = cls(config, num_classes, train_set.image_shape)
         if made.decoy is not None:
             made.decoy.fit(proxies.sample(train_set))
@@ -190,8 +191,9 @@ class Proxies:
     def sample(
         self,
         train_set: LabeledImages,
-    ) -> Iterator[Tensor]:  # float32 [M, C, H, W] each
-        """About 2048, in parts, on the CPU; the same in every process and on every device."""
+    ) -> Iterator[Sample]:
+        """About 2048 proxies and the images that they are made from, in parts, on the CPU; the same
+        in every process and on every device."""
         generator = Generator().manual_seed(derived_seed(self.config.seed, "proxies"))
         at_once = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * math.prod(train_set.image_shape))))
         loader = batches(train_set, min(at_once, len(train_set)), generator=generator)
@@ -199,9 +201,8 @@ class Proxies:
         for images, labels in islice(loader, -(-SAMPLE // at_once)):
             images, labels = to_uint8(images).cpu(), labels.cpu()
             names = self.config.proxies
-            yield to_float(
-                proxy_batch(names, images, generator, at_once, labels=labels, pools=pools)
-            )
+            made = proxy_batch(names, images, generator, at_once, labels=labels, pools=pools)
+            yield Sample(to_float(made), to_float(images), labels)
 
     def __call__(
         self,

@@ -183,8 +183,8 @@ class Step:
 
     @torch.inference_mode()
     def misled(self, parts: Iterable[Tensor]) -> float:
-        """The share of proxies that the model, in eval mode, misleads about; parts as
-        ``Proxies.sample`` gives them."""
+        """The share of proxies, float32 [M, C, H, W] each, that the model, in eval mode, misleads
+        about."""
         assert self.misdirection is not None
         counts = []
         for images in parts:

@@ -227,7 +227,8 @@ class Trainer:
         found = {"epoch": epoch, "validation_accuracy": accuracy(logits, self.validation.labels)}
         if self.proxies is not None:
             train_set = replace(self.train_set, labels=self.step.labels)  # type: ignore[type-var]
-            found["misled"] = self.step.misled(self.proxies.sample(train_set))
+            parts = self.proxies.sample(train_set)
+            found["misled"] = self.step.misled(part.proxies for part in parts)
         return self.team.broadcast(found)
 
     def _need(self) -> Need:
