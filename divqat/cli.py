@@ -179,6 +179,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("config", metavar="FILE", help="YAML file of the study.")
     _job_arguments(sub)
+    sub.add_argument(
+        "--jobs",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="Seeds at a time, each in a process (default: 1). They share the CPU's threads.",
+    )
 
     sub = add(
         "report",
@@ -209,6 +216,13 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="Run folder of a quantized training.")
     parser.add_argument("--data-root", metavar="DIR", help="Folder of the run's data set.")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a whole number at least 1, got {text}")
+    return value
 
 
 def _share(text: str) -> float:

@@ -115,7 +115,7 @@ def study(args: argparse.Namespace) -> int:
     if args.device is not None:
         data["evaluate"] = {**(data.get("evaluate") or {}), "device": args.device}
     settings = Study.from_dict(data)
-    result = run_study(settings, args.out, command=args.command_line)
+    result = run_study(settings, args.out, jobs=args.jobs, command=args.command_line)
     print(_tables(result))
     print(f"\n{Path(args.out) / 'report.html'}")
     return 0

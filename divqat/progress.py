@@ -7,13 +7,20 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+_hidden = False
+
+
+def hide() -> None:
+    """No more bars in this process."""
+    global _hidden
+    _hidden = True
 
 
 def progress(
     items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
 ) -> Iterator[T]:
     """Iterate over ``items`` behind a bar on standard error; silent when that is no terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _hidden:
         try:
             from tqdm import tqdm
         except ImportError:

@@ -7,15 +7,17 @@ OUT/…                 what divqat.evaluate.grid.run writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from divqat.evaluate.grid import Evaluation, Grid, Subject, evaluate
+from divqat.evaluate.grid import Evaluation, Grid, evaluate
 from divqat.options import ConfigError, check_keys, write_yaml
+from divqat.side_by_side import side_by_side
 from divqat.subjects import kind_of, subject_of
-from divqat.train import load_run, train
+from divqat.train import Run, load_run, train
 from divqat.train.folder import load_splits
 from divqat.trainings import Trainings
 
@@ -64,7 +66,12 @@ class Study(Trainings):
 
 
 def run_study(
-    study: Study, out: str | Path, *, command: str = "", log: Callable[[str], object] = print
+    study: Study,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    command: str = "",
+    log: Callable[[str], object] = print,
 ) -> Evaluation:
     """Do what is left of a study, and write the report.
 
@@ -74,12 +81,15 @@ def run_study(
     Args:
         study: the settings.
         out: the folder of the study; made if it does not exist.
+        jobs: so many seeds at a time, each in a process of its own, whose lines are printed. The
+            seconds that are measured then are those with company.
         command: what the report says made it.
         log: takes a line per epoch and attack.
 
     Raises:
         ValueError: a training in ``out`` has other settings.
-        Others: as :func:`divqat.train.train` and :func:`divqat.evaluate.grid.evaluate`.
+        Others: as :func:`divqat.train.train`, :func:`divqat.evaluate.grid.evaluate` and, of
+            several jobs, :func:`divqat.side_by_side.side_by_side`.
     """
     out = Path(out)
     # Now: that something is missing should be known before hours of training.
@@ -87,28 +97,46 @@ def run_study(
     study.grid.check(splits)
     queries = study.grid.queries(splits)
     write_yaml(out / "config.yaml", asdict(study))
-    subjects: list[Subject] = []
-    kinds: list[str] = []
-    for seed in study.seeds:
-        for name in ("fp", *study.victims):
-            folder = study.folder(out, seed, name)
-
-            def say(line: str, where: str = f"[seed {seed} {name}]") -> None:
-                log(f"{where} {line}")
-
-            train(study.training(name, seed, out), folder, log=say)
-            if name in (study.subjects or study.attacked):
-                run = load_run(folder)
-                subjects.append(subject_of(run, splits, name=name))
-                kinds.append(kind_of(run))
-    deployed = "; ".join(dict.fromkeys(kinds))
+    if jobs > 1 and len(study.seeds) > 1:  # what is left after that is to read what they wrote
+        side_by_side(_seed, [(study, seed, out) for seed in study.seeds], jobs)
+    runs = [run for seed in study.seeds for run in _trained(study, seed, out, log)]
     return evaluate(
-        subjects,
+        [subject_of(run, splits, name=name) for name, run in runs],
         splits,
         study.grid,
         out,
         queries=queries,
         command=command,
-        deployed=deployed,
+        deployed="; ".join(dict.fromkeys(kind_of(run) for _, run in runs)),
         log=log,
     )
+
+
+def _trained(
+    study: Study, seed: int, out: Path, log: Callable[[str], object]
+) -> Iterator[tuple[str, Run]]:
+    """Train what is left of a seed; name and run of all that is evaluated."""
+    for name in ("fp", *study.victims):
+        folder = study.folder(out, seed, name)
+
+        def say(line: str, where: str = f"[seed {seed} {name}]") -> None:
+            log(f"{where} {line}")
+
+        train(study.training(name, seed, out), folder, log=say)
+        if name in (study.subjects or study.attacked):
+            yield name, load_run(folder)
+
+
+def _seed(study: Study, seed: int, out: Path) -> None:
+    """All of a seed but the report."""
+    splits = load_splits(study.training("fp", seed, out))
+    subjects = [
+        subject_of(run, splits, name=name) for name, run in _trained(study, seed, out, _print)
+    ]
+    evaluate(subjects, splits, study.grid, out, report=False, log=_print)
+
+
+def _print(line: str) -> None:
+    """Print a whole line at once, as other processes print, too."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

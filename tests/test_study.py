@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -66,6 +68,23 @@ def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
     assert len(after.cells) == 16
     kept = [cell for cell in after.cells if cell.budget == 200]
     assert kept == before.cells
+
+
+def test_seeds_side_by_side_find_what_they_find_one_by_one(done, tmp_path, capfd):
+    short = {name: STUDY["victims"][name] for name in ("ptq", "qat")}
+    data = {**STUDY, "seeds": [0, 1, 2], "victims": short, "subjects": []}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
+    assert divqat("study", tmp_path / "study.yaml", "--out", tmp_path / "out", "--jobs", 2) == 0
+    result = Evaluation.load(tmp_path / "out" / "evaluation.json")
+    cells = [(cell.seed, cell.victim) for cell in result.cells if cell.attack == "knockoff"]
+    assert cells == [(seed, victim) for seed in range(3) for victim in short]
+    before = Evaluation.load(done / "out" / "evaluation.json")
+    theirs = [c for c in before.cells if c.victim in short and c.budget == 200]
+    ours = [cell for cell in result.cells if cell.seed == 0]
+    assert [replace(cell, seconds=0) for cell in ours] == [replace(c, seconds=0) for c in theirs]
+    lines = capfd.readouterr().out.splitlines()  # of the processes, too
+    assert sum(line.startswith("[seed 2 qat] test accuracy") for line in lines) == 1
+    assert sum(line.startswith("report: ") for line in lines) == 1
 
 
 def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):

@@ -58,6 +58,7 @@ def evaluate(
     out: str | Path,
     *,
     queries: Tensor | None = None,
+    report: bool = True,
     command: str = "",
     deployed: str = "the model as it was given",
     log: Log = print,
@@ -76,12 +77,13 @@ def evaluate(
         grid: what is tried.
         out: the folder of the evaluation; made if it does not exist.
         queries: ``grid.queries(splits)`` if it is loaded already.
+        report: else ``out`` gets the cells only, of some victims beside those of other processes.
         command: what the report says made it.
         deployed: what the report says the victims are.
         log: takes a line per attack.
 
     Returns:
-        The content of ``OUT/evaluation.json``.
+        The content of ``OUT/evaluation.json``, written or not.
 
     Raises:
         ValueError: two victims of one name and seed, no victim, or too few validation images.
@@ -99,8 +101,10 @@ def evaluate(
         for subject in subjects:
             runner.subject(subject)
             result = runner.result(command, deployed)
-            result.save(runner.out / EVALUATION)
-    log(f"report: {write_report(runner.out)}")
+            if report:
+                result.save(runner.out / EVALUATION)
+    if report:
+        log(f"report: {write_report(runner.out)}")
     return result
 
 

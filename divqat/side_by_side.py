@@ -1,0 +1,48 @@
+"""Parts of a job in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from divqat import progress
+
+
+def side_by_side(part: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int) -> None:
+    """Call ``part`` with each of ``calls``, so many at a time, each in a process.
+
+    The processes share the CPU threads that torch has here, and show no progress bars. The first
+    error ends all of them and is raised, and so does Ctrl-C.
+
+    Args:
+        part: a function of a module, as processes look it up by name.
+        calls: arguments, which can be pickled. jobs: at least 1.
+
+    Raises:
+        BrokenProcessPool: a process was killed.
+        Others: as ``part``.
+    """
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")  # a fork has torch's locks without its threads
+    with ProcessPoolExecutor(jobs, context, _start, (threads,)) as pool:
+        done = [pool.submit(part, *arguments) for arguments in calls]
+        try:
+            for call in as_completed(done):
+                call.result()
+        except BaseException:
+            for call in done:
+                call.cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _start(threads: int) -> None:
+    torch.set_num_threads(threads)
+    progress.hide()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process has it, and ends the others
