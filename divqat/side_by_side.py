@@ -21,12 +21,13 @@ def side_by_side(part: Callable[..., object], calls: Sequence[tuple[Any, ...]], 
 
     Args:
         part: a function of a module, as processes look it up by name.
-        calls: arguments, which can be pickled. jobs: at least 1.
+        calls: arguments, which can be pickled, of at least one call. jobs: at least 1.
 
     Raises:
         BrokenProcessPool: a process was killed.
         Others: as ``part``.
     """
+    jobs = min(jobs, len(calls))  # all processes start at once, needed or not
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")  # a fork has torch's locks without its threads
     with ProcessPoolExecutor(jobs, context, _start, (threads,)) as pool:

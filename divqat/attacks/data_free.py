@@ -214,7 +214,8 @@ class Duel:
         def distance(images: Tensor, answers: Tensor) -> Tensor:
             return attack.distance(answers, clone(images))
 
-        # Only the images are of less than float32: the differences are too small for that.
+        # Whatever made the images, answers to them are compared in float32: the differences are
+        # too small for less.
         raw = self._generate()
         images, answers = self._ask(raw.detach().tanh())
         here = self._finite(distance(images, answers))

@@ -166,9 +166,10 @@ def fitted(labeled: ImageSet, classes: int, seed: int) -> Decoy:
     """A decoy, on the CPU, that knows what varies between proxies of labeled images and not between
     these."""
     decoy = Decoy(classes, labeled.image_shape[0], seed)
-    generator, images, labels = Generator().manual_seed(seed), labeled.images.cpu(), labeled.labels
+    generator, images = Generator().manual_seed(seed), labeled.images.cpu()
     parts = (to_float(proxy_batch(PROXIES, images, generator, PART)) for _ in range(PARTS))
-    decoy.fit(Sample(part, to_float(images), labels.cpu()) for part in parts)
+    own = to_float(images), labeled.labels.cpu()
+    decoy.fit(Sample(part, *own) for part in parts)
     return decoy
 
 
