@@ -19,7 +19,7 @@ from toys import (
 from divqat.attacks import KnockoffNets
 from divqat.attacks.jbda import JBDA, ascent
 from divqat.attacks.jbda_tr import JBDATR
-from divqat.data import to_float
+from divqat.data import ImageSet, to_float
 from divqat.evaluate import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
@@ -107,7 +107,6 @@ def test_targets_are_other_classes_each_as_often_and_no_two_alike():
 def test_literature_defaults_and_rounds():
     assert JBDA()._sizes(150) == [150, 300, 600, 1200, 2400, 4800, 9600]  # 150 · 2^6
     assert JBDATR()._sizes(1000) == [1000, 4000, 16000, 50000]
-    assert JBDA(seeds=150, query_budget=100)._sizes(500) == [100]
 
 
 @both
@@ -126,6 +125,19 @@ def test_counts_and_transfer_set(model, attack):
     assert (near[10:20, :10].amin(1) <= 26).all() and (near[20:].amin(1) <= 26).all()
     assert (near[10:20, :10].amin(1) > 0).all()
     assert not extraction.clone.training
+
+
+@both
+def test_it_may_start_from_images_of_its_own(model, attack):
+    owned = ImageSet(TEST_IMAGES[:50], TEST_LABELS[:50])
+    labels = ImageSet(owned.images, (owned.labels + 1) % CLASSES)  # which it does not learn
+    attack = replace(attack, start="owned")
+    assert attack.owns and not replace(attack, start="query_set").owns
+    one, two = (attack.owning(mine)(Victim(model), QUERIES, CLONE) for mine in (owned, labels))
+    assert torch.equal(one.transfer_set[1], two.transfer_set[1])
+    there = {image.numpy().tobytes() for image in owned.images}
+    mine = [image.numpy().tobytes() in there for image in one.transfer_set[0]]
+    assert mine == [True] * 10 + [False] * (attack.query_budget - 10)
 
 
 def test_new_images_are_better_than_none(model):
@@ -184,8 +196,15 @@ def test_watch_sees_every_epoch(model):
 
 
 def test_arguments_are_checked(model):
-    with pytest.raises(ValueError, match="seeds: wanted 1 to 500, the size of the query set"):
+    with pytest.raises(ValueError, match="seeds: wanted 1 to 500, the images to draw them from"):
         JBDA(seeds=501)(Victim(model), QUERIES, CLONE)
     for bad in ({"seeds": 0}, {"epsilon": 0.0}, {"epsilon": 1.1}, {"steps": 0}, {"targets": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: wanted"):
             JBDATR(**bad)
+    with pytest.raises(ValueError, match="seeds: wanted fewer than the query_budget of 100"):
+        JBDA(seeds=100, query_budget=100)
+    with pytest.raises(RuntimeError, match=r"JBDA has to own labeled images"):
+        JBDA(start="owned")(Victim(model), QUERIES, CLONE)
+    few = ImageSet(TEST_IMAGES[:9], TEST_LABELS[:9])
+    with pytest.raises(ValueError, match="seeds: wanted 1 to 9, the images to draw them from"):
+        replace(QUICK["jbda"], start="owned").owning(few)(Victim(model), QUERIES, CLONE)

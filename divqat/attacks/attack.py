@@ -119,6 +119,11 @@ class Attack(Options, ABC):
     #: Whether it asks the victim at all: one that does not shows what a thief has without it.
     asks: ClassVar[bool] = True
 
+    @property
+    def owns(self) -> bool:
+        """Whether it wants images of the victim's kind, see ``owning`` where there is one."""
+        return False
+
     query_budget: int | None = option(
         None, "Images asked about at most; None: what the attack has by default.", least=1
     )
@@ -146,8 +151,9 @@ class Attack(Options, ABC):
             clone: initial weights and architecture; it is copied and stays as it was. The copy
                 trains on the device of ``clone``.
             resume_dir: keeps answers and the clone of every epoch or round. A run that was killed
-                goes on from there, ends with the same bits as one that was not, and asks nothing
-                twice. One folder belongs to one victim.
+                goes on from there, ends with the same bits as one that was not (unless a defense
+                of the victim remembers queries, and has forgotten them), and asks nothing twice.
+                One folder belongs to one victim.
             watch: called with the clone and a count from 1 after every epoch or round.
 
         Raises:

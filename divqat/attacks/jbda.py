@@ -11,13 +11,16 @@ from torch import Generator, Tensor, nn
 
 from divqat.attacks.answers import distributions
 from divqat.attacks.attack import Extraction, Task
+from divqat.attacks.labeled import LabeledAttack
 from divqat.attacks.training import Training, TransferAttack
 from divqat.data.batches import to_float, to_uint8
-from divqat.options import option
+from divqat.options import ConfigError, option
+
+STARTS = ("query_set", "owned")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JBDA(TransferAttack):
+class JBDA(LabeledAttack, TransferAttack):
     """Ask about a few seed images, then about what the clone of each round makes of all so far.
 
     Source: Papernot, McDaniel, Goodfellow, Jha, Celik, Swami, "Practical Black-Box Attacks against
@@ -33,20 +36,39 @@ class JBDA(TransferAttack):
     random ones of its images when the budget does not allow all. Of the public versions, MAZE's
     climbs the logit and ModelGuard's ascends the cross-entropy, the opposite direction.
 
+    The paper's seeds are images of the victim's kind. From others the attack stays far weaker:
+    hand it such images as the query set, or as its own, with ``start="owned"``.
+
     Args:
         query_budget: all images asked about, the seeds included. Rounds go on until it is spent.
-        seeds: images drawn from the query set without replacement (at most ``query_budget``).
+        start: where they are drawn from, without replacement: the query set, or the images that
+            the attacker owns (:meth:`owning`; the victim's labels count, not theirs).
+        seeds: images to start from, fewer than ``query_budget``.
         epsilon: how far a pixel moves, in units of the range of pixels, as in the paper: 0.1 are
             25.5 of 255 levels.
         epochs: of each round, over all images so far.
 
     Raises:
-        ValueError: more seeds than the query set has images.
+        ConfigError: no budget beyond the seeds: nothing would be made of them.
+        ValueError: more seeds than there are images to draw them from.
     """
 
     query_budget: int = option(9600, "Images asked about, the seeds included.", least=1)
-    seeds: int = option(150, "Images of the query set to start from.", least=1)
+    start: str = option("query_set", "Where its first images are from.", choices=STARTS)
+    seeds: int = option(150, "Images to start from.", least=1)
     epsilon: float = option(0.1, "How far a pixel moves, in parts of its range.", above=0, most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds >= self.query_budget:
+            raise ConfigError(
+                f"seeds: wanted fewer than the query_budget of {self.query_budget}, got "
+                f"{self.seeds}: no query would be left for what is made of them"
+            )
+
+    @property
+    def owns(self) -> bool:
+        return self.start == "owned"
 
     @property
     def copies(self) -> int:
@@ -55,9 +77,9 @@ class JBDA(TransferAttack):
 
     def _extract(self, task: Task) -> Extraction:
         generator = torch.Generator().manual_seed(self.seed)
-        sizes = self._sizes(len(task.query_set))
-        order = torch.randperm(len(task.query_set), generator=generator)
-        images = task.query_set[order[: sizes[0]]]
+        source = self._labeled(task).images.cpu() if self.owns else task.query_set
+        sizes = self._sizes(len(source))
+        images = source[torch.randperm(len(source), generator=generator)[: sizes[0]]]
         seeds = torch.randint(2**62, (len(sizes), self.epochs), generator=generator).tolist()
         rounds = [  # all of them made now, so that a resumed run starts from the same weights
             Training(self, replace(task, clone=copy.deepcopy(task.clone)), s, name=f"clone-{i}.pt")
@@ -78,9 +100,9 @@ class JBDA(TransferAttack):
         """Images after each round."""
         if self.seeds > available:
             raise ValueError(
-                f"seeds: wanted 1 to {available}, the size of the query set, got {self.seeds}"
+                f"seeds: wanted 1 to {available}, the images to draw them from, got {self.seeds}"
             )
-        sizes = [min(self.seeds, self.query_budget)]
+        sizes = [self.seeds]
         while sizes[-1] < self.query_budget:
             sizes.append(min(sizes[-1] * (1 + self.copies), self.query_budget))
         return sizes

@@ -35,7 +35,7 @@ class JBDATR(JBDA):
     """
 
     query_budget: int = option(50_000, "Images asked about, the seeds included.", least=1)
-    seeds: int = option(1000, "Images of the query set to start from.", least=1)
+    seeds: int = option(1000, "Images to start from.", least=1)
     steps: int = option(8, "Gradient steps per image.", least=1)
     targets: int = option(3, "New images per image and round.", least=1)
 

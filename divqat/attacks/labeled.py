@@ -21,13 +21,17 @@ L = TypeVar("L", bound="LabeledAttack")
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledAttack(Attack):
-    """An attack that trusts a few labeled images of its own more than answers, see :meth:`owning`.
+    """An attack that has a few labeled images of the victim's kind, see :meth:`owning`.
 
     Raises:
         RuntimeError: it owns none.
         ValueError: they have another shape than the query set, or labels beyond the clone's
             classes. Both before the first query.
     """
+
+    @property
+    def owns(self) -> bool:
+        return True
 
     def owning(self: L, images: ImageSet) -> L:
         """A copy of the attack that has labeled images. They cost no query.

@@ -60,12 +60,12 @@ def steals(text: str) -> bool:
 
 
 def owns(text: str) -> bool:
-    """Whether an attack trains on labeled images of the attacker's own.
+    """Whether an attack starts from images of the victim's kind that the attacker owns.
 
     Raises:
-        ConfigError: an unknown attack.
+        ConfigError: see :func:`make_attack`.
     """
-    return hasattr(_kind(text), "owning")
+    return make_attack(text, {}).owns
 
 
 def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
