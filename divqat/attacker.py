@@ -10,6 +10,7 @@ from divqat.data import Splits, transfer_names, transfer_set
 from divqat.options import Options, option
 
 OWN = "own"  # not a transfer set: it comes with the victim's data
+FOLDER = "folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,11 @@ class Attacker(Options):
     flip: bool = option(False, "Mirror the images at random.", group="attacker")
     device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
     threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
+
+    @property
+    def places(self) -> set[str]:
+        """Settings that say where, not what; a query set that is a folder is what is in it."""
+        return {"device"} if self.query_set == FOLDER else {"device", "query_root"}
 
     def load_queries(self, splits: Splits, limit: int | None) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""

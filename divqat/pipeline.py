@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from divqat.attacker import FOLDER
 from divqat.evaluate import (
     AttackResult,
     Confidence,
@@ -89,8 +90,11 @@ def run_job(
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
     """What must not change when a job goes on: all but seeds, places and devices."""
+    places = {*FREE}
+    if settings["attack"].get("query_set") != FOLDER:
+        places.add("query_root")
     return {
-        section: {key: value for key, value in content.items() if key not in (*FREE, "query_root")}
+        section: {key: value for key, value in content.items() if key not in places}
         for section, content in settings.items()
         if section != "seeds"
     }

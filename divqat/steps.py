@@ -155,7 +155,7 @@ def attack_run(
     model: Path | nn.Module = run.model if fake_quant else exported(run)
     source = run.fingerprint if isinstance(model, nn.Module) else file_fingerprint(model)
     settings = {**config.to_dict(), "answer": answer, "victim": source}
-    for name in ("query_root", "device"):  # where, not what
+    for name in config.places:
         del settings[name]
     victim = Victim(model, query_budget=config.budget, **answer_arguments(answer))
     # Stored answers are those of one victim and one query set: no other must go on from them.

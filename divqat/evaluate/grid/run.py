@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from divqat import models
 from divqat.attacks import Attack
+from divqat.attacks.labeled import LabeledAttack
 from divqat.data import ImageSet, Splits
 from divqat.defenses import Defense
 from divqat.evaluate.grid.cell import run_attack
@@ -41,7 +42,7 @@ from divqat.evaluate.grid.result import (
 )
 from divqat.evaluate.grid.side_effects import measure
 from divqat.evaluate.grid.specs import owns
-from divqat.evaluate.grid.subject import Deployed, Subject, overlaps
+from divqat.evaluate.grid.subject import Deployed, Subject, data_fingerprint, overlaps
 from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
 from divqat.files import step
@@ -65,8 +66,8 @@ def evaluate(
 ) -> Evaluation:
     """Run what is left of an evaluation, and write its report.
 
-    What is finished in ``out`` is kept as long as victim and settings are the same; a killed attack
-    goes on where it was.
+    What is finished in ``out`` is kept as long as victim, images and settings are the same; a
+    killed attack goes on where it was.
 
     Args:
         subjects: the victims.
@@ -116,6 +117,7 @@ class _Runner:
         self.test = ImageSet(splits.test.images, splits.test.labels)
         self.queries = queries
         self.overlap = overlaps(splits, self.queries)
+        self.data = data_fingerprint(splits, self.queries)  # of every part's identity
         self.device = find_device(grid.device)
         self.released: list[Released] = []
         self.cells: list[Cell] = []
@@ -140,7 +142,7 @@ class _Runner:
     def beside(self, deployed: Deployed, seed: int) -> None:
         """What may have changed in a victim besides."""
         subject, grid = deployed.subject, self.grid
-        here: dict[str, Any] = {"victim": deployed.source, "seed": seed, **self._split}
+        here: dict[str, Any] = {"victim": deployed.source, "seed": seed, "data": self.data}
         if subject.gradients is not None:
             here |= {"gradients": fingerprint(subject.gradients.state_dict())}
             here |= {"epsilons": grid.epsilons, "images": grid.adversarial_images}
@@ -164,8 +166,7 @@ class _Runner:
         """Everything about one victim behind one defense."""
         folder = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / _file_name(spec)
         here = {"victim": source, "defense": spec, "surrogate": self.grid.surrogate, "seed": seed}
-        here |= {name: getattr(self.grid, name) for name in ("query_set", "query_limit", "holdout")}
-        here |= self._split
+        here |= {"data": self.data, "holdout": self.grid.holdout}
         common: dict[str, Any] = {"seed": seed, "victim": subject.name, "defense": spec}
 
         def release() -> dict[str, Any]:
@@ -195,7 +196,7 @@ class _Runner:
                 about: dict[str, Any] = about,
                 work: Path = work / key,
             ) -> dict[str, Any]:
-                if hasattr(attack, "owning"):
+                if isinstance(attack, LabeledAttack) and attack.owns:
                     attack = attack.owning(self._labeled(seed))
                 network, holdout = self._clone(about["clone"], seed), self._holdout(seed)
                 return {**about, "row": run_attack(attack, defended(), network, holdout, work)}
@@ -226,11 +227,6 @@ class _Runner:
             cells=self.cells,
             side_effects=self.side_effects,
         )
-
-    @property
-    def _split(self) -> dict[str, str]:
-        """What is said of a part's identity, if it is not as usual."""
-        return {} if self.grid.split == "test" else {"split": self.grid.split}
 
     def _holdout(self, seed: int) -> ImageSet:
         return self._owned(seed, slice(self.grid.holdout))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from divqat.data import ImageSet, Splits, to_float
 from divqat.evaluate.metrics import predict
 from divqat.files import file_fingerprint
+from divqat.train.answers import digest
 from divqat.train.folder import fingerprint
 from divqat.victim import logits_function
 
@@ -42,12 +43,15 @@ class Subject:
     gradients: nn.Module | None = None
 
     def fingerprint(self, images: Tensor) -> str:
-        """What identifies the model: its file, its weights, or its answers to uint8 ``images``."""
-        if isinstance(self.model, (str, Path)) and Path(self.model).is_file():
-            return file_fingerprint(Path(self.model))
+        """What identifies the model: its file or weights, where it has them, and what it answers to
+        uint8 ``images``: not all of a model is there (an ONNX file can keep weights in another)."""
+        found: dict[str, Any] = {"logits": predict(self.model, images)}
+        if isinstance(self.model, (str, Path)):
+            found["file"] = file_fingerprint(Path(self.model))
         if isinstance(self.model, nn.Module):
-            return fingerprint(self.model.state_dict())
-        return fingerprint({"logits": predict(self.model, images)})
+            # Its classes: the last bits of its logits depend on the number of threads.
+            found = {"classes": found["logits"].argmax(1), **self.model.state_dict()}
+        return fingerprint(found)
 
 
 class Remembered:
@@ -102,6 +106,15 @@ def image_keys(images: Tensor) -> list[bytes]:
     """What tells the images of a batch [N, ...] apart."""
     rows = images.cpu().contiguous().flatten(1).numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def data_fingerprint(splits: Splits, queries: Tensor) -> str:
+    """What identifies the images, and the labels, that all numbers of an evaluation come from."""
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    found: dict[str, Any] = {"queries": queries}
+    for name, images in sets.items():
+        found |= {name: digest(images), f"{name} labels": images.labels}
+    return fingerprint(found)
 
 
 def overlaps(splits: Splits, queries: Tensor) -> dict[str, int]:
