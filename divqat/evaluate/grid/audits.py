@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import mean
 
 from divqat.evaluate.audits import ABOVE_CHANCE, ACCURACY_LOSS, AGREEMENT, SEEDS, Audit
-from divqat.evaluate.grid.result import HARD, SOFT, Evaluation, Released, best_of, reads
-from divqat.evaluate.grid.specs import CONTROL, UNDEFENDED, is_control, owns
+from divqat.evaluate.grid.result import HARD, SOFT, Cell, Evaluation, Released, best_of, reads
+from divqat.evaluate.grid.specs import CONTROL, UNDEFENDED, is_control, owns, steals
 from divqat.evaluate.grid.tables import floor
 
 NEAR_CHANCE = 0.1  # a clone of shuffled answers may be better than chance by so much
@@ -16,6 +16,7 @@ def audits(result: Evaluation) -> list[Audit]:
     """All audits of an evaluation; what was not measured counts as not ok."""
     done = [row for row in result.released if not row.unreachable]
     found = [_seeds(result), _control(result), _attacks(result), _works(result), _chance(result)]
+    found += _owned(result)
     for field, name, good in (
         ("deterministic", "victims are deterministic, in eval mode", "same images, same answers"),
         ("distributions", "answers are distributions", "non-negative, sum 1"),
@@ -63,7 +64,7 @@ def _works(result: Evaluation) -> Audit:
     best = [
         cell
         for victim in dict.fromkeys(row.victim for row in result.released)
-        for cell in result.per_seed(victim, UNDEFENDED, best_of)
+        for cell in result.per_seed(victim, UNDEFENDED, _best_from_answers)
     ]
     name = "the attack works on an undefended victim"
     if not best:
@@ -71,6 +72,24 @@ def _works(result: Evaluation) -> Audit:
     accuracy = max(cell.accuracy for cell in best)
     detail = f"best clone {accuracy:.1%}, chance {result.chance:.1%}"
     return Audit(name, accuracy >= result.chance + ABOVE_CHANCE, detail)
+
+
+def _best_from_answers(cells: list[Cell]) -> Cell | None:
+    """The best attack that has nothing but answers: others might owe their clone to labels."""
+    return best_of([cell for cell in cells if not owns(cell.attack)])
+
+
+def _owned(result: Evaluation) -> list[Audit]:
+    """Whether it is known how far labels alone get a thief who owns some."""
+    attacks = [attack for attack in result.grid["attacks"] if steals(attack) and owns(attack)]
+    alone = [cell.accuracy for cell in result.cells if not steals(cell.attack)
+             and owns(cell.attack) and not is_control(cell.attack)]  # fmt: skip
+    best = max((c.accuracy for c in result.cells if c.attack in attacks), default=None)
+    if best is None:
+        return []
+    detail = f"{mean(alone):.1%} without a query" if alone else "not tried: add labeled-only"
+    name = "what owned images teach without the victim is known"
+    return [Audit(name, bool(alone), f"{detail}; best clone that starts from them {best:.1%}")]
 
 
 def _chance(result: Evaluation) -> Audit:
@@ -104,9 +123,11 @@ def _overlap(result: Evaluation) -> Audit:
     detail = ", ".join(f"{count} {name}" for name, count in result.overlap.items()) or "not checked"
     owned = any(owns(cell.attack) for cell in result.cells)
     mine = ("queries", "validation") if owned else ("queries",)  # what clones were trained on
-    ok = bool(result.overlap) and not any(
-        count for name, count in result.overlap.items() if name.startswith(mine)
-    )
+    counts = {name: count for name, count in result.overlap.items() if name.startswith(mine)}
+    unknown = {"queries in train", "queries in test"} - set(result.overlap)
+    if unknown:
+        detail += f"; not compared, as the set is streamed: {', '.join(sorted(unknown))}"
+    ok = not unknown and not any(counts.values())
     return Audit("queries are not the victim's images", ok, detail)
 
 

@@ -61,7 +61,9 @@ class Defended:
         start = time.perf_counter()
         shown = [self.test_answers, self.release(deployed.queries, deployed.model.logits)]
         seconds = time.perf_counter() - start
-        some, victim = to_float(deployed.queries[:DETERMINISM_IMAGES]), self.victim()
+        # Of the model itself: one that knows its answers gives the same ones for certain.
+        victim = Victim(deployed.subject.model, defense=copy.deepcopy(self.defense))
+        some = to_float(deployed.queries[:DETERMINISM_IMAGES])
         return {
             "settings": str(self.defense or "none"),
             "accuracy": accuracy(clean[0], labels),
