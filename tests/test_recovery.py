@@ -11,6 +11,7 @@ from divqat.attacks.partial_bayes import PartialBayes
 from divqat.attacks.training import Training
 from divqat.data import to_float
 from divqat.defenses import Defense
+from divqat.defenses.modelguard import ModelGuardS
 from divqat.evaluate import predict
 from divqat.files import load_checkpoint
 from divqat.options import option
@@ -195,7 +196,26 @@ def test_each_made_up_answer_goes_with_its_image(monkeypatch):
     wanted = torch.stack(
         [p * to_float(QUERIES[r]).mean() for p, r in zip(probs, rows, strict=True)]
     )
-    torch.testing.assert_close(attack._release(probs, QUERIES[:5], rows), wanted)
+    answers = torch.full((5, 4), 0.25)
+    torch.testing.assert_close(attack._release(probs, QUERIES[:5], rows, answers), wanted)
+
+
+def test_a_defense_that_remembers_is_known_to_remember_what_it_released():
+    defense = ModelGuardS(epsilon=0.6)
+    clean = torch.distributions.Dirichlet(torch.full((200, 4), 0.3)).sample()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        made_up = torch.distributions.Dirichlet(torch.full((3_000, 4), 0.3)).sample()
+    answers = defense.fit(None)(clean, to_float(QUERIES[:200]))
+    attack = PartialBayes().against(defense)
+    rows = torch.arange(3_000) % 200
+    released = attack._release(made_up, QUERIES[:200], rows, answers)
+    shown = {tuple(row) for row in answers.tolist()}
+    near = (made_up[:, None] - answers).abs().sum(2) <= 0.6
+    same_top = made_up.argmax(1)[:, None] == answers.argmax(1)
+    known = (near & same_top).any(1)
+    assert known.float().mean() > 0.5
+    assert all(tuple(row) in shown for row in released[known].tolist())
 
 
 def test_prior_has_the_moments_of_its_two_halves():

@@ -33,7 +33,7 @@ class _Generative(Recovery):
 
     def _recover(self, task: Task, images: Tensor, answers: Tensor) -> Tensor:
         clean, rows = self._prior(task, images, answers)
-        released = self._release(clean, images, rows)
+        released = self._release(clean, images, rows, answers)
         torch.manual_seed(self.seed)  # whatever making the pairs drew
         network = restorer(answers.shape[1]).to(task.device)
         train(network, released.to(task.device), clean.to(task.device), self.recovery_epochs)

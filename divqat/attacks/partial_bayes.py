@@ -31,7 +31,7 @@ class PartialBayes(Recovery):
 
     def _recover(self, task: Task, images: Tensor, answers: Tensor) -> Tensor:
         clean, rows = self._dirichlet(answers)
-        released = self._release(clean, images, rows)
+        released = self._release(clean, images, rows, answers)
         answers, clean, released = (x.to(task.device) for x in (answers, clean, released))
         return look_up(answers, clean, released, self.tolerance).cpu()
 

@@ -22,7 +22,7 @@ from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
 from divqat.options import option
 from divqat.progress import progress
-from divqat.victim import Defense, Victim
+from divqat.victim import Defense, Victim, defense_text
 
 R = TypeVar("R", bound="Recovery")
 ROWS = 4096  # answered or perturbed at once
@@ -53,9 +53,9 @@ class Recovery(KnockoffNets):
                 [N, C, H, W] in [-1, 1] that were asked, both on the CPU, to what is released. A
                 fitted :class:`divqat.defenses.Defense` is the strongest knowledge: settings and
                 networks. A victim that shows less than it (labels, top-k) wants a function that
-                does the same. It is copied: the attack leaves no trace in the victim's. Its text
-                (``str``) tells runs apart in ``resume_dir``. None: there is none, and the answers
-                are taken as they are.
+                does the same. It is copied: the attack leaves no trace in the victim's. Its text,
+                or name if it is a plain function, tells runs apart in ``resume_dir``. None: there
+                is none, and the answers are taken as they are.
         """
         attack = copy.copy(self)
         # No field: it is no setting that a file or a command line could name.
@@ -74,7 +74,9 @@ class Recovery(KnockoffNets):
         return getattr(self, "_defense", None)
 
     def _identity(self, victim: Victim, query_set: Tensor, clone: nn.Module) -> dict[str, object]:
-        return {**super()._identity(victim, query_set, clone), "against": str(self._known())}
+        known = self._known()
+        against = "None" if known is None else defense_text(known)
+        return {**super()._identity(victim, query_set, clone), "against": against}
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         if self._known() is None:
@@ -96,12 +98,16 @@ class Recovery(KnockoffNets):
             answers: float32 [N, num_classes], what was released.
         """
 
-    def _release(self, probs: Tensor, images: Tensor, rows: Tensor) -> Tensor:
+    def _release(self, probs: Tensor, images: Tensor, rows: Tensor, answers: Tensor) -> Tensor:
         """What the victim would release of ``probs`` [M, num_classes], had they been its answers to
-        ``images[rows]``."""
+        ``images[rows]`` after it released ``answers`` for ``images``."""
         # A copy again: what a defense remembers of one run must not change the next.
         defense = copy.deepcopy(self._known())
         assert defense is not None
+        if getattr(defense, "remembers", False):
+            # It remembers what it released, and that the attacker has seen.
+            for y, asked in zip(answers.split(ROWS), images.split(ROWS), strict=True):
+                defense(y, to_float(asked))
         chunks = list(zip(probs.split(ROWS), rows.split(ROWS), strict=True))
         released = torch.cat(
             [defense(y, to_float(images[i])) for y, i in progress(chunks, "defense", unit="chunk")]

@@ -40,6 +40,8 @@ class Defense(Options, ABC):
     strength: ClassVar[str | None]
     #: The value of that setting at which the answers stay clean.
     neutral: ClassVar[float] = 0.0
+    #: Whether an answer depends on what was asked before.
+    remembers: ClassVar[bool] = False
 
     @property
     @abstractmethod

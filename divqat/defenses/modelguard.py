@@ -114,6 +114,8 @@ class ModelGuardS(ModelGuard):
     to start afresh needs a defense of its own, from :meth:`fit`.
     """
 
+    remembers: ClassVar[bool] = True
+
     # By top class, float32 [number of centroids, num_classes]; replaced, never changed.
     _centroids: ClassVar[Mapping[int, Tensor]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def run_attack(
     """
     deployed = defended.deployed
     test = deployed.test
-    curve = Curve(work / "curve.json", test)
+    if defended.defense is not None and defended.defense.remembers:
+        shutil.rmtree(work, ignore_errors=True)  # half of the answers, and a defense of none
     if hasattr(attack, "against"):
         attack = attack.against(copy.deepcopy(defended.defense))
+    curve = Curve(work / "curve.json", test)
     victim = defended.victim(attack.query_budget)
     start = time.perf_counter()
     extraction = attack(victim, deployed.queries, clone, resume_dir=work, watch=curve)
