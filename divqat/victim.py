@@ -138,8 +138,8 @@ class Victim:
 
     @property
     def defense(self) -> str:
-        """The defense as text, with its settings; ``none`` without one."""
-        return "none" if self._defense is None else str(self._defense)
+        """The defense as text: its settings, the name of a function; ``none`` without one."""
+        return "none" if self._defense is None else defense_text(self._defense)
 
     def _show(self, logits: Tensor, images: Tensor) -> Tensor:
         probs = order = logits.softmax(1)
@@ -165,6 +165,11 @@ class Victim:
         return shown
 
 
+def defense_text(defense: Defense) -> str:
+    """What tells a defense from others, in another process, too."""
+    return str(getattr(defense, "__qualname__", defense))
+
+
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
     """Any model that :class:`Victim` takes, as a function from float images to checked logits.
 
@@ -172,7 +177,7 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
         A function from floating-point [N, C, H, W] on any device to float32 logits
         [N, num_classes] on the CPU. It runs under ``torch.inference_mode`` and raises
         FloatingPointError when a logit is NaN or Inf, ValueError when the module is in training
-        mode or the shape is not the one the ONNX model takes.
+        mode, the shape is not the one the ONNX model takes or what it answers are probabilities.
     """
     run = _runner(model)
 
@@ -186,12 +191,24 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
                 f"model: wanted logits [{len(images)}, num_classes], got {list(logits.shape)}"
             )
         logits = logits.to("cpu", torch.float32)
+        if _are_probabilities(logits):
+            raise ValueError(
+                "model: wanted logits, got rows of sum 1: probabilities, which a second softmax "
+                "would flatten; leave the softmax out, or give their logarithms with "
+                "lambda images: model(images).clamp(min=1e-12).log()"
+            )
         if not logits.isfinite().all():
             bad = int((~logits.isfinite()).any(1).sum())
             raise FloatingPointError(f"model: NaN or Inf in the logits of {bad} of {len(images)}")
         return logits
 
     return logits_of
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """One-hot rows are let pass: they may well be scores, and a softmax of them misleads nobody."""
+    distributions = (logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-4).all()
+    return bool(distributions & ((logits > 0) & (logits < 1)).any())
 
 
 def _runner(model: Any) -> Callable[[Tensor], Tensor]:

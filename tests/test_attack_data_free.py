@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,18 @@ def test_victim_of_8_bit_inputs_hides_its_gradient_from_small_steps_only(model):
     torch.manual_seed(0)
     assert cosine(1e-3) < 0.4
     assert cosine(0.1) > 0.65
+
+
+@pytest.mark.parametrize(("smoothing", "warned"), [(1e-3, True), (0.1, False)])
+def test_it_warns_of_steps_that_a_victim_does_not_see(model, smoothing, warned):
+    attack = replace(QUICK["dfme"], smoothing=smoothing, query_budget=1_000)
+    assert attack.query_budget >= attack.queries_per_round
+    victim = Victim(lambda images: model(to_float(to_uint8(images))))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        attack(victim, QUERIES, toy_model(seed=1))
+    found = [str(one.message) for one in said if "smoothing: a step of" in str(one.message)]
+    assert len(found) == warned and all("wanted is about 0.063" in text for text in found)
 
 
 def test_dfme_compares_centred_log_probabilities():

@@ -274,6 +274,13 @@ def test_readings(text, wanted):
             torch.testing.assert_close(row, torch.tensor(values, dtype=torch.float32))
 
 
+def test_a_small_temperature_leaves_the_likeliest_class():
+    probs = torch.full((1, 100), 0.79 / 99)
+    probs[0, 7] = 0.21
+    got = reading("temperature0.01")(probs)
+    torch.testing.assert_close(got, torch.eye(100)[7:8])
+
+
 @pytest.mark.parametrize(
     "text", ["labels", "top", "top0", "top1.5", "temperature0", "standardized0", "rounded0.5"]
 )

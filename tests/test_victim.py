@@ -182,6 +182,22 @@ def test_model_must_answer_one_row_of_logits_per_image():
         Victim(3)
 
 
+def test_probabilities_in_the_place_of_logits_are_refused():
+    probs = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).softmax(1)
+    with pytest.raises(ValueError, match="model: wanted logits, got rows of sum 1: probabilities"):
+        Victim(lambda images: probs)(torch.zeros(5, 1, 2, 2))
+    answers = Victim(lambda images: probs.clamp(min=1e-12).log())(torch.zeros(5, 1, 2, 2))
+    torch.testing.assert_close(answers, probs)
+    Victim(lambda images: torch.eye(4))(torch.zeros(4, 1, 2, 2))  # may be scores
+
+
+def test_a_function_as_defense_has_a_name_that_another_process_gives_it_too():
+    def halved(probs, images):
+        return probs / 2
+
+    assert Victim(flat, defense=halved).defense.endswith("halved")
+
+
 def test_answer_names():
     assert Victim(flat, answer="topk", k=3).answer == "top3"
     assert Victim(flat, answer="rounded", decimals=2).answer == "rounded2"

@@ -40,7 +40,8 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
     if found is None or (number <= 0 and found[1] != "rounded"):
         raise ConfigError(f"reading: wanted {READINGS}, got {text!r}")
     if found[1] == "temperature":
-        return lambda answers: distributions(distributions(answers) ** (1 / number))
+        # By logarithms: a small T would make all of a row's powers 0.
+        return lambda answers: (distributions(answers).log() / number).softmax(1)
     if found[1] == "standardized":
         return lambda answers: _standardized(answers, number)
     if number % 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from divqat.progress import progress
 
 # After so many rounds everything is stored and the clone shown: what a killed run repeats at most.
 ROUNDS_PER_SAVE = 50
+SAME_ANSWERS = 0.25  # share of images whose answers a probe may leave as they are, unwarned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,17 +221,33 @@ class Duel:
         raw = self._generate()
         images, answers = self._ask(raw.detach().tanh())
         here = self._finite(distance(images, answers))
-        gradient = zeroth_order(
-            lambda x: distance(*self._ask(x.tanh())),
-            raw.detach(),
-            here,
-            attack.directions,
-            attack.smoothing,
-        )
+        told = []
+
+        def probe(x: Tensor) -> Tensor:
+            moved, shown = self._ask(x.tanh())
+            told.append(shown)
+            return distance(moved, shown)
+
+        gradient = zeroth_order(probe, raw.detach(), here, attack.directions, attack.smoothing)
+        if self.round == 0:
+            self._look(answers, torch.stack(told))
         self.generator_optimizer.zero_grad()
         raw.backward(-gradient / len(raw))  # the optimizer descends, the mean of d shall grow
         self.generator_optimizer.step()
         return images, answers
+
+    def _look(self, answers: Tensor, told: Tensor) -> None:
+        """Warn of a victim whose answers do not show so small a step: [N, classes], and
+        [directions, N, classes] after it."""
+        same = float((told == answers).all(2).float().mean())
+        if same >= SAME_ANSWERS:
+            pixels = math.prod(self.learned[0].shape[1:])
+            warnings.warn(
+                f"smoothing: a step of {self.attack.smoothing} left the answers to {same:.0%} of "
+                "the images as they were, so the generator learns little; of an int8 victim with "
+                f"{pixels} numbers per image wanted is about {2 / 255 * math.sqrt(pixels):.2g}",
+                stacklevel=2,
+            )
 
     def _clone_step(self, images: Tensor, answers: Tensor) -> None:
         clone = self.task.clone.train()
