@@ -94,8 +94,8 @@ def run_study(
     out = Path(out)
     # Now: that something is missing should be known before hours of training.
     splits = load_splits(study.training("fp", study.seeds[0], out))
-    study.grid.check(splits)
     queries = study.grid.queries(splits)
+    study.grid.check(splits, len(queries))
     write_yaml(out / "config.yaml", asdict(study))
     if jobs > 1 and len(study.seeds) > 1:  # what is left after that is to read what they wrote
         side_by_side(_seed, [(study, seed, out) for seed in study.seeds], jobs)

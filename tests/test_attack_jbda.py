@@ -105,8 +105,8 @@ def test_targets_are_other_classes_each_as_often_and_no_two_alike():
 
 
 def test_literature_defaults_and_rounds():
-    assert JBDA()._sizes(150) == [150, 300, 600, 1200, 2400, 4800, 9600]  # 150 · 2^6
-    assert JBDATR()._sizes(1000) == [1000, 4000, 16000, 50000]
+    assert JBDA()._sizes() == [150, 300, 600, 1200, 2400, 4800, 9600]  # 150 · 2^6
+    assert JBDATR()._sizes() == [1000, 4000, 16000, 50000]
 
 
 @both

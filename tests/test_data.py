@@ -53,6 +53,12 @@ class TestSets:
         splits = Splits("toy", ("a", "b", "c", "d"), part, part.subset(slice(0)), part)
         assert (splits.num_classes, splits.channels, splits.image_size) == (4, 3, (6, 5))
 
+    @pytest.mark.parametrize("classes", [4, ["a", "b", "c", "d"], (0, 1, 2, 3)])
+    def test_splits_want_the_names_of_their_classes(self, classes):
+        part = image_set()
+        with pytest.raises(TypeError, match="classes: wanted a tuple of their names, got"):
+            Splits("toy", classes, part, part, part)
+
     def test_splits_refuse_other_shapes_and_unknown_labels(self):
         part = image_set()
         with pytest.raises(ValueError, match=r"test images must be \[1, 6, 5\] .*\[1, 6, 7\]"):

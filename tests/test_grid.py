@@ -124,6 +124,52 @@ def test_attacker_chooses_without_the_test_set(done):
     assert best_of([lucky, honest]) is honest
 
 
+def test_a_victim_alone_is_its_own_control(done):
+    result = done[0]
+    mine = Evaluation(**{**result.__dict__, "released": [
+        type(row)(**{**row.__dict__, "method": "unknown"}) for row in result.released
+    ]})  # fmt: skip
+    assert mine.control == "qat" and floor(mine) == floor(result) is not None
+    name = "a control without a defense is in the table"
+    assert {a.name: a.ok for a in audits(mine)}[name]
+    other = type(mine.released[0])(**{**mine.released[0].__dict__, "victim": "other"})
+    both = Evaluation(**{**mine.__dict__, "released": [*mine.released, other]})
+    assert both.control is None and floor(both) is None
+    assert not {a.name: a.ok for a in audits(both)}[name]
+
+
+def test_a_budget_beyond_the_query_set_is_known_before_any_work(model, tmp_path):
+    for attack, message in (
+        ("knockoff", "query_budget: wanted 1 to 300, the size of the query set, got 301"),
+        ("smoothing:copies=2", "query_budget: wanted 2 to 600"),
+        ("jbda:seeds=299", None),  # makes the rest itself
+    ):
+        grid = replace(
+            GRID, attacks=(attack,), budgets=(300, 301 if "copies" not in attack else 601)
+        )
+        if message is None:
+            grid.check(toy_splits(), 300)
+            continue
+        with pytest.raises(
+            ConfigError, match=f"attack {attack}, budget {grid.budgets[1]}: {message}"
+        ):
+            evaluate([Subject("qat", model)], toy_splits(), grid, tmp_path)
+        assert not list(tmp_path.glob("**/*"))
+
+
+def test_one_subject_is_not_several(model, tmp_path):
+    with pytest.raises(TypeError, match="subjects: wanted a sequence of Subject, got one"):
+        evaluate(Subject("qat", model), toy_splits(), GRID, tmp_path)
+
+
+def test_the_report_says_how_many_labeled_images_there_were(model, tmp_path):
+    splits = toy_splits()  # 100 validation images, 200 are wanted
+    grid = replace(GRID, attacks=("knockoff",), budgets=(50,), seeds=1)
+    result = evaluate([Subject("qat", model)], splits, grid, tmp_path, log=lambda line: None)
+    assert grid.holdout == 200 and result.grid["holdout"] == 100
+    assert "does best on 100 labeled images" in (tmp_path / "report.md").read_text()
+
+
 def test_names_must_differ(model, tmp_path):
     with pytest.raises(ValueError, match="subjects: wanted victims of different names"):
         evaluate([Subject("a", model)] * 2, toy_splits(), GRID, tmp_path)
@@ -248,4 +294,4 @@ def test_a_defense_can_be_tuned_without_the_test_set(model, tmp_path):
     assert other.released[0].accuracy != result.released[0].accuracy
     assert "Percent on the test set" in (out / "report.md").read_text()
     with pytest.raises(ConfigError, match="that are not measured, got 200 and 200"):
-        replace(grid, attacks=("labeled-only",), holdout=200).check(splits)
+        replace(grid, attacks=("labeled-only",), holdout=200).check(splits, 300)

@@ -145,7 +145,9 @@ def test_too_few_validation_images_are_known_before_any_work(model, tmp_path, mo
     with pytest.raises(ConfigError, match=message):
         evaluate([Subject("qat", model)], toy_splits(), grid, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    Grid.from_dict({**grid.to_dict(), "attacks": ["knockoff"]}).check(toy_splits())  # none owns any
+    Grid.from_dict({**grid.to_dict(), "attacks": ["knockoff"]}).check(
+        toy_splits(), 300
+    )  # none owns any
     study = Study.from_dict(
         {
             "seeds": [0],

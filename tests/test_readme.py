@@ -79,9 +79,9 @@ def test_the_guide_runs(tmp_path, monkeypatch):
         '"fashion-mnist"': '"digits"',
         '"openclipart"': '"noise", query_limit=60, threads=1',
         '"vgg_small", "lenet"': '"lenet",',
-        '"jbda"': '"jbda:seeds=30"',
+        '"jbda:start=owned"': '"jbda:start=owned,seeds=30"',
         "epochs=5": "epochs=1",
-        "seeds=3": "seeds=1",
+        ", seeds=3": ", seeds=1, holdout=20, labeled=60",
     }.items():
         assert long in code
         code = code.replace(long, short)

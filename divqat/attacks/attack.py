@@ -119,6 +119,13 @@ class Attack(Options, ABC):
     #: Whether it asks the victim at all: one that does not shows what a thief has without it.
     asks: ClassVar[bool] = True
 
+    def check(self, images: int) -> None:
+        """See that a query set of so many images is enough for the settings.
+
+        Raises:
+            ValueError: it is not.
+        """
+
     @property
     def owns(self) -> bool:
         """Whether it wants images of the victim's kind, see ``owning`` where there is one."""
@@ -169,6 +176,7 @@ class Attack(Options, ABC):
                 f"query_set: wanted uint8 [N, C, H, W], got {query_set.dtype} "
                 f"{list(query_set.shape)}"
             )
+        self.check(len(query_set))
         clone = copy.deepcopy(clone).to(  # type: ignore[call-overload]
             memory_format=torch.channels_last  # the faster one for convolutions
         )

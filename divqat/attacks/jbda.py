@@ -78,7 +78,8 @@ class JBDA(LabeledAttack, TransferAttack):
     def _extract(self, task: Task) -> Extraction:
         generator = torch.Generator().manual_seed(self.seed)
         source = self._labeled(task).images.cpu() if self.owns else task.query_set
-        sizes = self._sizes(len(source))
+        self._enough(len(source))
+        sizes = self._sizes()
         images = source[torch.randperm(len(source), generator=generator)[: sizes[0]]]
         seeds = torch.randint(2**62, (len(sizes), self.epochs), generator=generator).tolist()
         rounds = [  # all of them made now, so that a resumed run starts from the same weights
@@ -96,12 +97,18 @@ class JBDA(LabeledAttack, TransferAttack):
             clone = training.run(images, distributions(answers))
         return Extraction(clone, (images, answers), len(answers))
 
-    def _sizes(self, available: int) -> list[int]:
-        """Images after each round."""
+    def check(self, images: int) -> None:
+        if not self.owns:
+            self._enough(images)
+
+    def _enough(self, available: int) -> None:
         if self.seeds > available:
             raise ValueError(
                 f"seeds: wanted 1 to {available}, the images to draw them from, got {self.seeds}"
             )
+
+    def _sizes(self) -> list[int]:
+        """Images after each round."""
         sizes = [self.seeds]
         while sizes[-1] < self.query_budget:
             sizes.append(min(sizes[-1] * (1 + self.copies), self.query_budget))

@@ -45,15 +45,16 @@ class KnockoffNets(TransferAttack):
         clone = training.run(images, targets, loss)
         return Extraction(clone, (asked, answers), len(answers))
 
+    def check(self, images: int) -> None:
+        if self.query_budget is not None and self.query_budget > images:
+            raise ValueError(
+                f"query_budget: wanted 1 to {images}, the size of the query set, got "
+                f"{self.query_budget}"
+            )
+
     def _draw(self, task: Task, generator: torch.Generator) -> Tensor:
         """Which rows of the query set are asked, in order."""
-        size = len(task.query_set)
-        budget = size if self.query_budget is None else self.query_budget
-        if budget > size:
-            raise ValueError(
-                f"query_budget: wanted 1 to {size}, the size of the query set, got {budget}"
-            )
-        return torch.randperm(size, generator=generator)[:budget]
+        return torch.randperm(len(task.query_set), generator=generator)[: self.query_budget]
 
     def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What is asked, uint8 [Q, C, H, W], and the answers, float32 [Q, num_classes]."""

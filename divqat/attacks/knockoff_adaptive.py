@@ -53,17 +53,19 @@ class KnockoffAdaptive(KnockoffNets):
     window: int = option(256, "Images that a reward is compared with.", least=1)
     round_size: int = option(64, "Images drawn before the policy learns.", least=1)
 
+    def check(self, images: int) -> None:
+        super().check(images)
+        if self.groups > images:
+            raise ValueError(
+                f"groups: wanted at most the {images} images of the query set, got {self.groups}"
+            )
+
     def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:
         finished = task.folder.load(TRANSFER)  # the clone may have been trained since
         if finished is not None:
             return task.query_set[finished["rows"]], finished["answers"]
         # Of the random draw only the size counts: it is the checked budget.
         sizes = [len(part) for part in rows.split(self.round_size)]
-        if self.groups > len(task.query_set):
-            raise ValueError(
-                f"groups: wanted at most the {len(task.query_set)} images of the query set, "
-                f"got {self.groups}"
-            )
         names = [f"round{number}.pt" for number in range(len(sizes))]
         task.afford(len(rows) - sum(map(task.asked, names)))
         bandit = GradientBandit(clusters(thumbnails(task.query_set), self.groups))

@@ -41,15 +41,17 @@ class Smoothing(KnockoffNets):
     angle: float = option(10.0, "Largest turn of a copy, in degrees.", least=0, most=180)
     mirror: bool = option(True, "Mirror the copies at random.")
 
-    def _draw(self, task: Task, generator: torch.Generator) -> Tensor:
-        size = len(task.query_set)
-        most = size * self.copies
-        budget = most if self.query_budget is None else self.query_budget
-        if not self.copies <= budget <= most:
+    def check(self, images: int) -> None:
+        most, budget = images * self.copies, self.query_budget
+        if budget is not None and not self.copies <= budget <= most:
             raise ValueError(
                 f"query_budget: wanted {self.copies} to {most}, {self.copies} copies of each of "
-                f"{size} images, got {budget}"
+                f"{images} images, got {budget}"
             )
+
+    def _draw(self, task: Task, generator: torch.Generator) -> Tensor:
+        size = len(task.query_set)
+        budget = size * self.copies if self.query_budget is None else self.query_budget
         return torch.randperm(size, generator=generator)[: budget // self.copies]
 
     def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,13 @@ class ImageSet:
 class Splits:
     """A data set: its name, its classes and three disjoint sets of images of one shape.
 
+    Args:
+        name: of the data set.
+        classes: their names, as many as there are classes.
+        train, validation, test: labels below the number of classes.
+
     Raises:
+        TypeError: ``classes`` are no names.
         ValueError: image shapes differ between the splits, or a label has no class.
     """
 
@@ -116,6 +122,10 @@ class Splits:
     test: LabeledImages
 
     def __post_init__(self) -> None:
+        if not isinstance(self.classes, tuple) or not all(
+            isinstance(name, str) for name in self.classes
+        ):
+            raise TypeError(f"classes: wanted a tuple of their names, got {self.classes!r}")
         shape = self.train.image_shape
         for split in ("train", "validation", "test"):
             data: LabeledImages = getattr(self, split)

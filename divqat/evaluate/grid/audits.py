@@ -38,8 +38,8 @@ def _seeds_of(result: Evaluation, victim: str, defense: str) -> set[int]:
 
 
 def _control(result: Evaluation) -> Audit:
-    found = result.select(result.released, method="qat", defense=UNDEFENDED)
-    name = "plain QAT without a defense is in the table"
+    found = result.select(result.released, victim=result.control, defense=UNDEFENDED)
+    name = "a control without a defense is in the table"
     return Audit(name, bool(found), _names(found) if found else "no victim of method qat")
 
 
@@ -140,10 +140,10 @@ def _epochs(result: Evaluation) -> Audit:
 
 
 def _costs(result: Evaluation) -> list[Audit]:
-    """Whether each victim and defense keeps the accuracy of undefended plain QAT, seed by seed."""
+    """Whether each victim and defense keeps the accuracy of the undefended control, by seed."""
     control = {
         row.seed: row.accuracy
-        for row in result.select(result.released, method="qat", defense=UNDEFENDED)
+        for row in result.select(result.released, victim=result.control, defense=UNDEFENDED)
         if row.accuracy is not None
     }
     found = []
@@ -154,9 +154,9 @@ def _costs(result: Evaluation) -> list[Audit]:
             for row in rows
             if row.released_accuracy is not None and row.seed in control
         ]
-        if losses and (rows[0].method, defense) != ("qat", UNDEFENDED):
+        if losses and (victim, defense) != (result.control, UNDEFENDED):
             detail = f"{-100 * mean(losses):+.2f} points, -{100 * ACCURACY_LOSS} allowed"
-            name = f"{victim} behind {defense} keeps plain QAT's accuracy"
+            name = f"{victim} behind {defense} keeps the accuracy of {result.control}"
             found.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
     return found
 
@@ -165,9 +165,8 @@ def _floors(result: Evaluation) -> list[Audit]:
     lowest = floor(result)
     found = []
     for victim, defense in result.pairs():
-        method = result.select(result.released, victim=victim)[0].method
         best = result.per_seed(victim, defense, best_of)
-        if lowest is not None and best and (method, defense) != ("qat", UNDEFENDED):
+        if lowest is not None and best and (victim, defense) != (result.control, UNDEFENDED):
             accuracy = mean(cell.accuracy for cell in best)
             detail = f"best of all attacks {accuracy:.1%}, floor {lowest:.1%}"
             name = f"{victim} behind {defense} beats showing labels only"

@@ -117,17 +117,26 @@ class Grid(Attacker):
                     if defense == UNDEFENDED or steals(attack):
                         yield attack, budget, clone
 
-    def check(self, splits: Splits) -> None:
-        """See that there are as many labeled images as the attacker is to own.
+    def check(self, splits: Splits, queries: int) -> None:
+        """See that there are as many labeled images as the attacker is to own, and as many
+        ``queries`` as budgets allow.
 
         Raises:
-            ConfigError: the validation split has fewer, and an attack trains on some.
+            ConfigError: the validation split has fewer, and an attack uses some; or an attack
+                has no use of so large a budget.
         """
+        for budget in self.budgets or ():
+            for attack in self.attacks:
+                try:
+                    self.attack(attack, budget, 0).check(queries)
+                except ValueError as error:
+                    raise ConfigError(f"attack {attack}, budget {budget}: {error}") from None
         available = len(self.measured(splits).validation)
         if any(map(owns, self.attacks)) and self.holdout + self.labeled > available:
             raise ConfigError(
                 f"holdout, labeled: wanted together at most {available}, the validation images of "
-                f"{splits.name} that are not measured, got {self.holdout} and {self.labeled}"
+                f"{splits.name} that are not measured, got {self.holdout} and {self.labeled}; "
+                "lower them, or leave out the attacks that own labeled images"
             )
 
     def measured(self, splits: Splits) -> Splits:

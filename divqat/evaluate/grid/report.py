@@ -87,9 +87,10 @@ def _beside(result: Evaluation) -> list[Section]:
         "trained model, each pixel by no more than the given part of its range, along gradients "
         "that pass straight through its rounding. White-box accuracy is measured by these two "
         "attacks only: it is an upper bound, and a model whose loss is flat can hide its gradients "
-        "from them and look robust. Not measured: no epsilons were given, or there is no model to "
-        "take gradients from."
+        "from them and look robust."
     )
+    if not images:
+        text += " Not measured: no epsilons were given, or there is no model to take gradients of."
     return [Section("Side effects", text, tables.side_effects_table(result))]
 
 
@@ -101,8 +102,8 @@ def _labeled(result: Evaluation) -> str:
 def _floor(result: Evaluation) -> str:
     lowest = tables.floor(result)
     if lowest is None:
-        return "Label-only floor: unknown, no hard-label attack on undefended plain QAT was run."
-    return f"Label-only floor (hard-label clone of undefended plain QAT): {lowest:.1%}."
+        return "Label-only floor: unknown, no hard-label attack on an undefended control was run."
+    return f"Label-only floor (hard-label clone of undefended {result.control}): {lowest:.1%}."
 
 
 def _provenance(result: Evaluation) -> Table:

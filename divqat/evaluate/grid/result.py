@@ -128,6 +128,13 @@ class Evaluation:
         """The largest budget: the one that tables show."""
         return max((cell.budget for cell in self.cells), default=self.query_images)
 
+    @property
+    def control(self) -> str | None:
+        """The victim that all are compared with: the first of method ``qat``, else the only one."""
+        names = list(dict.fromkeys(row.victim for row in self.released))
+        plain = [row.victim for row in self.released if row.method == "qat"]
+        return plain[0] if plain else names[0] if len(names) == 1 else None
+
     def select(self, rows: Iterable[R], **wanted: object) -> list[R]:
         """The rows whose fields are as ``wanted``."""
         return [

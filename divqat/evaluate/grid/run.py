@@ -87,14 +87,17 @@ def evaluate(
         The content of ``OUT/evaluation.json``, written or not.
 
     Raises:
+        TypeError: ``subjects`` is one.
         ValueError: two victims of one name and seed, no victim, or too few validation images.
         Others: as the attacks and defenses.
     """
+    if isinstance(subjects, Subject):
+        raise TypeError("subjects: wanted a sequence of Subject, got one")
     names = Counter((subject.name, subject.seed) for subject in subjects)
     if not subjects or max(names.values()) > 1:
         raise ValueError(f"subjects: wanted victims of different names, got {list(names)}")
-    grid.check(splits)
     queries = grid.queries(splits) if queries is None else queries
+    grid.check(splits, len(queries))
     splits = grid.measured(splits)
     runner = _Runner(splits, queries, grid, Path(out), log)
     log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
@@ -217,7 +220,7 @@ class _Runner:
             chance=chance(self.test.labels),
             query_images=len(self.queries),
             overlap=self.overlap,
-            grid=self.grid.to_dict(),
+            grid={**self.grid.to_dict(), "holdout": len(self._holdout(0))},  # there may be fewer
             deployed=deployed,
             command=command,
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -92,10 +92,10 @@ def budgets_table(result: Evaluation, victim: str) -> Table:
 
 
 def floor(result: Evaluation) -> float | None:
-    """Mean accuracy of hard-label clones of undefended plain QAT: what showing nothing but labels
+    """Mean accuracy of hard-label clones of the undefended control: what showing nothing but labels
     leaves to an attacker; None where it was not measured."""
-    names = [row.victim for row in result.select(result.released, method="qat", defense="none")]
-    cells = result.per_seed(names[0], "none", reads(HARD)) if names else []
+    control = result.control
+    cells = [] if control is None else result.per_seed(control, "none", reads(HARD))
     return mean(cell.accuracy for cell in cells) if cells else None
 
 
