@@ -23,6 +23,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from divqat.errors import require, unknown_name
 from divqat.files import write_text
+from divqat.foreign import FOREIGN, is_foreign
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -49,13 +50,14 @@ def option(
     most: float | None = None,
     below: float | None = None,
     empty: bool = False,
+    foreign: bool = False,
 ) -> Any:
     """A dataclass field with help text, bounds, and the group its flag is listed in; ``empty``: a
-    tuple may be ``()``."""
+    tuple may be ``()``; ``foreign``: beside ``choices`` a ``module:function`` is welcome."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     metadata: dict[str, Any] = {"help": help, "group": group, "bounds": given}
-    metadata |= {"choices": tuple(choices), "empty": empty}
+    metadata |= {"choices": tuple(choices), "empty": empty, "foreign": foreign}
     return field(default=default, metadata=metadata)
 
 
@@ -136,8 +138,14 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tupl
             settings["action"] = argparse.BooleanOptionalAction
         else:
             item = get_args(kind)[0] if get_origin(kind) is tuple else kind
-            settings |= {"type": item, "choices": spec.metadata["choices"] or None}
-            settings["metavar"] = None if spec.metadata["choices"] else name.split("_")[-1].upper()
+            choices = spec.metadata["choices"]
+            settings["type"] = item
+            if spec.metadata["foreign"]:
+                settings["metavar"] = f"{{{','.join((*choices, FOREIGN))}}}"
+            elif choices:
+                settings["choices"] = choices
+            else:
+                settings["metavar"] = name.split("_")[-1].upper()
             if item is not kind:
                 settings["nargs"] = "*" if spec.metadata["empty"] else "+"
         groups[title].add_argument(f"--{name.replace('_', '-')}", **settings)
@@ -206,8 +214,9 @@ def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
         return tuple(_checked(name, item, get_args(kind)[0], spec) for item in value)
     choices, bounds = spec.metadata["choices"], spec.metadata["bounds"]
     wanted = NOUNS[kind] + "".join(f" {word} {bound:g}" for word, bound in bounds.items())
+    foreign = spec.metadata["foreign"]
     if choices:
-        wanted = f"one of {', '.join(choices)}"
+        wanted = f"one of {', '.join(choices)}{f' or {FOREIGN}' if foreign else ''}"
     try:
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if kind is float and not fits and not isinstance(value, bool):
@@ -217,6 +226,7 @@ def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
     if fits and kind is float:
         fits = math.isfinite(value)
     inside = fits and all(BOUNDS[word](value, bound) for word, bound in bounds.items())
-    if not inside or (choices and value not in choices):
+    known = not choices or value in choices or (foreign and is_foreign(value))
+    if not inside or not known:
         raise ConfigError(f"{name}: wanted {wanted}, got {value!r}")
     return value

@@ -43,8 +43,9 @@ class AttackConfig(Attacker):
         None, "Queries (1 image = 1 query); None: the whole query set.", group="attacker", least=1
     )
     clone: str = option(
-        "lenet", "Network that the attacker trains.", group="attacker", choices=models.names()
-    )
+        "lenet", "Network that the attacker trains.",
+        group="attacker", choices=models.names(), foreign=True,
+    )  # fmt: skip
     momentum: float = option(0.9, "Nesterov momentum.", group="attacker", least=0, below=1)
     weight_decay: float = option(5e-4, "L2 penalty.", group="attacker", least=0)
     seed: int = option(0, "Clone's initial weights, order of the images.", group="running", least=0)

@@ -1,4 +1,4 @@
-"""Small convolutional networks for small images, all traceable by torch.fx.
+"""Small convolutional networks for small images, all traceable by torch.fx, and networks of others.
 
 They take images float [N, C, H, W] and return logits [N, num_classes].
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from torch import nn
 
 from divqat.errors import unknown_name
+from divqat.foreign import foreign, is_foreign
 from divqat.models.lenet import LeNet
 from divqat.models.mobilenetv2_small import MobileNetV2Small
 from divqat.models.resnet20 import ResNet20
@@ -35,15 +36,23 @@ def build(
     """A network with random weights; ``torch.manual_seed`` determines them.
 
     Args:
-        name: one of :func:`names`.
+        name: one of :func:`names`, or ``module:function``: a function (or class) that takes the
+            three settings below by name, ``image_size`` as (H, W), and returns the network; see
+            :func:`divqat.foreign.foreign`.
         in_channels: channels of the images, at least 1.
         num_classes: number of logits, at least 1.
         image_size: (H, W), or one number for both; at least 8. Only ``lenet`` depends on it.
 
     Raises:
         ValueError: an unknown name, or a number that is too small.
+        ImportError, TypeError: there is no such function, or it returns something else.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if is_foreign(name):
+        model = foreign(name)(in_channels=in_channels, num_classes=num_classes, image_size=size)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: wanted an nn.Module of {name}, got {type(model).__name__}")
+        return model
     if name not in names():
         raise unknown_name("model", name, names())
     if in_channels < 1:

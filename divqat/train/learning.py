@@ -45,7 +45,10 @@ class Learning(Options):
         "Quantized models start from its weights; divqat, kd-qat and nasty learn from its answers.",
         group="what to train",
     )
-    model: str = option("lenet", "Network.", group="what to train", choices=models.names())
+    model: str = option(
+        "lenet", "Network; one of yours: a function of in_channels, num_classes and image_size.",
+        group="what to train", choices=models.names(), foreign=True,
+    )  # fmt: skip
 
     dataset: str = option("digits", "Data set to learn.", group="data", choices=data.names())
     data_root: str | None = option(

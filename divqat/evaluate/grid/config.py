@@ -50,6 +50,7 @@ class Grid(Attacker):
         "Networks that the attacker trains.",
         group="what is tried",
         choices=models.names(),
+        foreign=True,
     )
     seeds: int = option(
         3, "Attacks of each kind, with seeds 0, 1 ...", group="what is tried", least=1
@@ -86,8 +87,9 @@ class Grid(Attacker):
         1000, "Test images that they move, the first ones.", group="side effects", least=1
     )
     surrogate: str = option(
-        "lenet", "Network of the defenses that need one.", group="owner", choices=models.names()
-    )
+        "lenet", "Network of the defenses that need one.",
+        group="owner", choices=models.names(), foreign=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
