@@ -80,6 +80,46 @@ def test_it_is_defended_exported_and_attacked(nets, tmp_path, capsys):
     assert [cell["clone"] for cell in found["cells"]] == [f"{nets}:tiny"]
 
 
+def test_its_weights_come_along(nets, tmp_path):
+    common = f"train --model {nets}:tiny --dataset digits --threads 1"
+    assert cli.main(f"{common} --epochs 3 --lr 0.05 --out elsewhere".split()) == 0
+    trained = load_run("elsewhere").model.state_dict()
+    torch.save(trained, "weights.pt")
+    assert cli.main(f"{common} --epochs 0 --weights weights.pt --out taken".split()) == 0
+    taken = load_run("taken")
+    assert taken.epoch == 0
+    assert all(torch.equal(value, trained[key]) for key, value in taken.model.state_dict().items())
+    for key in ("test_accuracy", "validation_accuracy"):
+        there, here = (json.loads((tmp_path / run / "summary.json").read_text())[key]
+                       for run in ("elsewhere", "taken"))  # fmt: skip
+        assert here == there > 0.8
+    # the same command once more, a teacher, and a training that begins there
+    assert cli.main(f"{common} --epochs 0 --weights weights.pt --out taken".split()) == 0
+    for command in (
+        "train --method qat --teacher taken --epochs 1 --lr 0.01 --threads 1 --out qat",
+        f"{common} --epochs 1 --lr 0.001 --weights weights.pt --out further",
+    ):
+        assert cli.main(command.split()) == 0
+    assert json.loads((tmp_path / "further" / "summary.json").read_text())["test_accuracy"] > 0.8
+    (row, *_) = (tmp_path / "taken" / "metrics.csv").read_text().splitlines()[1:]
+    assert row.startswith("0,,,,0.")
+
+
+def test_weights_of_something_else(nets, tmp_path):
+    torch.save({"weight": torch.zeros(3)}, "other.pt")
+    config = {"model": f"{nets}:tiny", "epochs": 0, "threads": 1}
+    with pytest.raises(
+        ValueError, match=r"weights: wanted a state dict of the network in other\.pt"
+    ):
+        train(TrainConfig(**config, weights="other.pt"), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere\.pt"):
+        train(TrainConfig(**config, weights="nowhere.pt"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="epochs: wanted at least 1, or weights"):
+        TrainConfig(**config)
+    with pytest.raises(ConfigError, match="weights: wanted none for method qat"):
+        TrainConfig(method="qat", teacher="fp", weights="other.pt")
+
+
 def test_help_names_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

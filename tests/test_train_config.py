@@ -10,7 +10,7 @@ from divqat.train import TrainConfig
         (dict(lr=0), "lr: wanted a number above 0, got 0"),
         (dict(lr="fast"), "lr: wanted a number above 0, got 'fast'"),
         (dict(lr=float("nan")), "lr: wanted a number"),
-        (dict(epochs=1.5), "epochs: wanted a whole number at least 1, got 1.5"),
+        (dict(epochs=1.5), "epochs: wanted a whole number at least 0, got 1.5"),
         (dict(epochs=True), "epochs: wanted a whole number"),
         (dict(epochs=None), "epochs: wanted a whole number"),
         (dict(flip="yes"), "flip: wanted true or false, got 'yes'"),

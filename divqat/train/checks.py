@@ -25,6 +25,13 @@ def check_settings(config: TrainConfig) -> None:
             f"teacher: method {config.method} wants the run folder of a full-precision training, "
             "got none"
         )
+    if config.weights is not None and config.method != "fp":
+        raise ConfigError(
+            f"weights: wanted none for method {config.method}, which begins with its teacher's, "
+            f"got {config.weights!r}"
+        )
+    if not config.epochs and config.weights is None:
+        raise ConfigError("epochs: wanted at least 1, or weights that are taken as they are, got 0")
     if config.cache_teacher and (config.pad or config.flip):
         raise ConfigError(
             "cache_teacher: wanted images that are the same in every epoch, got pad = "

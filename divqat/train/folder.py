@@ -154,6 +154,21 @@ def build_float(config: TrainConfig, shape: Mapping[str, Any], *purpose: str) ->
         )
 
 
+def load_weights(model: nn.Module, path: str) -> None:
+    """Fill a network with a state dict that was saved elsewhere.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is none, or one of another network.
+    """
+    state = load_checkpoint(path)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"weights: wanted a state dict of the network in {path}: {' '.join(str(error).split())}"
+        ) from error
+
+
 def example(shape: Mapping[str, Any]) -> Tensor:
     """float32 zeros [2, C, H, W]."""
     return torch.zeros(2, shape["in_channels"], *shape["image_size"])

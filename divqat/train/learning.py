@@ -49,6 +49,11 @@ class Learning(Options):
         "lenet", "Network; one of yours: a function of in_channels, num_classes and image_size.",
         group="what to train", choices=models.names(), foreign=True,
     )  # fmt: skip
+    weights: str | None = option(
+        None, "State dict (.pt) of the network, trained elsewhere, that fp begins with; with "
+        "epochs 0 it is taken as it is.",
+        group="what to train",
+    )  # fmt: skip
 
     dataset: str = option("digits", "Data set to learn.", group="data", choices=data.names())
     data_root: str | None = option(
@@ -81,7 +86,7 @@ class Learning(Options):
     flip: bool = option(False, "Mirror training images at random.", group="data")
 
     epochs: int = option(
-        10, "Passes over the training images; ptq needs no more than 1.", group="optimizer", least=1
+        10, "Passes over the training images; ptq needs no more than 1.", group="optimizer", least=0
     )
     batch_size: int = option(
         64, "Images per step, of all processes together.", group="optimizer", least=1

@@ -108,6 +108,8 @@ def _train(
     with cpu_threads(config.threads), _deterministic(config.deterministic):
         trainer = Trainer(config, splits, teacher, team, out)
         if state is None:
+            if not config.epochs:
+                trainer.look()
             if writes:
                 write_checkpoint(out, trainer.state())
         else:

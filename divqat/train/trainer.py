@@ -23,7 +23,7 @@ from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.budget import Budget, load_reference
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
-from divqat.train.folder import Run, build_model, derived_seed
+from divqat.train.folder import Run, build_model, derived_seed, load_weights
 from divqat.train.graph import Captured, own_stream
 from divqat.train.ini import InI
 from divqat.train.memory import Need, reset_peak
@@ -71,6 +71,8 @@ class Trainer:
                 f"teacher: wanted a model of {self.shape} like the data, got {teacher.shape}"
             )
         self.model = build_model(config, self.shape)
+        if config.weights is not None:
+            load_weights(self.model, config.weights)
         if teacher is not None and config.kind.quantized:
             self.model.load_state_dict(teacher.model.state_dict())
         # Channels last: convolutions and batch norms are faster so on CPUs and on tensor cores.
@@ -174,8 +176,7 @@ class Trainer:
             "loss": loss,
             "ce": ce,
             "divergence": divergence if config.compares else None,
-            "validation_accuracy": accuracy(logits, self.validation.labels),
-            "top_probability": mean_top_probability(softmax(logits)),
+            **self._worth(logits),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
             "ms_per_step": 1000 * seconds / self.steps,
             "waiting": waited / seconds,
@@ -189,6 +190,20 @@ class Trainer:
             self._keep_inside(self.budget, self.kept)
             row["seconds"] = time.perf_counter() - start
         return row
+
+    def look(self) -> None:
+        """A row for weights that are taken as they are."""
+        start, logits = time.perf_counter(), self._validate(0, 0)
+        row = {"epoch": 0, "loss": None, "ce": None, "divergence": None, **self._worth(logits)}
+        row |= {"lr": None, "ms_per_step": 0.0, "waiting": 0.0}
+        self.rows.append(row | {"seconds": time.perf_counter() - start})
+
+    def _worth(self, logits: Tensor) -> dict[str, float]:
+        """What logits of the validation images say of the model."""
+        return {
+            "validation_accuracy": accuracy(logits, self.validation.labels),
+            "top_probability": mean_top_probability(softmax(logits)),
+        }
 
     def _keep_inside(self, budget: Budget, kept: dict[str, Any]) -> None:
         """Note a network that is inside; after the last epoch go back to it, or if there is none
