@@ -1,6 +1,6 @@
-"""``python -m bench readme``: the tables of the README from the committed results.
+"""``python -m bench readme``: the tables of docs/performance.md from the committed results.
 
-A block of the README between ``<!-- bench NAME -->`` and ``<!-- /bench -->`` is filled from
+A block of it between ``<!-- bench NAME -->`` and ``<!-- /bench -->`` is filled from
 ``bench/results/FILE.json``; ``bench/results/README.md`` gets the rest. No number is typed.
 """
 
@@ -17,6 +17,7 @@ from divqat.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "performance.md"
 # block → (file, table)
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu-ops": ("cpu-ops.json", tables.ops),
@@ -88,9 +89,8 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: with ``--check``, a file is out of date.
     """
-    readme = ROOT / "README.md"
     wanted = {
-        readme: filled(readme.read_text(encoding="utf-8")),
+        PAGE: filled(PAGE.read_text(encoding="utf-8")),
         RESULTS / "README.md": details(),
     }
     for file, text in wanted.items():

@@ -9,7 +9,7 @@ import yaml
 from testing import randn
 
 from divqat.attacks import ATTACKS
-from divqat.cli import _parser
+from divqat.cli import _parser, main
 from divqat.defenses import DEFENSES
 from divqat.evaluate import Result, results_table
 from divqat.evaluate.grid import Evaluation
@@ -38,10 +38,10 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     float_model = build("lenet", in_channels=1, num_classes=4, image_size=8)
     images, labels = randn(8, 1, 8, 8).clamp(-1, 1), torch.arange(8) % 4
     teacher = {name: value.clone() for name, value in float_model.state_dict().items()}
-    names = {"float_model": float_model.eval(), "images": images, "loader": [(images, labels)] * 3}
-    setup = "optimizer = torch.optim.SGD(model.parameters(), lr=0.01)\n"
-    head, body = code.split("for images", 1)
-    exec(head + setup + "for images" + body, names)
+    names = {"float_model": float_model.eval(), "loader": [(images, labels)] * 3}
+    exec(code, names)
+    moved = dict(names["model"].named_parameters())["classifier.5.weight"]
+    assert not torch.equal(moved, teacher["classifier.5.weight"])
     assert (tmp_path / "model.onnx").stat().st_size > 0
     assert "SQNR" in capsys.readouterr().out
     for name, value in float_model.state_dict().items():
@@ -92,6 +92,29 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     assert {cell.attack for cell in result.cells} == set(names["grid"].attacks)
     assert {row.defense for row in result.released} == {"none", "rounding:decimals=1"}
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+
+
+def test_a_network_of_ones_own_is_defended_as_the_page_says(tmp_path, monkeypatch):
+    """Its commands, but on digits and short."""
+    page = (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_nets.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = build("my_nets:my_net", in_channels=1, num_classes=10, image_size=8)
+    torch.save(network.state_dict(), "my_net.pt")
+    lines = re.findall(r"^    (divqat [a-z]+.*)$", page, re.MULTILINE)
+    for line in lines:
+        for long, short in {
+            "--dataset folder --data-root pictures": "--dataset digits",
+            "--epochs 10": "--epochs 1 --threads 1",
+            "--query-set openclipart": "--query-set noise --query-limit 60 --epochs 1 --threads 1",
+            "--out runs/evaluation": "--seeds 1 --epsilons --out runs/evaluation",
+        }.items():
+            line = line.replace(long, short)
+        assert main(shlex.split(line)[1:]) == 0
+    assert len(lines) == 6
+    assert (tmp_path / "runs" / "evaluation" / "report.html").is_file()
 
 
 def test_every_attack_and_defense_is_described():
