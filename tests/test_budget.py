@@ -16,7 +16,7 @@ from divqat.files import load_checkpoint, read_json, save_checkpoint
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, distributed, load_run, train, trainer
 from divqat.train.budget import STEPS, Budget, between
-from divqat.train.folder import load_splits
+from divqat.train.folder import build_model, load_splits
 from divqat.train.learning import MISDIRECT
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
@@ -259,6 +259,22 @@ def test_without_a_reference_it_is_the_teacher(teacher, tmp_path, monkeypatch):
     misled = [row["misled"] for row in told["path"]]
     assert 1 >= misled[0] > misled[-1] > 0
     assert any(line.startswith("accuracy budget: ") and "of the way" in line for line in lines)
+
+
+def test_without_a_reference_the_way_ends_at_the_teacher(teacher, free):
+    """Its BatchNorms have other names than those that are folded into convolutions."""
+    run, start = load_run(free), load_run(teacher)
+    validation = run.splits().validation
+    budget = Budget.of(settings(teacher, None, reference=None), start, validation)
+    ways = between(budget.start, run.model.state_dict(), 0)
+    wanted = build_model(run.config, run.shape)
+    wanted.load_state_dict(start.model.state_dict())
+    for name, value in wanted.state_dict().items():
+        if "fake_quantize" not in name and isinstance(value, torch.Tensor):
+            assert name.endswith("num_batches_tracked") or torch.equal(ways[name], value), name
+    run.model.load_state_dict(ways)
+    found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)
+    assert abs(found - budget.reference) < 0.03
 
 
 def test_a_budget_that_is_not_kept_is_told(teacher, tmp_path):

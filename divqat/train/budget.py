@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from divqat.data import LabeledImages
 from divqat.evaluate import accuracy, predict
 from divqat.train.config import SHARED, TrainConfig
-from divqat.train.folder import Run, fingerprint, load_run
+from divqat.train.folder import Run, build_model, fingerprint, load_run
 
 STEPS = 20  # on the whole way
 REWINDS = 2  # with half of λ and w, and with a quarter
@@ -74,7 +74,7 @@ class Budget:
             return None
         assert reference is not None
         found = accuracy(predict(reference.model, validation), validation.labels)
-        return cls(config.accuracy_budget, found, reference.model.state_dict())
+        return cls(config.accuracy_budget, found, weights_of(config, reference))
 
     @property
     def weaker(self) -> float:
@@ -200,6 +200,17 @@ def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> d
         return torch.where(first == last, last, torch.lerp(first, last, share))
 
     return {name: move(name, last) for name, last in end.items()}
+
+
+def weights_of(config: TrainConfig, run: Run) -> dict[str, Any]:
+    """The state dict of ``run`` in the names of the model that ``config`` trains: those of a
+    folded BatchNorm differ. One of full precision has no activation ranges."""
+    if run.config.kind.quantized:
+        return run.model.state_dict()
+    model = build_model(config, run.shape)
+    model.load_state_dict(run.model.state_dict())
+    state = model.state_dict()
+    return {name: state[name] for name in state if "fake_quantize" not in name}
 
 
 def load_reference(config: TrainConfig, teacher: Run | None) -> Run | None:
