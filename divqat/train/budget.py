@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from divqat.data import LabeledImages
 from divqat.evaluate import accuracy, predict
+from divqat.nn.observer import MovingAverageMinMaxObserver
+from divqat.ops.reference import choose_qparams
 from divqat.train.config import SHARED, TrainConfig
 from divqat.train.folder import Run, build_model, fingerprint, load_run
 
@@ -37,13 +39,13 @@ class Budget:
 
     θ are the last weights, θ₀ those of plain QAT, or without a ``reference`` those of the teacher,
     where both began. The result is the first θ(s) inside, or if there is none, the most accurate.
-    Activation ranges and BatchNorm's statistics go the same way, whole numbers stay. Where accuracy
-    is lowest in the middle of the way, little of the defense is left when it is back. That networks
-    trained on from the same weights can be joined by a straight line without such a barrier, and
-    that what was learned second can be traded against the first on it, is of Frankle et al.,
-    "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, arXiv 1912.05671, and
-    Ilharco et al., "Patching open-vocabulary models by interpolating weights", NeurIPS 2022, arXiv
-    2208.05592.
+    Activation ranges and BatchNorm's statistics go the same way, and a zero point that is no longer
+    its range's follows, with the scale; other whole numbers stay. Where accuracy is lowest in the
+    middle of the way, little of the defense is left when it is back. That networks trained on from
+    the same weights can be joined by a straight line without such a barrier, and that what was
+    learned second can be traded against the first on it, is of Frankle et al., "Linear mode
+    connectivity and the lottery ticket hypothesis", ICML 2020, arXiv 1912.05671, and Ilharco et
+    al., "Patching open-vocabulary models by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
 
     The validation split no longer estimates without bias what it has chosen; the test split does.
 
@@ -109,7 +111,7 @@ class Budget:
         end = deepcopy(model.state_dict())
         for step in range(STEPS, -1, -1):
             share = step / STEPS
-            model.load_state_dict(between(self.start, end, share))
+            move(model, self.start, end, share)
             found = measure()
             below = self._below(found)
             self.path.append({"share": share, "points_below": below, **found})
@@ -117,7 +119,7 @@ class Budget:
                 break
         else:
             self.path.append(min(self.path, key=lambda row: row["points_below"]))
-            model.load_state_dict(between(self.start, end, self.chosen["share"]))
+            move(model, self.start, end, self.chosen["share"])
 
     def _below(self, found: dict[str, float]) -> float:
         return 100 * (self.reference - found["validation_accuracy"])
@@ -200,6 +202,22 @@ def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> d
         return torch.where(first == last, last, torch.lerp(first, last, share))
 
     return {name: move(name, last) for name, last in end.items()}
+
+
+@torch.no_grad()
+def move(model: nn.Module, start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> None:
+    """Load what is :func:`between` two states, and give each range its own zero point; with share 0
+    and 1 the model is that of ``start`` and ``end``."""
+    model.load_state_dict(between(start, end, share))
+    for module in model.modules():
+        if isinstance(module, MovingAverageMinMaxObserver):
+            low, high, spec = module.running_min, module.running_max, module.spec
+            scale, zero_point = choose_qparams(
+                low, high, spec.quant_min, spec.quant_max, spec.symmetric
+            )
+            other = (zero_point != module.zero_point) & low.isfinite()
+            module.scale.copy_(torch.where(other, scale, module.scale))
+            module.zero_point.copy_(torch.where(other, zero_point, module.zero_point))
 
 
 def weights_of(config: TrainConfig, run: Run) -> dict[str, Any]:
