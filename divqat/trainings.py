@@ -10,6 +10,7 @@ from typing import Any
 
 from divqat.options import ConfigError, check_keys
 from divqat.train import TrainConfig
+from divqat.train.config import QUANTIZATION, SHARED
 from divqat.train.methods import METHODS
 
 NAMED = ("teacher", "reference")  # what a victim says by another's name
@@ -32,7 +33,8 @@ class Trainings:
             exported nor attacked: the int8 models made from it are.
 
     Raises:
-        ConfigError: an unknown key or a bad value, anywhere.
+        ConfigError: an unknown key or a bad value, anywhere, or settings of a victim that do not
+            fit those of its teacher or its reference.
     """
 
     seeds: list[int]
@@ -75,6 +77,8 @@ class Trainings:
         for seed in self.seeds:
             for name in ("fp", *self.victims):
                 self.training(name, seed, Path())
+        for name in self.victims:
+            self._check_alike(name)
 
     def _check_methods(self) -> None:
         """That each victim's teacher and reference are trained before it, and that there is one to
@@ -103,6 +107,28 @@ class Trainings:
                 teachers.append(name)
         if not self.attacked:
             raise ConfigError("victims: wanted one that is quantized, to attack it, got none")
+
+    def _check_alike(self, name: str) -> None:
+        """What a training would refuse only when its teacher and its reference are trained."""
+        own = self.training(name, self.seeds[0], Path())
+        others: dict[str, tuple[str, tuple[str, ...]]] = {}
+        if own.kind.taught:
+            others["teacher"] = self.teacher(name), SHARED
+        if own.reference is not None:
+            others["reference"] = self.victims[name]["reference"], (*SHARED, *QUANTIZATION)
+        for role, (other, settings) in others.items():
+            theirs = self.training(other, self.seeds[0], Path())
+            for setting in settings:
+                wanted, got = getattr(theirs, setting), getattr(own, setting)
+                if wanted != got and setting != "data_root":
+                    raise ConfigError(
+                        f"{name}: {setting}: wanted {wanted} as in its {role} {other}, got {got}"
+                    )
+            if role == "reference" and self.teacher(other) != self.teacher(name):
+                raise ConfigError(
+                    f"{name}: reference: wanted a victim of the teacher {self.teacher(name)}, got "
+                    f"{other}, of the teacher {self.teacher(other)}"
+                )
 
     @property
     def attacked(self) -> list[str]:

@@ -12,6 +12,7 @@ from divqat.train import load_run
 
 NASTY = {"method": "nasty", "epochs": 2, "weight": 0.1}
 INI = {"method": "ini", "epochs": 2, "ini_epsilon": 50.0}
+BUDGETED = {"method": "divqat", "accuracy_budget": 1.0, "reference": "a"}
 VICTIMS = {
     "ptq": {"method": "ptq", "epochs": 1},
     "undistillable": {"method": "ptq", "epochs": 1, "teacher": "teacher"},
@@ -57,11 +58,37 @@ def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path, teacher, 
         ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ini, ptq, qat, kd-"),
         ({"b": {**INI, "teacher": "fp"}, "a": {"method": "ptq", "teacher": "b"}}, "wanted none"),
         ({"a": {"method": "qat", "seed": 1}}, "a: the job sets seed itself"),
+        ({"a": {"method": "qat", "model": "resnet20"}}, "a: model: wanted lenet as in its teacher"),
+        (
+            {"a": {"method": "qat", "validation_fraction": 0.2}},
+            "a: validation_fraction: wanted 0.1 as in its teacher fp, got 0.2",
+        ),
+        (
+            {"b": {**INI, "model": "resnet20"}, "a": {"method": "qat", "teacher": "b"}},
+            "a: model: wanted resnet20 as in its teacher b, got lenet",
+        ),
+        (
+            {"a": {"method": "qat"}, "d": {**BUDGETED, "weight_bits": 4}},
+            "d: weight_bits: wanted 8 as in its reference a, got 4",
+        ),
+        (
+            {"b": NASTY, "a": {"method": "qat"}, "d": {**BUDGETED, "teacher": "b"}},
+            "d: reference: wanted a victim of the teacher b, got a, of the teacher fp",
+        ),
     ],
 )
 def test_bad_victims_are_refused(victims, message):
     with pytest.raises(ConfigError, match=message):
         Job.from_dict({**JOB, "victims": victims})
+
+
+def test_an_ini_victim_that_teaches_its_like_may_be_another_network():
+    """No teacher of its own says what it has to be like."""
+    victims = {
+        "b": {**INI, "model": "resnet20"},
+        "a": {"method": "qat", "model": "resnet20", "teacher": "b"},
+    }
+    assert Job.from_dict({**JOB, "victims": victims}).attacked == ["a"]
 
 
 def test_the_full_precision_training_has_no_other_method():

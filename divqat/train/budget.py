@@ -13,12 +13,11 @@ from divqat.data import LabeledImages
 from divqat.evaluate import accuracy, predict
 from divqat.nn.observer import MovingAverageMinMaxObserver
 from divqat.ops.reference import choose_qparams
-from divqat.train.config import SHARED, TrainConfig
+from divqat.train.config import QUANTIZATION, SHARED, TrainConfig
 from divqat.train.folder import Run, build_model, fingerprint, load_run
 
 STEPS = 20  # on the whole way
 REWINDS = 2  # with half of λ and w, and with a quarter
-QUANTIZATION = ("preset", "weight_bits", "activation_bits")
 
 
 class Budget:

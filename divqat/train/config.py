@@ -14,6 +14,7 @@ from divqat.train.methods import METHODS, Method
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
+QUANTIZATION = ("preset", "weight_bits", "activation_bits")  # and with a reference
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
 MISDIRECTION = (
