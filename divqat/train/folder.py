@@ -93,7 +93,18 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write the checkpoint, then ``metrics.csv`` from its rows."""
     save_checkpoint(folder / CHECKPOINT, state)
-    rows: list[dict[str, Any]] = state["rows"]
+    _write_metrics(folder, state["rows"])
+
+
+def clean_up(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Undo what a kill left behind: half a checkpoint, and metrics that lack the last of ``rows``,
+    those of the checkpoint."""
+    for file in folder.glob(f".{Path(CHECKPOINT).stem}-*"):
+        file.unlink(missing_ok=True)
+    _write_metrics(folder, rows)
+
+
+def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
     if rows:
         text = io.StringIO()
         writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")

@@ -27,6 +27,7 @@ from divqat.train.folder import (
     SUMMARY,
     Run,
     check_same,
+    clean_up,
     load_run,
     load_splits,
     read_checkpoint,
@@ -104,6 +105,7 @@ def _train(
             f"decoded as they are needed; worker processes: {splits.train.decoder.workers}"
         )
     if writes:
+        clean_up(out, [] if state is None else state["rows"])
         write_yaml(out / "config.yaml", config.to_dict())
     with cpu_threads(config.threads), _deterministic(config.deterministic):
         trainer = Trainer(config, splits, teacher, team, out)
