@@ -212,6 +212,8 @@ def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypat
     # after epoch 5 and after the last; then as it is measured for the path
     inside = iter([True, False, *[True] * 9])
     monkeypatch.setattr("divqat.train.budget._within", lambda below, points: next(inside))
+    # whether it broke down is asked of the result
+    monkeypatch.setattr("divqat.train.loop.collapse", lambda config, rows, result: str(result))
     train_interrupted(config, tmp_path / "run", 5)
     told = read_json(tmp_path / "run" / "summary.json")["budget"]
     assert told["path"][0]["epoch"] == 5 and told["share"] == 1 and not told["attempts"]
@@ -219,6 +221,8 @@ def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypat
     assert_equal(found["model"], wanted["model"])
     assert [row["epoch"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
     assert found["kept"] is None  # no longer needed
+    asked = str(wanted["rows"][-1]["validation_accuracy"])
+    assert asked in read_json(tmp_path / "run" / "summary.json")["warnings"]
 
 
 def test_the_pull_is_not_weakened(teacher, qat, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 from divqat.train.config import TrainConfig
 
 
-def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> str | None:
+def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]], result: float) -> str | None:
     """What to tell of a model that ends with less than half of its best validation accuracy.
 
     No training that went well ends so, whatever its data and its defense; one that did is finite
@@ -24,9 +24,10 @@ def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> str | None:
 
     Args:
         config: the settings. rows: those of ``metrics.csv``, at least one.
+        result: the model's validation accuracy; a budget may have chosen an earlier one.
     """
-    best, last = max(rows, key=lambda row: row["validation_accuracy"]), rows[-1]
-    if 2 * last["validation_accuracy"] >= best["validation_accuracy"]:
+    best = max(rows, key=lambda row: row["validation_accuracy"])
+    if 2 * result >= best["validation_accuracy"]:
         return None
     text, advice = "", "a smaller lr, or grad_clip"
     first = next((row["epoch"] for row in rows if config.frozen("batchnorm", row["epoch"])), None)
@@ -35,5 +36,5 @@ def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> str | None:
         advice = f"a smaller lr, or freeze_batchnorm_epoch = {config.epochs + 1}, which is never"
     return (
         f"validation accuracy fell from {best['validation_accuracy']:.2%} in epoch {best['epoch']} "
-        f"to {last['validation_accuracy']:.2%}{text}: try {advice}"
+        f"to {result:.2%}{text}: try {advice}"
     )

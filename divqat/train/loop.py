@@ -150,7 +150,8 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
     config, budget = trainer.config, trainer.budget
     last = trainer.rows[-1] if budget is None else budget.chosen
     logits = predict(trainer.model.eval(), splits.test)
-    warnings = [collapse(config, trainer.rows), None if budget is None else budget.warning()]
+    broken = collapse(config, trainer.rows, last["validation_accuracy"])
+    warnings = [broken, None if budget is None else budget.warning()]
     lost = 0.0 if budget is None else sum(attempt["seconds"] for attempt in budget.attempts)
     return {
         "method": config.method,
