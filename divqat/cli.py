@@ -210,7 +210,9 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=int, nargs="+", metavar="N", help="Override the file's seeds."
     )
     parser.add_argument("--data-root", metavar="DIR", help="Override common.data_root.")
-    parser.add_argument("--device", metavar="NAME", help="Override common.device.")
+    parser.add_argument(
+        "--device", metavar="NAME", help="Override common.device, and the attacks'."
+    )
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

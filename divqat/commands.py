@@ -90,7 +90,8 @@ def attack(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    result = run_job(Job.from_dict(_job_file(args)), args.out, command=args.command_line)
+    job = Job.from_dict(_job_file(args, "attack"))
+    result = run_job(job, args.out, command=args.command_line)
     print(f"\n{results_table(result)}\n\n{Path(args.out) / 'report.html'}")
     return 0
 
@@ -111,10 +112,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
-    data = _job_file(args)
-    if args.device is not None:
-        data["evaluate"] = {**(data.get("evaluate") or {}), "device": args.device}
-    settings = Study.from_dict(data)
+    settings = Study.from_dict(_job_file(args, "evaluate"))
     result = run_study(settings, args.out, jobs=args.jobs, command=args.command_line)
     print(_tables(result))
     print(f"\n{Path(args.out) / 'report.html'}")
@@ -126,14 +124,15 @@ def _tables(result: Evaluation) -> str:
     return f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}"
 
 
-def _job_file(args: argparse.Namespace) -> dict[str, Any]:
-    """The YAML file of a job or a study, with what flags override."""
+def _job_file(args: argparse.Namespace, attacks: str) -> dict[str, Any]:
+    """The YAML file of a job or a study, with what flags override; ``attacks`` is the section that
+    has a device of its own."""
     data = read_yaml(args.config)
     if args.seeds is not None:
         data["seeds"] = args.seeds
-    for flag in ("data_root", "device"):
+    for section, flag in (("common", "data_root"), ("common", "device"), (attacks, "device")):
         if getattr(args, flag) is not None:
-            data["common"] = {**(data.get("common") or {}), flag: getattr(args, flag)}
+            data[section] = {**(data.get(section) or {}), flag: getattr(args, flag)}
     return data
 
 

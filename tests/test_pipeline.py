@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from divqat import cli, steps
+from divqat import cli, commands, steps
 from divqat.files import read_json
 from divqat.job import Job
 from divqat.options import ConfigError
@@ -102,6 +102,26 @@ def test_finished_job_may_be_moved(job, tmp_path, monkeypatch):
     command = ["run", "--config", "job.yaml", "--out", "moved", "--data-root", tmp_path]
     assert divqat(*command, "--device", "cpu") == 0
     (job / "moved").rename(job / "out")
+
+
+@pytest.mark.parametrize("command", ["run", "study"])
+def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypatch):
+    made = []
+
+    def stop(settings, *args, **kwargs):
+        made.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_job", stop)
+    monkeypatch.setattr(commands, "run_study", stop)
+    file = tmp_path / "job.yaml"
+    section = "attack" if command == "run" else "evaluate"
+    data = {"victims": {"qat": {"method": "qat"}}, section: {"query_set": "noise"}}
+    file.write_text(yaml.safe_dump(data))
+    config = ["--config", file] if command == "run" else [file]
+    assert divqat(command, *config, "--out", tmp_path, "--device", "cuda:7") == 130
+    attacks = made[0].attacker(0) if command == "run" else made[0].grid
+    assert made[0].training("qat", 0, tmp_path).device == attacks.device == "cuda:7"
 
 
 @pytest.mark.parametrize(
