@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from testing import no_waiting
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from divqat.data import proxies
 from divqat.data.glyphs import _ellipses, _polygons, _to_strokes, glyphs
@@ -240,6 +242,43 @@ def test_pools_are_bounded_and_of_the_folder(folder, monkeypatch):
     assert {tuple(image[:, 8, 8].tolist()) for image in made} == {
         (255, 0, 0), (0, 255, 0), (0, 0, 255)
     }  # fmt: skip
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses tensors from Python's numbers, and those that go to another device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        assert name != "lift_fresh" and (name != "_to_copy" or "device" not in kwargs), name
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [*MADE, "mixed"])
+def test_no_kind_copies_from_the_host(name):
+    """On a GPU the host would wait for it."""
+    images, labels = pictures(6, (3, 12, 9)), torch.arange(6) % 2
+    with NoCopies():
+        made = proxy_batch([name], images, seeded(), 5, labels=labels)
+    assert len(made) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*MADE, "mixed"])
+def test_proxies_on_a_gpu_do_not_wait_for_it(name):
+    device = torch.device("cuda")
+    images, labels = pictures(6, (3, 12, 9)).to(device), (torch.arange(6) % 2).to(device)
+    generator = torch.Generator(device)
+
+    def make():
+        generator.manual_seed(1)
+        return proxy_batch([name], images, generator, 5, labels=labels)
+
+    wanted = make()  # loads the kernels
+    with no_waiting():
+        made = make()
+    assert torch.equal(made, wanted)
 
 
 def test_refusals():

@@ -106,7 +106,7 @@ def _scribbles(rand: Callable[..., Tensor], n: int) -> Tensor:
 def _script(rand: Callable[..., Tensor], n: int) -> Tensor:
     """Rows of letters: strokes between the nine points of each letter's cell, [n, S, 2 ends, 2]."""
     letter = torch.floor(3 * rand(n, LETTERS, PER_LETTER, 2, 2)) / 2  # in {0, 0.5, 1}
-    column = torch.arange(LETTERS).view(-1, 1, 1).to(letter)
+    column = torch.arange(LETTERS, dtype=letter.dtype, device=letter.device).view(-1, 1, 1)
     x = 2 * (column + 0.2 + 0.6 * letter[..., 0]) / LETTERS - 1
     tall, row = 0.3 + 0.9 * rand(n, 1, 1, 1), 0.9 * rand(n, 1, 1, 1) - 0.9
     y = row + tall * letter[..., 1]

@@ -127,12 +127,12 @@ def collage(images: Tensor, generator: Generator) -> Tensor:
 
 def edges(images: Tensor, generator: Generator) -> Tensor:
     """How steep each channel is (Sobel), the steepest place of an image white."""
-    m, channels, height, width = images.shape
-    slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device)
-    kernels = torch.stack([slope, slope.T])[:, None]  # [2, 1, 3, 3]
+    # Differences: a kernel's numbers would be copied to the GPU, and the host would wait for it.
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
-    slopes = F.conv2d(padded.view(m * channels, 1, height + 2, width + 2), kernels)
-    steep = slopes.norm(dim=1).view(m, channels, height, width)
+    across, down = padded[..., 2:] - padded[..., :-2], padded[:, :, 2:] - padded[:, :, :-2]
+    across = across[:, :, :-2] + 2 * across[:, :, 1:-1] + across[:, :, 2:]
+    down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    steep = torch.stack([across, down]).norm(dim=0)
     return _to_bytes(255 * steep / steep.amax((1, 2, 3), keepdim=True).clamp(min=1e-6))
 
 
