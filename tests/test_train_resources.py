@@ -33,6 +33,19 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_pat
     assert not (tmp_path / "b" / "checkpoint.pt").exists()
 
 
+def test_what_a_container_has_in_its_page_cache_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.free_memory(torch.device("cpu"))
+    limit = min(free // 2, 2**30)  # less than the machine has
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{limit - 20}\n")
+    assert memory.free_memory(torch.device("cpu")) == 20
+    (tmp_path / "memory.stat").write_text("anon 7\nfile 900\ninactive_file 500\nactive_file 400\n")
+    assert memory.free_memory(torch.device("cpu")) == 520
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory(torch.device("cpu")) > limit
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
 )

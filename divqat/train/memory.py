@@ -46,7 +46,9 @@ def free_memory(device: torch.device) -> int | None:
         used = int((CGROUP / "memory.current").read_text())
     except (OSError, ValueError):  # no container, or one without a limit
         return available + (swap or 0)
-    return min(available + (swap or 0), limit - used)
+    # Files that were read a while ago are given up where memory is short.
+    cached = _number(CGROUP / "memory.stat", "inactive_file") or 0
+    return min(available + (swap or 0), limit - used + cached)
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,18 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
 
 def _kilobytes(file: Path, name: str) -> int | None:
     """The value of ``name`` in a file of lines ``name: 123 kB``, in bytes."""
+    value = _number(file, f"{name}:")
+    return None if value is None else 1024 * value
+
+
+def _number(file: Path, name: str) -> int | None:
+    """The number after ``name`` at the begin of a line."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
         return None
     for line in lines:
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
+        words = line.split()
+        if words and words[0] == name:
+            return int(words[1])
     return None
