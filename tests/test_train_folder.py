@@ -28,3 +28,10 @@ def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatc
         assert [row["epoch"] for row in csv.DictReader(file)] == list("12"[:epochs])
     assert (tmp_path / "plots" / "training.png").is_file()
     assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_without_validation_images_nothing_is_begun(tmp_path):
+    config = TrainConfig(**{**FP, "validation_fraction": 0.003})
+    with pytest.raises(ValueError, match=r"validation_fraction: wanted one .* got 0\.003, of"):
+        train(config, tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()

@@ -128,8 +128,13 @@ def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> Non
 
 
 def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
-    """The data set of a configuration."""
-    return load(
+    """The data set of a configuration.
+
+    Raises:
+        ValueError: ``validation_fraction`` leaves nothing to validate on.
+        Others: as :func:`divqat.data.load`.
+    """
+    splits = load(
         config.dataset,
         data_root=data_root or config.data_root,
         validation_fraction=config.validation_fraction,
@@ -137,6 +142,12 @@ def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
         stream=config.stream,
         workers=config.workers,
     )
+    if not len(splits.validation):
+        raise ValueError(
+            "validation_fraction: wanted one that keeps images aside to validate on, got "
+            f"{config.validation_fraction:g}, of {len(splits.train)} images none"
+        )
+    return splits
 
 
 def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
