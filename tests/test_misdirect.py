@@ -282,3 +282,5 @@ def test_refusals():
     check("misdirect_target: wanted one of decoy", misdirect_target="none")
     check("proxy_share: wanted a number above 0", proxy_share=0)
     assert TrainConfig().proxies == PROXIES
+    with pytest.raises(ValueError, match=r"misdirect: wanted at least 2 classes, .* got 1"):
+        Misdirection(TrainConfig(method="divqat", teacher="a", misdirect=1.0), 1, (1, 8, 8))

@@ -69,6 +69,9 @@ class Misdirection(nn.Module):
             and key come.
         num_classes: at least 2. image_shape: (C, H, W).
 
+    Raises:
+        ValueError: fewer classes.
+
     Attributes:
         decoy: for that target; :meth:`Decoy.fit` comes first.
         asks: whether the teacher's answers to the proxies are needed.
@@ -81,6 +84,11 @@ class Misdirection(nn.Module):
         self, config: TrainConfig, num_classes: int, image_shape: tuple[int, int, int]
     ) -> None:
         super().__init__()
+        if num_classes < 2:
+            raise ValueError(
+                f"misdirect: wanted at least 2 classes, to answer another than the teacher, got "
+                f"{num_classes}"
+            )
         self.target, self.confidence = config.misdirect_target, config.proxy_confidence
         generator = Generator().manual_seed(derived_seed(config.seed, "misdirection"))
         own = torch.arange(num_classes)
