@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from test_train import FP, QUIET
+from test_train import FP, QUIET, assert_same
 
 from divqat.files import load_checkpoint
 from divqat.train import TrainConfig, folder, train
@@ -11,7 +11,7 @@ from divqat.train import TrainConfig, folder, train
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatch, epochs):
-    config = TrainConfig(**{**FP, "epochs": epochs})
+    settings = TrainConfig(**{**FP, "epochs": epochs})
     write = folder.write_text
 
     def killed(path, text):
@@ -21,17 +21,50 @@ def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(folder, "write_text", killed)
-        train(config, tmp_path, **QUIET)
+        train(settings, tmp_path, **QUIET)
     (tmp_path / ".checkpoint-abc.pt").write_bytes(b"half a checkpoint")
-    train(config, tmp_path, **QUIET)
+    train(settings, tmp_path, **QUIET)
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == list("12"[:epochs])
     assert (tmp_path / "plots" / "training.png").is_file()
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
+LOSS = dict(
+    weight=5.0, temperature=9.0, direction="js", classes="non_label", bound=0.1, guard=True,
+    warmup_epochs=1.0, cache_teacher=True,
+)  # fmt: skip
+INT8 = dict(
+    preset="tensorrt", weight_bits=4, activation_bits=4, ranges="delayed",
+    freeze_observers_epoch=2, freeze_batchnorm_epoch=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "idle"), [("fp", {**LOSS, **INT8}), ("qat", LOSS)])
+def test_what_a_method_does_not_use_changes_no_bit_and_may_change(
+    lenet_teacher, tmp_path, method, idle
+):
+    teacher = None if method == "fp" else str(lenet_teacher)
+    own = {**FP, "pad": 0, "method": method, "teacher": teacher}
+    plain, other = TrainConfig(**own), TrainConfig(**own, **idle)
+    assert {*idle} == {*LOSS, *INT8} & plain.idle
+    train(plain, tmp_path / "a", **QUIET)
+    train(other, tmp_path / "b", **QUIET)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    lines = []
+    train(other, tmp_path / "a", log=lines.append)
+    assert "all 2 epochs are done" in lines[0]
+
+
+def test_what_one_of_two_trainings_uses_must_be_the_same(tmp_path):
+    there, here = (TrainConfig(method="divqat", teacher="a", weight=w) for w in (0.1, 0.0))
+    assert not {*LOSS, *INT8} & there.idle and {*LOSS} <= here.idle
+    with pytest.raises(ValueError, match=r"weight: 0\.1 -> 0\.0"):
+        folder.check_same(tmp_path, there.to_dict(), here)
+
+
 def test_without_validation_images_nothing_is_begun(tmp_path):
-    config = TrainConfig(**{**FP, "validation_fraction": 0.003})
+    settings = TrainConfig(**{**FP, "validation_fraction": 0.003})
     with pytest.raises(ValueError, match=r"validation_fraction: wanted one .* got 0\.003, of"):
-        train(config, tmp_path / "out", **QUIET)
+        train(settings, tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()

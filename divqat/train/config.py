@@ -15,6 +15,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 QUANTIZATION = ("preset", "weight_bits", "activation_bits")  # and with a reference
+RANGES = ("ranges", "freeze_observers_epoch", "freeze_batchnorm_epoch")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
 MISDIRECTION = (
@@ -138,8 +139,16 @@ class TrainConfig(Learning):
     @property
     def idle(self) -> set[str]:
         """Settings whose values change nothing in this training."""
-        proxies = () if self.shows_proxies else (*MISDIRECTION[1:], "proxy_root")
-        return {*proxies, *(() if self.method == "ini" else INI)}
+        idle = set[str]()
+        if not self.shows_proxies:
+            idle |= {*MISDIRECTION[1:], "proxy_root"}
+        if not self.compares:
+            idle |= {*LOSS, "cache_teacher"}
+        if not self.kind.quantized:
+            idle |= {*QUANTIZATION, *RANGES}
+        if self.method != "ini":
+            idle |= {*INI}
+        return idle
 
     def proxy_count(self, images: int) -> int:
         """How many proxies go with so many training images of a step."""
