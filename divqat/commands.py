@@ -24,11 +24,21 @@ from divqat.study import Study, run_study
 from divqat.subjects import load_subjects
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
+from divqat.train.distributed import launched
 from divqat.train.folder import read_checkpoint
 
 
 def train(args: argparse.Namespace) -> int:
-    training.train(_train_config(args), args.out)
+    config = _train_config(args)
+    unused = [name for name in given_flags(args, TrainConfig) if name in config.idle]
+    if unused and launched()[0] == 0:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        print(
+            f"divqat: warning: with method {config.method} and its other settings there is no use "
+            f"for {flags}",
+            file=sys.stderr,
+        )
+    training.train(config, args.out)
     return 0
 
 

@@ -54,6 +54,18 @@ def test_config_file_and_flags(tmp_path):
     assert saved["weight_decay"] == 5e-4
 
 
+def test_flags_without_use_are_told(tmp_path, capsys):
+    (tmp_path / "common.yaml").write_text("epochs: 1\nguard: true\nini_gamma: 2\n")
+    command = ["train", "--config", tmp_path / "common.yaml", *FAST, "--out"]
+    assert divqat(*command, tmp_path / "a") == 0
+    assert capsys.readouterr().err == ""  # a file may be for several methods
+    assert divqat(*command, tmp_path / "a", "--weight-bits", 4, "--weight", 0.5) == 0
+    assert capsys.readouterr().err == (
+        "divqat: warning: with method fp and its other settings there is no use for --weight, "
+        "--weight-bits\n"
+    )
+
+
 def test_a_run_takes_data_and_model_of_its_teacher(tmp_path):
     settings = ["--epochs", 1, "--validation-fraction", 0.3, *FAST]
     assert divqat("train", "--out", tmp_path / "fp", *settings) == 0
