@@ -125,14 +125,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tupl
         title = spec.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        default = spec.default
-        if isinstance(default, bool):
-            shown = f"--{'' if default else 'no-'}{name.replace('_', '-')}"
-        else:
-            shown = "none" if default is None else str(default)
         settings: dict[str, Any] = {
             "default": argparse.SUPPRESS,
-            "help": f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
+            "help": _flag_help(spec).replace("%", "%%"),
         }
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -149,6 +144,16 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tupl
             if item is not kind:
                 settings["nargs"] = "*" if spec.metadata["empty"] else "+"
         groups[title].add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def _flag_help(spec: Field) -> str:
+    """The help of a field's flag. None is no value that a flag takes: it is left out."""
+    text, default = spec.metadata["help"], spec.default
+    if default is None:
+        return text.replace(". None:", ". If not given:").replace("None:", "if not given:")
+    if isinstance(default, bool):
+        default = f"--{'' if default else 'no-'}{spec.name.replace('_', '-')}"
+    return f"{text} (default: {default})"
 
 
 def given_flags(args: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:

@@ -3,6 +3,8 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +14,11 @@ import yaml
 
 from divqat import cli, commands, steps
 from divqat.data import ImageSet, Splits
+from divqat.evaluate.grid import Grid
 from divqat.files import load_checkpoint, read_json
-from divqat.train import load_run
+from divqat.options import add_flags
+from divqat.steps import AttackConfig
+from divqat.train import TrainConfig, load_run
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--threads", "1", "--batch-size", "256"]
@@ -278,6 +283,17 @@ def test_every_command_has_help_with_an_example(command, capsys):
         divqat(command, "--help")
     assert caught.value.code == 0
     assert f"example: divqat {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, AttackConfig, Grid])
+def test_the_help_names_no_value_that_a_flag_does_not_take(settings):
+    parser = ArgumentParser()
+    add_flags(parser, settings)
+    helps = {action.dest: action.help for action in parser._actions}
+    assert helps["threads"].startswith("CPU threads; if not given: all.")
+    for spec in fields(settings):
+        assert "None" not in helps[spec.name], spec.name
+        assert ("(default: " in helps[spec.name]) == (spec.default is not None), spec.name
 
 
 def test_python_m_divqat():
