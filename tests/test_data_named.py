@@ -68,6 +68,25 @@ class TestLoad:
         with pytest.raises(DataNotFound, match="apt-get install dataset-fashion-mnist, or pass"):
             data.load("fashion-mnist")
 
+    def test_no_other_copy_is_taken_than_the_one_asked_for(self, tmp_path, monkeypatch):
+        system, asked = tmp_path / "system", tmp_path / "asked"
+        for folder in (system, asked):
+            folder.mkdir()
+            (folder / "train-images-idx3-ubyte.gz").touch()
+        source = data.catalog._SOURCES["fashion-mnist"]
+        found = []
+        layouts = (("", "train-images-idx3-ubyte*", lambda folder, _: found.append(folder)),)
+        here = type(source)(layouts, source.remedy, system=str(system))
+        monkeypatch.setitem(data.catalog._SOURCES, "fashion-mnist", here)
+        for root in (None, asked):
+            with pytest.raises(AttributeError):  # what was found is not read
+                data.load("fashion-mnist", data_root=root)
+        assert found == [system, asked]
+        with pytest.raises(
+            DataNotFound, match=r"'fashion-mnist' was not found in .*/none: apt-get"
+        ):
+            data.load("fashion-mnist", data_root=tmp_path / "none")
+
     def test_missing_extra_is_named(self, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
         with pytest.raises(ImportError, match=r"pip install 'divqat\[data\]'"):

@@ -203,8 +203,9 @@ def load(
 
     Args:
         name: one of :func:`names`.
-        data_root: the folder with the data set's files or with a folder ``name`` of them. Not
-            needed for ``digits``, nor for ``fashion-mnist`` where its Debian package is installed.
+        data_root: the folder with the data set's files or with a folder ``name`` of them; they are
+            looked for nowhere else then. Not needed for ``digits``, nor for ``fashion-mnist`` where
+            its Debian package is installed.
         validation_fraction: part of the training images, class by class, that becomes the
             validation split. The split is the same in every run. Frames of one GTSRB track stay
             on one side. Unused for a ``folder`` with a ``val/``.
@@ -234,8 +235,9 @@ def load(
         raw = _digits()
     else:
         source = _SOURCES[name]
-        places = [data_root, Path(data_root) / name] if data_root is not None else []
-        found = find([*places, source.system], [layout[:2] for layout in source.layouts])
+        # Data that was asked for must not be another copy, from elsewhere.
+        places = [source.system] if data_root is None else [data_root, Path(data_root) / name]
+        found = find(places, [layout[:2] for layout in source.layouts])
         if found is None:
             where = "" if data_root is None else f" in {data_root}"
             raise DataNotFound(f"data set {name!r} was not found{where}: {source.remedy}")
