@@ -121,7 +121,9 @@ class TestTransferSet:
         Image.new("L", (20, 30), 7).save(tmp_path / "small.png")  # less than a patch
         x = data.transfer_set("photos", channels=1, image_size=28, limit=9, data_root=tmp_path)
         assert x.shape == (9, 1, 28, 28) and (x == 90).all()
-        with pytest.raises(DataNotFound, match=r"'photos' was not found in .*: pass --data-root"):
+        with pytest.raises(
+            DataNotFound, match=r"'photos' was not found in .*: pass data_root \(--query-root"
+        ):
             empty = tmp_path / "empty"
             data.transfer_set("photos", channels=1, image_size=28, data_root=empty)
 
@@ -170,7 +172,8 @@ class TestTransferSet:
         monkeypatch.setattr(data.transfer, "ICONS_ROOT", str(tmp_path))
         with pytest.raises(DataNotFound, match="apt-get install oxygen-icon-theme"):
             data.transfer_set("icons", channels=1, image_size=8)
-        with pytest.raises(DataNotFound, match="'folder' was not found: pass --data-root DIR"):
+        wanted = r"'folder' was not found: pass data_root \(--query-root, of proxies --proxy-root\)"
+        with pytest.raises(DataNotFound, match=wanted):
             data.transfer_set("folder", channels=1, image_size=8)
 
     @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ SKIMAGE_PHOTOS = (
     "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
     "motorcycle_left.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
+ROOT = "data_root (--query-root, of proxies --proxy-root)"  # as functions and commands call it
 GENERATED = 10_000  # images of `photos` and `noise` without a limit
 
 
@@ -93,12 +94,12 @@ def transfer_set(
         usual = CLIPART_ROOT if name == "openclipart" else ICONS_ROOT
         root = own if own is not None and own.is_dir() else usual
         package = "openclipart-png" if name == "openclipart" else "oxygen-icon-theme"
-        remedy = f"apt-get install {package}, or pass --data-root DIR with DIR/{name}"
+        remedy = f"apt-get install {package}, or pass {ROOT} DIR with DIR/{name}"
         # A link is a second name of a drawing in another category.
         paths = [path for path in _pictures(name, root, remedy) if not path.is_symlink()]
         variants = CLIPART_VARIANTS
     else:
-        paths, variants = _pictures(name, data_root, "pass --data-root DIR with pictures"), 1
+        paths, variants = _pictures(name, data_root, f"pass {ROOT} DIR with pictures"), 1
     return _drawings(paths, variants, limit, channels, size, generator, invert=name != "folder")
 
 
@@ -176,7 +177,7 @@ def _photos(root: str | Path | None) -> list[Path]:
     """Photos of a folder, or that the installed packages ship; nothing of scikit-image is
     imported."""
     if root is not None:
-        return _pictures("photos", root, "pass --data-root DIR with photos, or none")
+        return _pictures("photos", root, f"pass {ROOT} DIR with photos, or none")
     shipped = Path(require("sklearn.datasets", "data").__file__).parent / "images"
     paths = list_pictures(shipped)
     skimage = importlib.util.find_spec("skimage")
