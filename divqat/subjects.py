@@ -77,7 +77,8 @@ def load_subjects(
     runs = {path: load_run(path) for _, path in named if path.suffix != ".onnx"}
     data = {run.config.dataset for run in runs.values()} | ({dataset} if dataset else set())
     if len(data) != 1:
-        raise ConfigError(f"dataset: wanted one for all victims, got {sorted(data) or 'none'}")
+        got = sorted(data) or "none, and no run folder tells: pass --dataset"
+        raise ConfigError(f"dataset: wanted one for all victims, got {got}")
     first = next(iter(runs.values()), None)
     splits = load(data.pop(), data_root=data_root) if first is None else first.splits(data_root)
     subjects, kinds = [], []

@@ -192,8 +192,15 @@ def test_verify_fails_below_the_wanted_agreement(runs, capsys, monkeypatch):
 
 
 def test_export_of_full_precision_and_of_nothing(runs, tmp_path, capsys):
-    assert divqat("export", runs / "fp") == 1
-    assert "only quantized runs" in capsys.readouterr().err
+    attack = ["attack", "--victim", runs / "fp", "--out", tmp_path / "fp", *ATTACK]
+    for command in (["export", runs / "fp"], ["verify", runs / "fp"], attack):
+        assert divqat(*command) == 1
+        assert (
+            "only quantized runs are exported; divqat attack --fake-quant and divqat evaluate take "
+            "it as it is"
+        ) in capsys.readouterr().err
+    assert divqat(*attack, "--fake-quant") == 0
+    assert "the model as trained" in capsys.readouterr().out
     assert divqat("export", tmp_path) == 1
     assert divqat("verify", runs / "raw") == 1
     assert "divqat export" in capsys.readouterr().err

@@ -104,7 +104,10 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
     assert "| qat " in shown and "ok    query budgets are respected" in shown
     assert divqat("report", tmp_path) == 0
     assert divqat("evaluate", "--victim", run / "model.onnx", *settings) == 2
-    assert "dataset: wanted one for all victims, got none" in capsys.readouterr().err
+    assert (
+        "dataset: wanted one for all victims, got none, and no run folder tells: pass --dataset"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
