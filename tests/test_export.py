@@ -62,7 +62,7 @@ def test_every_layer_runs_in_int8(exported):
     assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(report.kernels)
     assert report.path == exported.path and report.bytes == exported.path.stat().st_size
     assert report.runtime == onnxruntime.__version__
-    assert f"{len(layers)} of {len(layers)} convolution and linear layers run in int8" in str(
+    assert f"{len(layers)} of {len(layers)} convolutions and matrix products run in int8" in str(
         report
     )
     assert report.to_dict()["path"] == exported.path.name
@@ -203,6 +203,37 @@ def test_swapped_model_exports_too(tmp_path):
     with torch.no_grad():
         expected = prepared.eval()(x)
     assert (run(report.path, x) - expected).square().mean().sqrt() / expected.std() < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:.+sums of int8 products may saturate:UserWarning")
+def test_a_layer_that_is_called_twice_keeps_its_bias(tmp_path):
+    """Its calls read activations of different scales, and an integer bias has one scale."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(self.layer(x).relu()).relu())
+
+    torch.manual_seed(1)
+    net = Twice()
+    with torch.no_grad():
+        net.layer.bias.copy_(torch.linspace(0.5, 1.5, 8))
+    x = 20 * torch.randn(256, 8)
+    prepared = divqat.prepare(net, "x86", x)
+    prepared(x)
+    converted = divqat.convert(prepared)
+    assert torch.equal(converted.layer.bias, net.layer.bias)
+    report = export_onnx(prepared, x, tmp_path / "twice.onnx")
+    calls = report.int8_layers + report.float_layers
+    assert report.layers == 2 and calls == 3
+    assert f"{report.int8_layers} of 3 convolutions and matrix products run in int8" in str(report)
+    with torch.no_grad():
+        expected = prepared.eval()(x)
+    step = (expected.max() - expected.min()) / 255
+    assert (run(report.path, x) - expected).abs().max() < step
 
 
 @pytest.mark.parametrize("old", [None, b"the old model"])

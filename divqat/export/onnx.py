@@ -29,9 +29,10 @@ class ExportReport:
 
     Attributes:
         path: the file. bytes: its size.
-        layers: convolutions and linear layers in the model.
-        int8_layers, float_layers: how many of them ONNX Runtime runs with an integer and with a
-            float kernel, counted in its optimized graph.
+        layers: quantized convolutions and linear layers in the model.
+        int8_layers, float_layers: how many convolutions and matrix products ONNX Runtime runs with
+            an integer and with a float kernel, counted in its optimized graph: a layer once per
+            call, and those of float layers and of ``torch.matmul`` as well.
         kernels: how often each operation occurs in that graph.
         runtime: ONNX Runtime's version.
     """
@@ -49,18 +50,18 @@ class ExportReport:
         return asdict(self) | {"path": self.path.name}
 
     def __str__(self) -> str:
-        text = (
-            f"{self.path}: {self.bytes / 1024:.0f} KiB, {self.int8_layers} of {self.layers} "
-            "convolution and linear layers run in int8"
+        return (
+            f"{self.path}: {self.bytes / 1024:.0f} KiB, {self.int8_layers} of "
+            f"{self.int8_layers + self.float_layers} convolutions and matrix products run in int8"
         )
-        return text + (f", {self.float_layers} in float" if self.float_layers else "")
 
 
 def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> ExportReport:
     """Convert a prepared model and write it as ONNX, opset 20, batch dimension free.
 
     The input is called ``images``, the output ``logits``, both float32. Weights are stored as
-    int8, biases as int32. The file appears only when ONNX Runtime has loaded it.
+    int8, biases as :func:`divqat.convert` makes them. The file appears only when ONNX Runtime has
+    loaded it.
 
     Args:
         model: made by :func:`divqat.prepare`, after training.

@@ -34,8 +34,9 @@ def freeze_batchnorm(model: nn.Module) -> nn.Module:
 def convert(prepared: nn.Module) -> nn.Module:
     """A copy of a prepared model with integer weights and fixed scales, in eval mode.
 
-    BatchNorm is folded, weights become int8 codes, biases int32 on the accumulator's scale. It
-    computes what the prepared model computes in eval mode up to the rounding of the biases, and
+    BatchNorm is folded, weights become int8 codes, biases int32 on the accumulator's scale (the
+    bias of a layer that the model calls more than once stays in float). It computes what the
+    prepared model computes in eval mode up to the rounding of the biases, and
     ``torch.onnx.export`` turns it into Q/DQ nodes.
 
     Raises:
@@ -59,9 +60,13 @@ def convert(prepared: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _input_scales(model: nn.Module) -> dict[str, Tensor]:
-    """The scale of the activation that each layer of a traced model (or part) reads."""
-    scales = {}
+def _input_scales(model: nn.Module) -> dict[str, Tensor | None]:
+    """The scale of the activation that each layer of a traced model (or part) reads.
+
+    None for a layer that is called more than once: an integer bias lies on the scale of what a call
+    reads, and each call may read another one.
+    """
+    scales: dict[str, Tensor | None] = {}
     for name, traced in model.named_modules():
         if not isinstance(traced, fx.GraphModule):
             continue
@@ -70,10 +75,12 @@ def _input_scales(model: nn.Module) -> dict[str, Tensor]:
                 continue
             if not isinstance(traced.get_submodule(str(node.target)), QuantLayer):
                 continue
+            layer = f"{name}.{node.target}" if name else str(node.target)
+            called_before = layer in scales
+            scales[layer] = None
             source = patterns.producer(traced, node.all_input_nodes[0])
-            if source.op == "call_module":
+            if source.op == "call_module" and not called_before:
                 quantizer = traced.get_submodule(str(source.target))
                 if isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize)):
-                    layer = f"{name}.{node.target}" if name else str(node.target)
                     scales[layer] = quantizer.calculate_qparams()[0]
     return scales
