@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import HAND_WRITTEN, build, images, settle
+from networks import HAND_WRITTEN, build, conv, images, settle
 from torch import nn
 from torch.nn import functional as F
 
@@ -233,3 +233,37 @@ def test_a_relu_whose_value_is_read_elsewhere_stays():
     assert isinstance(prepared.relu, nn.ReLU)
     assert not any(m.relu for m in prepared.modules() if isinstance(m, FakeQuantize))
     assert (prepared(images())[1] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "relu",
+    [
+        nn.ReLU(inplace=True),
+        F.relu_,
+        torch.relu_,
+        lambda y: F.relu(y, inplace=True),
+        lambda y: F.relu(y, True),
+        lambda y: y.relu_(),
+    ],
+    ids=["nn.ReLU", "F.relu_", "torch.relu_", "inplace=True", "True", "method"],
+)
+def test_a_relu_in_place_stays_where_another_reads_what_it_has_written(relu):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.head = conv(3, 8), conv(8, 8), nn.Linear(8, 5)
+            self.relu = relu
+
+        def forward(self, x):
+            y = self.conv1(x)
+            z = self.conv2(self.relu(y))
+            return self.head((y + z).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Net().eval()
+    x = images(16)
+    prepared = divqat.prepare(model, "x86", x)
+    prepared(x)
+    with torch.no_grad():
+        expected, actual = model(x), prepared.eval()(x)
+    assert (actual - expected).abs().max() < 0.03 * (expected.max() - expected.min())

@@ -53,6 +53,15 @@ def kind(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     return node.target if node.op in ("call_function", "call_method") else None
 
 
+def is_inplace(graph_module: fx.GraphModule, relu: fx.Node) -> bool:
+    """Whether a ReLU writes over its input."""
+    if relu.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(str(relu.target)), "inplace", False))
+    if relu.target in (F.relu_, torch.relu_, "relu_"):
+        return True
+    return bool(relu.kwargs.get("inplace") or relu.args[1:2] == (True,))
+
+
 def wants_grid(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the inputs of ``node`` are to be quantized."""
     what = kind(graph_module, node)

@@ -253,8 +253,11 @@ def _fuse_relu(
     """Let the quantizer that alone reads a ReLU apply it: one pass, and one mask for both."""
     if patterns.kind(graph_module, relu) not in patterns.RELUS:
         return
+    source = relu.all_input_nodes[0]
+    if patterns.is_inplace(graph_module, relu) and len(source.users) > 1:
+        return  # the others read what it has written
     quantizer.relu = True
-    quantized.replace_input_with(relu, relu.all_input_nodes[0])
+    quantized.replace_input_with(relu, source)
     graph_module.graph.erase_node(relu)
 
 
