@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from testing import randn, tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from divqat.nn import FakeQuantize, LearnedStepFakeQuantize, MovingAverageMinMaxObserver, QuantSpec
 from divqat.ops import fake_quantize_lsq
@@ -231,3 +233,31 @@ def test_lsq_training_lowers_the_error():
         float((fake_quantize_lsq(x, s, zero, -4, 3) - x).square().mean()) for s in candidates
     )
     assert errors[0] > 3 * best and errors[-1] < 1.1 * best
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_forward_that_is_run_again_in_the_backward_observes_once(use_reentrant):
+    def step(run):
+        torch.manual_seed(0)
+        model = nn.Sequential(FakeQuantize(), nn.Linear(8, 8), FakeQuantize(relu=True))
+        for _ in range(3):
+            model(torch.randn(64, 8))
+        x = (3 * torch.randn(64, 8)).requires_grad_()
+        run(model, x).square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+
+    def again(model, x):
+        return checkpoint(model, x, use_reentrant=use_reentrant)
+
+    for a, b in zip(step(nn.Module.__call__), step(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_delayed_range_is_not_there_when_the_forward_is_run_again():
+    quantizer = FakeQuantize(mode="delayed")
+    x = randn(64, 8).requires_grad_()
+    quantizer(x)
+    y = checkpoint(quantizer, x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match=r"mode: wanted 'exact' where torch\.utils\.checkpoint"):
+        y.sum().backward()
+    checkpoint(quantizer.eval(), x, use_reentrant=False).sum().backward()

@@ -24,7 +24,8 @@ class FakeQuantize(MovingAverageMinMaxObserver):
     Args:
         spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
         mode: ``"exact"`` or ``"delayed"``, see :func:`divqat.ops.fake_quantize_observed`; the
-            first batch is exact in either.
+            first batch is exact in either. ``torch.utils.checkpoint`` wants ``"exact"``: the range
+            before a batch is gone when it runs the forward again, which raises a RuntimeError.
         relu: apply ReLU first, in the same op.
         inplace: write over the input, see :func:`divqat.ops.fake_quantize_observed`.
     """
@@ -50,7 +51,12 @@ class FakeQuantize(MovingAverageMinMaxObserver):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized; any shape, dtype kept."""
-        observing = self.training and self.observer_enabled
+        observing = self._observes()
+        if self.mode == "delayed" and self.training and self.observer_enabled and not observing:
+            raise RuntimeError(
+                "mode: wanted 'exact' where torch.utils.checkpoint runs a forward again, "
+                "got 'delayed'"
+            )
         # Not read where it makes no difference: torch.compile guards on what was read, and would
         # compile again after the first batch.
         calibrated = (observing and self.mode == "exact") or self.calibrated

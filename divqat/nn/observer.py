@@ -10,6 +10,12 @@ from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_observed
 
 
+def recomputing() -> bool:
+    """Whether a backward is running: ``torch.utils.checkpoint`` calls the forward again in it."""
+    # A compiler traces no backward, and does not know the function.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
     """[] for one scale, [num_channels] for one per channel."""
     if (ch_axis is None) != (num_channels is None):
@@ -24,6 +30,10 @@ class MovingAverageMinMaxObserver(QuantState):
 
     Buffers (float32, int32): ``running_min``, ``running_max``, ``scale``, ``zero_point``, each []
     or [C]. Until the first batch the range is empty (+Inf, −Inf).
+
+    What ``torch.utils.checkpoint`` runs again in the backward is not observed again; the scale is
+    the one of the first run, unless another batch was observed in between. A compiled forward
+    cannot tell: put ``torch.compile`` outside of the checkpoint.
 
     Args:
         spec: the grid; ``spec.averaging_constant`` is the weight of a new batch (Jacob et al.
@@ -63,6 +73,9 @@ class MovingAverageMinMaxObserver(QuantState):
         """Observe ``x`` in training mode; return it unchanged."""
         return self._observed(x, fake_quant=False)
 
+    def _observes(self) -> bool:
+        return self.training and self.observer_enabled and not recomputing()
+
     def _observed(self, x: Tensor, **options: object) -> Tensor:
         return fake_quantize_observed(
             x,
@@ -75,7 +88,7 @@ class MovingAverageMinMaxObserver(QuantState):
             self.ch_axis,
             averaging_constant=self.spec.averaging_constant,
             symmetric=self.spec.symmetric,
-            observe=self.training and self.observer_enabled,
+            observe=self._observes(),
             **options,  # type: ignore[arg-type]
         )
 

@@ -21,7 +21,8 @@ class QuantConfig:
         skip: names of modules, as in ``named_modules()``, that stay in float; a name covers what
             is below it.
         mode: how activations are observed, ``"exact"`` or ``"delayed"``; see
-            :func:`divqat.ops.fake_quantize_observed`.
+            :func:`divqat.ops.fake_quantize_observed`. ``torch.utils.checkpoint`` wants
+            ``"exact"``.
         inplace: quantize over the output of a BatchNorm (fused or not) that nothing else in the
             graph reads: less memory and time, the same bits. What looks at that output from
             outside, a hook of the BatchNorm that keeps it or ``torch.utils.checkpoint`` around
