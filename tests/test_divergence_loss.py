@@ -139,6 +139,18 @@ def test_dtypes_compute_in_float32_inside(dtype, direction):
     torch.testing.assert_close(logits.grad.double(), double.grad, rtol=tolerance, atol=1e-6)
 
 
+def test_loss_scaling_saves_the_gradient_of_float16():
+    logits, teacher = 4 * randn(512, 100, seed=1), 4 * randn(512, 100, seed=2)
+    logits, teacher = logits.half().requires_grad_(), teacher.half()
+    double = logits.detach().double().requires_grad_()
+    target = double.argmax(1)
+    scale = 65536.0
+    (scale * divergence_loss(logits, teacher, target, weight=0.1)).backward()
+    (scale * divergence_loss(double, teacher.double(), target, weight=0.1)).backward()
+    assert logits.grad.dtype == torch.float16
+    torch.testing.assert_close(logits.grad.double(), double.grad, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weight_zero_is_cross_entropy_bit_for_bit(dtype, smoothing):

@@ -42,7 +42,8 @@ def divergence_loss(
     Value and gradient come from one pass over the logits; a second derivative is available.
 
     Args:
-        logits: the student's, [N, C], float32, float64, bfloat16 or float16.
+        logits: the student's, [N, C], float32, float64, bfloat16 or float16 (computed in float32,
+            so that loss scaling saves its gradient).
         teacher_logits: the teacher's, same shape and dtype; a constant.
         target: int64 [N], class indices or ``ignore_index``.
         weight: λ; a float, or a float32 tensor [] on the same device so that it can change
@@ -131,6 +132,10 @@ def divergence_loss_terms(
             )
             return loss, loss.detach(), torch.zeros_like(loss.detach())
         weight = torch.full((), weight, dtype=torch.float32, device=logits.device)
+    if logits.dtype == torch.float16:
+        # The gradient is taken in the forward, before a GradScaler's factor reaches it: in float16
+        # most of it would be 0.
+        logits, teacher_logits = logits.float(), teacher_logits.float()
     return DivergenceLoss.apply(
         logits,
         teacher_logits.detach(),
