@@ -80,6 +80,21 @@ def test_a_step_is_one_graph_with_the_same_bits(loss, mode):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_second_backward_of_a_compiled_loss_scales_the_gradient_once(backend):
+    logits, teacher, target = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5), [0] * 8
+
+    def loss(logits):
+        return ops.divergence_loss(logits, teacher, torch.tensor(target), weight=0.1)
+
+    (wanted,) = torch.autograd.grad(4 * loss(logits), logits)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)(logits)
+    first, second = (
+        torch.autograd.grad(4 * compiled, logits, retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, wanted) and torch.equal(second, wanted)
+
+
 def test_a_step_with_inductor():
     got, wanted = Training().compiled("inductor").steps(2), Training().steps(2)
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)

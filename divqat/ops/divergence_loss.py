@@ -169,6 +169,8 @@ class DivergenceLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the closed form as differentiable ops
             grad = divergence_loss_ref(*inputs)[3]
             return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
+        if torch.compiler.is_compiling():  # what is set on ctx here does not outlive the trace
+            return ((ctx.grad * grad_loss).to(ctx.grad.dtype), *[None] * 10)
         # The forward's gradient is scaled in place and handed on; a second backward through a
         # retained graph computes it again.
         grad, ctx.grad = ctx.grad, None
