@@ -1,6 +1,7 @@
 """prepare's configuration, its fallback, its errors, and forwards that once broke it."""
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,52 @@ def test_untraceable_model_is_swapped_with_a_warning():
     converted = divqat.convert(prepared)
     with torch.no_grad():
         torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0, atol=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+def test_a_swapped_layer_with_two_names_is_swapped_under_both():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = nn.Module()
+    model.first = model.second = Block()
+    model.head = nn.Linear(8, 2)
+    prepared = divqat.prepare(model)
+    layer = prepared.first.a
+    assert isinstance(layer, QuantLayer) and isinstance(prepared.head, QuantLayer)
+    assert prepared.first is prepared.second and prepared.first.b is layer
+    prepared.load_state_dict(model.state_dict(), strict=True)
+
+
+class Subclass(nn.Conv2d):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+@pytest.mark.parametrize("traced", [True, False])
+def test_weighted_layers_that_stay_in_float_are_named(traced):
+    net = Net(
+        lambda net, x: net.head(net.other(net.subclass(x).flatten(2)).mean(2)),
+        subclass=Subclass(3, 4, 3), other=nn.Conv1d(4, 4, 3), head=nn.Linear(4, 2),
+    )  # fmt: skip
+    with pytest.warns(UserWarning) as caught:
+        prepared = divqat.prepare(net, "x86", images() if traced else None)
+    told = "\n".join(str(warning.message) for warning in caught)
+    assert "other (Conv1d)" in told
+    # Tracing goes into what is not of torch.nn, and finds a functional layer there.
+    assert ("conv2d is a functional layer" if traced else "subclass (Subclass)") in told
+    assert set(quantized(prepared)) == {"head"} and "head" not in told
+
+    skipped = replace(divqat.preset("x86"), skip=("subclass", "other"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".+ was not traced")
+        divqat.prepare(net, skipped)
 
 
 def test_without_an_example_the_warning_says_so():

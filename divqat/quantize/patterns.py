@@ -43,7 +43,10 @@ BATCHNORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, QuantCon
 # Functions that tracing ties to the mode of the moment, and the modules that follow train().
 DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
 
-LAYER_FUNCTIONS: tuple[Callable[..., Any], ...] = (F.conv2d, torch.conv2d, F.linear)
+LAYER_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.bilinear),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 
 
 def kind(graph_module: fx.GraphModule, node: fx.Node) -> Any:

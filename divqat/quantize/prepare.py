@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.quantize import patterns
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.group_weights import group_weights
-
-LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+from divqat.quantize.swap import LAYERS, conv_bn, swap
 
 
 def prepare(
@@ -34,8 +32,9 @@ def prepare(
     fake-quantizer reads of a BatchNorm is written over. The model's output stays in float.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
-    BatchNorm and additions stay in float; a warning says so and why. The weights of a traced model
-    are quantized together, see :func:`divqat.quantize.group_weights`.
+    BatchNorm and additions stay in float; a warning says so and why. A warning also names layers
+    that have a weight and stay in float, of other types or subclasses of those above. The weights
+    of a traced model are quantized together, see :func:`divqat.quantize.group_weights`.
 
     The float model's checkpoints load into the result (``load_state_dict``, strict).
 
@@ -69,12 +68,12 @@ def prepare(
             "are swapped one by one, BatchNorm and additions stay in float",
             stacklevel=2,
         )
-        _swap(model, config, config.activation)
+        swap(model, config, config.activation)
         return model.train()
     unused = model.state_dict().keys() - graph_module.state_dict().keys()
     renamed = _fuse_batchnorm(graph_module, config)
     graph_module.register_load_state_dict_pre_hook(partial(_adapt_float_keys, renamed, unused))
-    _swap(graph_module, config, None)
+    swap(graph_module, config, None)
     _quantize_activations(graph_module, config)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -122,7 +121,7 @@ def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[s
             continue
         if config.weight.learned and not config.weight.per_channel:
             continue  # one learned scale cannot follow the channels' factors
-        graph_module.set_submodule(source.target, _conv_bn(conv, bn, config.weight))
+        graph_module.set_submodule(source.target, conv_bn(conv, bn, config.weight))
         renamed[f"{node.target}."] = f"{source.target}.bn."
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
@@ -146,67 +145,6 @@ def _adapt_float_keys(
         for old, new in renamed.items():
             if key.startswith(prefix + old):
                 state_dict[prefix + new + key[len(prefix + old) :]] = state_dict.pop(key)
-
-
-def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
-
-
-def _conv_bn(conv: Any, bn: Any, spec: QuantSpec) -> QuantConvBn2d:
-    fused = QuantConvBn2d(
-        conv.in_channels,
-        conv.out_channels,
-        **_conv_arguments(conv),
-        eps=bn.eps,
-        momentum=bn.momentum,
-        weight_spec=spec,
-        input_spec=None,
-    )
-    fused.weight, fused.bias, fused.bn = conv.weight, conv.bias, bn
-    return fused.to(conv.weight.device)
-
-
-def _quantized(
-    layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None
-) -> QuantLayer:
-    """The quantized counterpart of a float layer, with the same parameters."""
-    specs: dict[str, Any] = {"weight_spec": weight_spec, "input_spec": input_spec}
-    new: Any
-    if isinstance(layer, nn.Linear):
-        new = QuantLinear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, **specs
-        )
-    else:
-        assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
-        arguments = _conv_arguments(layer) | specs
-        if isinstance(layer, nn.ConvTranspose2d):
-            arguments["output_padding"] = layer.output_padding
-            new = QuantConvTranspose2d(layer.in_channels, layer.out_channels, **arguments)
-        else:
-            new = QuantConv2d(layer.in_channels, layer.out_channels, **arguments)
-    new.weight, new.bias = layer.weight, layer.bias
-    return new.to(layer.weight.device)
-
-
-def _swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -> None:
-    """Swap every float layer, and give the first and the last their widths."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if (type(module) in LAYERS or isinstance(module, QuantConvBn2d)) and not config.skips(name)
-    ]
-    if not names:
-        raise ValueError("model: wanted Conv2d, ConvTranspose2d or Linear layers, got none")
-    for name in names:
-        layer = model.get_submodule(name)
-        edge = name in (names[0], names[-1])
-        spec = config.edge(config.weight) if edge else config.weight
-        if isinstance(layer, QuantConvBn2d):
-            layer.set_weight_spec(spec)
-            continue
-        of_input = config.edge(input_spec) if input_spec and name == names[0] else input_spec
-        model.set_submodule(name, _quantized(layer, spec, of_input))
 
 
 def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:

@@ -1,0 +1,104 @@
+"""Put quantized layers in the place of float ones."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
+from divqat.nn._layer import QuantLayer
+from divqat.quantize.config import QuantConfig
+
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+# What multiplies by a weight, subclasses and all.
+WEIGHTED = (
+    *(_ConvNd, nn.Linear, nn.Bilinear),
+    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+)
+
+
+def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -> None:
+    """Swap every float layer, and give the first and the last their widths.
+
+    A warning names the layers that have a weight and stay in float unasked.
+
+    Raises:
+        ValueError: there is none to swap.
+    """
+    layers = {
+        module: name
+        for name, module in model.named_modules()
+        if (type(module) in LAYERS or isinstance(module, QuantConvBn2d)) and not config.skips(name)
+    }
+    if not layers:
+        raise ValueError("model: wanted Conv2d, ConvTranspose2d or Linear layers, got none")
+    names = list(layers.values())
+    swapped: dict[nn.Module, nn.Module] = {}
+    for layer, name in layers.items():
+        edge = name in (names[0], names[-1])
+        spec = config.edge(config.weight) if edge else config.weight
+        if isinstance(layer, QuantConvBn2d):
+            layer.set_weight_spec(spec)
+            continue
+        of_input = config.edge(input_spec) if input_spec and name == names[0] else input_spec
+        swapped[layer] = _quantized(layer, spec, of_input)
+    # A layer may have several names, and is to be swapped under each.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in swapped:
+            model.set_submodule(name, swapped[module])
+    floats = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, WEIGHTED)
+        and not isinstance(module, QuantLayer)
+        and not config.skips(name)
+    ]
+    if floats:
+        # to who has called prepare
+        warnings.warn(f"layers of these types stay in float: {', '.join(floats)}", stacklevel=3)
+
+
+def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+
+
+def conv_bn(conv: Any, bn: Any, spec: QuantSpec) -> QuantConvBn2d:
+    """A convolution and its BatchNorm as one, with the same parameters."""
+    fused = QuantConvBn2d(
+        conv.in_channels,
+        conv.out_channels,
+        **_conv_arguments(conv),
+        eps=bn.eps,
+        momentum=bn.momentum,
+        weight_spec=spec,
+        input_spec=None,
+    )
+    fused.weight, fused.bias, fused.bn = conv.weight, conv.bias, bn
+    return fused.to(conv.weight.device)
+
+
+def _quantized(
+    layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec | None
+) -> QuantLayer:
+    """The quantized counterpart of a float layer, with the same parameters."""
+    specs: dict[str, Any] = {"weight_spec": weight_spec, "input_spec": input_spec}
+    new: Any
+    if isinstance(layer, nn.Linear):
+        new = QuantLinear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, **specs
+        )
+    else:
+        assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+        arguments = _conv_arguments(layer) | specs
+        if isinstance(layer, nn.ConvTranspose2d):
+            arguments["output_padding"] = layer.output_padding
+            new = QuantConvTranspose2d(layer.in_channels, layer.out_channels, **arguments)
+        else:
+            new = QuantConv2d(layer.in_channels, layer.out_channels, **arguments)
+    new.weight, new.bias = layer.weight, layer.bias
+    return new.to(layer.weight.device)
