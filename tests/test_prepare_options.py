@@ -163,6 +163,16 @@ def test_widths_with_the_first_and_last_layer_at_eight(bits):
     assert {module.spec.bits for module in activations(narrow).values()} == {bits}
 
 
+def test_first_and_last_are_those_that_are_called_so():
+    net = Net(
+        lambda net, x: net.ends[1](net.middle(net.ends[0](x))),
+        ends=nn.ModuleList([conv(3, 8), conv(8, 2)]), middle=conv(8, 8),
+    )  # fmt: skip
+    prepared = divqat.prepare(net, divqat.preset("x86", weight_bits=4), images())
+    widths = {name: layer.weight_spec.bits for name, layer in quantized(prepared).items()}
+    assert widths == {"ends.0": 8, "middle": 4, "ends.1": 8}
+
+
 def test_skip_leaves_modules_in_float():
     config = replace(divqat.preset("x86"), skip=("blocks.0", "stem.0", "classifier"))
     prepared = divqat.prepare(build("resnet20"), config, images())

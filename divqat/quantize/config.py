@@ -17,7 +17,8 @@ class QuantConfig:
         weight: the grid of every weight.
         activation: the grid of every activation.
         first_last_bits: width of the first and the last layer's weights and of the network's
-            input, which carry most of the error at low widths; None treats them as the rest.
+            input, which carry most of the error at low widths; None treats them as the rest. The
+            order is that of the calls, or of registration in a model that cannot be traced.
         skip: names of modules, as in ``named_modules()``, that stay in float; a name covers what
             is below it.
         mode: how activations are observed, ``"exact"`` or ``"delayed"``; see

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
@@ -24,27 +24,32 @@ WEIGHTED = (
 def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -> None:
     """Swap every float layer, and give the first and the last their widths.
 
-    A warning names the layers that have a weight and stay in float unasked.
+    They are the first and the last that the graph calls, or that were registered without one. A
+    warning names the layers that have a weight and stay in float unasked.
 
     Raises:
         ValueError: there is none to swap.
     """
-    layers = {
-        module: name
+    layers = {  # in order
+        module: None
         for name, module in model.named_modules()
         if (type(module) in LAYERS or isinstance(module, QuantConvBn2d)) and not config.skips(name)
     }
     if not layers:
         raise ValueError("model: wanted Conv2d, ConvTranspose2d or Linear layers, got none")
-    names = list(layers.values())
+    calls = list(layers)
+    if isinstance(model, fx.GraphModule):
+        nodes = (node for node in model.graph.nodes if node.op == "call_module")
+        modules = (model.get_submodule(str(node.target)) for node in nodes)
+        calls = [module for module in modules if module in layers] or calls
+    first, last = calls[0], calls[-1]
     swapped: dict[nn.Module, nn.Module] = {}
-    for layer, name in layers.items():
-        edge = name in (names[0], names[-1])
-        spec = config.edge(config.weight) if edge else config.weight
+    for layer in layers:
+        spec = config.edge(config.weight) if layer in (first, last) else config.weight
         if isinstance(layer, QuantConvBn2d):
             layer.set_weight_spec(spec)
             continue
-        of_input = config.edge(input_spec) if input_spec and name == names[0] else input_spec
+        of_input = config.edge(input_spec) if input_spec and layer is first else input_spec
         swapped[layer] = _quantized(layer, spec, of_input)
     # A layer may have several names, and is to be swapped under each.
     for name, module in list(model.named_modules(remove_duplicate=False)):
