@@ -183,6 +183,26 @@ def test_skip_leaves_modules_in_float():
     prepared.load_state_dict(build("resnet20").state_dict(), strict=True)
 
 
+def test_skip_quantizes_nothing_that_only_a_skipped_operation_reads():
+    class Residual(nn.Module):
+        def forward(self, x):
+            return torch.sigmoid(x) + x
+
+    def activations_with(*skip):
+        net = Net(
+            lambda net, x: net.head(net.pool(net.block(net.conv(x))).flatten(1)),
+            conv=conv(3, 8), block=Residual(), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(8, 5),
+        )  # fmt: skip
+        config = replace(divqat.preset("x86"), skip=skip)
+        prepared = divqat.prepare(net, config, images())
+        return {name.removeprefix("fake_quantize.") for name in activations(prepared)}
+
+    assert activations_with() == {"x", "conv", "sigmoid", "add", "pool"}
+    assert activations_with("block") == {"x", "add", "pool"}
+    assert activations_with("pool") == {"x", "conv", "sigmoid", "pool"}
+    assert activations_with("block", "pool", "head") == {"x"}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

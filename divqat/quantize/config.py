@@ -19,8 +19,9 @@ class QuantConfig:
         first_last_bits: width of the first and the last layer's weights and of the network's
             input, which carry most of the error at low widths; None treats them as the rest. The
             order is that of the calls, or of registration in a model that cannot be traced.
-        skip: names of modules, as in ``named_modules()``, that stay in float; a name covers what
-            is below it.
+        skip: names of modules, as in ``named_modules()``, that stay in float, layers and other
+            operations; a name covers what is below it. What they return is still quantized where
+            another operation wants it so.
         mode: how activations are observed, ``"exact"`` or ``"delayed"``; see
             :func:`divqat.ops.fake_quantize_observed`. ``torch.utils.checkpoint`` wants
             ``"exact"``.

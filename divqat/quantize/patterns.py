@@ -65,6 +65,11 @@ def is_inplace(graph_module: fx.GraphModule, relu: fx.Node) -> bool:
     return bool(relu.kwargs.get("inplace") or relu.args[1:2] == (True,))
 
 
+def scopes(node: fx.Node) -> Iterator[str]:
+    """The names of the modules whose forward ``node`` was traced in, its own included."""
+    return (name for name, _ in node.meta.get("nn_module_stack", {}).values())
+
+
 def wants_grid(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the inputs of ``node`` are to be quantized."""
     what = kind(graph_module, node)

@@ -181,6 +181,8 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
                 user.replace_input_with(source, quantized)
         if isinstance(quantizer, FakeQuantize):
             if list(source.users) == [quantized]:
+        if any(config.skips(name) for name in patterns.scopes(node)):
+            continue
                 _fuse_relu(graph_module, source, quantized, quantizer)
             quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
 
