@@ -203,6 +203,19 @@ def test_skip_quantizes_nothing_that_only_a_skipped_operation_reads():
     assert activations_with("block", "pool", "head") == {"x"}
 
 
+def test_a_wrong_example_is_an_error_and_not_a_reason_to_swap(capfd):
+    model = build("residual")
+    with pytest.raises(ValueError, match=r"example_input: wanted a batch .+ RuntimeError: .+ 3 ch"):
+        divqat.prepare(model, "x86", torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="example_input: wanted a batch"):
+        divqat.prepare(model, "x86", images().int())
+    with pytest.warns(UserWarning, match="DataDependent was not traced"):
+        divqat.prepare(DataDependent(), "x86", images())
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(TypeError, match=r"model: wanted an nn\.Module, got str"):
+        divqat.prepare("model.pt", "x86", images())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

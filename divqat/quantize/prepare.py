@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,9 +46,12 @@ def prepare(
         example_input: one batch as the model takes it, [N, …]; needed to trace.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: no layer to quantize, an unknown preset, a name in ``skip`` that does not
-            exist, or a model that is prepared already.
+            exist, a model that is prepared already, or an ``example_input`` on which it fails.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
     if isinstance(config, str):
         config = preset(config)
     if any(isinstance(module, (QuantLayer, FakeQuantize)) for module in model.modules()):
@@ -58,6 +63,8 @@ def prepare(
     if type(model) in LAYERS:
         raise ValueError(f"model: wanted a network, got a single {type(model).__name__}")
     model = copy.deepcopy(model)
+    if example_input is not None:
+        _check_example(model, example_input)
     try:
         if example_input is None:
             raise ValueError("no example_input was given")
@@ -81,6 +88,31 @@ def prepare(
     return group_weights(graph_module).train()
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A block with ``model`` in eval mode and without gradients."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _check_example(model: nn.Module, example_input: Tensor) -> None:
+    """Tell a wrong example from a model that cannot be traced."""
+    with _evaluating(model):
+        try:
+            model(example_input)
+        except Exception as error:  # whatever the model's own forward raises
+            raise ValueError(
+                "example_input: wanted a batch as the model takes it, got one on which it raises "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
 def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """Trace, and find out which nodes are tensors by running the example in eval mode."""
     graph_module = fx.symbolic_trace(model)
@@ -91,11 +123,8 @@ def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
             graph_module.add_submodule(name, dropout)
             node.op, node.target, node.kwargs = "call_module", name, {}
     graph_module.recompile()
-    training = {name: module.training for name, module in graph_module.named_modules()}
-    with torch.no_grad():
-        ShapeProp(graph_module.eval()).propagate(example_input)
-    for name, module in graph_module.named_modules():
-        module.training = training[name]
+    with _evaluating(graph_module):
+        ShapeProp(graph_module).propagate(example_input)
     return graph_module
 
 
@@ -152,6 +181,8 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
     nodes = list(graph_module.graph.nodes)
     sources: dict[fx.Node, None] = {}  # in order, without repeats
     for node in nodes:
+        if any(config.skips(name) for name in patterns.scopes(node)):
+            continue
         if node.op == "call_function" and node.target in patterns.LAYER_FUNCTIONS:
             warnings.warn(f"{node.name} is a functional layer and stays in float", stacklevel=3)
         if not patterns.wants_grid(graph_module, node) or not patterns.is_float(node):
@@ -181,8 +212,6 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
                 user.replace_input_with(source, quantized)
         if isinstance(quantizer, FakeQuantize):
             if list(source.users) == [quantized]:
-        if any(config.skips(name) for name in patterns.scopes(node)):
-            continue
                 _fuse_relu(graph_module, source, quantized, quantizer)
             quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
 
