@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 from networks import build, images, settle
-from testing import tensor
+from testing import randn, tensor
 from torch import nn
 
 import divqat
-from divqat.nn import QuantLinear, QuantSpec
+from divqat.nn import FakeQuantize, QuantLinear, QuantSpec
 
 
 def by_name(summary):
@@ -91,6 +91,23 @@ def test_before_calibration_there_is_no_scale_and_no_measurement():
         known = row.kind == "weight"
         assert (row.scale_min is not None) == (row.clipped is not None) == known
     json.dumps(summary.to_dict(), allow_nan=False)
+
+
+def test_a_learned_weight_scale_is_not_known_before_a_batch():
+    layer = QuantLinear(4, 4, weight_spec=QuantSpec(per_channel=True, learned=True))
+    row = by_name(divqat.summary(nn.Sequential(layer)))["0"]
+    assert row.scale_min is row.scale_max is row.clipped is row.sqnr_db is None
+    layer(torch.ones(2, 4))
+    assert by_name(divqat.summary(nn.Sequential(layer)))["0"].sqnr_db is not None
+
+
+def test_channels_counted_from_the_end():
+    def measured(axis):
+        model = nn.Sequential(FakeQuantize(ch_axis=axis, num_channels=4))
+        model(randn(3, 5, 4))
+        return divqat.summary(model, randn(3, 5, 4)).rows
+
+    assert measured(-1) == measured(2)
 
 
 def test_table_has_a_line_for_each_tensor():

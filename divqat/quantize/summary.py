@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.ops.reference import along
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,21 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
             spec, scale = module.weight_spec, module.weight_qparams()
             zero_point = torch.zeros_like(scale)
             values, axis = module.folded()[0].detach(), module._weight_axis
-            kind = "weight"
+            kind, learned = "weight", module.weight_fake_quantize
+            known = learned is None or learned.has_range()
         elif isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
             if name.endswith("weight_fake_quantize"):
                 continue  # reported with its layer
             spec, axis, kind = module.spec, module.ch_axis, "activation"
             scale, zero_point = module.calculate_qparams()
             values = inputs.get(name)  # type: ignore[assignment]
-            if not module.has_range():
-                scale = None
+            known = module.has_range()
         else:
             continue
         clipped, sqnr = None, None
-        if values is not None and scale is not None:
-            shape = [-1 if dim == axis else 1 for dim in range(values.dim())]
-            s, z = scale.view(shape), zero_point.view(shape)
+        if values is not None and known:
+            axis = None if axis is None else axis % values.dim()
+            s, z = along(scale, values, axis), along(zero_point, values, axis)
             q = torch.round(values * s.reciprocal()) + z
             level = q.clamp(spec.quant_min, spec.quant_max)
             clipped = float((q != level).float().mean())
@@ -110,8 +111,8 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
                 kind=kind,
                 bits=spec.bits,
                 scheme=str(spec),
-                scale_min=None if scale is None else float(scale.min()),
-                scale_max=None if scale is None else float(scale.max()),
+                scale_min=float(scale.min()) if known else None,
+                scale_max=float(scale.max()) if known else None,
                 clipped=clipped,
                 sqnr_db=sqnr,
             )
