@@ -23,7 +23,8 @@ from divqat.export import export_onnx, verify
 from divqat.files import file_fingerprint, read_json, step, write_json
 from divqat.options import ConfigError, differences, option
 from divqat.quantize import summary
-from divqat.train.folder import Run, derived_seed
+from divqat.seeds import derived_seed
+from divqat.train.folder import Run
 from divqat.train.loop import cpu_threads, find_device
 from divqat.victim import Victim
 

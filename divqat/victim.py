@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from divqat.errors import require, unknown_name
+from divqat.errors import unknown_name
+from divqat.logits import check_images, logits_function
 from divqat.shown import keep_top, label_only
 
 # Released answers from probabilities [N, num_classes] and images [N, C, H, W].
@@ -168,151 +166,3 @@ class Victim:
 def defense_text(defense: Defense) -> str:
     """What tells a defense from others, in another process, too."""
     return str(getattr(defense, "__qualname__", defense))
-
-
-def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
-    """Any model that :class:`Victim` takes, as a function from float images to checked logits.
-
-    Returns:
-        A function from floating-point [N, C, H, W] on any device to float32 logits
-        [N, num_classes] on the CPU. It runs under ``torch.inference_mode`` and raises
-        FloatingPointError when a logit is NaN or Inf, ValueError when the module is in training
-        mode, the shape is not the one the ONNX model takes or what it answers are probabilities.
-    """
-    run = _runner(model)
-
-    def logits_of(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            logits = run(images.float())
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"model: wanted logits as a Tensor, got {type(logits).__name__}")
-        if logits.dim() != 2 or len(logits) != len(images):
-            raise ValueError(
-                f"model: wanted logits [{len(images)}, num_classes], got {list(logits.shape)}"
-            )
-        logits = logits.to("cpu", torch.float32)
-        if _are_probabilities(logits):
-            raise ValueError(
-                "model: wanted logits, got rows of sum 1: probabilities, which a second softmax "
-                "would flatten; leave the softmax out, or give their logarithms with "
-                "lambda images: model(images).clamp(min=1e-12).log()"
-            )
-        if not logits.isfinite().all():
-            bad = int((~logits.isfinite()).any(1).sum())
-            raise FloatingPointError(f"model: NaN or Inf in the logits of {bad} of {len(images)}")
-        return logits
-
-    return logits_of
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    """One-hot rows are let pass: they may well be scores, and a softmax of them misleads nobody."""
-    distributions = (logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-4).all()
-    return bool(distributions & ((logits > 0) & (logits < 1)).any())
-
-
-def _runner(model: Any) -> Callable[[Tensor], Tensor]:
-    if isinstance(model, nn.Module):
-        check_eval(model)
-        return lambda images: _run_module(model, images)
-    if isinstance(model, (str, Path)):
-        model = open_onnx(Path(model))
-    if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an onnxruntime.InferenceSession
-        return _session_runner(model)
-    if callable(model):
-        return model
-    raise TypeError(
-        "model: wanted an nn.Module, an ONNX path, an InferenceSession or a function, "
-        f"got {type(model).__name__}"
-    )
-
-
-def _run_module(model: nn.Module, images: Tensor) -> Tensor:
-    check_eval(model)  # again: the owner may have gone on training since
-    some = next(chain(model.parameters(), model.buffers()), images)
-    return model(images.to(some.device))
-
-
-def check_eval(model: nn.Module) -> None:
-    """Refuse a module in training mode, or with a part that is, by ValueError."""
-    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
-    if training:
-        raise ValueError(
-            f"model: wanted eval mode, but {training[0]!r} is in training mode; call model.eval()"
-        )
-
-
-def open_onnx(path: Path) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU that computes what the file says.
-
-    CPUs without VNNI add products of 8-bit activations and weights in 16 bits, which saturate, and
-    by default ONNX Runtime takes that for speed: answers change. Its option
-    ``session.x64quantprecision`` keeps such weights from it, so all machines agree. It fails where
-    layers share a weight's zero point; then a warning says that the default is used.
-
-    Raises:
-        FileNotFoundError: there is no such file. ImportError: ONNX Runtime is not installed.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"model: no ONNX file at {path}")
-    onnxruntime = require("onnxruntime", "export")
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 4  # a failure is reported below
-    providers = ["CPUExecutionProvider"]
-    try:  # ConstantSharing would merge zero points that are apart in the file
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
-        )
-    except Exception as error:
-        session = onnxruntime.InferenceSession(str(path), providers=providers)
-        warnings.warn(
-            f"{path}: sums of int8 products may saturate on this CPU, as ONNX Runtime could not "
-            f"open the file with session.x64quantprecision: {error}",
-            stacklevel=2,
-        )
-        return session
-
-
-def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    found = ", ".join(f"{i.name}: {i.type} {i.shape}" for i in inputs)
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-        raise ValueError(f"model: wanted one ONNX input, float [N, C, H, W], got {found}")
-    if len(outputs) != 1:
-        raise ValueError(f"model: wanted one ONNX output, got {[o.name for o in outputs]}")
-    name, shape = inputs[0].name, inputs[0].shape
-    fixed = shape[0] if isinstance(shape[0], int) else None
-
-    def run(images: Tensor) -> Tensor:
-        for wanted, got in zip(shape[1:], images.shape[1:], strict=True):
-            if isinstance(wanted, int) and wanted != got:
-                raise ValueError(
-                    f"images: the ONNX input {name!r} wants {shape}, got {list(images.shape)}"
-                )
-        parts = []
-        for part in images.cpu().split(fixed or len(images)):
-            # A fixed batch is filled up with copies of its last image; their answers are dropped.
-            missing = (fixed or len(part)) - len(part)
-            full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
-            answer = session.run(None, {name: full.numpy()})[0]
-            parts.append(torch.from_numpy(answer)[: len(part)])
-        return torch.cat(parts)
-
-    return run
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse, by TypeError or ValueError, what is no finite float [N, C, H, W] with N >= 1."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: wanted a Tensor, got {type(images).__name__}")
-    if not images.is_floating_point():
-        raise TypeError(
-            f"images: wanted floats in [-1, 1], got {images.dtype}; divqat.data.to_float makes them"
-        )
-    if images.dim() != 4 or not len(images):
-        raise ValueError(
-            f"images: wanted [N, C, H, W] with N of at least 1, got {list(images.shape)}"
-        )
-    if not images.isfinite().all():
-        raise ValueError("images: wanted finite values, got NaN or Inf")

@@ -13,7 +13,7 @@ from divqat.defenses import Owner
 from divqat.defenses.adaptive_misinformation import AdaptiveMisinformation, misinformation_loss
 from divqat.defenses.network import train_network
 from divqat.evaluate import accuracy
-from divqat.train.folder import derived_seed
+from divqat.seeds import derived_seed
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,9 @@ from divqat.files import load_checkpoint, read_json, save_checkpoint
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, distributed, load_run, train, trainer
 from divqat.train.budget import STEPS, Budget, between
-from divqat.train.folder import build_model, load_splits
+from divqat.train.folder import load_splits
 from divqat.train.learning import MISDIRECT
+from divqat.train.network import build_model
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
 STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)

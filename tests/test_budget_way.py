@@ -7,7 +7,7 @@ from testing import randn
 
 from divqat.train import TrainConfig
 from divqat.train.budget import between, move
-from divqat.train.folder import build_model
+from divqat.train.network import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import divqat
 from divqat.export import export_onnx
+from divqat.logits import open_onnx
 from divqat.nn._layer import QuantLayer
 from divqat.quantize.deployed import IntegerLayer
-from divqat.victim import open_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -18,9 +18,9 @@ from divqat.options import ConfigError
 from divqat.steps import export_run, verify_run
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
-from divqat.train.folder import build_model
 from divqat.train.ini import InI, without_conflicts
 from divqat.train.misdirection import Proxies
+from divqat.train.network import build_model
 from divqat.train.step import Step
 
 SETTINGS = dict(dataset="digits", model="lenet", batch_size=128, epochs=2, threads=1)

@@ -12,8 +12,8 @@ from torch import nn
 
 from divqat.files import load_checkpoint, read_json
 from divqat.nn import FakeQuantize
+from divqat.seeds import derived_seed
 from divqat.train import TrainConfig, load_run, step, train, trainer
-from divqat.train.folder import derived_seed
 
 QUIET = dict(log=lambda line: None)
 FP = dict(dataset="digits", model="lenet", batch_size=128, epochs=2, threads=1, pad=1)

@@ -11,9 +11,10 @@ from divqat.evaluate import predict
 from divqat.files import load_checkpoint
 from divqat.nn import FakeQuantize
 from divqat.options import ConfigError
+from divqat.seeds import derived_seed
 from divqat.steps import export_run
 from divqat.train import TrainConfig, load_run, train
-from divqat.train.folder import build_model, derived_seed
+from divqat.train.network import build_model
 
 SETTINGS = dict(dataset="digits", model="vgg_small", batch_size=256, epochs=2, lr=0.01, threads=1)
 NASTY = dict(lr=0.05, batch_size=64, epochs=3)

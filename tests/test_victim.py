@@ -5,7 +5,8 @@ import torch
 from testing import randn
 from torch import nn
 
-from divqat.victim import QueryBudgetExceeded, Victim, logits_function
+from divqat.logits import logits_function
+from divqat.victim import QueryBudgetExceeded, Victim
 
 IMAGES = randn(5, 1, 2, 2)
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from divqat.data.batches import batches, steps_of
 from divqat.defenses.defense import Owner
 from divqat.progress import progress
-from divqat.train.folder import derived_seed
+from divqat.seeds import derived_seed
 
 
 def train_network(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from divqat.defenses.defense import Defense, Owner
 from divqat.options import option
-from divqat.train.folder import derived_seed
+from divqat.seeds import derived_seed
 
 S = TypeVar("S", bound="SurrogateDefense")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from divqat.data.sets import check_labels
-from divqat.victim import check_eval, check_images
+from divqat.logits import check_eval, check_images
 
 RANGE = 2.0  # of a pixel in [-1, 1]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from divqat.data.batches import batches, to_float
 from divqat.data.sets import LabeledImages
+from divqat.logits import logits_function
 from divqat.progress import progress
-from divqat.victim import Victim, logits_function
+from divqat.victim import Victim
 
 HISTOGRAM_BINS = 20
 

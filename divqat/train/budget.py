@@ -14,7 +14,8 @@ from divqat.evaluate import accuracy, predict
 from divqat.nn.observer import MovingAverageMinMaxObserver
 from divqat.ops.reference import choose_qparams
 from divqat.train.config import QUANTIZATION, SHARED, TrainConfig
-from divqat.train.folder import Run, build_model, fingerprint, load_run
+from divqat.train.folder import Run, fingerprint, load_run
+from divqat.train.network import build_model
 
 STEPS = 20  # on the whole way
 REWINDS = 2  # with half of λ and w, and with a quarter

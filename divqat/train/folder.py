@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from divqat import models
 from divqat.data import Splits, load
 from divqat.files import load_checkpoint, save_checkpoint, write_text
 from divqat.options import differences
-from divqat.quantize import prepare, preset
 from divqat.train.config import TrainConfig
+from divqat.train.network import build_model, example
 
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
 # Where something lies or runs, not what it is: a run may go on with other values. That the teacher
@@ -148,58 +146,6 @@ def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
             f"{config.validation_fraction:g}, of {len(splits.train)} images none"
         )
     return splits
-
-
-def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
-    """The float or prepared network of a configuration, with weights from its seed."""
-    # From its teacher's initial weights a nasty one would follow the teacher's path, on which their
-    # divergence is 0 and so is its gradient.
-    own = (config.method,) if config.method == "nasty" else ()
-    model = build_float(config, shape, *own)
-    if not config.kind.quantized:
-        return model
-    quantization = preset(
-        config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits
-    )
-    return prepare(model, quantization, example(shape))
-
-
-def build_float(config: TrainConfig, shape: Mapping[str, Any], *purpose: str) -> nn.Module:
-    """The float network of a configuration, with other weights from its seed for each purpose."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derived_seed(config.seed, "init", *purpose))
-        return models.build(
-            config.model,
-            in_channels=shape["in_channels"],
-            num_classes=shape["num_classes"],
-            image_size=tuple(shape["image_size"]),
-        )
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Fill a network with a state dict that was saved elsewhere.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: it is none, or one of another network.
-    """
-    state = load_checkpoint(path)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"weights: wanted a state dict of the network in {path}: {' '.join(str(error).split())}"
-        ) from error
-
-
-def example(shape: Mapping[str, Any]) -> Tensor:
-    """float32 zeros [2, C, H, W]."""
-    return torch.zeros(2, shape["in_channels"], *shape["image_size"])
-
-
-def derived_seed(seed: int, *names: object) -> int:
-    """A seed for one purpose: its stream does not depend on how much others have drawn."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # int64
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from divqat.train.config import TrainConfig
-from divqat.train.folder import build_float
+from divqat.train.network import build_float
 
 
 class InI:
@@ -50,7 +50,7 @@ class InI:
     @classmethod
     def of(cls, config: TrainConfig, shape: Mapping[str, Any], device: torch.device) -> InI | None:
         """The terms of a training on ``device``; of methods other than ini, None. ``shape`` is that
-        of :func:`divqat.train.folder.build_model`."""
+        of :func:`divqat.train.network.build_model`."""
         if config.method != "ini":
             return None
         student = build_float(config, shape, "student")

@@ -15,19 +15,19 @@ from torch import Generator, Tensor, nn
 from divqat.data import Splits, augment, batches
 from divqat.data.batches import steps_of
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
-from divqat.nn import FakeQuantize
 from divqat.progress import progress
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
+from divqat.seeds import derived_seed
 from divqat.train.answers import teacher_logits
-from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.budget import Budget, load_reference
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
-from divqat.train.folder import Run, build_model, derived_seed, load_weights
+from divqat.train.folder import Run
 from divqat.train.graph import Captured, own_stream
 from divqat.train.ini import InI
 from divqat.train.memory import Need, reset_peak
 from divqat.train.misdirection import Misdirection, Proxies
+from divqat.train.network import begin
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
 from divqat.train.step import Step, check_finite
@@ -70,19 +70,7 @@ class Trainer:
             raise ValueError(
                 f"teacher: wanted a model of {self.shape} like the data, got {teacher.shape}"
             )
-        self.model = build_model(config, self.shape)
-        if config.weights is not None:
-            load_weights(self.model, config.weights)
-        if teacher is not None and config.kind.quantized:
-            self.model.load_state_dict(teacher.model.state_dict())
-        # Channels last: convolutions and batch norms are faster so on CPUs and on tensor cores.
-        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.delayed:
-            for module in self.model.modules():
-                if isinstance(module, FakeQuantize):
-                    module.mode = "delayed"
-        if config.sync_batchnorm and team.size > 1:
-            synchronize_batchnorm(self.model)
+        self.model = begin(config, self.shape, None if teacher is None else teacher.model, team)
         self.steps, self.drop_last = steps_of(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         self.proxies: Proxies | None = None

@@ -18,7 +18,7 @@ from divqat.evaluate.grid.specs import make_defense
 from divqat.evaluate.grid.subject import Deployed
 from divqat.evaluate.metrics import accuracy, are_distributions, fidelity
 from divqat.evaluate.result import Confidence
-from divqat.train.folder import derived_seed
+from divqat.seeds import derived_seed
 from divqat.victim import Victim
 
 CALIBRATION_IMAGES = 2048  # queries that a strength is chosen on

@@ -46,7 +46,8 @@ from divqat.evaluate.grid.subject import Deployed, Subject, data_fingerprint, ov
 from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
 from divqat.files import step
-from divqat.train.folder import derived_seed, fingerprint
+from divqat.seeds import derived_seed
+from divqat.train.folder import fingerprint
 from divqat.train.loop import cpu_threads, find_device
 
 Log = Callable[[str], object]

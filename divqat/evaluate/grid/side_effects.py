@@ -12,7 +12,7 @@ from divqat.evaluate.adversarial import fgsm, pgd
 from divqat.evaluate.calibration import expected_calibration_error
 from divqat.evaluate.grid.subject import Deployed
 from divqat.evaluate.metrics import accuracy, mean_top_probability, softmax
-from divqat.train.folder import derived_seed
+from divqat.seeds import derived_seed
 from divqat.victim import Victim
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from divqat.data import ImageSet, Splits, to_float
 from divqat.evaluate.metrics import predict
 from divqat.files import file_fingerprint
+from divqat.logits import logits_function
 from divqat.train.answers import digest
 from divqat.train.folder import fingerprint
-from divqat.victim import logits_function
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,90 @@
+"""The network of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat import models
+from divqat.files import load_checkpoint
+from divqat.nn import FakeQuantize
+from divqat.quantize import prepare, preset
+from divqat.seeds import derived_seed
+from divqat.train.batchnorm import synchronize_batchnorm
+from divqat.train.config import TrainConfig
+from divqat.train.distributed import Team
+
+
+def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
+    """The float or prepared network of a configuration, with weights from its seed."""
+    # From its teacher's initial weights a nasty one would follow the teacher's path, on which their
+    # divergence is 0 and so is its gradient.
+    own = (config.method,) if config.method == "nasty" else ()
+    model = build_float(config, shape, *own)
+    if not config.kind.quantized:
+        return model
+    quantization = preset(
+        config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits
+    )
+    return prepare(model, quantization, example(shape))
+
+
+def build_float(config: TrainConfig, shape: Mapping[str, Any], *purpose: str) -> nn.Module:
+    """The float network of a configuration, with other weights from its seed for each purpose."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derived_seed(config.seed, "init", *purpose))
+        return models.build(
+            config.model,
+            in_channels=shape["in_channels"],
+            num_classes=shape["num_classes"],
+            image_size=tuple(shape["image_size"]),
+        )
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Fill a network with a state dict that was saved elsewhere.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is none, or one of another network.
+    """
+    state = load_checkpoint(path)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"weights: wanted a state dict of the network in {path}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def example(shape: Mapping[str, Any]) -> Tensor:
+    """float32 zeros [2, C, H, W]."""
+    return torch.zeros(2, shape["in_channels"], *shape["image_size"])
+
+
+def begin(
+    config: TrainConfig, shape: Mapping[str, Any], teacher: nn.Module | None, team: Team
+) -> nn.Module:
+    """The network that a training begins with, on the team's device.
+
+    Args:
+        config: the settings. shape: in_channels, num_classes, image_size.
+        teacher: in full precision; a quantized network has its weights.
+        team: whose ranges and batches it may share.
+    """
+    model = build_model(config, shape)
+    if config.weights is not None:
+        load_weights(model, config.weights)
+    if teacher is not None and config.kind.quantized:
+        model.load_state_dict(teacher.state_dict())
+    # Channels last: convolutions and batch norms are faster so on CPUs and on tensor cores.
+    model.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.delayed(team.size):
+        for module in model.modules():
+            if isinstance(module, FakeQuantize):
+                module.mode = "delayed"
+    if config.sync_batchnorm and team.size > 1:
+        synchronize_batchnorm(model)
+    return model
