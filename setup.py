@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
@@ -51,7 +52,10 @@ def why_not_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    return None if CUDA_HOME else "there is no CUDA toolkit (set CUDA_HOME)"
+    if not CUDA_HOME:
+        return "there is no CUDA toolkit (set CUDA_HOME)"
+    nvcc = Path(CUDA_HOME) / "bin" / "nvcc"
+    return None if shutil.which(nvcc) else f"there is no compiler {nvcc}"
 
 
 def wanted(part: str, reason: str | None) -> bool:
@@ -70,22 +74,32 @@ def native() -> dict:
         raise SystemExit(f"divqat: DIVQAT_BUILD: wanted one of {', '.join(MODES)}, got {MODE!r}")
     if MODE == "python" or not wanted("cpu", why_not_cpu()):
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # a toolchain that is there and does not work
-                if MODE != "auto":
-                    raise
-                say(f"building without native kernels: the compiler failed: {error}")
-                self.extensions = []
+            tries = [("CUDA", [extension(cuda=False)])] if cuda else []
+            for what, rest in (*tries, ("native", [])):
+                try:
+                    return super().build_extensions()
+                except Exception as error:  # a toolchain that is there and does not work
+                    if MODE != "auto":
+                        raise
+                    say(f"building without {what} kernels: the compiler failed: {error}")
+                    self.extensions = rest
+
+    cuda = MODE != "cpu" and wanted("cuda", why_not_cuda())
+    return {"ext_modules": [extension(cuda)], "cmdclass": {"build_ext": Build}}
+
+
+def extension(cuda: bool) -> Any:
+    """divqat._C, with the CUDA kernels or without."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     arguments = {"cxx": [*CXX_FLAGS, *OPENMP_FLAGS]}
     macros, kind = [], CppExtension
-    if MODE != "cpu" and wanted("cuda", why_not_cuda()):
+    if cuda:
         import torch
 
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
@@ -96,11 +110,10 @@ def native() -> dict:
         sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.c*") if p.suffix != ".cuh")
         arguments["nvcc"] = Path("csrc/cuda/nvcc_flags.txt").read_text().split()
         kind = CUDAExtension
-    extension = kind(
+    return kind(
         "divqat._C", sources, extra_compile_args=arguments, define_macros=macros,
         include_dirs=pybind11_headers(),
     )  # fmt: skip
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 def pybind11_headers() -> list[str]:

@@ -76,6 +76,29 @@ def test_a_compiler_that_fails_is_an_error_or_one_line(source):
     assert any("without native kernels: the compiler failed" in line for line in said(text))
 
 
+def test_a_cuda_compiler_that_fails_takes_nothing_else_along(source):
+    for name, text in {
+        "broken-compiler": "exit 1",
+        "toolkit/bin/nvcc": "echo 'Cuda compilation tools, release 13.0, V13.0.1'; exit 1",
+    }.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(f"#!/bin/sh\n{text}\n")
+        (source / name).chmod(0o755)
+    # as if this torch had CUDA
+    (source / "sitecustomize.py").write_text(
+        "import os, torch, torch.utils.cpp_extension as extension\n"
+        "torch.version.cuda, extension.CUDA_HOME = '13.0', os.environ['CUDA_HOME']\n"
+    )
+    environment = {"CXX": str(source / "broken-compiler"), "PYTHONPATH": str(source)}
+    code, text = build(source, "bdist_wheel", CUDA_HOME=str(source / "toolkit"), **environment)
+    assert code == 0, text
+    lines = "\n".join(said(text))
+    assert "without CUDA kernels: the compiler failed" in lines
+    assert "without native kernels: the compiler failed" in lines  # tried once more, for the CPU
+    code, text = build(source, "bdist_wheel", CUDA_HOME=str(source / "none"), **environment)
+    assert code == 0 and "without CUDA kernels: there is no compiler" in "\n".join(said(text))
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_sdist_to_wheel_with_kernels_works_elsewhere(source, tmp_path):
     code, text = build(source, "sdist", DIVQAT_BUILD="python")
