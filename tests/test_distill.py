@@ -104,6 +104,9 @@ def test_when_it_is_on():
     for changes in (dict(reference=None), dict(weight=0.04), dict(misdirect=0.0)):
         with pytest.raises(ConfigError, match="distill: wanted 0 without misdirect and a refer"):
             settings(distill=0.5, **changes)
+    for changes in ({"direction": "js"}, {"bound": 0.5}):
+        with pytest.raises(ConfigError, match="direction, bound: wanted student_teacher, the def"):
+            settings(**changes)
 
 
 def test_a_run_from_before_it_was_there_has_none(folders, tmp_path):

@@ -76,6 +76,12 @@ def check_settings(config: TrainConfig) -> None:
             f"{config.distill:g} with misdirect = {config.misdirect:g}, reference "
             f"{config.reference!r}, weight = {config.weight:g}"
         )
+    if config.distill and (config.direction != "student_teacher" or config.bound is not None):
+        raise ConfigError(
+            "direction, bound: wanted student_teacher, the default, and none with distill: the "
+            "reference pulls by KL(reference‖student), without a limit, got "
+            f"{config.direction} and {config.bound}"
+        )
     if config.cuda_graph and config.optimizer != "sgd":
         raise ConfigError(
             f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"
