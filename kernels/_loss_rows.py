@@ -35,8 +35,8 @@ def _log_mean(log_q, log_p):
 
 @triton.jit
 def expected(weight, value, counted):
-    """Σ weight · value with 0 · anything = 0."""
-    return tl.sum(tl.where(counted & ((weight > 0) | (weight != weight)), weight * value, 0.0), 1)
+    """Σ weight · value with 0 · anything = 0, and NaN where a weight is."""
+    return tl.sum(tl.where(counted & (weight != 0), weight * value, 0.0), 1)
 
 
 @triton.jit
@@ -59,11 +59,11 @@ def gradient(log_prob, at_class, log_q, log_p, student, pull, DIRECTION: tl.cons
     """softmax(z) − target − λ T dD/du, [R, B]; pull [R, 1] is λ T, or 0."""
     q = exp(log_q)
     if DIRECTION == 0:
-        grad_u = tl.where(q > 0, q * (log_q - log_p - student), 0.0)
+        grad_u = tl.where(q == 0, 0.0, q * (log_q - log_p - student))
     elif DIRECTION == 1:
         grad_u = q - exp(log_p)
     else:
-        grad_u = tl.where(q > 0, 0.5 * q * (log_q - _log_mean(log_q, log_p) - student), 0.0)
+        grad_u = tl.where(q == 0, 0.0, 0.5 * q * (log_q - _log_mean(log_q, log_p) - student))
     # a row without D may have an infinite one
     return exp(log_prob) - at_class - tl.where(pull == 0, 0.0, pull * grad_u)
 

@@ -193,6 +193,32 @@ def test_infinite_logits():
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("classes", ["all", "non_label"])
+def test_nan_does_not_become_a_number(direction, bad, classes):
+    logits, teacher, target = inputs(dtype=torch.float32)
+    teacher[1, 3] = bad
+    options = {"weight": 0.3, "direction": direction, "classes": classes}
+    loss, ce, divergence = divergence_loss_terms(logits, teacher, target, **options)
+    assert loss.isnan() and divergence.isnan() and ce.isfinite()
+    (grad,) = torch.autograd.grad(loss, logits)
+    others = torch.arange(6) != target[1] if classes == "non_label" else torch.arange(6) >= 0
+    assert grad[1, others].isnan().all() and grad[3:].isfinite().all()
+    bounded = divergence_loss(logits, teacher, target, bound=0.5, **options)
+    assert bounded.isnan()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_student_without_other_classes_is_nan(direction):
+    logits = tensor([[0.0, -math.inf, -math.inf], [2.0, 1.0, 0.0]]).requires_grad_()
+    teacher, target = tensor([[1.0, 0.0, 0.5], [1.0, -1.0, 0.0]]), torch.tensor([0, 1])
+    loss = divergence_loss(
+        logits, teacher, target, weight=0.3, direction=direction, classes="non_label"
+    )
+    assert loss.isnan() and torch.autograd.grad(loss, logits)[0][0, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_extreme_logits_stay_finite(direction):
     logits = tensor([[300.0, -300.0, 0.0], [-1e4, 1e4, 0.0]]).requires_grad_()
     teacher = tensor([[-300.0, 300.0, 0.0], [1e4, -1e4, 0.0]])

@@ -80,6 +80,13 @@ class LossRow {
     }
   }
 
+  // weight · value with 0 · anything = 0, and NaN where the weight is
+  static reg weigh(reg weight, reg value) {
+    const reg zero = S::set(0);
+    const auto counts = S::either(S::greater(weight, zero), S::is_nan(weight));
+    return S::select(counts, S::mul(weight, value), zero);
+  }
+
   static F first(reg value) {
     F lanes[w];
     S::store(lanes, value);
@@ -147,11 +154,7 @@ class LossRow {
         const reg r = S::sub(u, v);
         if (!kStudent) store(exp_v + i, p, lanes);
         if (!kTeacher) store(ratio + i, r, lanes);
-        if (!kJs) {  // 0 · anything = 0
-          const reg weight = kStudent ? q : p;
-          const reg term = S::mul(weight, r);
-          mean = S::add(mean, S::select(S::greater(weight, zero), term, zero));
-        }
+        if (!kJs) mean = S::add(mean, weigh(kStudent ? q : p, r));
       });
       sum_u += sum(u_sum);
       sum_v += sum(v_sum);
@@ -168,9 +171,9 @@ class LossRow {
       sum_logits += centred_label;
     }
     log_ratio = __builtin_log(sum_u) - __builtin_log(sum_v);
-    // D = Σ q r, D = −Σ p r; 0 where no class has a probability
-    if (kStudent && sum_u > 0) divergence = expected / sum_u - log_ratio;
-    if (kTeacher && sum_v > 0) divergence = log_ratio - expected / sum_v;
+    // D = Σ q r, D = −Σ p r; 0 where there is no class
+    if (kStudent && sum_u != 0) divergence = expected / sum_u - log_ratio;
+    if (kTeacher && sum_v != 0) divergence = log_ratio - expected / sum_v;
   }
 
   void jensen_shannon() {
@@ -189,14 +192,14 @@ class LossRow {
         const reg s = S::add(S::min(zero, r), shared);
         const reg back = S::add(S::min(zero, S::sub(zero, r)), shared);
         store(ratio + i, s, lanes);
-        of_q = S::add(of_q, S::select(S::greater(q, zero), S::mul(q, s), zero));
-        of_p = S::add(of_p, S::select(S::greater(p, zero), S::mul(p, back), zero));
+        of_q = S::add(of_q, weigh(q, s));
+        of_p = S::add(of_p, weigh(p, back));
       });
       q_sum += sum(of_q);
       p_sum += sum(of_p);
     });
-    if (sum_u > 0) student = q_sum / sum_u;
-    divergence = 0.5 * (student + (sum_v > 0 ? p_sum / sum_v : 0.0));
+    if (sum_u != 0) student = q_sum / sum_u;
+    divergence = 0.5 * (student + (sum_v != 0 ? p_sum / sum_v : 0.0));
   }
 
   // Whether argmax takes the label: NaN is above all, and the first of equal logits wins.
@@ -237,8 +240,7 @@ class LossRow {
         if (kTeacher) {  // q − p
           g = S::fma(q, of_u, S::fma(load(exp_v + i, lanes), of_v, g));
         } else {  // q (r − D), or ½ q (s − KL(q‖m)) for JS
-          const reg slope = S::mul(q, S::sub(load(ratio + i, lanes), mean));
-          g = S::fma(S::select(S::greater(q, zero), slope, zero), of_u, g);
+          g = S::fma(weigh(q, S::sub(load(ratio + i, lanes), mean)), of_u, g);
         }
       }
       store(grad + i, g, lanes);
@@ -273,8 +275,8 @@ class LossRow {
     const bool active = !o.guard || right();
     const bool bounded = o.bound < __builtin_inf() && !(divergence < o.bound);
     *d = !active ? 0.0 : divergence > o.bound ? o.bound : divergence;
-    // where no class has a probability q, q (r − D) is 0 for each
-    if (active && !bounded && o.weight != 0 && (kTeacher || sum_u > 0)) {
+    // where there is no class, nothing is divided by the sums
+    if (active && !bounded && o.weight != 0 && sum_u != 0) {
       gradient<true>();
     } else {
       gradient<false>();

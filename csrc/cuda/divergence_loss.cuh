@@ -193,10 +193,10 @@ __device__ A log_mean(A log_q, A log_p) {
   return larger(log_q, log_p) + log1p_of(exp_of(gap)) - A(0.693147180559945309417);
 }
 
-// weight · value with 0 · anything = 0
+// weight · value with 0 · anything = 0, and NaN where the weight is
 template <class A>
 __device__ A expected(A weight, A value) {
-  return weight > 0 ? weight * value : A(0);
+  return weight == 0 ? A(0) : weight * value;
 }
 
 // Writes the row's gradient of the mean loss and returns CE and D. A target that is no class gives
@@ -287,11 +287,11 @@ __device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_
     const A log_q = log_q_of(z), log_p = log_p_of(t), q = exp_of(log_q);
     A grad_u;
     if constexpr (kDirection == Direction::kStudentTeacher) {
-      grad_u = q > 0 ? q * (log_q - log_p - student) : A(0);
+      grad_u = expected(q, log_q - log_p - student);
     } else if constexpr (kDirection == Direction::kTeacherStudent) {
       grad_u = q - exp_of(log_p);
     } else {
-      grad_u = q > 0 ? A(0.5) * q * (log_q - log_mean(log_q, log_p) - student) : A(0);
+      grad_u = expected(A(0.5) * q, log_q - log_mean(log_q, log_p) - student);
     }
     return share * (grad - pull * grad_u);
   });

@@ -100,14 +100,14 @@ def _divergence(
     if direction == "student_teacher":
         ratio = log_q - log_p
         d = _expect(q, ratio)
-        return d, torch.where(q > 0, q * (ratio - d), 0.0)
+        return d, torch.where(q == 0, 0.0, q * (ratio - d))
     log_m = torch.logaddexp(log_q, log_p) - math.log(2.0)
     ratio = log_q - log_m
     student = _expect(q, ratio)
     d = 0.5 * (student + _expect(p, log_p - log_m))
-    return d, torch.where(q > 0, 0.5 * q * (ratio - student), 0.0)
+    return d, torch.where(q == 0, 0.0, 0.5 * q * (ratio - student))
 
 
 def _expect(weight: Tensor, value: Tensor) -> Tensor:
-    """Σ_k weight_k · value_k with 0 · anything = 0; [N, 1]."""
-    return torch.where(weight > 0, weight * value, 0.0).sum(1, keepdim=True)
+    """Σ_k weight_k · value_k with 0 · anything = 0, and NaN where a weight is; [N, 1]."""
+    return torch.where(weight == 0, 0.0, weight * value).sum(1, keepdim=True)
