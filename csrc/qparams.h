@@ -30,7 +30,8 @@ DIVQAT_HOST_DEVICE inline bool is_finite(float x) { return x - x == 0.0f; }
 DIVQAT_HOST_DEVICE inline float symmetric_scale(float low, float high, int32_t quant_min,
                                                 int32_t quant_max) {
   const float amax = -low > high || low != low ? -low : high;
-  return at_least(amax * 2.0f / float(quant_max - quant_min), 1.1920928955078125e-7f);
+  // twice amax may be too large for a float
+  return at_least(amax / float(quant_max - quant_min) * 2.0f, 1.1920928955078125e-7f);
 }
 
 // Scale and zero point that cover [low, high] and 0.
@@ -40,7 +41,7 @@ DIVQAT_HOST_DEVICE inline void choose_qparams(float low, float high, const Obser
   high = at_least(high, 0.0f);
   if (o.symmetric) {
     *scale = symmetric_scale(low, high, o.quant_min, o.quant_max);
-    *zero_point = o.quant_min < 0 ? 0 : (o.quant_max + 1) / 2;
+    *zero_point = o.quant_min < 0 ? 0 : (o.quant_min + o.quant_max + 1) / 2;
     return;
   }
   // scale = (high − low) / levels; zero_point = quant_min − nearbyint(low / scale)

@@ -105,7 +105,7 @@ def round_zero_point(zero_point, quant_min, quant_max):
 def symmetric_scale(low, high, quant_min, quant_max):
     """2 · max|·| / (quant_max − quant_min), at least float32's epsilon; NaN where low is."""
     amax = tl.where((-low > high) | (low != low), -low, high)
-    scale = tl.div_rn(amax * 2.0, quant_max - quant_min)
+    scale = tl.div_rn(amax, quant_max - quant_min) * 2.0  # twice amax may be too large
     return tl.where(scale < 1.1920928955078125e-07, 1.1920928955078125e-07, scale)
 
 

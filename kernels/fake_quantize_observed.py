@@ -126,7 +126,7 @@ def _delayed(
 
 
 def _middle(quant_min: int, quant_max: int) -> int:
-    return 0 if quant_min < 0 else (quant_max + 1) // 2
+    return 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
 
 
 def observe_dense(

@@ -49,6 +49,25 @@ def test_qparams_by_hand(quant_min, quant_max, symmetric, scale, zero_point):
     assert b[2].item() == pytest.approx(scale) and b[3].item() == zero_point
 
 
+@pytest.mark.parametrize(
+    ("quant_min", "quant_max", "middle"),
+    [(0, 255, 128), (1, 255, 128), (0, 3, 2), (10, 20, 15), (10, 21, 16), (100, 120, 110)],
+)
+def test_the_zero_point_of_a_symmetric_range_is_its_middle(quant_min, quant_max, middle):
+    b = buffers()
+    y = fake_quantize_observed(tensor([-1.0, 1.0]), *b, quant_min, quant_max, symmetric=True)
+    assert b[3].item() == middle
+    # one code at most is missing on one side
+    torch.testing.assert_close(y, tensor([-1.0, 1.0]), rtol=0, atol=1.01 * b[2].item())
+
+
+def test_the_scale_of_a_huge_symmetric_range_is_finite():
+    b = buffers()
+    y = fake_quantize_observed(tensor([-1.0, 3e38]), *b, -128, 127, symmetric=True)
+    assert b[2].item() == pytest.approx(3e38 / 127.5)
+    assert y.isfinite().all()
+
+
 def test_range_always_holds_zero():
     b = buffers()
     y = fake_quantize_observed(tensor([4.0, 5.0, 0.0][:2]), *b, 0, 255)

@@ -112,9 +112,9 @@ def choose_qparams(
     """
     low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
     levels = quant_max - quant_min
-    if symmetric:
-        scale = (torch.maximum(-low, high) * 2 / levels).clamp(min=EPS)
-        middle = 0 if quant_min < 0 else (quant_max + 1) // 2
+    if symmetric:  # divided first, as twice the maximum may be too large for a float
+        scale = (torch.maximum(-low, high) / levels * 2).clamp(min=EPS)
+        middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
     scale = ((high - low) / levels).clamp(min=EPS)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
