@@ -1,21 +1,17 @@
 """How much of a defense is kept, so that validation accuracy stays within a budget."""
 
-import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from test_train import QUIET, assert_equal, assert_same
-from torch import nn
 from trainings import train_interrupted, train_until
 
 from divqat.files import load_checkpoint, read_json, save_checkpoint
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, distributed, load_run, train, trainer
-from divqat.train.budget import STEPS, Budget, between
+from divqat.train.budget import Budget, between
 from divqat.train.folder import load_splits
 from divqat.train.learning import MISDIRECT
 from divqat.train.network import build_model
@@ -68,67 +64,6 @@ def rewound(teacher, qat, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewound") / "divqat"
     train(settings(teacher, qat), folder, **QUIET)
     return folder
-
-
-def test_between_two_states():
-    start = {"weight": torch.tensor([1.0, -2.0, math.inf]), "count": torch.tensor(3)}
-    end = {
-        "weight": torch.tensor([2.0, 6.0, math.inf]),
-        "count": torch.tensor(9),
-        "own": torch.ones(1),
-        "extra": {"a": 1},
-    }
-    there = between(start, end, 0.25)
-    assert there["weight"].tolist() == [1.25, 0.0, math.inf]
-    assert there["count"] == 9 and there["own"] == 1 and there["extra"] == {"a": 1}
-
-
-@given(pair=st.tuples(*[st.floats(-(2.0**99), 2.0**99, width=32)] * 2), share=st.floats(0, 1))
-def test_the_way_begins_and_ends_with_the_same_bits_and_never_leaves_them(pair, share):
-    start, end = ({"w": torch.tensor([value])} for value in pair)
-    assert between(start, end, 0)["w"].equal(start["w"])
-    assert between(start, end, 1)["w"].equal(end["w"])
-    low, high = sorted(pair)
-    found = float(between(start, end, share)["w"])
-    rounding = 2e-7 * max(abs(low), abs(high))
-    assert low - rounding <= found <= high + rounding
-
-
-def settled(accuracy, points=2.0, reference=0.9):
-    """A budget and a model of one weight, which went from 1 to 3, whose accuracy is a function of
-    how far it went."""
-    model = nn.Linear(1, 1, bias=False)
-    budget = Budget(points, reference, {"weight": torch.ones(1, 1)})
-    nn.init.constant_(model.weight, 3)
-    asked = []
-
-    def measure():
-        share = (float(model.weight.detach()) - 1) / 2
-        asked.append(share)
-        return {"validation_accuracy": accuracy(share), "misled": share}
-
-    budget.settle(model, measure)
-    share = (float(model.weight.detach()) - 1) / 2
-    assert share == pytest.approx(budget.chosen["share"], abs=1e-6)
-    assert asked == pytest.approx([1 - i / STEPS for i in range(len(asked))], abs=1e-6)
-    assert [row["misled"] for row in budget.summary()["path"]][: len(asked)] == asked
-    return budget
-
-
-def test_the_first_inside_is_the_result_else_the_most_accurate():
-    assert settled(lambda share: 0.88).chosen["share"] == 1  # two points of two
-    budget = settled(lambda share: 0.9 - 0.08 * share)  # eight points, of which two
-    assert budget.chosen["share"] == pytest.approx(0.25)
-    assert budget.chosen["points_below"] == pytest.approx(2)
-    assert budget.warning() is None and budget.summary()["inside"]
-    # a worse place after a better one is not looked for
-    assert settled(lambda share: 0.9 - 0.04 * (share > 0.5)).chosen["share"] == 0.5
-    budget = settled(lambda share: 0.8 - abs(share - 0.3))
-    assert budget.chosen["share"] == pytest.approx(0.3)
-    assert "wanted at most 2 points below 90.00%, got 10.00 at best" in budget.warning()
-    assert not budget.summary()["inside"]
-    budget = settled(lambda share: 0.9 if share == 0 else 0.1)
-    assert budget.chosen["share"] == 0 and "nothing is left of the defense" in budget.warning()
 
 
 def test_the_budget_holds_where_the_same_training_breaks_it(qat, free, kept):

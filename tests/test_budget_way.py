@@ -1,12 +1,17 @@
 """The way from a defended network back to the undefended one is of networks that are whole."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_train import assert_equal
 from testing import randn
+from torch import nn
 
 from divqat.train import TrainConfig
-from divqat.train.budget import between, move
+from divqat.train.budget import STEPS, Budget, between, move
 from divqat.train.network import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,3 +52,64 @@ def test_without_zero_points_nothing_but_the_straight_way_is_gone():
     model = observed(3, symmetric=True)
     move(model, *ends, 0.25)
     assert_equal(model.state_dict(), between(*ends, 0.25))
+
+
+def test_between_two_states():
+    start = {"weight": torch.tensor([1.0, -2.0, math.inf]), "count": torch.tensor(3)}
+    end = {
+        "weight": torch.tensor([2.0, 6.0, math.inf]),
+        "count": torch.tensor(9),
+        "own": torch.ones(1),
+        "extra": {"a": 1},
+    }
+    there = between(start, end, 0.25)
+    assert there["weight"].tolist() == [1.25, 0.0, math.inf]
+    assert there["count"] == 9 and there["own"] == 1 and there["extra"] == {"a": 1}
+
+
+@given(pair=st.tuples(*[st.floats(-(2.0**99), 2.0**99, width=32)] * 2), share=st.floats(0, 1))
+def test_the_way_begins_and_ends_with_the_same_bits_and_never_leaves_them(pair, share):
+    start, end = ({"w": torch.tensor([value])} for value in pair)
+    assert between(start, end, 0)["w"].equal(start["w"])
+    assert between(start, end, 1)["w"].equal(end["w"])
+    low, high = sorted(pair)
+    found = float(between(start, end, share)["w"])
+    rounding = 2e-7 * max(abs(low), abs(high))
+    assert low - rounding <= found <= high + rounding
+
+
+def settled(accuracy, points=2.0, reference=0.9):
+    """A budget and a model of one weight, which went from 1 to 3, whose accuracy is a function of
+    how far it went."""
+    model = nn.Linear(1, 1, bias=False)
+    budget = Budget(points, reference, {"weight": torch.ones(1, 1)})
+    nn.init.constant_(model.weight, 3)
+    asked = []
+
+    def measure():
+        share = (float(model.weight.detach()) - 1) / 2
+        asked.append(share)
+        return {"validation_accuracy": accuracy(share), "misled": share}
+
+    budget.settle(model, measure)
+    share = (float(model.weight.detach()) - 1) / 2
+    assert share == pytest.approx(budget.chosen["share"], abs=1e-6)
+    assert asked == pytest.approx([1 - i / STEPS for i in range(len(asked))], abs=1e-6)
+    assert [row["misled"] for row in budget.summary()["path"]][: len(asked)] == asked
+    return budget
+
+
+def test_the_first_inside_is_the_result_else_the_most_accurate():
+    assert settled(lambda share: 0.88).chosen["share"] == 1  # two points of two
+    budget = settled(lambda share: 0.9 - 0.08 * share)  # eight points, of which two
+    assert budget.chosen["share"] == pytest.approx(0.25)
+    assert budget.chosen["points_below"] == pytest.approx(2)
+    assert budget.warning() is None and budget.summary()["inside"]
+    # a worse place after a better one is not looked for
+    assert settled(lambda share: 0.9 - 0.04 * (share > 0.5)).chosen["share"] == 0.5
+    budget = settled(lambda share: 0.8 - abs(share - 0.3))
+    assert budget.chosen["share"] == pytest.approx(0.3)
+    assert "wanted at most 2 points below 90.00%, got 10.00 at best" in budget.warning()
+    assert not budget.summary()["inside"]
+    budget = settled(lambda share: 0.9 if share == 0 else 0.1)
+    assert budget.chosen["share"] == 0 and "nothing is left of the defense" in budget.warning()
