@@ -30,6 +30,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cuda-steps": ("cuda-steps.json", tables.steps),
     "cuda-scaling": ("cuda-scaling.json", tables.scaling),
     "cpu-accuracy": ("cpu-accuracy.json", tables.accuracy),
+    "cpu-accuracy-1024": ("cpu-accuracy-1024.json", tables.accuracy),
     "cuda-accuracy": ("cuda-accuracy.json", tables.accuracy),
     "triton-host": ("triton-host.json", tables.host),
 }
