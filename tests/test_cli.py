@@ -84,7 +84,7 @@ def test_a_run_takes_data_and_model_of_its_teacher(tmp_path):
     ("text", "message"),
     [
         ("epochz: 3", "unknown key in {file} 'epochz' (did you mean 'epochs'?)"),
-        ("epochs: many", "epochs: wanted a whole number at least 1, got 'many'"),
+        ("epochs: many", "epochs: wanted a whole number at least 0, got 'many'"),
         ("- epochs", "wanted 'key: value' lines"),
         ("epochs: [", "is not YAML"),
     ],

@@ -130,7 +130,7 @@ def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypat
         ({"atack": {}}, r"unknown key 'atack' \(did you mean 'attack'"),
         ({"common": {"modle": "lenet"}}, r"unknown key in common 'modle' \(did you mean 'model'"),
         ({"fp": {"seed": 3}}, "fp: the job sets seed itself"),
-        ({"fp": {"epochs": 0}}, "fp: epochs: wanted a whole number at least 1"),
+        ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights that are taken"),
         ({"victims": {}}, "victims: wanted at least one"),
         ({"victims": {"fp": {"method": "qat"}}}, "victims: wanted names of folders"),
         ({"victims": {"a/b": {"method": "qat"}}}, "victims: wanted names of folders"),

@@ -247,10 +247,10 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
             y = self.model(x)
             return spoil(y, "logits") if self.training else y
 
-    build = trainer.build_model
+    begin = trainer.begin
     monkeypatch.setattr(trainer, "batches", spoiled_batches)
     monkeypatch.setattr(step.F, "cross_entropy", spoiled_loss)
-    monkeypatch.setattr(trainer, "build_model", lambda *args: Spoiled(build(*args)))
+    monkeypatch.setattr(trainer, "begin", lambda *args: Spoiled(begin(*args)))
     with pytest.raises(FloatingPointError, match=f"epoch 2, step 3: the {cause}"):
         train(TrainConfig(**FP), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
