@@ -130,10 +130,10 @@ def test_the_studies_are_those_of_the_committed_results():
         "combination": [defenses_table],
         "misdirection-strong": [attacks_table, side_effects_table],
         "misdirection-strong-shadow": [attacks_table],
+        "misdirection-strong-own": [attacks_table],
         "misdirection-strong-photos": [attacks_table],
         "misdirection": [attacks_table, side_effects_table],
         "misdirection-control": [attacks_table],
-        "misdirection-own": [attacks_table],
         "misdirection-photos": [attacks_table],
         "misdirection-sweep": [main_table],
     }.items():
