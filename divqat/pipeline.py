@@ -15,7 +15,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from divqat.attacker import FOLDER
 from divqat.evaluate import (
     AttackResult,
     Confidence,
@@ -68,7 +67,9 @@ def run_job(
     out = Path(out)
     settings = asdict(job)
     if (out / "config.yaml").is_file():
-        different = differences(_fixed(read_yaml(out / "config.yaml")), _fixed(settings))
+        places = {*FREE, *job.attacker(job.seeds[0]).places}
+        pair = (_fixed(each, places) for each in (read_yaml(out / "config.yaml"), settings))
+        different = differences(*pair)
         if different:
             raise ValueError(
                 f"{out} holds a job with other settings ({'; '.join(different)}): "
@@ -88,11 +89,8 @@ def run_job(
     return result
 
 
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+def _fixed(settings: dict[str, Any], places: set[str]) -> dict[str, Any]:
     """What must not change when a job goes on: all but seeds, places and devices."""
-    places = {*FREE}
-    if settings["attack"].get("query_set") != FOLDER:
-        places.add("query_root")
     return {
         section: {key: value for key, value in content.items() if key not in places}
         for section, content in settings.items()

@@ -119,18 +119,6 @@ class Attack(Options, ABC):
     #: Whether it asks the victim at all: one that does not shows what a thief has without it.
     asks: ClassVar[bool] = True
 
-    def check(self, images: int) -> None:
-        """See that a query set of so many images is enough for the settings.
-
-        Raises:
-            ValueError: it is not.
-        """
-
-    @property
-    def owns(self) -> bool:
-        """Whether it wants images of the victim's kind, see ``owning`` where there is one."""
-        return False
-
     query_budget: int | None = option(
         None, "Images asked about at most; None: what the attack has by default.", least=1
     )
@@ -186,6 +174,18 @@ class Attack(Options, ABC):
         device = task.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return self._extract(task)
+
+    def check(self, images: int) -> None:
+        """See that a query set of so many images is enough for the settings.
+
+        Raises:
+            ValueError: it is not.
+        """
+
+    @property
+    def owns(self) -> bool:
+        """Whether it wants images of the victim's kind, see ``owning`` where there is one."""
+        return False
 
     @abstractmethod
     def _extract(self, task: Task) -> Extraction:

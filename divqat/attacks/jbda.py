@@ -77,8 +77,10 @@ class JBDA(LabeledAttack, TransferAttack):
 
     def _extract(self, task: Task) -> Extraction:
         generator = torch.Generator().manual_seed(self.seed)
-        source = self._labeled(task).images.cpu() if self.owns else task.query_set
-        self._enough(len(source))
+        source = task.query_set
+        if self.owns:
+            source = self._labeled(task).images.cpu()
+            self._enough(len(source))
         sizes = self._sizes()
         images = source[torch.randperm(len(source), generator=generator)[: sizes[0]]]
         seeds = torch.randint(2**62, (len(sizes), self.epochs), generator=generator).tolist()

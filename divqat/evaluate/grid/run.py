@@ -215,13 +215,14 @@ class _Runner:
 
     def result(self, command: str, deployed: str) -> Evaluation:
         """What has been found so far."""
+        known = self.splits.validation  # which may be fewer than the attacker is to own
         return Evaluation(
             dataset=self.splits.name,
             num_classes=self.splits.num_classes,
             chance=chance(self.test.labels),
             query_images=len(self.queries),
             overlap=self.overlap,
-            grid={**self.grid.to_dict(), "holdout": len(self._holdout(0))},  # there may be fewer
+            grid=self.grid.to_dict() | {"holdout": min(self.grid.holdout, len(known))},
             deployed=deployed,
             command=command,
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
