@@ -22,7 +22,7 @@ from divqat.pipeline import run_job
 from divqat.steps import AttackConfig, answer_arguments, attack_run, export_run, verify_run
 from divqat.study import Study, run_study
 from divqat.subjects import load_subjects
-from divqat.train import Run, TrainConfig, load_run
+from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
 from divqat.train.distributed import launched
 from divqat.train.folder import read_checkpoint
@@ -61,24 +61,13 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def export(args: argparse.Namespace) -> int:
-    run = _load_int8(args.run)
+    run = load_run(args.run)
     print(export_run(run, run.splits(args.data_root))["text"])
     return 0
 
 
-def _load_int8(folder: str) -> Run:
-    """A run that has, or can have, a ``model.onnx``."""
-    run = load_run(folder)
-    if not run.config.kind.quantized:
-        raise ValueError(
-            f"{folder} is full precision: only quantized runs are exported; divqat attack "
-            "--fake-quant and divqat evaluate take it as it is"
-        )
-    return run
-
-
 def verify(args: argparse.Namespace) -> int:
-    run = _load_int8(args.run)
+    run = load_run(args.run)
     report = verify_run(run, run.splits(args.data_root))
     print(report["text"])
     if report["argmax_agreement"] < args.min_agreement:
@@ -96,7 +85,7 @@ def attack(args: argparse.Namespace) -> int:
     file = {} if args.config is None else read_yaml(args.config)
     given = {**file, **given_flags(args, AttackConfig)}
     config = AttackConfig.from_dict(given, where=args.config or "")
-    run = load_run(args.victim) if args.fake_quant else _load_int8(args.victim)
+    run = load_run(args.victim)
     out = Path(args.out or run.folder / f"attack-{args.answer}")
     found = attack_run(
         run, run.splits(args.data_root), config, args.answer, out, fake_quant=args.fake_quant

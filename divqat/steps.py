@@ -88,8 +88,7 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
     Raises:
         ValueError: the run is full precision.
     """
-    if not run.config.kind.quantized:
-        raise ValueError(f"{run.folder} is full precision: only quantized runs are exported")
+    _check_quantized(run)
 
     def make() -> dict[str, Any]:
         images = to_float(splits.validation.subset(slice(256)).images)
@@ -98,6 +97,14 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
         return {**report.to_dict(), "text": str(report)}
 
     return step(run.folder / "export.json", run.fingerprint, make, product=run.folder / ONNX)
+
+
+def _check_quantized(run: Run) -> None:
+    if not run.config.kind.quantized:
+        raise ValueError(
+            f"{run.folder} is full precision: only quantized runs are exported; divqat attack "
+            "--fake-quant and divqat evaluate take it as it is"
+        )
 
 
 def verify_run(run: Run, splits: Splits) -> dict[str, Any]:
@@ -119,8 +126,10 @@ def exported(run: Run) -> Path:
     """The ONNX file of a run.
 
     Raises:
-        FileNotFoundError: the run was not exported. ValueError: it was trained anew since.
+        FileNotFoundError: the run was not exported. ValueError: it was trained anew since, or is
+            full precision.
     """
+    _check_quantized(run)
     path, report = run.folder / ONNX, run.folder / "export.json"
     if not path.is_file() or not report.is_file():
         raise FileNotFoundError(f"no {ONNX} in {run.folder}: divqat export {run.folder}")
