@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from divqat.data.batches import to_float
-from divqat.train.decoy import Decoy, Sample
+from divqat.nn.decoy import Decoy, Sample
 
 
 def test_a_decoy_tells_where_a_picture_is_light_and_each_class_as_often():

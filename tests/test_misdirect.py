@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from trainings import train_interrupted
 
 from divqat.data.batches import to_float, to_uint8
-from divqat.data.proxies import NAMES
+from divqat.data.proxies import NAMES, PROXIES
 from divqat.files import load_checkpoint, read_json
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
-from divqat.train.learning import PROXIES, TARGETS
+from divqat.train.learning import TARGETS
 from divqat.train.misdirection import Misdirection, Proxies, jensen_shannon
 from divqat.train.step import Step
 

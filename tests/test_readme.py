@@ -35,8 +35,8 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    float_model = build("lenet", in_channels=1, num_classes=4, image_size=8)
-    images, labels = randn(8, 1, 8, 8).clamp(-1, 1), torch.arange(8) % 4
+    float_model = build("lenet", in_channels=1, num_classes=10, image_size=8)
+    images, labels = randn(20, 1, 8, 8).clamp(-1, 1), torch.arange(20) % 10
     teacher = {name: value.clone() for name, value in float_model.state_dict().items()}
     names = {"float_model": float_model.eval(), "loader": [(images, labels)] * 3}
     exec(code, names)

@@ -9,9 +9,8 @@ from toys import same_bits, toy_images
 from divqat.attacks.shadow import fitted, misdirecting
 from divqat.data import ImageSet, to_float
 from divqat.data.batches import to_uint8
-from divqat.data.proxies import proxy_batch
-from divqat.train.decoy import Decoy, coarse
-from divqat.train.learning import PROXIES
+from divqat.data.proxies import PROXIES, proxy_batch
+from divqat.nn.decoy import Decoy, coarse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,11 +14,10 @@ from divqat.attacks.ddae import restorer
 from divqat.attacks.folder import Folder
 from divqat.attacks.shadow import as_shown, fitted, misdirecting
 from divqat.data import ImageSet, to_float
-from divqat.data.proxies import proxy_batch
+from divqat.data.proxies import PROXIES, proxy_batch
 from divqat.evaluate import predict
 from divqat.evaluate.metrics import softmax
-from divqat.train.decoy import coarse
-from divqat.train.learning import PROXIES
+from divqat.nn.decoy import coarse
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

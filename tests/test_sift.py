@@ -5,8 +5,8 @@ from toys import QUERIES, same_bits, toy_model, toy_victim
 from divqat.attacks import KnockoffNets, Sift
 from divqat.attacks.sift import DECAY, explained
 from divqat.data import to_float
+from divqat.nn.decoy import coarse
 from divqat.options import ConfigError
-from divqat.train.decoy import coarse
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

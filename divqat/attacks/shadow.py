@@ -15,12 +15,11 @@ from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.labeled import LabeledAttack, learn_labels
 from divqat.attacks.training import Loss
 from divqat.data.batches import to_float, to_uint8
-from divqat.data.proxies import proxy_batch
+from divqat.data.proxies import PROXIES, proxy_batch
 from divqat.data.sets import ImageSet
 from divqat.evaluate.metrics import predict, softmax
+from divqat.nn.decoy import Decoy, Sample, coarse
 from divqat.options import option
-from divqat.train.decoy import Decoy, Sample, coarse
-from divqat.train.learning import PROXIES
 
 USUAL, CONTROL = "standardized2", "shuffled"  # of an answer's readings
 PARTS, PART = 8, 256  # of the proxies that a decoy is fitted to: as many as a victim's

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
+from divqat.nn.decoy import coarse
 from divqat.options import option
 from divqat.shown import label_only
-from divqat.train.decoy import coarse
 
 DECAY = 1e-4  # of the regression's weights, beside a mean cross-entropy
 ITERATIONS = 100
@@ -23,7 +23,7 @@ ITERATIONS = 100
 class Sift(KnockoffNets):
     """KnockoffNets on the answers that are least likely to be a decoy's.
 
-    Ours, against :class:`divqat.train.decoy.Decoy`, by a thief who knows how it works and not its
+    Ours, against :class:`divqat.nn.decoy.Decoy`, by a thief who knows how it works and not its
     seed: a multinomial regression on the coarse pictures learns the decoy from all answers, and
     those stay that it gives the lowest probability. Against an undefended victim it makes a worse
     clone than all answers do. Every query is asked and counted; the :class:`Extraction` has all.

@@ -176,6 +176,11 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 DRAWN = ("glyphs", "leaves", "noise")  # from nothing
 READ = ("photos", "folder")
 NAMES = (*MADE, "mixed", *READ)
+# Those that a defense is trained on if nothing is said.
+PROXIES = (
+    "glyphs", "leaves", "noise", "shuffled", "rotated", "inverted", "warped", "zoomed", "collage",
+    "edges",
+)  # fmt: skip
 
 
 def proxy_pools(

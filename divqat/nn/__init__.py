@@ -1,10 +1,11 @@
-"""Drop-in modules: observers, fake-quantizers, quantized layers, the DivQAT loss."""
+"""Drop-in modules: observers, fake-quantizers, quantized layers, the losses of DivQAT."""
 
 from divqat.nn.conv import QuantConv2d, QuantConvTranspose2d
 from divqat.nn.conv_bn import QuantConvBn2d
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.nn.linear import QuantLinear
 from divqat.nn.loss import DivQATLoss
+from divqat.nn.misdirection import MisdirectionLoss
 from divqat.nn.observer import MovingAverageMinMaxObserver
 from divqat.nn.spec import QuantSpec
 
@@ -12,6 +13,7 @@ __all__ = [
     "DivQATLoss",
     "FakeQuantize",
     "LearnedStepFakeQuantize",
+    "MisdirectionLoss",
     "MovingAverageMinMaxObserver",
     "QuantConv2d",
     "QuantConvBn2d",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from divqat import data, models
 from divqat.data.pictures import STREAM
-from divqat.data.proxies import NAMES
+from divqat.data.proxies import NAMES, PROXIES
 from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
 from divqat.options import Options, option
 from divqat.train.methods import METHODS
@@ -15,10 +15,6 @@ from divqat.train.methods import METHODS
 OPTIMIZERS = ("sgd", "lars", "lamb")
 # Exponent of batch_size / base_batch_size in the learning rate.
 LR_SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-PROXIES = (
-    "glyphs", "leaves", "noise", "shuffled", "rotated", "inverted", "warped", "zoomed", "collage",
-    "edges",
-)  # fmt: skip
 MISDIRECT, DISTILL = 0.8, 1.0  # with an accuracy budget; beside that, with a reference
 TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from divqat.data import LabeledImages
 from divqat.data.batches import batches, to_float, to_uint8
 from divqat.data.proxies import proxy_batch, proxy_pools
+from divqat.nn.decoy import Decoy, Sample
 from divqat.seeds import derived_seed
 from divqat.train.config import TrainConfig
-from divqat.train.decoy import Decoy, Sample
 from divqat.train.distributed import Team
 
 # Proxies that a decoy is fitted to, as many as the training images that they are made from; large

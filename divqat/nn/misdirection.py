@@ -1,0 +1,169 @@
+"""Misdirection for a training loop of one's own: answer a thief's images by a decoy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from divqat.data.batches import to_float
+from divqat.data.proxies import PROXIES, proxy_batch, proxy_pools
+from divqat.nn.decoy import Decoy, Sample
+
+SAMPLE = 2048  # training images that the decoy gets to know, and as many proxies
+PART = 256  # of them at once, as large ones take memory
+
+
+class MisdirectionLoss(nn.Module):
+    """mean CE(q(x~), t(x~)): foreign images x~ are to be answered by a decoy t, not by the task.
+
+    What ``--misdirect`` adds to the loss of ``divqat train``, see
+    :class:`divqat.train.misdirection.Misdirection`; ours. Proxies x~ of what a thief may ask about
+    are made from a batch and learned beside it, in one forward pass, so that batch norm and
+    activation ranges are of both:
+
+        misdirection = MisdirectionLoss(loader, num_classes=10)
+        for images, labels in loader:
+            proxies = misdirection.draw(images)
+            logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
+            loss = loss_fn(logits, labels) + 0.8 * misdirection(foreign, proxies)
+
+    After a call ``misled`` holds the share of the proxies whose top class is that of t(x~), [],
+    detached and on the device. The state is the decoy: keep it in your checkpoints, and where many
+    processes train, load that of one in all of them.
+
+    Args:
+        batches: of the training set, as from its ``DataLoader``: float images [N, C, H, W] and
+            int64 labels [N]. Read until there are 2048 images, which should have all classes;
+            without the augmentation of a training if you can.
+        num_classes: at least 2.
+        kinds: of proxies, of :data:`divqat.data.proxies.NAMES`; as many of each.
+        folder: pictures for the kind ``folder``.
+        mean, std: your images are (x - mean) / std, x from 0 to 1; of all channels or of each. The
+            defaults are images from -1 to 1.
+        seed: of the decoy and of the drawings among the proxies. A thief who knows it knows t.
+
+    Raises:
+        ValueError: fewer classes, no image, labels of others, images of several shapes.
+        TypeError: images that are not float. Others: see :func:`divqat.data.proxies.proxy_pools`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        batches: Iterable[Sequence[Tensor]],
+        num_classes: int,
+        *,
+        kinds: Sequence[str] = PROXIES,
+        folder: str | None = None,
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: wanted at least 2, got {num_classes}")
+        self.kinds = tuple(kinds)
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+        if not (self.std > 0).all():
+            raise ValueError(f"std: wanted above 0, got {std}")
+        images, labels = self._read(batches, num_classes)
+        shape = tuple(images.shape[1:])
+        pools = proxy_pools(self.kinds, shape, images.device, folder=folder, seed=seed)  # type: ignore[arg-type]
+        for name, pool in pools.items():
+            self.register_buffer(f"pool_{name}", pool, persistent=False)
+        self.pools = tuple(pools)
+        self.decoy = Decoy(num_classes, shape[0], seed)
+        self.decoy.fit(self._sample(images, labels, seed))
+        self.misled: Tensor | None = None
+
+    def draw(
+        self,
+        images: Tensor,  # float [N, C, H, W], N at least 1
+        labels: Tensor | None = None,  # int64 [N]
+        *,
+        share: float = 0.5,
+    ) -> Tensor:  # like images, [M, C, H, W]
+        """Proxies of a batch: ``share`` · N of them, at least one.
+
+        Chance is torch's global generator on the CPU; no GPU is waited for. ``labels`` are used by
+        the kind ``mixed``.
+        """
+        self._check(images)
+        if not share > 0:
+            raise ValueError(f"share: wanted above 0, got {share}")
+        count = max(1, round(share * len(images)))
+        generator = Generator(images.device).manual_seed(int(torch.randint(2**62, ())))
+        made = self._made(self._to_bytes(images), generator, count, labels)
+        return ((made / 255 - self.mean) / self.std).to(images.dtype)
+
+    def forward(
+        self,
+        logits: Tensor,  # float [M, num_classes]
+        proxies: Tensor,  # float [M, C, H, W], of :meth:`draw`
+    ) -> Tensor:
+        """The loss, []; its gradient goes to ``logits`` only."""
+        self._check(proxies)
+        targets = self.decoy(self._shades(proxies))
+        if logits.shape != targets.shape:
+            raise ValueError(f"logits: wanted {list(targets.shape)}, got {list(logits.shape)}")
+        logits = logits.float()
+        self.misled = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
+        return F.cross_entropy(logits, targets)
+
+    def _read(self, batches: Iterable[Sequence[Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
+        """uint8 images and labels, on the CPU."""
+        read, known = list[Tensor](), list[Tensor]()
+        for images, labels, *_ in batches:
+            self._check(images)
+            if read and images.shape[1:] != read[0].shape[1:]:
+                wanted = list(read[0].shape[1:])
+                raise ValueError(f"images: wanted all {wanted}, got {list(images.shape[1:])}")
+            read.append(self._to_bytes(images.cpu()))
+            known.append(labels.cpu())
+            if sum(map(len, read)) >= SAMPLE:
+                break
+        if not sum(map(len, read)):
+            raise ValueError("batches: wanted images, got none")
+        labels = torch.cat(known)
+        if labels.dim() != 1 or labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(
+                f"labels: wanted numbers [N] from 0 to {num_classes - 1}, got "
+                f"{list(labels.shape)} from {labels.min()} to {labels.max()}"
+            )
+        return torch.cat(read)[:SAMPLE], labels[:SAMPLE]
+
+    def _sample(self, images: Tensor, labels: Tensor, seed: int) -> Iterator[Sample]:
+        generator = Generator().manual_seed(seed)
+        for own, of in zip(images.split(PART), labels.split(PART), strict=True):
+            made = self._made(own, generator, len(own), of)
+            yield Sample(to_float(made), to_float(own), of)
+
+    def _made(
+        self, images: Tensor, generator: Generator, count: int, labels: Tensor | None
+    ) -> Tensor:  # uint8 [count, C, H, W]
+        pools = {name: self.get_buffer(f"pool_{name}") for name in self.pools}
+        return proxy_batch(self.kinds, images, generator, count, labels=labels, pools=pools)
+
+    def _shades(self, images: Tensor) -> Tensor:
+        """Values from 0 to 1, float32."""
+        return images.detach().float() * self.std + self.mean
+
+    def _to_bytes(self, images: Tensor) -> Tensor:
+        return (255 * self._shades(images)).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _check(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise TypeError(f"images must be float, got {images.dtype}")
+        if images.dim() != 4:
+            raise ValueError(f"images: wanted [N, C, H, W], got {list(images.shape)}")
+        if len(self.mean) not in (1, images.shape[1]) or len(self.std) not in (1, images.shape[1]):
+            raise ValueError(
+                f"mean, std: wanted 1 or {images.shape[1]} numbers, got {len(self.mean)} and "
+                f"{len(self.std)}"
+            )

@@ -1,0 +1,184 @@
+"""Misdirection in a training loop of one's own."""
+
+import pytest
+import torch
+from captured import HostReads
+from testing import randn
+from torch.nn import functional as F
+
+import divqat
+from divqat import data, models
+from divqat.data.batches import to_float, to_uint8
+from divqat.data.proxies import PROXIES
+from divqat.evaluate import accuracy, predict
+from divqat.nn import MisdirectionLoss
+
+FEW = ("inverted", "shuffled", "noise")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def some(count=300, channels=1, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, channels, 9, 12), generator=generator).to(torch.uint8)
+    return to_float(images), torch.arange(count) % classes
+
+
+def made(batches=None, **changes):
+    return MisdirectionLoss(batches or [some()], 5, **{"kinds": FEW, **changes})
+
+
+def test_the_loss_is_the_cross_entropy_to_the_decoy():
+    misdirection, images = made(), some(40)[0]
+    logits = randn(40, 5).requires_grad_()
+    misdirection(logits, images).backward()
+    probs = misdirection.decoy(images).double()
+    torch.testing.assert_close(probs.sum(1), torch.ones(40).double())
+    # d mean CE / d logits = (softmax(logits) - t) / M
+    expected = (logits.detach().double().softmax(1) - probs) / 40
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=0, atol=1e-7)
+    told = (logits.argmax(1) == probs.argmax(1)).double().mean()
+    assert 0 < told < 1 and float(misdirection.misled) == pytest.approx(float(told))
+    assert misdirection(50 * probs.float(), images) < misdirection(-50 * probs.float(), images)
+
+
+def test_a_decoy_gives_each_class_to_a_share_of_the_proxies():
+    misdirection = made()
+    torch.manual_seed(0)
+    proxies = misdirection.draw(some(2000)[0], share=1)
+    assert misdirection.decoy(proxies).argmax(1).bincount(minlength=5).min() > 100
+    other = made(seed=1)
+    same = misdirection.decoy(proxies).argmax(1) == other.decoy(proxies).argmax(1)
+    assert same.double().mean() < 0.6
+
+
+def test_proxies_follow_from_the_global_seed_and_are_half_as_many():
+    misdirection, images = made(), some(31)[0]
+    seen = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        seen.append(misdirection.draw(images))
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert seen[0].shape == (16, 1, 9, 12) and seen[0].dtype == torch.float32
+    assert misdirection.draw(images, share=0.001).shape == (1, 1, 9, 12)
+    assert made(kinds=("inverted",)).draw(images.bfloat16()).dtype == torch.bfloat16
+    (dark,) = made(kinds=("inverted",)).draw(-torch.ones(1, 1, 9, 12))
+    assert torch.equal(dark, torch.ones(1, 9, 12))
+
+
+# one number for all channels, or one each
+@pytest.mark.parametrize(("mean", "std"), [(0.4, 0.2), ([0.48, 0.45, 0.4], [0.23, 0.22, 0.225])])
+def test_images_of_another_scale_are_the_same_images(mean, std):
+    images, labels = some(channels=3)
+    plain = made([(images, labels)])
+    column = [torch.tensor(value).view(-1, 1, 1) for value in (mean, std)]
+
+    def scaled(images):
+        return ((images + 1) / 2 - column[0]) / column[1]
+
+    other = made([(scaled(images), labels)], mean=mean, std=std)
+    torch.testing.assert_close(other.decoy.directions, plain.decoy.directions)
+    torch.manual_seed(0)
+    proxies = plain.draw(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(other.draw(scaled(images)), scaled(proxies), rtol=0, atol=1e-5)
+    logits = randn(len(proxies), 5)
+    torch.testing.assert_close(plain(logits, proxies), other(logits, scaled(proxies)))
+
+
+def test_a_loader_is_read_until_there_is_enough():
+    images, labels = some(5000)
+    read = []
+
+    def loader():
+        for part in zip(images.split(100), labels.split(100), strict=True):
+            read.append(len(part[0]))
+            yield (*part, "what else a loader gives")
+
+    misdirection = made(loader())
+    assert sum(read) == 2100
+    at_once = made([(images[:2048], labels[:2048])])
+    assert torch.equal(misdirection.decoy.directions, at_once.decoy.directions)
+
+
+def test_the_state_is_the_decoy():
+    images, labels = some(600)
+    misdirection, other = made([(images[:300], labels[:300])]), made([(images[300:], labels[300:])])
+    assert list(misdirection.state_dict()) == ["decoy.mean", "decoy.directions"]
+    assert not torch.equal(misdirection.decoy(images), other.decoy(images))
+    other.load_state_dict(misdirection.state_dict())
+    assert torch.equal(misdirection.decoy(images), other.decoy(images))
+
+
+def test_no_device_is_waited_for():
+    misdirection, (images, labels) = made(kinds=(*PROXIES, "mixed", "thresholded")), some(32)
+    with HostReads() as reads:
+        proxies = misdirection.draw(images, labels)
+        misdirection(randn(16, 5), proxies)
+    assert reads.seen == ["aten::_local_scalar_dense"]  # the seed, which the CPU draws
+
+
+def test_a_network_learns_it_beside_its_task():
+    splits = data.load("digits")
+    torch.manual_seed(0)
+    float_model = models.build("lenet", in_channels=1, num_classes=10, image_size=8)
+    learn(float_model, splits, lr=0.1, epochs=8)
+    model = divqat.prepare(float_model.eval(), "x86", example_input=to_float(splits.test.images))
+    loader = data.batches(splits.train, 64, generator=torch.Generator().manual_seed(1))
+    misdirection = MisdirectionLoss(loader, 10)
+    proxies = misdirection.draw(to_float(splits.validation.images), share=2)
+
+    def misled():
+        logits = predict(model.eval(), to_uint8(proxies))
+        misdirection(logits, proxies)
+        return float(misdirection.misled)
+
+    before = misled()
+    learn(model, splits, lr=0.05, epochs=8, misdirection=misdirection)
+    assert before < 0.2 and misled() > 0.4
+    assert accuracy(predict(model, splits.test), splits.test.labels) > 0.93
+
+
+def learn(model, splits, lr, epochs, misdirection=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    model.train()
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(epoch)
+        for images, labels in data.batches(splits.train, 64, generator=generator):
+            if misdirection is None:
+                loss = F.cross_entropy(model(images), labels)
+            else:
+                proxies = misdirection.draw(images)
+                logits = model(torch.cat([images, proxies]))
+                own, foreign = logits.tensor_split([len(images)])
+                loss = F.cross_entropy(own, labels) + 0.8 * misdirection(foreign, proxies)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def test_refusals():
+    images, labels = some(10)
+
+    def check(message, *args, error=ValueError, **changes):
+        with pytest.raises(error, match=message):
+            made(*args, **changes)
+
+    with pytest.raises(ValueError, match=r"num_classes: wanted at least 2, got 1"):
+        MisdirectionLoss([(images, labels * 0)], 1)
+    check(r"batches: wanted images, got none", iter([]))
+    check(r"labels: wanted numbers \[N\] from 0 to 4, got \[10\] from 0 to 5",
+          [(images, labels + labels // 4)])  # fmt: skip
+    check(r"labels: wanted .* got \[10, 1\]", [(images, labels[:, None])])
+    check(r"images must be float, got torch.uint8",
+          [(to_uint8(images), labels)], error=TypeError)  # fmt: skip
+    check(r"images: wanted \[N, C, H, W\], got \[10, 108\]", [(images.flatten(1), labels)])
+    check(r"images: wanted all \[1, 9, 12\], got \[1, 9, 6\]",
+          [(images, labels), (images[..., ::2], labels)])  # fmt: skip
+    check(r"mean, std: wanted 1 or 1 numbers, got 3 and 1", mean=[0.1, 0.2, 0.3])
+    check(r"std: wanted above 0, got 0", std=0.0)
+    check(r"unknown proxy 'clipart'", kinds=("clipart",))
+    misdirection = made()
+    with pytest.raises(ValueError, match=r"logits: wanted \[10, 5\], got \[9, 5\]"):
+        misdirection(randn(9, 5), images)
+    with pytest.raises(ValueError, match=r"share: wanted above 0, got 0"):
+        misdirection.draw(images, share=0)
