@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import QUERIES, toy_model, toy_victim
+from toys import QUERIES, Killed, kill_at, toy_model, toy_victim
 
 from divqat.attacks.bandit import GradientBandit, advantages, certainty, diversity
 from divqat.attacks.knockoff_adaptive import KnockoffAdaptive, clusters, thumbnails
@@ -142,6 +142,22 @@ def test_each_reward_works_alone_and_matters(kind):
     all_three = KnockoffAdaptive(**settings)(victim, QUERIES, toy_model(seed=1))
     alone = KnockoffAdaptive(**settings, rewards=(kind,))(victim, QUERIES, toy_model(seed=1))
     assert not torch.equal(all_three.transfer_set[0], alone.transfer_set[0])
+
+
+def test_a_killed_run_that_would_now_choose_others_says_so(tmp_path, monkeypatch):
+    """As with another number of threads, which changes the last bits of rewards."""
+    attack = KnockoffAdaptive(epochs=1, query_budget=60, groups=6, round_size=20)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1.5)  # two of three rounds
+        with pytest.raises(Killed):
+            attack(Victim(toy_victim()), QUERIES, toy_model(seed=1), resume_dir=tmp_path)
+    victim = Victim(toy_victim())
+    monkeypatch.setattr(
+        "divqat.attacks.knockoff_adaptive.clusters", lambda points, count: QUERIES[:, 0, 0, 0] % 6
+    )
+    with pytest.raises(ValueError, match=r"round0.pt has answers to other images; .* threads"):
+        attack(victim, QUERIES, toy_model(seed=1), resume_dir=tmp_path)
+    assert victim.queries == 0
 
 
 def test_arguments_are_checked():

@@ -165,6 +165,12 @@ class TestTransferSet:
         assert rgb.shape == (200, 3, 32, 32)
         assert rgb[:, :, 0].float().mean() > 180  # light background
 
+    @pytest.mark.parametrize("name", ["openclipart", "icons"])
+    def test_a_folder_without_it_is_no_reason_to_take_another(self, name, tmp_path, monkeypatch):
+        monkeypatch.setattr(data.transfer, f"{'ICONS' if name == 'icons' else 'CLIPART'}_ROOT", "/")
+        with pytest.raises(DataNotFound, match=f"'{name}' was not found in {tmp_path}/{name}: "):
+            data.transfer_set(name, channels=1, image_size=8, data_root=tmp_path)
+
     def test_missing_says_what_to_do(self, tmp_path, monkeypatch):
         monkeypatch.setattr(data.transfer, "CLIPART_ROOT", str(tmp_path))
         with pytest.raises(DataNotFound, match="apt-get install openclipart-png"):

@@ -176,3 +176,5 @@ def test_flags_and_mistakes():
             Grid(epsilons=epsilons)
     with pytest.raises(ConfigError, match="adversarial_images: wanted a whole number at least 1"):
         Grid(adversarial_images=0)
+    with pytest.raises(TypeError, match=r"gradients: wanted an nn.Module or None, got str"):
+        Subject("qat", zero, gradients="runs/qat")

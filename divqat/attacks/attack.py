@@ -60,15 +60,17 @@ class Task:
 
         Raises:
             QueryBudgetExceeded: before the first query, when the victim's budget is too small.
-            ValueError: the victim has other classes than the clone.
+            ValueError: the victim has other classes than the clone, or what is kept are answers to
+                other images, as with other threads or hardware an attack can choose others.
         """
-        parts = self._stored(name)
+        of = _identity(images)
+        parts = self._stored(name, of)
         left = images[sum(map(len, parts)) :]
         self.afford(len(left))
         chunks = left.split(QUERIES_PER_SAVE) if len(left) else ()
         for chunk in progress(chunks, "queries", total=len(chunks), unit="chunk"):
             parts.append(self.query(to_float(chunk)))
-            self.folder.save(name, {"answers": torch.cat(parts)})
+            self.folder.save(name, {"answers": torch.cat(parts), "of": of})
         return torch.cat(parts)
 
     def query(self, images: Tensor) -> Tensor:
@@ -100,8 +102,13 @@ class Task:
                 f"the attack needs {queries} queries, the victim allows {left} more"
             )
 
-    def _stored(self, name: str) -> list[Tensor]:
+    def _stored(self, name: str, of: str | None = None) -> list[Tensor]:
         stored = self.folder.load(name)
+        if stored is not None and of is not None and stored.get("of") != of:
+            raise ValueError(
+                f"resume_dir: {self.folder.within(name)} has answers to other images; go on with "
+                "as many threads and the hardware that it was begun with, or in another folder"
+            )
         return [] if stored is None else [stored["answers"]]
 
 
@@ -199,9 +206,13 @@ class Attack(Options, ABC):
             **self.to_dict(),
             "answer": victim.answer,
             "defense": victim.defense,
-            "query_set": hashlib.sha256(query_set.cpu().numpy().tobytes()).hexdigest()[:16],
+            "query_set": _identity(query_set),
             "clone": hashlib.sha256(f"{clone} {shapes}".encode()).hexdigest()[:16],
         }
+
+
+def _identity(images: Tensor) -> str:
+    return hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _classes(clone: nn.Module, images: Tensor) -> int:

@@ -46,10 +46,10 @@ def transfer_set(
 ) -> Tensor:
     """A set of unlabeled images to query a victim with.
 
-    - ``openclipart``: 6,900 drawings of the Debian package ``openclipart-png`` (or in
-      ``data_root/openclipart``). Every file is queried as it is first; the rest are
-      variants, mirrored, rotated, cropped. Grey ones on a light background are inverted, because
-      Fashion-MNIST's background is dark.
+    - ``openclipart``: 6,900 drawings of the Debian package ``openclipart-png``, or with a
+      ``data_root`` those in ``data_root/openclipart``. Every file is queried as it is first; the
+      rest are variants, mirrored, rotated, cropped. Grey ones on a light background are inverted,
+      because Fashion-MNIST's background is dark.
     - ``icons``: in the same way, the 1,100 pictures of the Debian package ``oxygen-icon-theme``:
       to tune a defense with, so that ``openclipart`` stays unseen.
     - ``photos``: patches, at several scales, of the photos below ``data_root``, or without one of
@@ -90,9 +90,8 @@ def transfer_set(
     if name == "photos":
         return _patches(_photos(data_root), limit or GENERATED, channels, size, generator)
     if name in ("openclipart", "icons"):
-        own = None if data_root is None else Path(data_root) / name
         usual = CLIPART_ROOT if name == "openclipart" else ICONS_ROOT
-        root = own if own is not None and own.is_dir() else usual
+        root = usual if data_root is None else Path(data_root) / name
         package = "openclipart-png" if name == "openclipart" else "oxygen-icon-theme"
         remedy = f"apt-get install {package}, or pass {ROOT} DIR with DIR/{name}"
         # A link is a second name of a drawing in another category.

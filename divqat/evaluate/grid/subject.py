@@ -33,6 +33,9 @@ class Subject:
         gradients: the module, in eval mode, whose gradients a white-box attacker of ``model``
             follows: the fake-quantized model that was exported, or ``model`` itself; None: there is
             none, and how robust ``model`` is is not measured.
+
+    Raises:
+        TypeError: ``gradients`` is no module.
     """
 
     name: str
@@ -41,6 +44,11 @@ class Subject:
     seed: int | None = None
     agreement: float | None = None
     gradients: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gradients, nn.Module | None):
+            kind = type(self.gradients).__name__
+            raise TypeError(f"gradients: wanted an nn.Module or None, got {kind}")
 
     def fingerprint(self, images: Tensor) -> str:
         """What identifies the model: its file or weights, where it has them, and what it answers to
