@@ -73,8 +73,6 @@ class DataFree(Attack):
 
     #: Whether the clone's first step is on the images of the generator's last one, asked already.
     reuses_images: ClassVar[bool] = False
-    #: Whether the generator learns the brightness and contrast of its images.
-    learns_range: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +87,11 @@ class DataFree(Attack):
         """What a round costs."""
         steps = self.generator_steps * (self.directions + 1) + self.clone_steps
         return self.batch_size * (steps - self.reuses_images)
+
+    @property
+    def learns_range(self) -> bool:
+        """Whether the generator learns the brightness and contrast of its images."""
+        return False
 
     @abstractmethod
     def distance(self, answers: Tensor, logits: Tensor) -> Tensor:  # [N, classes] twice -> [N]

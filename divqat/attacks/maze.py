@@ -35,6 +35,11 @@ class MAZE(DataFree):
     with replacement, from 8-bit images, which takes 5 GB of memory with the defaults and CIFAR-10;
     the clone is in eval mode while d is differentiated, as in DFME (in train mode its batch norm
     would couple the images). See also :class:`DataFree`.
+
+    Args:
+        learn_range: the generator's last batch norm has weights, as in that code. Its bias hears of
+            every pixel: with rates that get somewhere in 100,000 queries it may run away in the
+            first rounds, until all images are black and the gradient is gone. Then without.
     """
 
     query_budget: int = option(5_000_000, "Images asked about at most.", least=1)
@@ -42,9 +47,13 @@ class MAZE(DataFree):
     latent: int = option(100, "Numbers that the generator makes an image of.", least=1)
     replay_steps: int = option(10, "Steps of the clone in a round, on old images.", least=0)
     directions: int = option(10, "Directions in which the generator's loss is probed.", least=1)
+    learn_range: bool = option(True, "The generator learns the brightness of its images.")
 
     reuses_images: ClassVar[bool] = True
-    learns_range: ClassVar[bool] = True
+
+    @property
+    def learns_range(self) -> bool:
+        return self.learn_range
 
     def distance(self, answers: Tensor, logits: Tensor) -> Tensor:
         # d = Σ_k y_k (log y_k - log softmax(s)_k)
