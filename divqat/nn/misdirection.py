@@ -30,9 +30,10 @@ class MisdirectionLoss(nn.Module):
             logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
             loss = loss_fn(logits, labels) + 0.8 * misdirection(foreign, proxies)
 
-    After a call ``misled`` holds the share of the proxies whose top class is that of t(x~), [],
-    detached and on the device. The state is the decoy: keep it in your checkpoints, and where many
-    processes train, load that of one in all of them.
+    It is made on the CPU, in some seconds; move it to the device of the model. After a call
+    ``misled`` holds the share of the proxies whose top class is that of t(x~), [], detached and on
+    the device. The state is the decoy: keep it in your checkpoints, and where many processes train,
+    load that of one in all of them.
 
     Args:
         batches: of the training set, as from its ``DataLoader``: float images [N, C, H, W] and
@@ -43,7 +44,7 @@ class MisdirectionLoss(nn.Module):
         folder: pictures for the kind ``folder``.
         mean, std: your images are (x - mean) / std, x from 0 to 1; of all channels or of each. The
             defaults are images from -1 to 1.
-        seed: of the decoy and of the drawings among the proxies. A thief who knows it knows t.
+        seed: of the decoy and of the drawings among the proxies; not one that a thief would try.
 
     Raises:
         ValueError: fewer classes, no image, labels of others, images of several shapes.
@@ -69,7 +70,8 @@ class MisdirectionLoss(nn.Module):
             raise ValueError(f"num_classes: wanted at least 2, got {num_classes}")
         self.kinds = tuple(kinds)
         for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+            column = torch.tensor(value, dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, column, persistent=False)
         if not (self.std > 0).all():
             raise ValueError(f"std: wanted above 0, got {std}")
         images, labels = self._read(batches, num_classes)
