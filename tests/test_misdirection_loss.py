@@ -24,7 +24,7 @@ def some(count=300, channels=1, classes=5):
 
 
 def made(batches=None, **changes):
-    return MisdirectionLoss(batches or [some()], 5, **{"kinds": FEW, **changes})
+    return MisdirectionLoss(batches or [some()], 5, **{"kinds": FEW, "seed": 0, **changes})
 
 
 def test_the_loss_is_the_cross_entropy_to_the_decoy():
@@ -124,7 +124,7 @@ def test_a_network_learns_it_beside_its_task():
     learn(float_model, splits, lr=0.1, epochs=8)
     model = divqat.prepare(float_model.eval(), "x86", example_input=to_float(splits.test.images))
     loader = data.batches(splits.train, 64, generator=torch.Generator().manual_seed(1))
-    misdirection = MisdirectionLoss(loader, 10)
+    misdirection = MisdirectionLoss(loader, 10, seed=0)
     proxies = misdirection.draw(to_float(splits.validation.images), share=2)
 
     def misled():
@@ -164,7 +164,7 @@ def test_refusals():
             made(*args, **changes)
 
     with pytest.raises(ValueError, match=r"num_classes: wanted at least 2, got 1"):
-        MisdirectionLoss([(images, labels * 0)], 1)
+        MisdirectionLoss([(images, labels * 0)], 1, seed=0)
     check(r"batches: wanted images, got none", iter([]))
     check(r"labels: wanted numbers \[N\] from 0 to 4, got \[10\] from 0 to 5",
           [(images, labels + labels // 4)])  # fmt: skip

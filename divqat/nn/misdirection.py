@@ -24,7 +24,7 @@ class MisdirectionLoss(nn.Module):
     are made from a batch and learned beside it, in one forward pass, so that batch norm and
     activation ranges are of both:
 
-        misdirection = MisdirectionLoss(loader, num_classes=10)
+        misdirection = MisdirectionLoss(loader, num_classes=10, seed=secret)
         for images, labels in loader:
             proxies = misdirection.draw(images)
             logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
@@ -40,11 +40,12 @@ class MisdirectionLoss(nn.Module):
             int64 labels [N]. Read until there are 2048 images, which should have all classes;
             without the augmentation of a training if you can.
         num_classes: at least 2.
+        seed: what the decoy and the drawings among the proxies follow from. Who knows it knows much
+            of the decoy: none that a thief would try, hence no default.
         kinds: of proxies, of :data:`divqat.data.proxies.NAMES`; as many of each.
         folder: pictures for the kind ``folder``.
         mean, std: your images are (x - mean) / std, x from 0 to 1; of all channels or of each. The
             defaults are images from -1 to 1.
-        seed: of the decoy and of the drawings among the proxies; not one that a thief would try.
 
     Raises:
         ValueError: fewer classes, no image, labels of others, images of several shapes.
@@ -59,11 +60,11 @@ class MisdirectionLoss(nn.Module):
         batches: Iterable[Sequence[Tensor]],
         num_classes: int,
         *,
+        seed: int,
         kinds: Sequence[str] = PROXIES,
         folder: str | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         if num_classes < 2:
