@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,9 +19,9 @@ from divqat.evaluate.grid.result import (
 from divqat.evaluate.grid.specs import UNDEFENDED, is_control
 from divqat.evaluate.grid.tables import floor
 from divqat.evaluate.metrics import HISTOGRAM_BINS
-from divqat.evaluate.plots import BARS, colors, save_plot
+from divqat.evaluate.plots import BARS, COLORS, colors, save_plot
 
-MARKERS = "osD^vPX*<>ph8d"
+MARKERS, DASHES = "osD^vPX*<>ph8d", ("-", "--", ":", "-.")
 LINE = {"color": "#808080", "lw": 1}
 WHISKER = {"ecolor": "#909090", "capsize": 2, "lw": 1}
 
@@ -148,7 +150,9 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(victims), sharey=True, squeeze=False)[0]
         for ax, victim in zip(axes, victims, strict=True):
-            for color, (attack, clone) in zip(colors(), attacks, strict=False):
+            # Another kind of line where the colors come again.
+            looks = ({"color": color, "ls": ls} for ls in DASHES for color in COLORS)
+            for look, (attack, clone) in zip(itertools.cycle(looks), attacks, strict=False):
                 points = []
                 for budget in budgets:
                     some = result.select(
@@ -158,14 +162,19 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
                         values = [100 * cell.accuracy for cell in some]
                         points.append((budget, mean(values), _std(values)))
                 if points:
-                    ax.errorbar(*zip(*points, strict=True), color=color, marker="o", ms=4,
+                    ax.errorbar(*zip(*points, strict=True), **look, marker="o", ms=4,
                                 capsize=2, label=f"{attack} ({clone})")  # fmt: skip
             ax.set(title=victim, xlabel="queries", xscale="log")
             ax.axhline(100 * result.chance, ls=":", **LINE)
         axes[0].set_ylabel("clone's test accuracy (%)")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        entries = axes[0].get_legend_handles_labels()
+        figure.legend(*entries, loc="outside upper center", ncols=columns, fontsize=8)
 
-    return save_plot(path, (max(5.0, 3.4 * len(victims)), 3.8), draw)
+    # A legend that is wider than the figure would be cut off.
+    entry = 0.5 + 0.07 * max(len(f"{attack} ({clone})") for attack, clone in attacks)  # inches
+    width = max(5.0, 3.4 * len(victims), entry)
+    columns = int(width // entry)
+    return save_plot(path, (width, 3.3 + 0.18 * math.ceil(len(attacks) / columns)), draw)
 
 
 def answers(result: Evaluation, path: Path) -> Path | None:

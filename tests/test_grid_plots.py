@@ -1,0 +1,41 @@
+"""The plots of an evaluation: nothing is cut off, and no two attacks look alike."""
+
+from pathlib import Path
+
+import pytest
+
+from divqat.evaluate.grid import Evaluation, plots
+
+pytest.importorskip("matplotlib")
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
+
+
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """The figures that are drawn, each as large as it is saved."""
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+
+    def saved(figure, *args, **kwargs):
+        drawn.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    return drawn
+
+
+# victims beside each other; settings that make a name long; more attacks than colors
+@pytest.mark.parametrize("name", ["misdirection-strong-small", "data-free", "attacks"])
+def test_a_budget_curve_has_room_for_its_legend(name, figures, tmp_path):
+    result = Evaluation.load(RESULTS / name / "evaluation.json")
+    assert plots.budget_curve(result, tmp_path / "budget.png") == tmp_path / "budget.png"
+    (figure,) = figures
+    (legend,) = figure.legends
+    inside, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= inside.x0 and inside.x1 <= whole.x1 and inside.y1 <= whole.y1
+    shown = {(c.attack, c.clone) for c in result.cells if "shuffled" not in c.attack}
+    assert len(legend.get_texts()) == len(shown)
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(shown)
+    assert all(ax.get_window_extent().height > 100 for ax in figure.axes)
