@@ -132,9 +132,7 @@ def test_the_studies_are_those_of_the_committed_results():
         "misdirection-strong-shadow": [attacks_table],
         "misdirection-strong-own": [attacks_table],
         "misdirection-strong-photos": [attacks_table],
-        "misdirection": [attacks_table, side_effects_table],
-        "misdirection-control": [attacks_table],
-        "misdirection-photos": [attacks_table],
+        "misdirection-strong-small": [attacks_table],
         "misdirection-sweep": [main_table],
     }.items():
         result = Evaluation.load(RESULTS / name / "evaluation.json")
