@@ -83,21 +83,27 @@ def include_flags() -> list[str]:
 
 
 def run(command: list[str], out: Path) -> None:
-    """Run a compiler whose output is `out`, which is whole or absent."""
+    """Run a compiler whose output is `out`, unless it is there. It is whole or absent; of several
+    processes that want it at once, one compiles."""
+    import fcntl  # not everywhere where this file is read
+
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(f".{os.getpid()}.partial")
-    done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)}\nfailed:\n{done.stdout}{done.stderr}")
-    partial.replace(out)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if out.exists():
+            return
+        partial = out.with_suffix(".partial")
+        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)}\nfailed:\n{done.stdout}{done.stderr}")
+        partial.replace(out)
 
 
 def compiled(source: Path, key: bytes) -> Path:
     """The object file of a source."""
     text = b"".join(path.read_bytes() for path in sorted(includes(source)))
     out = BUILD / "objects" / f"{source.name}.{digest(key + text)}.o"
-    if not out.exists():
-        run([*compiler(), *FLAGS, *include_flags(), "-x", "c++", "-c", str(source)], out)
+    run([*compiler(), *FLAGS, *include_flags(), "-x", "c++", "-c", str(source)], out)
     return out
 
 
@@ -122,10 +128,9 @@ def build() -> ModuleType:
         objects = list(pool.map(lambda source: compiled(source, key), sources()))
     names = "".join(sorted(path.name for path in objects))
     library = BUILD / digest(names.encode()) / "cuda_emulated.so"
-    if not library.exists():
-        folders = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-        libraries = [*folders, "-ltorch_cpu", "-lc10", "-ldl"]
-        run([*compiler(), "-shared", "-pthread", *map(str, objects), *libraries], library)
+    folders = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries = [*folders, "-ltorch_cpu", "-lc10", "-ldl"]
+    run([*compiler(), "-shared", "-pthread", *map(str, objects), *libraries], library)
     spec = importlib.util.spec_from_file_location("cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
