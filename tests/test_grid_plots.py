@@ -3,18 +3,16 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from divqat.evaluate.grid import Evaluation, plots
 
-pytest.importorskip("matplotlib")
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 
 
 @pytest.fixture
-def figures(monkeypatch, tmp_path):
+def figures(monkeypatch):
     """The figures that are drawn, each as large as it is saved."""
-    from matplotlib.figure import Figure
-
     drawn, save = [], Figure.savefig
 
     def saved(figure, *args, **kwargs):

@@ -145,7 +145,7 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
     if len(budgets) < 2:
         return None
     victims = list(dict.fromkeys(cell.victim for cell in cells))
-    attacks = list(dict.fromkeys((cell.attack, cell.clone) for cell in cells))
+    attacks = {(cell.attack, cell.clone): f"{cell.attack} ({cell.clone})" for cell in cells}
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(victims), sharey=True, squeeze=False)[0]
@@ -163,7 +163,7 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
                         points.append((budget, mean(values), _std(values)))
                 if points:
                     ax.errorbar(*zip(*points, strict=True), **look, marker="o", ms=4,
-                                capsize=2, label=f"{attack} ({clone})")  # fmt: skip
+                                capsize=2, label=attacks[attack, clone])  # fmt: skip
             ax.set(title=victim, xlabel="queries", xscale="log")
             ax.axhline(100 * result.chance, ls=":", **LINE)
         axes[0].set_ylabel("clone's test accuracy (%)")
@@ -171,7 +171,7 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
         figure.legend(*entries, loc="outside upper center", ncols=columns, fontsize=8)
 
     # A legend that is wider than the figure would be cut off.
-    entry = 0.5 + 0.07 * max(len(f"{attack} ({clone})") for attack, clone in attacks)  # inches
+    entry = 0.5 + 0.07 * max(map(len, attacks.values()))  # inches
     width = max(5.0, 3.4 * len(victims), entry)
     columns = int(width // entry)
     return save_plot(path, (width, 3.3 + 0.18 * math.ceil(len(attacks) / columns)), draw)
