@@ -15,149 +15,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from divqat.data.distortions import (
+    choose,
+    collage,
+    edges,
+    inverted,
+    mixed,
+    noise,
+    rand,
+    rotated,
+    shuffled,
+    thresholded,
+    warped,
+    zoomed,
+)
 from divqat.data.glyphs import glyphs
 from divqat.data.leaves import leaves
 from divqat.data.transfer import transfer_set
 from divqat.errors import unknown_name
 
-GRID = 4  # patches along an axis; of fewer, whole parts of a thing can be seen
-COARSE = 4  # points along an axis, from which a smooth field is interpolated
-REACH = 0.4  # farthest that a pixel is bent, in halves of the side
-PASTED = 3  # images in a collage, on top of each other
 POOL, POOL_BYTES = 10_000, 2**28  # images of a kind that are read from files, at most
 DRAWINGS, DRAWN_BYTES = 4096, 2**26  # that are drawn, at most
 AT_ONCE = 2**17  # bytes drawn at once; that takes some hundred times as much memory
-
-
-def noise(images: Tensor, generator: Generator) -> Tensor:
-    """White noise, or (every other image, at random) smooth noise, from dark to light."""
-    m, channels, height, width = images.shape
-    white = _rand(images, m, channels, height, width, generator=generator)
-    smooth = _smooth(_rand(images, m, channels, COARSE, COARSE, generator=generator), images)
-    low, high = smooth.amin((2, 3), keepdim=True), smooth.amax((2, 3), keepdim=True)
-    smooth = (smooth - low) / (high - low).clamp(min=1e-6)
-    is_white = _rand(images, m, 1, 1, 1, generator=generator) < 0.5
-    return _to_bytes(255 * torch.where(is_white, white, smooth))
-
-
-def shuffled(images: Tensor, generator: Generator) -> Tensor:
-    """The 4 x 4 patches of each image in another order; what is left over at the right and lower
-    edge stays."""
-    m, channels, height, width = images.shape
-    high, wide = height // GRID, width // GRID  # of a patch
-    order = _rand(images, m, GRID * GRID, generator=generator).argsort(1)
-    patches = (
-        images[:, :, : GRID * high, : GRID * wide]
-        .reshape(m, channels, GRID, high, GRID, wide)
-        .permute(0, 2, 4, 1, 3, 5)
-        .flatten(1, 2)
-    )  # [m, 16, C, high, wide]
-    rows = torch.arange(m, device=images.device)[:, None]
-    moved = patches[rows, order].view(m, GRID, GRID, channels, high, wide)
-    out = images.clone()
-    out[:, :, : GRID * high, : GRID * wide] = moved.permute(0, 3, 1, 4, 2, 5).reshape(
-        m, channels, GRID * high, GRID * wide
-    )
-    return out
-
-
-def rotated(images: Tensor, generator: Generator) -> Tensor:
-    """Turned by 60° to 300°; what comes in at the corners is mirrored."""
-    m, _, height, width = images.shape
-    angle = math.radians(60) + math.radians(240) * _rand(images, m, generator=generator)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    ratio = height / width  # grid coordinates run from -1 to 1 along both axes
-    theta = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], dim=1).view(m, 2, 3)
-    return _to_bytes(_sampled(images, _grid(images, theta)))
-
-
-def inverted(images: Tensor, generator: Generator) -> Tensor:
-    """Dark for light."""
-    return 255 - images
-
-
-def warped(images: Tensor, generator: Generator) -> Tensor:
-    """Bent smoothly, each pixel by up to about a fifth of the side along each axis."""
-    m = len(images)
-    bend = 2 * _rand(images, m, 2, COARSE, COARSE, generator=generator) - 1
-    identity = torch.eye(2, 3, device=images.device).expand(m, 2, 3)
-    grid = _grid(images, identity) + REACH * _smooth(bend, images).permute(0, 2, 3, 1)
-    return _to_bytes(_sampled(images, grid))
-
-
-def zoomed(images: Tensor, generator: Generator) -> Tensor:
-    """A thing that is small, 30 to 55 % of the side, or a part of one, 2 to 3.5 times as large;
-    somewhere, mirrored along either axis or not. What comes in at the edge goes on outwards."""
-    m = len(images)
-    near = _rand(images, m, 1, generator=generator) < 0.5
-    shrunk = 0.3 + 0.25 * _rand(images, m, 1, generator=generator)
-    magnified = 2 + 1.5 * _rand(images, m, 1, generator=generator)
-    step = 1 / torch.where(near, magnified, shrunk)  # in the image, per pixel of the result
-    mirror = torch.where(_rand(images, m, 2, generator=generator) < 0.5, -1, 1)
-    aside = 0.8 * (step - 1).abs() * (2 * _rand(images, m, 2, generator=generator) - 1)
-    theta = torch.cat([(step * mirror).diag_embed(), aside[:, :, None]], dim=2)
-    return _to_bytes(_sampled(images, _grid(images, theta), "border"))
-
-
-def collage(images: Tensor, generator: Generator) -> Tensor:
-    """Three images, 25 to 70 % of the side, turned, some inverted, on paper of one shade."""
-    m, _, height, width = images.shape
-    shade = 255 * _rand(images, m, 1, 1, 1, generator=generator)
-    black = _rand(images, m, 1, 1, 1, generator=generator) < 0.5
-    picture = torch.where(black, 0, shade).expand(images.shape)
-    ratio = height / width
-    for _ in range(PASTED):
-        own = images[_choose(images, images, m, generator)].float()
-        own = torch.where(_rand(images, m, 1, 1, 1, generator=generator) < 0.3, 255 - own, own)
-        own = own * (0.4 + 0.6 * _rand(images, m, 1, 1, 1, generator=generator))
-        angle = 2 * math.pi * _rand(images, m, generator=generator)
-        step = 1 / (0.25 + 0.45 * _rand(images, m, generator=generator))
-        x, y = (1.4 * _rand(images, 2, m, generator=generator) - 0.7).unbind()  # its center
-        cos, sin = step * angle.cos(), step * angle.sin()
-        rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
-        rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
-        grid = _grid(images, torch.stack(rows, dim=1).view(m, 2, 3))
-        inside = grid.abs().amax(-1)[:, None] < 0.9  # without what only a border is
-        picture = torch.where(inside, _sampled(own, grid), picture)
-    return _to_bytes(picture)
-
-
-def edges(images: Tensor, generator: Generator) -> Tensor:
-    """How steep each channel is (Sobel), the steepest place of an image white."""
-    # Differences: a kernel's numbers would be copied to the GPU, and the host would wait for it.
-    padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
-    across, down = padded[..., 2:] - padded[..., :-2], padded[:, :, 2:] - padded[:, :, :-2]
-    across = across[:, :, :-2] + 2 * across[:, :, 1:-1] + across[:, :, 2:]
-    down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
-    steep = torch.stack([across, down]).norm(dim=0)
-    return _to_bytes(255 * steep / steep.amax((1, 2, 3), keepdim=True).clamp(min=1e-6))
-
-
-def thresholded(images: Tensor, generator: Generator) -> Tensor:
-    """White where a channel is above its mean in the image, black elsewhere."""
-    mean = images.float().mean((2, 3), keepdim=True)
-    return (images > mean).to(torch.uint8) * 255
-
-
-def mixed(
-    images: Tensor,  # uint8 [N, C, H, W]
-    labels: Tensor | None,  # int64 [N]
-    rows: Tensor,  # int64 [M]
-    generator: Generator,
-) -> Tensor:  # uint8 [M, C, H, W]
-    """``images[rows]``, each with 40 to 60 % of an image of another class (Zhang et al., "mixup:
-    Beyond empirical risk minimization", ICLR 2018, §2, there over all shares). Without labels, of
-    any image, and where all images are of one class, of the first."""
-    liking = _rand(images, len(rows), len(images), generator=generator)
-    if labels is not None:
-        liking = liking.masked_fill(labels[rows, None] == labels, -1)
-    share = 0.4 + 0.2 * _rand(images, len(rows), 1, 1, 1, generator=generator)
-    others = images[liking.argmax(1)].float()
-    return _to_bytes(torch.lerp(images[rows].float(), others, share))
-
 
 # name → what makes one image of each that it is given
 MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
@@ -264,9 +145,9 @@ def proxy_batch(
     made = []
     for name in names:
         if pools is not None and name in pools:
-            made.append(pools[name][_choose(images, pools[name], each, generator)])
+            made.append(pools[name][choose(images, pools[name], each, generator)])
             continue
-        rows = _choose(images, images, each, generator)
+        rows = choose(images, images, each, generator)
         if name in MADE:
             made.append(MADE[name](images[rows], generator))
         elif name == "mixed":
@@ -275,31 +156,5 @@ def proxy_batch(
             raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
         else:
             raise unknown_name("proxy", name, NAMES)
-    order = _rand(images, each * len(names), generator=generator).argsort()
+    order = rand(images, each * len(names), generator=generator).argsort()
     return torch.cat(made)[order[:count]]
-
-
-def _rand(like: Tensor, *shape: int, generator: Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, device=like.device)
-
-
-def _choose(like: Tensor, pool: Tensor, count: int, generator: Generator) -> Tensor:
-    return torch.randint(len(pool), (count,), generator=generator, device=like.device)
-
-
-def _smooth(coarse: Tensor, like: Tensor) -> Tensor:
-    """[M, K, 4, 4] to [M, K, H, W]."""
-    return F.interpolate(coarse, like.shape[2:], mode="bicubic", align_corners=True)
-
-
-def _grid(images: Tensor, theta: Tensor) -> Tensor:
-    """Where to read, [M, H, W, 2], for affine maps [M, 2, 3] of coordinates from -1 to 1."""
-    return F.affine_grid(theta, list(images.shape), align_corners=False)
-
-
-def _sampled(images: Tensor, grid: Tensor, outside: str = "reflection") -> Tensor:
-    return F.grid_sample(images.float(), grid, padding_mode=outside, align_corners=False)
-
-
-def _to_bytes(images: Tensor) -> Tensor:
-    return images.round().clamp_(0, 255).to(torch.uint8)
