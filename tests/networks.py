@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from divqat import models
+from divqat.nn._layer import QuantLayer
 
 SIZE = 12
 
@@ -154,3 +155,8 @@ def settle(model: nn.Module, batches: int = 20) -> nn.Module:
         for seed in range(batches):
             model(images(16, seed=100 + seed))
     return model
+
+
+def quantized(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}

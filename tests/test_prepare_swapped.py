@@ -1,0 +1,122 @@
+"""prepare's fallback: layers are swapped where a model cannot be traced."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import Net, build, conv, images, quantized, settle
+from torch import nn
+from torch.nn import functional as F
+
+import divqat
+from divqat.nn._layer import QuantLayer
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = conv(3, 8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        if y.mean() > -100:  # no tracer can follow this
+            y = y.relu()
+        return self.head(y.mean((2, 3)))
+
+
+def test_untraceable_model_is_swapped_with_a_warning():
+    torch.manual_seed(0)
+    model = DataDependent()
+    with pytest.warns(UserWarning, match=r"DataDependent was not traced \(TraceError: .+control"):
+        prepared = divqat.prepare(model, "x86", images())
+    assert type(prepared) is DataDependent
+    assert set(quantized(prepared)) == {"conv", "head"} and type(prepared.bn) is nn.BatchNorm2d
+    state = settle(copy.deepcopy(model)).state_dict()
+    prepared.load_state_dict(state, strict=True)
+
+    read = {}
+    settle(prepared, 1)
+    for name, layer in quantized(prepared).items():
+        layer.input_fake_quantize.register_forward_hook(
+            lambda _m, _a, y, name=name: read.update({name: len(y.unique())})
+        )
+    before = [p.detach().clone() for p in prepared.parameters()]
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    F.cross_entropy(prepared(images(32)), torch.arange(32) % 5).backward()
+    optimizer.step()
+    assert set(read) == {"conv", "head"} and max(read.values()) <= 256
+    weights = [
+        (p, old) for p, old in zip(prepared.parameters(), before, strict=True) if p.dim() > 1
+    ]
+    assert len(weights) == 2 and all(not torch.equal(p, old) for p, old in weights)
+
+    x = images(64, seed=9)
+    converted = divqat.convert(prepared)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared.eval()(x), rtol=0, atol=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+def test_a_swapped_layer_with_two_names_is_swapped_under_both():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = nn.Module()
+    model.first = model.second = Block()
+    model.head = nn.Linear(8, 2)
+    prepared = divqat.prepare(model)
+    layer = prepared.first.a
+    assert isinstance(layer, QuantLayer) and isinstance(prepared.head, QuantLayer)
+    assert prepared.first is prepared.second and prepared.first.b is layer
+    prepared.load_state_dict(model.state_dict(), strict=True)
+
+
+class Subclass(nn.Conv2d):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+@pytest.mark.parametrize("traced", [True, False])
+def test_weighted_layers_that_stay_in_float_are_named(traced):
+    net = Net(
+        lambda net, x: net.head(net.other(net.subclass(x).flatten(2)).mean(2)),
+        subclass=Subclass(3, 4, 3), other=nn.Conv1d(4, 4, 3), head=nn.Linear(4, 2),
+    )  # fmt: skip
+    with pytest.warns(UserWarning) as caught:
+        prepared = divqat.prepare(net, "x86", images() if traced else None)
+    told = "\n".join(str(warning.message) for warning in caught)
+    assert "other (Conv1d)" in told
+    # Tracing goes into what is not of torch.nn, and finds a functional layer there.
+    assert ("conv2d is a functional layer" if traced else "subclass (Subclass)") in told
+    assert set(quantized(prepared)) == {"head"} and "head" not in told
+
+    skipped = replace(divqat.preset("x86"), skip=("subclass", "other"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".+ was not traced")
+        divqat.prepare(net, skipped)
+
+
+def test_without_an_example_the_warning_says_so():
+    with pytest.warns(UserWarning, match="no example_input was given"):
+        divqat.prepare(build("residual"))
+
+
+def test_a_wrong_example_is_an_error_and_not_a_reason_to_swap(capfd):
+    model = build("residual")
+    with pytest.raises(ValueError, match=r"example_input: wanted a batch .+ RuntimeError: .+ 3 ch"):
+        divqat.prepare(model, "x86", torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="example_input: wanted a batch"):
+        divqat.prepare(model, "x86", images().int())
+    with pytest.warns(UserWarning, match="DataDependent was not traced"):
+        divqat.prepare(DataDependent(), "x86", images())
+    assert "Traceback" not in capfd.readouterr().err
+    with pytest.raises(TypeError, match=r"model: wanted an nn\.Module, got str"):
+        divqat.prepare("model.pt", "x86", images())
