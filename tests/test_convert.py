@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from networks import HAND_WRITTEN, build, conv, images, settle
+from testing import randn
 from torch import nn
 
 import divqat
 from divqat import models
 from divqat.nn import FakeQuantize
+from divqat.nn.spec import WEIGHT
 from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,11 +75,28 @@ def test_configurations(config):
     integers = [m for m in converted.modules() if isinstance(m, IntegerLayer)]
     assert len(integers) == 5
     for layer in integers:
-        limit = layer.layer.weight_spec.quant_max
+        spread = 2 ** max(0, 7 - layer.layer.weight_spec.bits)
+        limit = spread * layer.layer.weight_spec.quant_max
+        assert not (layer.weight % spread).any()
         assert layer.weight.dtype == torch.int8 and layer.bias.dtype == torch.int32
         assert layer.weight.abs().max() <= limit
         if layer.layer.weight_spec.per_channel and not layer.layer.weight_spec.learned:
             assert (layer.weight.flatten(1).abs().amax(1) == limit).all()  # the grid is used up
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_few_bits_have_the_same_weights_and_biases_as_fine_as_seven(bits):
+    layer = divqat.nn.QuantLinear(6, 3, weight_spec=replace(WEIGHT, bits=bits))
+    model = nn.Sequential(layer).train()
+    model(randn(50, 6))
+    weight = layer.quantize_weight(layer.weight)
+    scale = layer.weight.detach().abs().amax(1) / (2 ** (bits - 1) - 1)
+    integer = divqat.convert(model.eval())[0]
+    assert torch.equal(integer.weight.float() * integer.weight_scale[:, None], weight)
+    torch.testing.assert_close(integer.weight_scale, scale / 2 ** max(0, 7 - bits))
+    assert (integer.weight.abs() <= (127 if bits == 8 else 64)).all()
+    wrong = (integer.bias * integer.bias_scale - layer.bias).abs()
+    assert (wrong <= 0.501 * integer.input.scale * integer.weight_scale).all()
 
 
 def test_integers_worked_by_hand():

@@ -17,6 +17,9 @@ from divqat.ops.reference import along
 
 # int8 and float32 Q/DQ, per axis and per tensor, as every runtime reads them.
 _OPSET = 18
+# Narrower weights are spread over so many bits. With eight, sums of two products could saturate on
+# CPUs without VNNI, which they did not before.
+_SPREAD_BITS = 7
 
 
 class QuantizeDequantize(nn.Module):
@@ -65,7 +68,9 @@ class IntegerLayer(nn.Module):
     """A convolution or linear layer with integer weight and bias.
 
     Buffers: ``weight`` int8, ``weight_scale`` float32 [C] or []; ``bias`` int32 [C] on the scale
-    input_scale · weight_scale, as integer kernels accumulate.
+    input_scale · weight_scale, as integer kernels accumulate. Of few bits both are coarse, and a
+    bias rounded to their product is another one. So codes of fewer than 7 bits are multiples of
+    2^(7 − bits), on a scale as much finer: the same weights, and finer biases.
 
     Args:
         layer: the trained layer.
@@ -86,18 +91,19 @@ class IntegerLayer(nn.Module):
         with torch.no_grad():
             weight, bias = layer.folded()
             scale = layer.weight_qparams().clone()
+            spec = layer.weight_spec
+            spread = 2 ** max(0, _SPREAD_BITS - spec.bits)
             if bias is not None and input_scale is not None:
                 # An all but empty channel has so small a scale that its bias would not fit.
-                limit = 2.0**30
+                limit = 2.0**30 / spread
                 needed = bias.abs() / (input_scale * limit)
                 # One weight scale serves a channel of every group of a transposed convolution.
                 needed = needed.view(-1, scale.numel()).amax(0).view_as(scale)
                 scale = torch.maximum(scale, needed)
-            spec = layer.weight_spec
             codes = torch.round(weight * along(scale, weight, self.axis).reciprocal())
-            self.register_buffer(
-                "weight", codes.clamp(spec.quant_min, spec.quant_max).to(torch.int8)
-            )
+            codes = spread * codes.clamp(spec.quant_min, spec.quant_max)
+            scale = scale / spread  # a power of two: no weight changes by a bit
+            self.register_buffer("weight", codes.to(torch.int8))
             self.register_buffer("weight_scale", scale)
             self.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
             bias_scale = None
