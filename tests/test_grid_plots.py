@@ -37,3 +37,15 @@ def test_a_budget_curve_has_room_for_its_legend(name, figures, tmp_path):
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(shown)
     assert all(ax.get_window_extent().height > 100 for ax in figure.axes)
+
+
+def test_no_two_of_nine_victims_look_alike(figures, tmp_path):
+    result = Evaluation.load(RESULTS / "baselines" / "evaluation.json")
+    for draw in (plots.front, plots.answers):
+        assert draw(result, tmp_path / "plot.png") == tmp_path / "plot.png"
+    shown = {row.victim for row in result.released}
+    assert len(shown) == 9
+    front, answers = figures
+    squares = [h for h in front.legends[0].legend_handles if h.get_marker() == "s"]
+    for handles in (squares, answers.legends[0].legend_handles):
+        assert len({handle.get_color() for handle in handles}) == len(shown)

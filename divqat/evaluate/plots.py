@@ -16,6 +16,7 @@ from divqat.files import write_atomic
 
 # Okabe and Ito: told apart by color-blind readers too.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MORE = ["#999999", "#8C564B", "#9467BD", "#A6D854", "#7F0000"]  # of which fewer can be told apart
 BARS = ["#404040", *COLORS[:3]]
 STYLE = {
     "axes.spines.top": False,
@@ -225,9 +226,10 @@ def _read_curves(path: Path) -> dict[str, Values]:
 
 
 def colors() -> Iterable[str]:
-    """Colors without end."""
+    """Colors without end, of which the first twelve differ."""
     while True:
         yield from COLORS
+        yield from MORE
 
 
 def save_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> Path:
