@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from testing import seeded
 
 from divqat.data import distortions
 from divqat.data.distortions import GRID
 from divqat.data.glyphs import _ellipses, _polygons, _to_strokes, glyphs
 from divqat.data.leaves import leaves
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_shuffled_images_have_the_same_patches_in_another_order():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testing import no_waiting
+from testing import no_waiting, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from divqat.data import proxies
@@ -12,10 +12,6 @@ from divqat.data.proxies import MADE, NAMES, READ, proxy_batch, proxy_pools
 
 SHAPES = [(1, 8, 8), (3, 28, 28), (1, 30, 17), (3, 64, 64)]
 CPU = torch.device("cpu")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n, shape=(1, 8, 8), seed=0):

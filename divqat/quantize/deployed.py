@@ -17,8 +17,8 @@ from divqat.ops.reference import along
 
 # int8 and float32 Q/DQ, per axis and per tensor, as every runtime reads them.
 _OPSET = 18
-# Narrower weights are spread over so many bits. With eight, sums of two products could saturate on
-# CPUs without VNNI, which they did not before.
+# Narrower weights are spread over so many bits; over eight, sums of two products could saturate on
+# CPUs without VNNI.
 _SPREAD_BITS = 7
 
 
