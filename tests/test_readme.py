@@ -135,6 +135,7 @@ def test_the_studies_are_those_of_the_committed_results():
         "misdirection-strong-small": [attacks_table],
         "misdirection-sweep": [main_table],
         "baselines": [main_table, side_effects_table],
+        "resnet20": [main_table, side_effects_table],
     }.items():
         result = Evaluation.load(RESULTS / name / "evaluation.json")
         for table in tables:

@@ -167,8 +167,8 @@ class Budget:
         if row["share"] == 0:
             return (
                 f"accuracy_budget: inside {self.points:g} points of {self.reference:.2%} nothing "
-                "is left of the defense: try more epochs, a smaller lr, weight or misdirect, or a "
-                "larger budget"
+                "is left of the defense: try lr_warmup_epochs, more epochs, a smaller lr, weight "
+                "or misdirect, or a larger budget"
             )
         return None
 
