@@ -71,6 +71,13 @@ inline void check_device(const char* name, const Tensor& value, const Tensor& x)
                     " like x, got ", value.device());
 }
 
+// A buffer can be updated: each of its values has memory of its own.
+inline void check_updatable(const char* name, const Tensor& value) {
+  TORCH_CHECK_VALUE(value.is_non_overlapping_and_dense() || value.stride(0) != 0, name,
+                    ": wanted memory of its own for each value, got ", value.sizes(),
+                    " with strides ", value.strides());
+}
+
 // A scale, zero point or running range: `count` values on x's device.
 inline void check_qparam(const char* name, const Tensor& value, const Tensor& x, int64_t count,
                          at::ScalarType dtype) {
@@ -112,6 +119,10 @@ inline void check_observer(const Tensor& x, const Tensor& running_min, const Ten
   check_qparam("running_max", running_max, x, count, at::kFloat);
   check_qparam("scale", scale, x, count, at::kFloat);
   check_qparam("zero_point", zero_point, x, count, at::kInt);
+  check_updatable("running_min", running_min);
+  check_updatable("running_max", running_max);
+  check_updatable("scale", scale);
+  check_updatable("zero_point", zero_point);
 }
 
 inline ObserverOptions observer_options(int64_t quant_min, int64_t quant_max,
@@ -125,14 +136,15 @@ inline void check_observer_mode(std::string_view mode) {
                     "observer_mode: wanted exact, delayed or frozen, got ", mode);
 }
 
-// A buffer that is updated in place, as contiguous memory: written back if it was not.
+// A buffer that is updated in place, as contiguous memory, which write_back() takes to where it came
+// from. A destructor must not: it may not throw.
 class InPlace {
  public:
   explicit InPlace(const Tensor& buffer) : buffer_(buffer), memory_(buffer.contiguous()) {}
-  ~InPlace() noexcept(false) {
+  InPlace(const InPlace&) = delete;
+  void write_back() const {
     if (!memory_.is_same(buffer_)) buffer_.copy_(memory_);
   }
-  InPlace(const InPlace&) = delete;
   template <class T>
   T* data() const {
     return memory_.data_ptr<T>();

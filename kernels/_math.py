@@ -11,6 +11,8 @@ from triton import knobs
 from triton.language.extra import libdevice
 
 INTERPRETED: bool = knobs.runtime.interpret
+EPS = tl.constexpr(1.1920928955078125e-07)  # of float32
+MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 if INTERPRETED:
 
@@ -102,11 +104,23 @@ def round_zero_point(zero_point, quant_min, quant_max):
 
 
 @triton.jit
+def positive(scale):
+    """max(scale, ε), the smallest scale there is; NaN stays NaN."""
+    return tl.where(scale < EPS, EPS, scale)
+
+
+@triton.jit
+def as_scale(step, levels):
+    """The width of a range over its levels; one level may be too wide for a float."""
+    return positive(tl.where((levels == 1) & (step > MOST), MOST, step))
+
+
+@triton.jit
 def symmetric_scale(low, high, quant_min, quant_max):
-    """2 · max|·| / (quant_max − quant_min), at least float32's epsilon; NaN where low is."""
+    """2 · max|·| / (quant_max − quant_min), at least ε; NaN where low is."""
     amax = tl.where((-low > high) | (low != low), -low, high)
-    scale = tl.div_rn(amax, quant_max - quant_min) * 2.0  # twice amax may be too large
-    return tl.where(scale < 1.1920928955078125e-07, 1.1920928955078125e-07, scale)
+    levels = quant_max - quant_min
+    return as_scale(tl.div_rn(amax, levels) * 2.0, levels)  # twice amax may be too large
 
 
 @triton.jit

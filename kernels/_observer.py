@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 from divqat.kernels._channels import handed_in
-from divqat.kernels._math import clamp, rint, symmetric_scale
-
-EPS = tl.constexpr(1.1920928955078125e-07)
+from divqat.kernels._math import as_scale, clamp, rint, symmetric_scale
 
 
 @triton.jit
@@ -32,6 +30,17 @@ def total_range(low, high, axis: tl.constexpr):
 
 
 @triton.jit
+def _moved(running, batch, weight):
+    """running + weight · (batch − running), or the first batch as it is. The difference may be too
+    large for a float; the average is not.
+    """
+    step = batch - running
+    apart = running - weight * running + weight * batch
+    average = tl.where(_is_finite(step), running + weight * step, apart)
+    return tl.where(_is_finite(running), average, batch)
+
+
+@triton.jit
 def update(
     low,  # [C] the batch's range; NaN in both: not observed
     high,
@@ -54,10 +63,8 @@ def update(
     old_min = tl.load(running_min + c, here, other=0.0)
     old_max = tl.load(running_max + c, here, other=0.0)
     usable = _is_finite(low) & _is_finite(high)
-    # running ← running + averaging_constant · (batch − running), the first batch as it is
-    new_min = tl.where(_is_finite(old_min), old_min + averaging_constant * (low - old_min), low)
-    new_max = tl.where(_is_finite(old_max), old_max + averaging_constant * (high - old_max), high)
-    new_min, new_max = tl.where(usable, new_min, old_min), tl.where(usable, new_max, old_max)
+    new_min = tl.where(usable, _moved(old_min, low, averaging_constant), old_min)
+    new_max = tl.where(usable, _moved(old_max, high, averaging_constant), old_max)
     tl.store(running_min + c, new_min, here)
     tl.store(running_max + c, new_max, here)
     seen = here & _is_finite(new_min)
@@ -67,9 +74,11 @@ def update(
         step = symmetric_scale(bottom, top, quant_min, quant_max)
         offset = tl.full(c.shape, MIDDLE, tl.int32)
     else:
-        # scale = (high − low) / levels; zero_point = quant_min − nearbyint(low / scale)
-        step = tl.div_rn(top - bottom, quant_max - quant_min)
-        step = tl.where(step < EPS, EPS, step)
+        # scale = (high − low) / levels; zero_point = quant_min − nearbyint(low / scale). high − low
+        # may be too large for a float.
+        width, levels = top - bottom, quant_max - quant_min
+        apart = tl.div_rn(top, levels) - tl.div_rn(bottom, levels)
+        step = as_scale(tl.where(_is_finite(width), tl.div_rn(width, levels), apart), levels)
         code = clamp(quant_min - rint(tl.div_rn(bottom, step)), quant_min, quant_max)
         offset = tl.where(seen, code, 0.0).to(tl.int32)
     tl.store(scale + c, step, seen)

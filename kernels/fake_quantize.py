@@ -24,6 +24,7 @@ from divqat.kernels._math import (
     compute,
     dequantize,
     pack_mask,
+    positive,
     round_to_code,
     round_zero_point,
     unpack_mask,
@@ -107,6 +108,7 @@ def _fake_quantize(
         channel = (i // inner) % channels
         s, z = tl.load(scale + channel), tl.load(zero_point + channel)
     if LEARNED:
+        s = positive(s)
         z = round_zero_point(z, quant_min, quant_max)
     quantize_tile(
         x, y, mask, tile, i, n, s, z, quant_min, quant_max, PER_TENSOR, PROPAGATE_NAN, RELU, BLOCK

@@ -19,7 +19,15 @@ from divqat.kernels._launch import (
     laid_out_as,
     launch,
 )
-from divqat.kernels._math import clamp, compute, is_last, round_to_code, round_zero_point
+from divqat.kernels._math import (
+    EPS,
+    clamp,
+    compute,
+    is_last,
+    positive,
+    round_to_code,
+    round_zero_point,
+)
 from divqat.kernels.fake_quantize import quantize
 from torch import Tensor
 
@@ -38,11 +46,13 @@ def fake_quantize_lsq(
 
 
 @triton.jit
-def _finish(grad_scale, grad_zero_point, c, channels, s, scale_sum, outside_sum, grad_factor):
-    tl.store(grad_scale + c, (scale_sum * grad_factor).to(tl.float32), c < channels)
+def _finish(grad_scale, grad_zero_point, c, channels, given, scale_sum, outside_sum, grad_factor):
+    grad = (scale_sum * grad_factor).to(tl.float32)
+    # from ε down the gradient only raises the scale
+    tl.store(grad_scale + c, tl.where(given <= EPS, -tl.abs(grad), grad), c < channels)
     if grad_zero_point is not None:
         # dy/dzero_point = −scale outside, 0 inside
-        grad = -outside_sum * s.to(tl.float64) * grad_factor
+        grad = -outside_sum * positive(given).to(tl.float64) * grad_factor
         tl.store(grad_zero_point + c, grad.to(tl.float32), c < channels)
 
 
@@ -70,7 +80,8 @@ def _lsq_backward(
 ):
     part, parts = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    s = tl.load(scale + c, c < channels, other=1.0)
+    given_scale = tl.load(scale + c, c < channels, other=1.0)
+    s = positive(given_scale)
     z = round_zero_point(tl.load(zero_point + c, c < channels, other=0), quant_min, quant_max)
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     scale_sum = tl.full([BLOCK_C, BLOCK_K], 0, A)
@@ -92,8 +103,9 @@ def _lsq_backward(
     outside_total = tl.sum(outside_sum.to(tl.float64), 1)
     if parts == 1:
         _finish(
-            grad_scale, grad_zero_point, c, channels, s, scale_total, outside_total, grad_factor
-        )
+            grad_scale, grad_zero_point, c, channels, given_scale, scale_total, outside_total,
+            grad_factor,
+        )  # fmt: skip
     else:
         hand_in(partial, part, channels, c, scale_total, outside_total)
         if is_last(counters + tl.program_id(0), parts):
@@ -105,7 +117,7 @@ def _lsq_backward(
                 scale_parts += a
                 outside_parts += b
             _finish(
-                grad_scale, grad_zero_point, c, channels, s, tl.sum(scale_parts, 1),
+                grad_scale, grad_zero_point, c, channels, given_scale, tl.sum(scale_parts, 1),
                 tl.sum(outside_parts, 1), grad_factor,
             )  # fmt: skip
 

@@ -34,6 +34,8 @@ from divqat.kernels._observer import add_to_range, finish, range_of_parts, total
 from divqat.kernels.fake_quantize import offsets, quantize, quantize_tile
 from torch import Tensor
 
+from divqat.ops._check import check_buffer
+
 
 @triton.jit
 def _observe(
@@ -143,8 +145,7 @@ def observe_dense(
     first two, the symmetric scale of x itself is taken: that of a weight.
     """
     channels, inner = channels_of(x, ch_axis)
-    names = ("running_min", "running_max", "scale", "zero_point")
-    given = {k: b for k, b in zip(names, buffers, strict=True) if b is not None}
+    given = {k: b for k, b in zip(_BUFFERS, buffers, strict=True) if b is not None}
     check_values(x, channels, **given)
     if x.numel() == 0:
         return
@@ -158,9 +159,14 @@ def observe_dense(
     )  # fmt: skip
 
 
+_BUFFERS = ("running_min", "running_max", "scale", "zero_point")
+
+
 @contextmanager
 def _in_place(*buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The buffers as contiguous memory, written back where they were not."""
+    for name, buffer in zip(_BUFFERS, buffers, strict=True):
+        check_buffer(name, buffer)
     memory = tuple(buffer.contiguous() for buffer in buffers)
     yield memory
     for buffer, updated in zip(buffers, memory, strict=True):
@@ -198,8 +204,7 @@ def _quantize_delayed(
     relu: bool,
 ) -> None:
     """Per tensor, in one launch."""
-    names = ("running_min", "running_max", "scale", "zero_point")
-    check_values(x, 1, **dict(zip(names, buffers, strict=True)))
+    check_values(x, 1, **dict(zip(_BUFFERS, buffers, strict=True)))
     n = x.numel()
     meta = block_of(n, x.element_size())
     programs = min(triton.cdiv(n, meta["BLOCK"]), resident(x.device))

@@ -9,6 +9,14 @@
 namespace divqat {
 namespace {
 
+// max(scale, kMinScale)
+Tensor positive(const Tensor& scale) {
+  Tensor raised = scale.clone(at::MemoryFormat::Contiguous);
+  float* values = raised.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < raised.numel(); ++i) values[i] = at_least(values[i], kMinScale);
+  return raised;
+}
+
 // The zero point, float or int, rounded half to even and clamped to the range.
 Tensor on_grid(const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
   Tensor rounded = at::empty_like(zero_point, zero_point.options().dtype(at::kFloat),
@@ -40,7 +48,7 @@ Tensor fake_quantize_lsq_cpu(const Tensor& x, const Tensor& scale, const Tensor&
   check_lsq(x, scale, zero_point, quant_min, quant_max, channels.count);
   Tensor y = at::empty_like(from);
   if (x.numel() == 0) return y;
-  const Tensor scales = scale.contiguous();
+  const Tensor scales = positive(scale);
   const Tensor zero_points = on_grid(zero_point, quant_min, quant_max);
   const float* zero = zero_points.const_data_ptr<float>();
   const GridTables tables(
@@ -64,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_lsq_backward_cpu(
   Tensor grad_zero_point = at::zeros_like(zero_point, zero_point.options().dtype(at::kFloat));
   if (x.numel() == 0) return {grad_x, grad_scale, grad_zero_point};
 
-  const Tensor scales = scale.contiguous();
+  const Tensor scales = positive(scale);
   const Tensor zero_points = on_grid(zero_point, quant_min, quant_max);
   const float* zero = zero_points.const_data_ptr<float>();
   const GridTables tables(
@@ -102,9 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_lsq_backward_cpu(
 
   std::vector<double> sums(size_t(2 * channels.count));
   for (size_t i = 0; i < partial.size(); ++i) sums[i % sums.size()] += partial[i];
+  const Tensor given = scale.contiguous();
   const Tensor scale_out = grad_scale.contiguous(), zero_out = grad_zero_point.contiguous();
   for (int64_t c = 0; c < channels.count; ++c) {
-    scale_out.mutable_data_ptr<float>()[c] = float(sums[size_t(2 * c)] * grad_factor);
+    scale_out.mutable_data_ptr<float>()[c] = lsq_scale_grad(
+        float(sums[size_t(2 * c)] * grad_factor), given.const_data_ptr<float>()[c]);
     // dy/dzero_point = −scale outside
     zero_out.mutable_data_ptr<float>()[c] =
         float(-sums[size_t(2 * c + 1)] * (*tables).scale[c] * grad_factor);

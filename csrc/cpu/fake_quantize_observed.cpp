@@ -38,6 +38,14 @@ class Observer {
     }
   }
 
+  // What was observed, into buffers that are not contiguous.
+  void write_back() const {
+    running_min_.write_back();
+    running_max_.write_back();
+    scale_.write_back();
+    zero_point_.write_back();
+  }
+
   // A copy of the scales and zero points of this moment.
   GridTables grid(bool per_tensor) const {
     const int32_t* zero = zero_point_.data<int32_t>();
@@ -61,10 +69,11 @@ Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running
   check_observer_mode(mode);
   Observer observer(x, running_min, running_max, scale, zero_point, channels_of(x, ch_axis),
                     options);
+  Tensor mask = empty_mask(x);
   if (mode == "exact") observer.observe(x);
   const GridTables grid = observer.grid(!ch_axis);
   if (mode == "delayed") observer.observe(x);
-  Tensor mask = empty_mask(x);
+  if (mode != "frozen") observer.write_back();
   if (x.numel() == 0) return mask;
   quantize_all(x, y, mask, *grid, options.relu ? Rule::kRelu : Rule::kPropagateNan);
   return mask;
@@ -128,6 +137,7 @@ void observe_cpu(const Tensor& x, const Tensor& running_min, const Tensor& runni
   Observer observer(x, running_min, running_max, scale, zero_point, channels_of(from, ch_axis),
                     observer_options(quant_min, quant_max, averaging_constant, symmetric, relu));
   observer.observe(from);
+  observer.write_back();
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_observed_cpu(

@@ -34,7 +34,7 @@ struct LsqLevel {
 
   LsqLevel() = default;
   __device__ LsqLevel(const LsqGrid& g, int64_t channel) {
-    scale = g.scale[channel];
+    scale = at_least(g.scale[channel], kMinScale);
     inv_scale = A(1.0f / scale);
     const float exact = g.learned ? static_cast<const float*>(g.zero_point)[channel]
                                   : float(static_cast<const int32_t*>(g.zero_point)[channel]);
@@ -102,9 +102,11 @@ __device__ inline LsqSums block_sum(LsqSums sums) {
 
 template <class T>
 __device__ void finish(const LsqTask<T>& task, int64_t channel, const LsqSums& sums) {
-  task.grad_scale[channel] = float(sums.scale * task.grad_factor);
+  const float scale = task.grid.scale[channel];
+  task.grad_scale[channel] = lsq_scale_grad(float(sums.scale * task.grad_factor), scale);
   // dy/dzero_point = −scale outside, 0 inside
-  const double offset = -sums.outside * double(task.grid.scale[channel]) * task.grad_factor;
+  const double offset =
+      -sums.outside * double(at_least(scale, kMinScale)) * task.grad_factor;
   task.grad_zero_point[channel] = task.grid.learned ? float(offset) : 0.0f;
 }
 

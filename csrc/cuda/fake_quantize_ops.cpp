@@ -8,7 +8,7 @@
 namespace divqat::cuda {
 namespace {
 
-// The buffers of an observer as contiguous memory, written back where they were not.
+// The buffers of an observer as contiguous memory.
 class Buffers {
  public:
   Buffers(const Tensor& x, Channels channels, const Tensor& running_min,
@@ -28,6 +28,13 @@ class Buffers {
     scratch_ = at::empty({kObserverScratch}, x.options().dtype(at::kFloat));
   }
 
+  // What was observed, into buffers that are not contiguous.
+  void write_back() const {
+    running_min_.write_back();
+    running_max_.write_back();
+    scale_.write_back();
+    zero_point_.write_back();
+  }
   const ObserverState& state() const { return state_; }
   float* scratch() const { return scratch_.mutable_data_ptr<float>(); }
 
@@ -62,6 +69,7 @@ Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running
   } else {
     run(dtype_of(x), buffers.state(), grid, x.const_data_ptr(), y.mutable_data_ptr(), bits,
         buffers.scratch(), device.stream());
+    buffers.write_back();
   }
   return mask;
 }
@@ -115,6 +123,7 @@ void observe_cuda(const Tensor& x, const Tensor& running_min, const Tensor& runn
   if (x.numel() == 0) return;
   observe(dtype_of(x), buffers.state(), from.const_data_ptr(), x.numel(), channels.count,
           channels.inner, buffers.scratch(), device.stream());
+  buffers.write_back();
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_observed_cuda(

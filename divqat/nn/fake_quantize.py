@@ -11,7 +11,7 @@ from divqat.nn._state import QuantState
 from divqat.nn.observer import MovingAverageMinMaxObserver, qparam_shape
 from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_lsq
-from divqat.ops.reference import EPS
+from divqat.ops.qparams import EPS, choose_qparams, positive
 
 
 class FakeQuantize(MovingAverageMinMaxObserver):
@@ -52,11 +52,6 @@ class FakeQuantize(MovingAverageMinMaxObserver):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized; any shape, dtype kept."""
         observing = self._observes()
-        if self.mode == "delayed" and self.training and self.observer_enabled and not observing:
-            raise RuntimeError(
-                "mode: wanted 'exact' where torch.utils.checkpoint runs a forward again, "
-                "got 'delayed'"
-            )
         # Not read where it makes no difference: torch.compile guards on what was read, and would
         # compile again after the first batch.
         calibrated = (observing and self.mode == "exact") or self.calibrated
@@ -95,6 +90,10 @@ class LearnedStepFakeQuantize(QuantState):
     range. A first batch with NaN or Inf leaves both as they were. The gradients of both are
     multiplied by 1 / sqrt(n · quant_max) with n the number of elements that share a scale (§2.2).
 
+    A scale that a step took to ε = 2⁻²³ or below is set to ε by the next forward in training mode,
+    and its gradient there only raises it (:func:`divqat.ops.fake_quantize_lsq`): it finds back
+    whatever the optimizer and its step size. Nothing is ever quantized with a smaller one.
+
     Args:
         spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
     """
@@ -127,7 +126,7 @@ class LearnedStepFakeQuantize(QuantState):
         """Scale (float32) and zero point (int32), each [] or [C], without gradient."""
         zero_point = self.zero_point.detach().round()
         zero_point = zero_point.clamp(self.spec.quant_min, self.spec.quant_max)
-        return self.scale.detach().clamp(min=EPS), zero_point.to(torch.int32)
+        return positive(self.scale.detach()), zero_point.to(torch.int32)
 
     def has_range(self) -> bool:
         """Whether scale and zero point mean something."""
@@ -142,28 +141,34 @@ class LearnedStepFakeQuantize(QuantState):
         else:
             rows = values.movedim(self.ch_axis, 0).flatten(1)
         low, high = rows.amin(1).clamp(max=0.0), rows.amax(1).clamp(min=0.0)
+        usable = (low.isfinite() & high.isfinite()).view_as(self.scale)
         if self.spec.symmetric:
-            scale = 2 * rows.abs().mean(1) / math.sqrt(self.spec.quant_max)
+            # the sum of a mean may be too large for float32
+            scale = 2 * rows.abs().mean(1, dtype=torch.float64) / math.sqrt(self.spec.quant_max)
+            scale = scale.clamp(EPS, torch.finfo(torch.float32).max).float()
         else:
-            scale = (high - low) / (self.spec.quant_max - self.spec.quant_min)
-        scale = scale.clamp(min=EPS)
-        usable = scale.isfinite().view_as(self.scale)
+            scale, zero_point = choose_qparams(
+                low, high, self.spec.quant_min, self.spec.quant_max, symmetric=False
+            )
         self.scale.copy_(torch.where(usable, scale.view_as(self.scale), self.scale))
         if not self.spec.symmetric:
-            zero_point = (self.spec.quant_min - (low / scale).round()).view_as(self.zero_point)
-            self.zero_point.copy_(torch.where(usable, zero_point, self.zero_point))
+            offset = zero_point.view_as(self.zero_point).float()
+            self.zero_point.copy_(torch.where(usable, offset, self.zero_point))
         self.initialized = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized; any shape, dtype kept. Unchanged before the first batch."""
         if self.training and not self.initialized and x.numel():
             self.initialize(x)
+        if self.training:
+            # Not by its version: the same scale may quantize, unchanged, several inputs of a graph.
+            self.scale.data.clamp_(min=EPS)
         if not (self.fake_quant_enabled and self.initialized):
             return x
-        sharing = x.numel() // self.scale.numel()
+        sharing = x.numel() // max(1, self.scale.numel())
         return fake_quantize_lsq(
             x,
-            self.scale.clamp(min=EPS),
+            self.scale,
             self.zero_point,
             self.spec.quant_min,
             self.spec.quant_max,

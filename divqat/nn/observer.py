@@ -10,12 +10,6 @@ from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_observed
 
 
-def recomputing() -> bool:
-    """Whether a backward is running: ``torch.utils.checkpoint`` calls the forward again in it."""
-    # A compiler traces no backward, and does not know the function.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
     """[] for one scale, [num_channels] for one per channel."""
     if (ch_axis is None) != (num_channels is None):
@@ -74,7 +68,7 @@ class MovingAverageMinMaxObserver(QuantState):
         return self._observed(x, fake_quant=False)
 
     def _observes(self) -> bool:
-        return self.training and self.observer_enabled and not recomputing()
+        return self.training and self.observer_enabled
 
     def _observed(self, x: Tensor, **options: object) -> Tensor:
         return fake_quantize_observed(

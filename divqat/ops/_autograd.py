@@ -10,6 +10,12 @@ from torch import Tensor
 from divqat.ops.reference import fake_quantize_backward_ref
 
 
+def recomputing() -> bool:
+    """Whether a backward is running: ``torch.utils.checkpoint`` calls the forward again in it."""
+    # A compiler traces no backward, and does not know the function.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def with_stride(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     """``grad`` laid out with ``stride``: masks are in memory order, so layouts must agree."""
     if grad.stride() == stride:

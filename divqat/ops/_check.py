@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def check_untransformed(op: str) -> None:
+    """``torch.func`` and ``vmap`` do not work on an ``autograd.Function`` of this kind."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op}: wanted a call outside of torch.func and vmap, which it does not support "
+            "(torch.autograd differentiates it, and a batch is a dimension of x), got one inside"
+        )
+
+
+def check_tensor(name: str, x: object) -> None:
+    """``x`` is a tensor with strides."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: wanted a Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: wanted torch.strided, got {x.layout}")
 
 
 def check_float(name: str, x: Tensor) -> None:
     """``x`` is a real floating-point tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: wanted a Tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: wanted float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, like: str = "x") -> None:
+    """``value`` is on ``device``, where ``like`` is."""
+    if value.device != device:
+        raise ValueError(f"{name}: wanted it on {device} like {like}, got {value.device}")
+
+
+def check_number(name: str, value: object) -> None:
+    """``value`` is a real number."""
+    if not isinstance(value, (float, int, Real)):
+        raise TypeError(f"{name}: wanted a number, got {value!r}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """``value`` is an integer."""
+    if not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name}: wanted an integer, got {value!r}")
+
+
+def check_flags(**flags: object) -> None:
+    """Each of them is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: wanted True or False, got {value!r}")
 
 
 def check_overwritable(name: str, x: Tensor) -> None:
@@ -23,12 +67,45 @@ def check_overwritable(name: str, x: Tensor) -> None:
             f"{name}: wanted dense memory to write over, got {list(x.shape)} with strides "
             f"{list(x.stride())}"
         )
-    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+    _check_not_inference(name, x)
+    if not torch.is_grad_enabled():
+        return
+    # What autograd refuses as well, but only when it is too late.
+    if x.is_leaf and x.requires_grad:
         raise ValueError(f"{name}: wanted a result to write over, got a leaf that requires grad")
+    base = x._base
+    if base is None:
+        return
+    if base.is_leaf and base.requires_grad:
+        raise ValueError(f"{name}: wanted a result to write over, got a view of such a leaf")
+    if torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            f"{name}: wanted a result to write over, got a view that autograd does not follow "
+            "(one of several, or made under no_grad)"
+        )
+
+
+def check_buffer(name: str, value: Tensor) -> None:
+    """``value`` [] or [C] can be updated in place."""
+    if value.dim() == 1 and value.shape[0] > 1 and value.stride(0) == 0:
+        raise ValueError(
+            f"{name}: wanted memory of its own for each value, got {list(value.shape)} with "
+            f"strides {list(value.stride())}"
+        )
+    _check_not_inference(name, value)
+
+
+def _check_not_inference(name: str, x: Tensor) -> None:
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    if x.is_inference():
+        raise ValueError(f"{name}: wanted a tensor to update, got one made in inference mode")
 
 
 def check_range(quant_min: int, quant_max: int) -> None:
     """``quant_min < quant_max``, both exact in float32."""
+    check_integer("quant_min", quant_min)
+    check_integer("quant_max", quant_max)
     if not quant_min < quant_max:
         raise ValueError(
             f"quant_min, quant_max: wanted quant_min < quant_max, got {quant_min}, {quant_max}"
@@ -43,6 +120,7 @@ def check_axis(x: Tensor, ch_axis: int | None, name: str = "x") -> int | None:
     """``ch_axis`` as a non-negative axis of ``x``, or None for one scale per tensor."""
     if ch_axis is None:
         return None
+    check_integer("ch_axis", ch_axis)
     if not -x.dim() <= ch_axis < x.dim():
         raise IndexError(f"ch_axis: wanted an axis of {name} with {x.dim()} dims, got {ch_axis}")
     return ch_axis % x.dim()
@@ -51,21 +129,44 @@ def check_axis(x: Tensor, ch_axis: int | None, name: str = "x") -> int | None:
 def check_qparam(
     name: str, value: Tensor, x: Tensor, ch_axis: int | None, dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """``value`` is a per-tensor ``[]`` or ``[1]``, or per-channel ``[C]`` tensor beside ``x``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: wanted a Tensor, got {type(value).__name__}")
+    """``value`` is a per-tensor ``[]`` or ``[1]``, or per-channel ``[C]`` tensor beside ``x``.
+
+    An x without elements along ``ch_axis`` fits any number of channels.
+    """
+    check_tensor(name, value)
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: wanted {wanted}, got {value.dtype}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: wanted it on {x.device} like x, got {value.device}")
+    check_device(name, value, x.device)
     if ch_axis is None:
         if value.dim() > 1 or value.numel() != 1:
             raise ValueError(f"{name}: wanted shape [] for one tensor, got {list(value.shape)}")
-    elif list(value.shape) != [x.shape[ch_axis]]:
+    elif value.dim() != 1 or value.shape[0] != x.shape[ch_axis] != 0:
         raise ValueError(
             f"{name}: wanted shape [{x.shape[ch_axis]}] for axis {ch_axis} of x "
             f"{list(x.shape)}, got {list(value.shape)}"
+        )
+
+
+def readable(value: Tensor) -> bool:
+    """Whether its values can be looked at without waiting: on the CPU, while nothing traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def check_values(name: str, value: Tensor, low: float, high: float) -> None:
+    """All values are in [low, high], where they can be read."""
+    if value.numel() == 0 or not readable(value):
+        return
+    least, most = (bound.item() for bound in value.detach().aminmax())
+    if not low <= least <= most <= high:
+        raise ValueError(
+            f"{name}: wanted values in [{low:.8g}, {high:.8g}], got {least:.8g} to {most:.8g}"
         )
 
 

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from divqat.ops._check import check_buffer, check_device
 
 # Masks are uint8 [ceil(numel / 8)]: bit i of byte j belongs to element 8j + i in the memory order
 # of the dense output, so a mask fits any layout.
@@ -81,6 +84,29 @@ def register(
     """
     _references[name] = reference
     # The gradient is the autograd.Function's business: inside, autograd is off.
-    kernel = torch.no_grad()(packed or reference)
+    kernel = _guarded(name, torch.no_grad()(packed or reference))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"divqat::{name}", fake, lib=_library)
+    torch.library.register_fake(f"divqat::{name}", _guarded(name, fake), lib=_library)
+
+
+def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of an op, for arguments on one device that can be updated where they are.
+
+    The dispatcher gives tensors of which one is on ``meta`` to the fake kernel, whatever the others
+    are: it would return memory that nothing was written to.
+    """
+    arguments = getattr(torch.ops.divqat, name).default._schema.arguments
+
+    def guarded(*args: Any) -> Any:
+        first = None
+        for argument, value in zip(arguments, args, strict=True):
+            for x in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(x, Tensor):
+                    continue
+                first = first or (argument.name, x.device)
+                check_device(argument.name, x, first[1], first[0])
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    check_buffer(argument.name, x)
+        return kernel(*args)
+
+    return guarded

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from divqat.ops._check import check_choice, check_float
+from divqat.ops._check import (
+    FLOAT32,
+    check_choice,
+    check_device,
+    check_flags,
+    check_float,
+    check_integer,
+    check_number,
+    check_tensor,
+    check_untransformed,
+    readable,
+)
 from divqat.ops._library import op, register
 from divqat.ops.reference_loss import divergence_loss_backward_ref, divergence_loss_ref
 
@@ -45,10 +55,12 @@ def divergence_loss(
         logits: the student's, [N, C], float32, float64, bfloat16 or float16 (computed in float32,
             so that loss scaling saves its gradient).
         teacher_logits: the teacher's, same shape and dtype; a constant.
-        target: int64 [N], class indices or ``ignore_index``.
+        target: int64 [N], class indices or ``ignore_index``. Another one is an IndexError where it
+            can be read without waiting, on the CPU; elsewhere the loss and that row of the
+            gradient are NaN.
         weight: λ; a float, or a float32 tensor [] on the same device so that it can change
-            without recompiling. A float 0 gives ``F.cross_entropy`` itself.
-        temperature: T > 0.
+            without recompiling; a constant. A float 0 gives ``F.cross_entropy`` itself.
+        temperature: T, from 1e-18 to 1e18, so that float32 has 1 / T and T².
         direction: D = ``"student_teacher"`` KL(q‖p), at most max log 1/p; ``"teacher_student"``
             KL(p‖q), unbounded; ``"js"`` Jensen–Shannon, at most log 2. In nats.
         classes: ``"all"``, or ``"non_label"`` for the distributions over the other classes,
@@ -63,7 +75,8 @@ def divergence_loss(
         sample counts, as ``F.cross_entropy``.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or option.
+        TypeError, ValueError: a wrong type, dtype, shape, device or option. IndexError: a target
+        that is no class. NotImplementedError: inside ``torch.func``.
     """
     return divergence_loss_terms(
         logits,
@@ -101,27 +114,46 @@ def divergence_loss_terms(
         []; only the loss has a gradient. With a float weight of 0, D is not computed: 0.
     """
     check_float("logits", logits)
-    if logits.dim() != 2:
+    if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits: wanted [N, C], got {list(logits.shape)}")
+    check_tensor("teacher_logits", teacher_logits)
     if teacher_logits.shape != logits.shape or teacher_logits.dtype != logits.dtype:
         raise ValueError(
             f"teacher_logits: wanted {list(logits.shape)} {logits.dtype} like logits, "
             f"got {list(teacher_logits.shape)} {teacher_logits.dtype}"
         )
+    check_device("teacher_logits", teacher_logits, logits.device, "logits")
+    check_tensor("target", target)
     if target.dtype != torch.int64 or target.shape != logits.shape[:1]:
         raise ValueError(
             f"target: wanted int64 [{logits.shape[0]}], got {target.dtype} {list(target.shape)}"
         )
+    check_device("target", target, logits.device, "logits")
+    check_integer("ignore_index", ignore_index)
+    _check_classes(target, logits.shape[1], ignore_index)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("classes", classes, CLASSES)
+    check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature: wanted > 0, got {temperature}")
-    if bound is not None and not bound > 0:
-        raise ValueError(f"bound: wanted > 0 or None, got {bound}")
+    if not 1e-18 <= temperature <= 1e18:
+        raise ValueError(f"temperature: wanted 1e-18 to 1e18, got {temperature}")
+    if bound is not None:
+        check_number("bound", bound)
+        if not bound > 0:
+            raise ValueError(f"bound: wanted > 0 or None, got {bound}")
+    check_flags(guard=guard)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: wanted a value in [0, 1), got {label_smoothing}")
-    if not isinstance(weight, Tensor):
-        if math.isnan(weight):
+    if isinstance(weight, Tensor):
+        if weight.dtype != torch.float32 or list(weight.shape) not in ([], [1]):
+            raise ValueError(f"weight: wanted float32 [], got {weight.dtype} {list(weight.shape)}")
+        check_device("weight", weight, logits.device, "logits")
+        weight = weight.detach().reshape(())
+    else:
+        check_number("weight", weight)
+        if not abs(weight) <= FLOAT32.max:
             raise ValueError(f"weight: wanted a number, got {weight}")
         if weight == 0:
             loss = F.cross_entropy(
@@ -136,6 +168,7 @@ def divergence_loss_terms(
         # The gradient is taken in the forward, before a GradScaler's factor reaches it: in float16
         # most of it would be 0.
         logits, teacher_logits = logits.float(), teacher_logits.float()
+    check_untransformed("divergence_loss")
     return DivergenceLoss.apply(
         logits,
         teacher_logits.detach(),
@@ -149,6 +182,22 @@ def divergence_loss_terms(
         float(label_smoothing),
         ignore_index,
     )
+
+
+def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Targets are classes or ``ignore_index``, where they can be read."""
+    if target.numel() == 0 or not readable(target):
+        return
+    least, most = target.aminmax()
+    if least.item() >= 0 and most.item() < classes:
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"target: wanted a class in [0, {classes}) or ignore_index {ignore_index}, "
+            f"got {int(target[at])} at {at}"
+        )
 
 
 class DivergenceLoss(torch.autograd.Function):

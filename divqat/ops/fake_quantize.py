@@ -9,7 +9,16 @@ from torch import Tensor
 
 from divqat.ops import reference
 from divqat.ops._autograd import masked_grad, with_stride
-from divqat.ops._check import check_axis, check_choice, check_float, check_qparam, check_range
+from divqat.ops._check import (
+    FLOAT32,
+    check_axis,
+    check_choice,
+    check_float,
+    check_qparam,
+    check_range,
+    check_untransformed,
+    check_values,
+)
 from divqat.ops._library import op, register
 from divqat.ops._mask import unpack_mask, with_packed_mask
 
@@ -45,22 +54,32 @@ def fake_quantize(
         A tensor like ``x`` (shape, dtype; dense strides are kept).
 
     Raises:
-        TypeError: a wrong dtype. ValueError: a wrong shape, device, range or option.
-        IndexError: ``ch_axis`` is no axis of ``x``.
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device, range or option.
+        IndexError: ``ch_axis`` is no axis of ``x``. NotImplementedError: inside ``torch.func``.
+
+    A scale that is not positive, or a zero point outside the range, is a ValueError where reading
+    it costs no waiting: on the CPU in eager mode. Elsewhere the formula is followed as it stands.
+    With such a zero point 0 is no longer represented; with such a scale the result means nothing.
     """
+    check_untransformed("fake_quantize")
     check_float("x", x)
     check_range(quant_min, quant_max)
     axis = check_axis(x, ch_axis)
     check_qparam("scale", scale, x, axis, (torch.float32,))
     check_qparam("zero_point", zero_point, x, axis, (torch.int32,))
     check_choice("nan", nan, ("propagate", "aten"))
+    check_values("scale", scale, FLOAT32.tiny, FLOAT32.max)
+    check_values("zero_point", zero_point, quant_min, quant_max)
     return FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, axis, nan == "propagate")
 
 
 class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        y, mask = op("fake_quantize")(x, *args)
+        if x.numel() == 0:
+            y, mask = fake_output_and_mask(x)
+        else:
+            y, mask = op("fake_quantize")(x, *args)
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
         ctx.inputs = 1 + len(args)

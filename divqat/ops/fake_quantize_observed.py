@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from divqat.ops import reference
+from divqat.ops._autograd import recomputing
 from divqat.ops._check import (
     check_axis,
+    check_buffer,
     check_choice,
+    check_flags,
     check_float,
+    check_number,
     check_overwritable,
     check_qparam,
     check_range,
+    check_untransformed,
 )
 from divqat.ops._library import op, register
 from divqat.ops._mask import pack_mask, with_packed_mask
@@ -43,6 +48,10 @@ def fake_quantize_observed(
     initial one) takes the first batch as it is (Jacob et al. 2018, §3.1). A batch with NaN or Inf
     leaves the buffers as they were; NaN stays NaN in the output.
 
+    What ``torch.utils.checkpoint`` runs again in the backward is not observed again: it finds the
+    range of the first run in the buffers, unless another batch was observed in between. ``mode=
+    "delayed"`` would need the range before that, and raises.
+
     Args:
         x: float32, float64, bfloat16 or float16, any shape and strides.
         running_min: float32 [] or [C], initially +Inf. running_max: likewise, initially −Inf.
@@ -66,8 +75,10 @@ def fake_quantize_observed(
         A tensor like ``x``, or ``x``. The gradient is that of :func:`fake_quantize` (times ReLU's).
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`fake_quantize`; ValueError where ``x`` is to
-            be written over and is not dense, or a leaf that requires grad.
+        TypeError, ValueError, IndexError, NotImplementedError: as :func:`fake_quantize`;
+            ValueError where ``x`` is to be written over and is not dense, or a leaf that requires
+            grad, or a view of one, and where values of a buffer share memory. Nothing has been
+            written then. RuntimeError: a delayed range in a forward that is run again.
     """
     check_float("x", x)
     check_range(quant_min, quant_max)
@@ -78,8 +89,14 @@ def fake_quantize_observed(
         ("scale", scale),
     ):
         check_qparam(name, buffer, x, axis, (torch.float32,))
+        check_buffer(name, buffer)
     check_qparam("zero_point", zero_point, x, axis, (torch.int32,))
+    check_buffer("zero_point", zero_point)
     check_choice("mode", mode, ("exact", "delayed", "frozen"))
+    check_flags(
+        symmetric=symmetric, observe=observe, fake_quant=fake_quant, relu=relu, inplace=inplace
+    )
+    check_number("averaging_constant", averaging_constant)
     if not 0 < averaging_constant <= 1:
         raise ValueError(f"averaging_constant: wanted a value in (0, 1], got {averaging_constant}")
 
@@ -87,10 +104,19 @@ def fake_quantize_observed(
     options = (quant_min, quant_max, axis, averaging_constant, symmetric)
     if not observe:
         mode = "frozen"
+    elif mode != "frozen" and recomputing():
+        if fake_quant and mode == "delayed":
+            raise RuntimeError(
+                "mode: wanted 'exact' where torch.utils.checkpoint runs a forward again, "
+                "got 'delayed'"
+            )
+        mode = "frozen"
     if not fake_quant:
-        if mode != "frozen":
+        if mode != "frozen" and x.numel():
+            check_untransformed("fake_quantize_observed")
             op("observe")(x.detach(), *buffers, *options, relu)
         return x.relu() if relu else x
+    check_untransformed("fake_quantize_observed")
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         check_overwritable("x", x)
@@ -102,11 +128,15 @@ class FakeQuantizeObserved(FakeQuantize):
 
     @staticmethod
     def forward(ctx, x: Tensor, inplace: bool, *args) -> Tensor:  # type: ignore[no-untyped-def]
-        if inplace:
-            y, mask = x, op("fake_quantize_observed_inplace")(x, *args)
-            ctx.mark_dirty(x)
+        if x.numel() == 0:
+            y, mask = fake_output_and_mask(x)
+        elif inplace:
+            mask = op("fake_quantize_observed_inplace")(x, *args)
         else:
             y, mask = op("fake_quantize_observed")(x, *args)
+        if inplace:
+            y = x
+            ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
         ctx.inputs = 2 + len(args)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from divqat.ops import reference
-from divqat.ops._check import check_axis, check_float, check_range
+from divqat.ops._check import (
+    check_axis,
+    check_device,
+    check_float,
+    check_range,
+    check_untransformed,
+)
 from divqat.ops._library import op, register
 
 
 def fake_quantize_weights(
-    weights: Sequence[Tensor],  # each any shape
+    weights: Iterable[Tensor],  # each any shape
     quant_min: int,
     quant_max: int,
     ch_axis: int | None = 0,
@@ -27,7 +33,7 @@ def fake_quantize_weights(
     from the weights again in the backward, and nothing is saved but the weights themselves.
 
     Args:
-        weights: float32, float64, bfloat16 or float16 tensors of any shape.
+        weights: float32, float64, bfloat16 or float16 tensors of any shape, on one device.
         quant_min: smallest code, usually −(2^(bits−1) − 1). quant_max: largest code.
         ch_axis: the axis of each weight with a scale of its own; None for one scale per weight.
 
@@ -35,14 +41,19 @@ def fake_quantize_weights(
         One tensor like each weight.
 
     Raises:
-        TypeError, ValueError, IndexError: as :func:`fake_quantize`.
+        TypeError, ValueError, IndexError, NotImplementedError: as :func:`fake_quantize`.
     """
+    check_untransformed("fake_quantize_weights")
     check_range(quant_min, quant_max)
-    for i, w in enumerate(weights):
-        check_float(f"weights[{i}]", w)
-        check_axis(w, ch_axis, f"weights[{i}]")
+    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights: wanted several Tensors, got {type(weights).__name__}")
+    weights = list(weights)
     if not weights:
         return []
+    for i, w in enumerate(weights):
+        check_float(f"weights[{i}]", w)
+        check_device(f"weights[{i}]", w, weights[0].device, "weights[0]")
+        check_axis(w, ch_axis, f"weights[{i}]")
     return list(FakeQuantizeWeights.apply(quant_min, quant_max, ch_axis, *weights))
 
 
@@ -71,7 +82,8 @@ class FakeQuantizeWeights(torch.autograd.Function):
         if ctx.straight_through:
             return (None, None, None, *grads)
         used = [i for i, grad in enumerate(grads) if grad is not None]
-        weights, given = [ctx.saved_tensors[i] for i in used], [grads[i] for i in used]
+        saved = ctx.saved_tensors  # read once: a checkpoint computes them for that
+        weights, given = [saved[i] for i in used], [grads[i] for i in used]
         if torch.is_grad_enabled():  # create_graph=True
             masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *given)
         else:

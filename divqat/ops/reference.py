@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from divqat.ops._snapshot import snapshot
-
-# Smallest scale that an observer hands out, so that an all-zero tensor is defined.
-EPS = torch.finfo(torch.float32).eps
+from divqat.ops.qparams import EPS, choose_qparams, lsq_scale_grad, moved, positive
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,26 +99,6 @@ def _like(x: Tensor, value: Tensor) -> Tensor:
     return out.copy_(value)
 
 
-def choose_qparams(
-    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (int32) that cover [low, high] and 0.
-
-    Symmetric: scale = 2 · max|·| / (quant_max − quant_min), zero point 0 (the middle code for an
-    unsigned range). Affine: scale = (high − low) / (quant_max − quant_min), zero point rounded and
-    clamped. Scales are at least float32's epsilon.
-    """
-    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
-    levels = quant_max - quant_min
-    if symmetric:  # divided first, as twice the maximum may be too large for a float
-        scale = (torch.maximum(-low, high) / levels * 2).clamp(min=EPS)
-        middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
-        return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = ((high - low) / levels).clamp(min=EPS)
-    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
-    return scale, zero_point.nan_to_num().to(torch.int32)
-
-
 def observe_ref(
     x: Tensor,
     running_min: Tensor,  # [] or [C], updated in place, as are the next three
@@ -141,6 +119,9 @@ def observe_ref(
     """
     if x.numel() == 0:
         return
+    # one scale is [] or [1]
+    buffers = (b.view(-1) for b in (running_min, running_max, scale, zero_point))
+    running_min, running_max, scale, zero_point = buffers
     if ch_axis is None:
         low, high = torch.aminmax(x)
     else:
@@ -151,10 +132,7 @@ def observe_ref(
         low, high = low.clamp(min=0.0), high.clamp(min=0.0)
     usable = low.isfinite() & high.isfinite()
     for running, batch in ((running_min, low), (running_max, high)):
-        average = torch.where(
-            running.isfinite(), running + averaging_constant * (batch - running), batch
-        )
-        running.copy_(torch.where(usable, average, running))
+        running.copy_(torch.where(usable, moved(running, batch, averaging_constant), running))
     seen = running_min.isfinite()
     new_scale, new_zero_point = choose_qparams(
         running_min, running_max, quant_min, quant_max, symmetric
@@ -210,7 +188,7 @@ def fake_quantize_lsq_ref(
 ) -> Tensor:
     """Quantize-dequantize with a learned scale and offset."""
     zero_point = zero_point.round().clamp(quant_min, quant_max)
-    return _like(x, _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)[0])
+    return _like(x, _quantize(x, positive(scale), zero_point, quant_min, quant_max, ch_axis)[0])
 
 
 def fake_quantize_lsq_backward_ref(
@@ -229,10 +207,11 @@ def fake_quantize_lsq_backward_ref(
     Written with differentiable ops only, so that it also serves double backward.
     """
     dtype = compute_dtype(x.dtype)
-    s, z = along(scale.to(dtype), x, ch_axis), along(zero_point.to(dtype), x, ch_axis)
+    used = positive(scale)
+    s, z = along(used.to(dtype), x, ch_axis), along(zero_point.to(dtype), x, ch_axis)
     z = z.round().clamp(quant_min, quant_max)
     # the same reciprocal as the forward's
-    u = x.to(dtype) * along(scale.reciprocal().to(dtype), x, ch_axis)
+    u = x.to(dtype) * along(used.reciprocal().to(dtype), x, ch_axis)
     rounded = u.round() + z
     q = rounded.clamp(quant_min, quant_max)
     inside = rounded == q
@@ -253,7 +232,7 @@ def fake_quantize_lsq_backward_ref(
         if zero_point.is_floating_point()
         else torch.zeros_like(zero_point, dtype=torch.float32)
     )
-    return grad_x, total(grad_s, scale), grad_zero_point
+    return grad_x, lsq_scale_grad(total(grad_s, scale), scale), grad_zero_point
 
 
 def weight_scale(w: Tensor, quant_min: int, quant_max: int, ch_axis: int | None) -> Tensor:

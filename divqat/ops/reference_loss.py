@@ -39,16 +39,20 @@ def divergence_loss_ref(
     dtype = compute_dtype(logits.dtype)
     z, t = logits.to(dtype), teacher_logits.to(dtype)
     valid = target != ignore_index
-    label = torch.where(valid, target, 0)[:, None]
+    # What is neither a class nor ignored makes its CE and its gradient NaN: there is no error to
+    # raise where nothing may wait for a value.
+    unknown = valid & ((target < 0) | (target >= z.shape[1]))
+    label = torch.where(valid & ~unknown, target, 0)[:, None]
     count = valid.sum()
     share = valid.to(dtype)[:, None] / count  # [N, 1], each sample's share of the mean
+    share = torch.where(unknown[:, None], torch.nan, share)
 
     # CE = − Σ_k target_k · log softmax(z)_k, target = (1 − ε) onehot + ε / C
     log_prob = torch.log_softmax(z, 1)
     ce = -log_prob.gather(1, label)
     if label_smoothing > 0:
         ce = (1 - label_smoothing) * ce - label_smoothing * log_prob.mean(1, keepdim=True)
-    ce = torch.where(valid[:, None], ce, 0.0)
+    ce = torch.where(valid[:, None], torch.where(unknown[:, None], torch.nan, ce), 0.0)
     # dCE/dz = softmax(z) − target
     grad = log_prob.exp() * share
     grad.scatter_add_(1, label, -(1 - label_smoothing) * share)
