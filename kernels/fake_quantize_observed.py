@@ -34,7 +34,7 @@ from divqat.kernels._observer import add_to_range, finish, range_of_parts, total
 from divqat.kernels.fake_quantize import offsets, quantize, quantize_tile
 from torch import Tensor
 
-from divqat.ops._check import check_buffer
+from divqat.ops._check import check_buffers
 
 
 @triton.jit
@@ -165,8 +165,7 @@ _BUFFERS = ("running_min", "running_max", "scale", "zero_point")
 @contextmanager
 def _in_place(*buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The buffers as contiguous memory, written back where they were not."""
-    for name, buffer in zip(_BUFFERS, buffers, strict=True):
-        check_buffer(name, buffer)
+    check_buffers(**dict(zip(_BUFFERS, buffers, strict=True)))
     memory = tuple(buffer.contiguous() for buffer in buffers)
     yield memory
     for buffer, updated in zip(buffers, memory, strict=True):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from testing import DTYPES, randn, tensor
+from testing import DTYPES, randn, same, tensor
 
 from divqat.ops import fake_quantize, fake_quantize_lsq
 
@@ -117,6 +117,64 @@ def test_double_backward_differentiates_the_formula():
     )
     (twice,) = torch.autograd.grad(grad_x.square().sum(), v)
     torch.testing.assert_close(twice, (2 * v * inside).detach())
+
+
+EPS = 2.0**-23
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ch_axis", [None, 0, 1])
+@pytest.mark.parametrize("bad", [0.0, -0.0, -3.0, -float("inf"), 1e-9, EPS])
+def test_from_epsilon_down_the_scale_is_epsilon_and_its_gradient_raises_it(bad, ch_axis, dtype):
+    # half of the values within the codes of the smallest scale, the others far outside
+    x = torch.cat([randn(3, 4).mul_(4 * EPS), randn(3, 4, seed=1)], 1).to(dtype)
+    n = () if ch_axis is None else (x.shape[ch_axis],)
+    cotangent = randn(3, 8, dtype=dtype, seed=2)
+    found = []
+    for value in (bad, EPS):
+        args = [t.requires_grad_() for t in (x.clone(), torch.full(n, value), torch.full(n, 0.4))]
+        y = fake_quantize_lsq(*args, -8, 7, ch_axis, grad_factor=0.3)
+        found.append([y.detach(), *torch.autograd.grad(y, args, cotangent)])
+    same(*found)
+    wide = [t.double().detach().requires_grad_() for t in args]
+    wanted = oracle(*wide, -8, 7, ch_axis)
+    if dtype == torch.float32:  # a rounded value is another one in float64
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-6, atol=0)
+    grads = torch.autograd.grad(wanted, wide, cotangent.double())
+    by_x, by_scale, by_zero_point = found[0][1:]
+    torch.testing.assert_close(by_scale.double(), -0.3 * grads[1].abs(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(by_zero_point.double(), 0.3 * grads[2], rtol=1e-3, atol=1e-9)
+    assert (by_scale < 0).all() and 0 < (by_x == 0).sum() < x.numel()
+
+
+def test_scales_of_other_channels_are_left_alone():
+    x, cotangent = randn(4, 50).mul_(3), randn(4, 50, seed=1)
+    scale = tensor([0.3, -1.0, 0.3, 2 * EPS])
+    found = []
+    for values in (scale, scale.abs().clamp(min=2 * EPS)):
+        args = [t.clone().requires_grad_() for t in (x, values, torch.zeros(4))]
+        y = fake_quantize_lsq(*args, -8, 7, 0)
+        found.append([y, *torch.autograd.grad(y, args, cotangent)])
+    same(*([v.detach()[[0, 2, 3]] for v in part] for part in found))
+
+
+def test_a_scale_of_nan_is_not_hidden():
+    scale = tensor(float("nan")).requires_grad_()
+    y = fake_quantize_lsq(randn(5), scale, torch.zeros(()), -8, 7)
+    y.sum().backward()
+    assert y.isnan().all() and scale.grad.isnan()
+
+
+def test_double_backward_below_epsilon():
+    x, v = randn(30, dtype=torch.float64), randn(30, dtype=torch.float64, seed=1).requires_grad_()
+    scale = tensor(-0.2).requires_grad_()
+    y = fake_quantize_lsq(x, scale, torch.zeros(()), -4, 3)
+    (grad,) = torch.autograd.grad(y, scale, v, create_graph=True)
+    # −|Σ v q|, all codes at an end
+    codes = torch.where(x > 0, 3.0, -4.0).double()
+    total = (v.detach() * codes).sum()
+    torch.testing.assert_close(grad.double(), -total.abs())
+    torch.testing.assert_close(torch.autograd.grad(grad, v)[0], -total.sign() * codes)
 
 
 def test_empty():

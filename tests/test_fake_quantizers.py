@@ -235,6 +235,101 @@ def test_lsq_training_lowers_the_error():
     assert errors[0] > 3 * best and errors[-1] < 1.1 * best
 
 
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+    "adam": torch.optim.Adam,
+    "adamw": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.1),
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("lr", [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("start", [-1e-3, -1.0, -1e6])
+def test_an_lsq_scale_finds_back(optimizer, lr, start):
+    x = randn(64, 4)
+    module = LearnedStepFakeQuantize(QuantSpec(bits=4), ch_axis=1, num_channels=4)
+    module(x)
+    with torch.no_grad():
+        module.scale[1:3] = tensor([start, 0.0])
+    optimizer, seen = optimizer([module.scale], lr), []
+    for _ in range(20):
+        y = module(x)
+        used, _ = module.calculate_qparams()
+        assert (used >= EPS).all() and torch.equal(used, module.scale)
+        seen.append(used.clone())
+        error = (y - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        assert (module.scale.grad[used <= EPS] < 0).all()
+        optimizer.step()
+    assert (torch.stack(seen).amax(0) > EPS).all()
+    assert (module.eval()(x).isfinite()).all()
+
+
+def test_an_lsq_scale_that_fell_is_learned_again():
+    x, module = randn(2000), LearnedStepFakeQuantize(QuantSpec(bits=3))
+    module(x)
+    start = (module(x) - x).square().mean().item()
+    optimizer = torch.optim.Adam([module.scale], lr=0.02)
+    with torch.no_grad():
+        module.scale.fill_(-50.0)
+    for _ in range(150):
+        error = (module(x) - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert error < start
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_lsq_scale_may_quantize_twice_in_a_graph(compiled):
+    module, x = LearnedStepFakeQuantize(QuantSpec(bits=4)), randn(64).requires_grad_()
+    module(x.detach())
+    with torch.no_grad():
+        module.scale.fill_(-1.0)
+
+    def twice(x):
+        return module(module(x) * 0.5)
+
+    run = torch.compile(twice, backend="aot_eager", fullgraph=True) if compiled else twice
+    run(x).sum().backward()
+    assert module.scale == EPS and module.scale.grad <= 0
+    before = module.eval().scale.clone()
+    assert torch.equal(module(x), module(x)) and torch.equal(module.scale, before)
+
+
+def test_a_bad_lsq_scale_is_left_alone_in_eval_mode():
+    module = LearnedStepFakeQuantize(QuantSpec(bits=4))
+    module(randn(64))
+    with torch.no_grad():
+        module.scale.fill_(-1.0)
+    y = module.eval()(tensor([-1.0, 0.0, 1.0]))
+    assert y.tolist() == [-8 * EPS, 0.0, 7 * EPS] and module.scale == -1.0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_lsq_starts_at_a_range_too_wide_for_a_float(symmetric):
+    module = LearnedStepFakeQuantize(QuantSpec(symmetric=symmetric))
+    module(tensor([-2e38, 0.0, 2e38, 1e38]))
+    wanted = 2 * 1.25e38 / math.sqrt(127) if symmetric else 4e38 / 255
+    assert float(module.scale.detach()) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [FakeQuantize, LearnedStepFakeQuantize])
+def test_an_empty_batch_with_channels_along_its_first_axis(kind):
+    module = kind(QuantSpec(), ch_axis=0, num_channels=2)
+    for _ in range(2):
+        x = torch.zeros(0, 3, requires_grad=True)
+        y = module(x)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == (0, 3)
+        module(randn(2, 3))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_forward_that_is_run_again_in_the_backward_observes_once(use_reentrant):
     def step(run):

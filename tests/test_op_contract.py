@@ -1,5 +1,7 @@
 """What every op keeps to, whatever serves it: checkpoints, transforms, double backward, meta."""
 
+from functools import partial
+
 import pytest
 import torch
 from testing import randn, same, tensor
@@ -87,19 +89,18 @@ def test_a_checkpoint_gives_the_same_bits(call, use_reentrant):
     def run(through):
         state, x = call.state(), randn(3, 4).requires_grad_()
         call(randn(3, 4, seed=3), *state)  # a batch before, of another range
-        y = through(call, x, *state)
+        y = through(lambda x: call(x, *state), x)
         y.square().sum().backward()
         return [y.detach(), x.grad, *(t.grad for t in state if t.requires_grad), *state]
 
-    def again(function, *args):
-        return checkpoint(function, *args, use_reentrant=use_reentrant)
-
-    same(run(again), run(lambda function, *args: function(*args)))
+    again = partial(checkpoint, use_reentrant=use_reentrant)
+    same(run(again), run(lambda function, x: function(x)))
 
 
 def test_a_delayed_range_is_not_there_when_the_op_is_run_again():
     call = observed(mode="delayed")
-    y = checkpoint(call, randn(3, 4).requires_grad_(), *call.state(), use_reentrant=False)
+    state, x = call.state(), randn(3, 4).requires_grad_()
+    y = checkpoint(lambda x: call(x, *state), x, use_reentrant=False)
     with pytest.raises(RuntimeError, match=r"mode: wanted 'exact' where torch\.utils\.checkpoint"):
         y.sum().backward()
 
@@ -160,7 +161,7 @@ def test_double_backward_is_the_derivative_of_the_gradient(call, use_reentrant):
         if use_reentrant is None:
             y = call(x, *state)
         else:
-            y = checkpoint(call, x, *state, use_reentrant=use_reentrant)
+            y = checkpoint(lambda x: call(x, *state), x, use_reentrant=use_reentrant)
         grad = torch.autograd.grad(y, x, cotangent.expand_as(y), create_graph=True)[0]
         return (grad * direction).sum()
 

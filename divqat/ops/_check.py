@@ -67,7 +67,8 @@ def check_overwritable(name: str, x: Tensor) -> None:
             f"{name}: wanted dense memory to write over, got {list(x.shape)} with strides "
             f"{list(x.stride())}"
         )
-    _check_not_inference(name, x)
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name}: wanted a tensor to update, got one made in inference mode")
     if not torch.is_grad_enabled():
         return
     # What autograd refuses as well, but only when it is too late.
@@ -85,21 +86,17 @@ def check_overwritable(name: str, x: Tensor) -> None:
         )
 
 
-def check_buffer(name: str, value: Tensor) -> None:
-    """``value`` [] or [C] can be updated in place."""
-    if value.dim() == 1 and value.shape[0] > 1 and value.stride(0) == 0:
-        raise ValueError(
-            f"{name}: wanted memory of its own for each value, got {list(value.shape)} with "
-            f"strides {list(value.stride())}"
-        )
-    _check_not_inference(name, value)
-
-
-def _check_not_inference(name: str, x: Tensor) -> None:
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return
-    if x.is_inference():
-        raise ValueError(f"{name}: wanted a tensor to update, got one made in inference mode")
+def check_buffers(**buffers: Tensor) -> None:
+    """Each of them, [] or [C], can be updated in place."""
+    compiling = torch.compiler.is_compiling()
+    for name, value in buffers.items():
+        if value.dim() == 1 and value.stride(0) == 0 and value.shape[0] > 1:
+            raise ValueError(
+                f"{name}: wanted memory of its own for each value, got {list(value.shape)} with "
+                f"strides {list(value.stride())}"
+            )
+        if not compiling and value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name}: wanted a tensor to update, got one made in inference mode")
 
 
 def check_range(quant_min: int, quant_max: int) -> None:
@@ -152,18 +149,21 @@ def readable(value: Tensor) -> bool:
     """Whether its values can be looked at without waiting: on the CPU, while nothing traces."""
     return (
         not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
+        and value.is_cpu
         and type(value) in (Tensor, nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )
 
 
 def check_values(name: str, value: Tensor, low: float, high: float) -> None:
-    """All values are in [low, high], where they can be read."""
-    if value.numel() == 0 or not readable(value):
+    """All values of a :func:`readable` tensor are in [low, high]."""
+    if value.numel() == 1:
+        least = most = value.item()
+    elif value.numel() > 1:
+        least, most = (bound.item() for bound in value.detach().aminmax())
+    else:
         return
-    least, most = (bound.item() for bound in value.detach().aminmax())
     if not low <= least <= most <= high:
         raise ValueError(
             f"{name}: wanted values in [{low:.8g}, {high:.8g}], got {least:.8g} to {most:.8g}"

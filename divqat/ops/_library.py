@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from divqat.ops._check import check_buffer, check_device
+from divqat.ops._check import check_buffers, check_device
 
 # Masks are uint8 [ceil(numel / 8)]: bit i of byte j belongs to element 8j + i in the memory order
 # of the dense output, so a mask fits any layout.
@@ -106,7 +106,7 @@ def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
                 first = first or (argument.name, x.device)
                 check_device(argument.name, x, first[1], first[0])
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    check_buffer(argument.name, x)
+                    check_buffers(**{argument.name: x})
         return kernel(*args)
 
     return guarded

@@ -18,6 +18,7 @@ from divqat.ops._check import (
     check_range,
     check_untransformed,
     check_values,
+    readable,
 )
 from divqat.ops._library import op, register
 from divqat.ops._mask import unpack_mask, with_packed_mask
@@ -68,8 +69,9 @@ def fake_quantize(
     check_qparam("scale", scale, x, axis, (torch.float32,))
     check_qparam("zero_point", zero_point, x, axis, (torch.int32,))
     check_choice("nan", nan, ("propagate", "aten"))
-    check_values("scale", scale, FLOAT32.tiny, FLOAT32.max)
-    check_values("zero_point", zero_point, quant_min, quant_max)
+    if readable(scale) and readable(zero_point):
+        check_values("scale", scale, FLOAT32.tiny, FLOAT32.max)
+        check_values("zero_point", zero_point, quant_min, quant_max)
     return FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, axis, nan == "propagate")
 
 

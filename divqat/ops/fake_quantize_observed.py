@@ -9,7 +9,7 @@ from divqat.ops import reference
 from divqat.ops._autograd import recomputing
 from divqat.ops._check import (
     check_axis,
-    check_buffer,
+    check_buffers,
     check_choice,
     check_flags,
     check_float,
@@ -89,9 +89,10 @@ def fake_quantize_observed(
         ("scale", scale),
     ):
         check_qparam(name, buffer, x, axis, (torch.float32,))
-        check_buffer(name, buffer)
     check_qparam("zero_point", zero_point, x, axis, (torch.int32,))
-    check_buffer("zero_point", zero_point)
+    check_buffers(
+        running_min=running_min, running_max=running_max, scale=scale, zero_point=zero_point
+    )
     check_choice("mode", mode, ("exact", "delayed", "frozen"))
     check_flags(
         symmetric=symmetric, observe=observe, fake_quant=fake_quant, relu=relu, inplace=inplace
