@@ -21,7 +21,7 @@ test: lint
 # beside it the oldest that is supported, with a numpy that its interpreter still works with. Of the
 # oldest it is enough that each kernel answers what the references do.
 TRITON_TESTS := tests/test_triton.py tests/test_dispatch.py tests/test_divergence_loss.py \
-	tests/test_fake_quantize.py $(wildcard tests/test_fake_quantize_*.py)
+	tests/test_fake_quantize.py $(wildcard tests/test_fake_quantize_*.py tests/test_op_*.py)
 OLDEST_TRITON := .venv/triton-3.6.0
 test-triton: .venv/dev $(OLDEST_TRITON)
 	$(MAKE) -j2 --output-sync triton-newest triton-oldest

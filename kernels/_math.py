@@ -112,7 +112,8 @@ def positive(scale):
 @triton.jit
 def as_scale(step, levels):
     """The width of a range over its levels; one level may be too wide for a float."""
-    return positive(tl.where((levels == 1) & (step > MOST), MOST, step))
+    most = tl.where(levels == 1, MOST, float("inf"))
+    return positive(tl.where(step > most, most, step))
 
 
 @triton.jit

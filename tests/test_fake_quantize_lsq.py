@@ -124,7 +124,7 @@ EPS = 2.0**-23
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ch_axis", [None, 0, 1])
-@pytest.mark.parametrize("bad", [0.0, -0.0, -3.0, -float("inf"), 1e-9, EPS])
+@pytest.mark.parametrize("bad", [0.0, -3.0, -float("inf"), EPS / 2])
 def test_from_epsilon_down_the_scale_is_epsilon_and_its_gradient_raises_it(bad, ch_axis, dtype):
     # half of the values within the codes of the smallest scale, the others far outside
     x = torch.cat([randn(3, 4).mul_(4 * EPS), randn(3, 4, seed=1)], 1).to(dtype)

@@ -248,13 +248,12 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("lr", [1e-4, 1e-2, 1.0, 100.0])
-@pytest.mark.parametrize("start", [-1e-3, -1.0, -1e6])
-def test_an_lsq_scale_finds_back(optimizer, lr, start):
-    x = randn(64, 4)
-    module = LearnedStepFakeQuantize(QuantSpec(bits=4), ch_axis=1, num_channels=4)
+def test_an_lsq_scale_finds_back(optimizer, lr):
+    x = randn(64, 5)
+    module = LearnedStepFakeQuantize(QuantSpec(bits=4), ch_axis=1, num_channels=5)
     module(x)
     with torch.no_grad():
-        module.scale[1:3] = tensor([start, 0.0])
+        module.scale[1:] = tensor([0.0, -1e-3, -1.0, -1e6])
     optimizer, seen = optimizer([module.scale], lr), []
     for _ in range(20):
         y = module(x)

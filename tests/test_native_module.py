@@ -126,6 +126,13 @@ def test_the_plan_of_the_weights_covers_every_row_once(elements):
         )
 
 
+def test_no_destructor_may_throw():
+    """It would end the process: two at once, or one while another error is on its way."""
+    sources = [p for p in (Path(__file__).parent.parent / "csrc").rglob("*.*") if p.is_file()]
+    assert len(sources) > 40
+    assert not [p for p in sources if "noexcept(false)" in p.read_text()]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_there_is_one_openmp_runtime():
     """A second one would bring threads that fight with torch's."""

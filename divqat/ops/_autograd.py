@@ -16,6 +16,17 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def batched(*grads: Tensor) -> bool:
+    """Whether these are several cotangents at once: ``torch.autograd.grad(is_grads_batched=True)``.
+
+    The kernels do not know them, and the dispatcher makes up for it only where one tensor is
+    returned.
+    """
+    return not torch.compiler.is_compiling() and any(
+        torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads
+    )
+
+
 def with_stride(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
     """``grad`` laid out with ``stride``: masks are in memory order, so layouts must agree."""
     if grad.stride() == stride:

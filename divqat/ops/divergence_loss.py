@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from divqat.ops._autograd import batched
 from divqat.ops._check import (
     FLOAT32,
     check_choice,
@@ -225,6 +226,8 @@ class DivergenceLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             grad = op("divergence_loss")(*inputs)[3]
+        if batched(grad_loss):  # each has a place of its own
+            return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
         op("divergence_loss_backward")(grad, grad_loss)
         return (grad, *[None] * 10)
 

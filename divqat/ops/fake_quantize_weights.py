@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from divqat.ops import reference
+from divqat.ops._autograd import batched
 from divqat.ops._check import (
     check_axis,
     check_device,
@@ -66,6 +67,12 @@ def _clips_nothing(quant_min: int, quant_max: int) -> bool:
     return quant_min == -quant_max and quant_max < 2**16
 
 
+def _masked(grads: list[Tensor], weights: list[Tensor], *args: Any) -> list[Tensor]:
+    if batched(*grads):
+        return reference.fake_quantize_weights_backward_ref(grads, weights, *args)
+    return op("fake_quantize_weights_backward")(grads, weights, *args)
+
+
 class FakeQuantizeWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -87,7 +94,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *given)
         else:
-            masked = op("fake_quantize_weights_backward")(given, weights, *ctx.range)
+            masked = _masked(given, weights, *ctx.range)
         result: list[Tensor | None] = [None] * len(grads)
         for i, grad in zip(used, masked, strict=True):
             result[i] = grad
@@ -102,8 +109,7 @@ class WeightGrads(torch.autograd.Function):
         *ctx.range, count = args[:4]
         weights, grads = args[4 : 4 + count], args[4 + count :]
         ctx.save_for_backward(*weights)
-        backward = op("fake_quantize_weights_backward")
-        return tuple(backward(list(grads), list(weights), *ctx.range))
+        return tuple(_masked(list(grads), list(weights), *ctx.range))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
