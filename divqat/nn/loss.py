@@ -66,7 +66,7 @@ class DivQATLoss(nn.CrossEntropyLoss):
 
     def set_weight(self, weight: float) -> None:
         """λ from now on (after the warm-up)."""
-        if math.isnan(weight):
+        if not math.isfinite(weight):
             raise ValueError(f"weight: wanted a number, got {weight}")
         self.final_weight.fill_(weight)
         self.enabled = weight != 0  # λ = 0 is plain cross-entropy, by the op's own rule
