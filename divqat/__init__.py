@@ -20,6 +20,7 @@ if importlib.util.find_spec("divqat.kernels") is None and (_kernels.parent / "se
     _spec.loader.exec_module(kernels)
 
 from divqat import nn, ops  # noqa: E402
+from divqat.foreign import trust  # noqa: E402
 from divqat.quantize import (  # noqa: E402
     QuantConfig,
     convert,
@@ -41,4 +42,5 @@ __all__ = [
     "prepare",
     "preset",
     "summary",
+    "trust",
 ]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from divqat import __version__, data
 from divqat import commands as run
 from divqat.evaluate.grid import Grid
+from divqat.foreign import FOREIGN, is_foreign, trust
 from divqat.options import ConfigError, add_flags
 from divqat.steps import AttackConfig
 from divqat.train import TrainConfig
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if processes > 1 and args.command is not run.train:
             raise ConfigError("torchrun: of all commands, train alone runs in several processes")
-        return args.command(args)
+        with trust(*_named(args)):
+            return args.command(args)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_how_to_continue(args)}", file=sys.stderr)
         return 130
@@ -40,9 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
 
 
+def _named(args: argparse.Namespace) -> list[str]:
+    """The code that this command line names: of ``--trust``, and what flags take for a network."""
+    given = vars(args)
+    names = [*given.get("trust", []), *given.get("clones", [])]
+    names += [given[flag] for flag in ("model", "clone", "surrogate") if flag in given]
+    return [name for name in names if is_foreign(name)]
+
+
 def _how_to_continue(args: argparse.Namespace) -> str:
     if args.command is run.train:
-        return f"to go on: divqat train --out {args.out} --resume"
+        code = "".join(f" --trust {name}" for name in _named(args))
+        return f"to go on: divqat train --out {args.out} --resume{code}"
     return "the same command goes on from here"
 
 
@@ -68,6 +79,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--debug", action="store_true", help="Show where an error comes from.")
         sub.set_defaults(command=command)
+        if command not in (run.report, run.info):
+            sub.add_argument(
+                "--trust",
+                nargs="+",
+                type=_code,
+                default=[],
+                metavar=FOREIGN.upper(),
+                help="Import these, if a file or a run folder names them: they run as you.",
+            )
         return sub
 
     sub = add(
@@ -218,6 +238,12 @@ def _job_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="Run folder of a quantized training.")
     parser.add_argument("--data-root", metavar="DIR", help="Folder of the run's data set.")
+
+
+def _code(text: str) -> str:
+    if not is_foreign(text):
+        raise argparse.ArgumentTypeError(f"wanted {FOREIGN}, got {text}")
+    return text
 
 
 def _count(text: str) -> int:

@@ -21,9 +21,10 @@ from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from divqat.bounds import MAX_SETTINGS, MAX_UNFOLDED, check_file, check_unfolded
 from divqat.errors import require, unknown_name
 from divqat.files import write_text
-from divqat.foreign import FOREIGN, is_foreign
+from divqat.foreign import FOREIGN, check_trusted, is_foreign
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -86,16 +87,28 @@ class Options:
 
     @classmethod
     def from_dict(cls: type[O], data: Mapping[str, Any], *, where: str = "") -> O:
-        """Make one from ``{field: value}``; ``where`` says in an error what ``data`` is.
+        """Make one from ``{field: value}``, of a file; ``where`` says in an error what ``data`` is.
 
         Raises:
-            ConfigError: an unknown key (the message names the nearest known one) or a bad value.
+            ConfigError: an unknown key (the message names the nearest known one), a bad value, or
+                code that nobody trusts, see :func:`divqat.trust`.
         """
         check_keys(data, cls.names(), where=where)
         try:
-            return cls(**data)
+            made = cls(**data)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+        made._check_trusted(where)
+        return made
+
+    def _check_trusted(self, where: str) -> None:
+        for name, (spec, _, _) in _specs(type(self)).items():
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                try:
+                    check_trusted(each if spec.metadata["foreign"] else None)
+                except ValueError as error:
+                    raise ConfigError(f"{where}: {name}: {error}".removeprefix(": ")) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the fields, tuples as lists."""
@@ -178,18 +191,32 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: it is not YAML, or not a mapping.
+        ConfigError: it is not YAML, not a mapping, or one that fills the memory.
         ImportError: PyYAML is missing.
     """
     yaml = require("yaml", "cli")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file at {path}")
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        check_file(path, MAX_SETTINGS)
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        check_unfolded(node, MAX_UNFOLDED * MAX_SETTINGS, _yaml_parts)
+        data = None if node is None else loader.construct_document(node)
+    except Exception as error:  # of what is odd PyYAML raises nearly anything
+        raise ConfigError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from error
     check_keys({} if data is None else data, data or (), where=str(path))
     return data or {}
+
+
+def _yaml_parts(node: Any) -> tuple[int, list[Any]]:
+    """See :func:`divqat.bounds.check_unfolded`; None: an empty file."""
+    value = "" if node is None else node.value
+    if isinstance(value, str):
+        return 1 + len(value), []
+    if node.id == "mapping":
+        return 1, [part for pair in value for part in pair]
+    return 1, value
 
 
 def write_yaml(path: str | Path, data: Mapping[str, Any]) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from divqat.evaluate.grid import Evaluation, Grid, evaluate
+from divqat.foreign import trust, trusted
 from divqat.options import ConfigError, check_keys, write_yaml
 from divqat.side_by_side import side_by_side
 from divqat.subjects import kind_of, subject_of
@@ -98,7 +99,7 @@ def run_study(
     study.grid.check(splits, len(queries))
     write_yaml(out / "config.yaml", asdict(study))
     if jobs > 1 and len(study.seeds) > 1:  # what is left after that is to read what they wrote
-        side_by_side(_seed, [(study, seed, out) for seed in study.seeds], jobs)
+        side_by_side(_seed, [(study, seed, out, trusted()) for seed in study.seeds], jobs)
     runs = [run for seed in study.seeds for run in _trained(study, seed, out, log)]
     return evaluate(
         [subject_of(run, splits, name=name) for name, run in runs],
@@ -127,13 +128,14 @@ def _trained(
             yield name, load_run(folder)
 
 
-def _seed(study: Study, seed: int, out: Path) -> None:
-    """All of a seed but the report."""
-    splits = load_splits(study.training("fp", seed, out))
-    subjects = [
-        subject_of(run, splits, name=name) for name, run in _trained(study, seed, out, _print)
-    ]
-    evaluate(subjects, splits, study.grid, out, report=False, log=_print)
+def _seed(study: Study, seed: int, out: Path, names: tuple[str, ...]) -> None:
+    """All of a seed but the report; ``names`` are trusted, as they are in the first process."""
+    with trust(*names):
+        splits = load_splits(study.training("fp", seed, out))
+        subjects = [
+            subject_of(run, splits, name=name) for name, run in _trained(study, seed, out, _print)
+        ]
+        evaluate(subjects, splits, study.grid, out, report=False, log=_print)
 
 
 def _print(line: str) -> None:

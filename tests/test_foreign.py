@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from divqat import cli, models
-from divqat.foreign import foreign, is_foreign
+from divqat.foreign import foreign, is_foreign, trust
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, load_run, train
 
@@ -66,14 +66,15 @@ def test_it_is_defended_exported_and_attacked(nets, tmp_path, capsys):
     run = "--method divqat --teacher fp --reference qat --accuracy-budget 5 --epochs 2 --threads 1"
     for command in (
         f"train {common} 3 --out fp",
-        "train --method qat --teacher fp --epochs 1 --lr 0.01 --threads 1 --out qat",
-        f"train {run} --lr 0.02 --out divqat",
-        "export divqat",
+        f"train --method qat --teacher fp --epochs 1 --lr 0.01 --threads 1 --out qat --trust {nets}:tiny",
+        f"train {run} --lr 0.02 --out divqat --trust {nets}:tiny",
+        f"export divqat --trust {nets}:tiny",
         f"evaluate --victim divqat --query-set noise --query-limit 100 --clones {nets}:tiny "
         "--attacks knockoff --seeds 1 --epochs 1 --threads 1 --epsilons --out evaluation",
     ):
         assert cli.main(command.split()) == 0, capsys.readouterr().err
-    assert load_run("divqat").config.model == f"{nets}:tiny"
+    with trust(f"{nets}:tiny"):
+        assert load_run("divqat").config.model == f"{nets}:tiny"
     summary = json.loads((tmp_path / "divqat" / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.7
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
@@ -83,10 +84,12 @@ def test_it_is_defended_exported_and_attacked(nets, tmp_path, capsys):
 def test_its_weights_come_along(nets, tmp_path):
     common = f"train --model {nets}:tiny --dataset digits --threads 1"
     assert cli.main(f"{common} --epochs 3 --lr 0.05 --out elsewhere".split()) == 0
-    trained = load_run("elsewhere").model.state_dict()
+    with trust(f"{nets}:tiny"):
+        trained = load_run("elsewhere").model.state_dict()
     torch.save(trained, "weights.pt")
     assert cli.main(f"{common} --epochs 0 --weights weights.pt --out taken".split()) == 0
-    taken = load_run("taken")
+    with trust(f"{nets}:tiny"):
+        taken = load_run("taken")
     assert taken.epoch == 0
     assert all(torch.equal(value, trained[key]) for key, value in taken.model.state_dict().items())
     for key in ("test_accuracy", "validation_accuracy"):
@@ -96,7 +99,8 @@ def test_its_weights_come_along(nets, tmp_path):
     # the same command once more, a teacher, and a training that begins there
     assert cli.main(f"{common} --epochs 0 --weights weights.pt --out taken".split()) == 0
     for command in (
-        "train --method qat --teacher taken --epochs 1 --lr 0.01 --threads 1 --out qat",
+        "train --method qat --teacher taken --epochs 1 --lr 0.01 --threads 1 --out qat "
+        f"--trust {nets}:tiny",
         f"{common} --epochs 1 --lr 0.001 --weights weights.pt --out further",
     ):
         assert cli.main(command.split()) == 0
@@ -129,4 +133,5 @@ def test_help_names_it(capsys):
 def test_python_says_the_same(nets, tmp_path):
     config = TrainConfig(model=f"{nets}:tiny", epochs=1, threads=1)
     train(config, tmp_path / "run", log=lambda line: None)
-    assert load_run(tmp_path / "run").config == config
+    with trust(config.model):
+        assert load_run(tmp_path / "run").config == config

@@ -1,22 +1,26 @@
 """Readers of the file formats in which image data sets are distributed.
 
-Every reader raises ``ValueError`` naming the file when it is truncated or something else.
+Every reader raises ``ValueError`` naming the file when it is truncated or something else, or is
+unpacked to more than ``MAX_IMAGES`` bytes.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import math
-import pickle
+import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from divqat.bounds import MAX_IMAGES, MAX_TABLE, check_file
+from divqat.data.plain_pickle import load_plain_pickle
 from divqat.data.sets import ImageSet
 from divqat.errors import require
 
@@ -28,10 +32,14 @@ def read_idx(path: str | Path) -> Tensor:
     big-endian int32, data (http://yann.lecun.com/exdb/mnist).
     """
     path = Path(path)
+    check_file(path, MAX_IMAGES)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            raw = file.read(MAX_IMAGES + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    if len(raw) > MAX_IMAGES:
+        raise ValueError(f"{path}: wanted at most {MAX_IMAGES} bytes, got more when it is unpacked")
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] == 0:
         raise ValueError(f"{path} is not an idx file of bytes: it starts with {raw[:4]!r}")
     start = 4 + 4 * raw[3]
@@ -59,63 +67,32 @@ def read_idx_pair(images: str | Path, labels: str | Path) -> ImageSet:
     return ImageSet(pixels[:, None], classes.long())
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain types; any other class or function is refused."""
-
-    # What numpy 1 and 2 need to rebuild an array. `encode` is how Python 3 writes bytes in the
-    # protocols that Python 2 can read.
-    _ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
-        if name == "_reconstruct":  # wherever this numpy keeps it
-            return np.empty(0).__reduce__()[0]
-        if name == "dtype":  # Python 2 wrote two more arguments as integers, which numpy deprecates
-            return lambda kind, *flags: np.dtype(kind)
-        return super().find_class(module, name)
-
-
-def load_plain_pickle(file: BinaryIO) -> Any:
-    """Unpickle numpy arrays and plain types; strings of Python 2 become bytes.
-
-    Raises:
-        pickle.UnpicklingError: the pickle refers to anything else; nothing of it is executed.
-    """
-    return _PlainUnpickler(file, encoding="bytes").load()
-
-
 def _cifar_batch(path: Path, label_key: bytes) -> ImageSet:
-    with open(path, "rb") as file:
-        try:
-            content = load_plain_pickle(file)
-            data = content[b"data"]
-            if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-                raise ValueError(f"data must be uint8 [N, 3072], got {data.dtype} {data.shape}")
-            labels = torch.tensor(content[label_key], dtype=torch.int64)
-            return ImageSet(torch.tensor(data).view(-1, 3, 32, 32), labels)
-        # A damaged pickle raises nearly anything: EOFError, KeyError, IndexError, TypeError ...
-        except Exception as error:
-            raise ValueError(f"{path} is not a whole CIFAR batch: {error!r}") from error
+    check_file(path, MAX_IMAGES)
+    try:
+        content = load_plain_pickle(path.read_bytes())
+        data, labels = content[b"data"], content[label_key]
+        if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+            raise ValueError(f"data must be uint8 [N, 3072], got {data.dtype} {data.shape}")
+        # Not what lists of lists of lists would become.
+        if isinstance(labels, list) and not all(type(label) is int for label in labels):
+            raise ValueError("labels must be numbers")
+        labels = torch.tensor(labels, dtype=torch.int64)
+        return ImageSet(torch.tensor(data).view(-1, 3, 32, 32), labels)
+    # A damaged pickle raises nearly anything: EOFError, KeyError, IndexError, TypeError ...
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole CIFAR batch: {error!r}") from error
 
 
 def read_cifar_names(path: Path, key: bytes = b"") -> tuple[str, ...]:
     """Class names from CIFAR's meta file: ``key`` of a pickle, or ``.txt`` with one per line."""
-    if path.suffix == ".txt":
-        return tuple(path.read_text(encoding="utf-8").split())
-    with open(path, "rb") as file:
-        try:
-            return tuple(name.decode() for name in load_plain_pickle(file)[key])
-        except Exception as error:
-            raise ValueError(f"{path} is not a whole CIFAR meta file: {error!r}") from error
+    check_file(path, MAX_TABLE)
+    try:
+        if path.suffix == ".txt":
+            return tuple(path.read_text(encoding="utf-8").split())
+        return tuple(name.decode() for name in load_plain_pickle(path.read_bytes())[key])
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole CIFAR meta file: {error!r}") from error
 
 
 def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
@@ -142,6 +119,7 @@ def read_cifar_binary(paths: Sequence[Path], label_bytes: int) -> ImageSet:
     """
     parts = []
     for path in paths:
+        check_file(path, MAX_IMAGES)
         raw = np.fromfile(path, np.uint8)
         if raw.size == 0 or raw.size % (label_bytes + 3072):
             raise ValueError(
@@ -156,16 +134,41 @@ def read_cifar_binary(paths: Sequence[Path], label_bytes: int) -> ImageSet:
 
 def read_svhn(path: str | Path) -> ImageSet:
     """SVHN "cropped digits" ``.mat``: ``X`` [32, 32, 3, N], ``y`` [N, 1] where 10 means zero."""
-    loadmat = require("scipy.io", "data").loadmat
+    scipy = require("scipy.io", "data")
+    check_file(path, MAX_IMAGES)
     with open(path, "rb") as file:
         try:
-            content = loadmat(file)
+            plain = _unpacked_mat(file)
+            # Before anything is read: a struct or a cell allocates what its header says.
+            for name, shape, kind in scipy.whosmat(plain):
+                if name == "X" and (kind != "uint8" or len(shape) != 4 or shape[:3] != (32, 32, 3)):
+                    raise ValueError(f"X must be uint8 [32, 32, 3, N], got {kind} {list(shape)}")
+                if name == "y" and kind not in ("uint8", "double"):
+                    raise ValueError(f"y must be numbers, got {kind} {list(shape)}")
+            content = scipy.loadmat(plain, variable_names=["X", "y"])
             pixels, labels = content["X"], content["y"].reshape(-1)
-            if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
-                raise ValueError(
-                    f"X must be uint8 [32, 32, 3, N], got {pixels.dtype} {list(pixels.shape)}"
-                )
             images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
             return ImageSet(images, torch.from_numpy(labels.astype(np.int64) % 10))
         except Exception as error:
             raise ValueError(f"{path} is not a whole SVHN .mat file: {error!r}") from error
+
+
+def _unpacked_mat(file: BinaryIO) -> BinaryIO:
+    """A MATLAB 5 file without compression: 128 bytes, then elements of a type, a length and data;
+    type 15 is another element behind zlib (MAT-File Format, MathWorks)."""
+    plain = io.BytesIO()
+    plain.write(file.read(128))
+    if plain.getvalue()[126:128] != b"IM":
+        raise ValueError("it is no little-endian MATLAB 5 file")
+    while tag := file.read(8):
+        kind, length = struct.unpack("<II", tag)
+        data = file.read(length)
+        if kind == 15:
+            data = zlib.decompressobj().decompress(data, MAX_IMAGES + 1 - plain.tell())
+        else:
+            plain.write(tag)
+        plain.write(data)
+        if plain.tell() > MAX_IMAGES:
+            raise ValueError(f"wanted at most {MAX_IMAGES} bytes, got more when it is unpacked")
+    plain.seek(0)
+    return plain

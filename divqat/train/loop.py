@@ -17,6 +17,7 @@ from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.plots import budget_path, training_curves
 from divqat.evaluate.result import hardware, versions
 from divqat.files import read_json, write_json
+from divqat.foreign import is_foreign, trust
 from divqat.options import write_yaml
 from divqat.train.collapse import collapse
 from divqat.train.config import SHARED, TrainConfig
@@ -70,7 +71,11 @@ def train(
         ImportError: PyYAML is missing.
     """
     require("yaml", "cli")
-    with connect(find_device(local_device(config.device))) as team:
+    # Who trains a network of theirs means it in its teacher and its reference, too.
+    with (
+        trust(*filter(is_foreign, [config.model])),
+        connect(find_device(local_device(config.device))) as team,
+    ):
         return _train(config, Path(out), log if team.rank == 0 else _no_log, team)
 
 
