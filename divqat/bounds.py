@@ -13,6 +13,7 @@ MAX_SETTINGS = 2**16  # bytes of YAML: a study has 5 KiB, and PyYAML reads this 
 MAX_TABLE = 2**26  # bytes of JSON, CSV or a list of names; 0.5 MiB are a study of 1,000 attacks
 MAX_IMAGES = 2**30  # bytes of one file of images, unpacked; EMNIST, the largest in use, has half
 MAX_PIXELS = 2**26  # of a picture, a JPEG's after it is decoded smaller: no camera has more
+MAX_INPUT = 2**24  # numbers of one image that a network takes: gigabytes of activations
 MAX_UNFOLDED = 16  # times its size: what a file may hold where parts of it are used repeatedly
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
          stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}  # fmt: skip

@@ -17,7 +17,10 @@ from divqat.foreign import FOREIGN, is_foreign, trust
 from divqat.options import ConfigError, add_flags
 from divqat.steps import AttackConfig
 from divqat.train import TrainConfig
+from divqat.text import printable
 from divqat.train.distributed import launched
+
+LONGEST = 2000  # characters of an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{where}: error: {_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def _line(message: object) -> str:
+    """An error, parts of which may come from a file, as a line of a terminal."""
+    text = printable(" ".join(str(message).split()))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _named(args: argparse.Namespace) -> list[str]:

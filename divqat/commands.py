@@ -22,6 +22,7 @@ from divqat.pipeline import run_job
 from divqat.steps import AttackConfig, answer_arguments, attack_run, export_run, verify_run
 from divqat.study import Study, run_study
 from divqat.subjects import load_subjects
+from divqat.text import printable
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
 from divqat.train.distributed import launched
@@ -62,14 +63,14 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def export(args: argparse.Namespace) -> int:
     run = load_run(args.run)
-    print(export_run(run, run.splits(args.data_root))["text"])
+    print(printable(export_run(run, run.splits(args.data_root))["text"]))
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     run = load_run(args.run)
     report = verify_run(run, run.splits(args.data_root))
-    print(report["text"])
+    print(printable(report["text"]))
     if report["argmax_agreement"] < args.min_agreement:
         print(
             f"divqat: error: agreement {report['argmax_agreement']:.4f} is below "
@@ -117,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     print(f"{_tables(result)}\n")
     for audit in audits(result):
-        print(audit)
+        print(printable(audit))
     return 0
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from divqat.bounds import MAX_TABLE, MAX_UNFOLDED, check_file, check_unfolded
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -22,21 +26,26 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = new_file(path.parent, f".{path.stem}-", path.suffix)
     try:
         write(temporary)
-        # mkstemp makes the file private; a published file gets the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return path
+
+
+def new_file(folder: Path, prefix: str, suffix: str) -> Path:
+    """An empty file of a new name, with the permissions of any new file.
+
+    Those of :mod:`tempfile` are private, and to find out what others get, one would have to set the
+    umask of the whole process, in which other threads write files.
+    """
+    path = folder / f"{prefix}{secrets.token_hex(8)}{suffix}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
 
 
@@ -52,6 +61,7 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file."""
+    check_file(path, MAX_TABLE)
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -65,17 +75,41 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint or holds something other than plain data.
+        ValueError: the file is not a checkpoint, holds something other than plain data, or more
+            than its size.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        _check_stored(path)
         state = torch.load(path, map_location=map_location, weights_only=True)
+        check_unfolded(state, MAX_UNFOLDED * (2**16 + os.path.getsize(path)), _plain_parts)
     except Exception as error:
         raise ValueError(f"{path} is not a readable divqat checkpoint: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict")
     return state
+
+
+def _check_stored(path: str | Path) -> None:
+    """Refuse a zip file that unpacks to more than it is; ``torch.save`` compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it is compressed")
+    if sum(member.file_size for member in members) > os.path.getsize(path):
+        raise ValueError("its parts overlap")
+
+
+def _plain_parts(value: Any) -> tuple[int, list[Any]]:
+    """See :func:`divqat.bounds.check_unfolded`."""
+    if isinstance(value, dict):
+        return 1, [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        return 1, list(value)
+    if isinstance(value, Tensor):  # a view can be larger than what it views
+        return 1 + value.numel() * value.element_size(), []
+    return 1 + (len(value) if isinstance(value, (str, bytes)) else 8), []
 
 
 def step(

@@ -204,7 +204,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         check_unfolded(node, MAX_UNFOLDED * MAX_SETTINGS, _yaml_parts)
         data = None if node is None else loader.construct_document(node)
     except Exception as error:  # of what is odd PyYAML raises nearly anything
-        raise ConfigError(f"{path} is not YAML that can be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML that can be read: {reason}") from error
     check_keys({} if data is None else data, data or (), where=str(path))
     return data or {}
 

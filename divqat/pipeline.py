@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from divqat.bounds import check_tree
 from divqat.evaluate import (
     AttackResult,
     Confidence,
@@ -37,6 +38,7 @@ from divqat.steps import (
     exported,
     verify_run,
 )
+from divqat.text import printable
 from divqat.train import Run, TrainConfig, load_run, train
 from divqat.train.config import INI, LOSS, MISDIRECTION
 from divqat.train.folder import FREE, load_splits
@@ -65,6 +67,7 @@ def run_job(
         Others: as :func:`divqat.train.train` and :func:`divqat.steps.attack_run`.
     """
     out = Path(out)
+    check_tree(out)
     settings = asdict(job)
     if (out / "config.yaml").is_file():
         places = {*FREE, *job.attacker(job.seeds[0]).places}
@@ -118,7 +121,7 @@ class _Runner:
         if name not in job.attacked:
             return
         run = load_run(folder)
-        say(export_run(run, self.splits)["text"])
+        say(printable(export_run(run, self.splits)["text"]))
         report = verify_run(run, self.splits)
         say(
             f"int8 accuracy {report['accuracy_onnx']:.2%}, "

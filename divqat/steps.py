@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from divqat import models
 from divqat.attacker import Attacker
 from divqat.attacks import KnockoffNets
+from divqat.bounds import check_tree
 from divqat.data import Splits, to_float
 from divqat.evaluate import accuracy, fidelity, predict
 from divqat.export import export_onnx, verify
@@ -163,6 +164,7 @@ def attack_run(
         FileNotFoundError: the run was not exported, or the query set is not there.
         ValueError: ``out`` belongs to another victim or to other settings.
     """
+    check_tree(out)
     model: Path | nn.Module = run.model if fake_quant else exported(run)
     source = run.fingerprint if isinstance(model, nn.Module) else file_fingerprint(model)
     settings = {**config.to_dict(), "answer": answer, "victim": source}

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from divqat.bounds import check_tree
 from divqat.evaluate.grid import Evaluation, Grid, evaluate
 from divqat.foreign import trust, trusted
 from divqat.options import ConfigError, check_keys, write_yaml
@@ -93,6 +94,7 @@ def run_study(
             several jobs, :func:`divqat.side_by_side.side_by_side`.
     """
     out = Path(out)
+    check_tree(out)
     # Now: that something is missing should be known before hours of training.
     splits = load_splits(study.training("fp", study.seeds[0], out))
     queries = study.grid.queries(splits)

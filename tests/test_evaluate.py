@@ -216,7 +216,7 @@ def test_results_table_shows_all_numbers():
         "Fidelity hard": "38.7 ± 0.0",
     }
     assert lines[-1] == "Label-only floor (hard-label clone of plain QAT): 59.0 ± 0.8 %"
-    assert r"smooth <\|>" in text
+    assert r"smooth \<\|\>" in text
 
 
 def test_floor_without_control():

@@ -66,7 +66,8 @@ def test_it_is_defended_exported_and_attacked(nets, tmp_path, capsys):
     run = "--method divqat --teacher fp --reference qat --accuracy-budget 5 --epochs 2 --threads 1"
     for command in (
         f"train {common} 3 --out fp",
-        f"train --method qat --teacher fp --epochs 1 --lr 0.01 --threads 1 --out qat --trust {nets}:tiny",
+        "train --method qat --teacher fp --epochs 1 --lr 0.01 --threads 1 --out qat "
+        f"--trust {nets}:tiny",
         f"train {run} --lr 0.02 --out divqat --trust {nets}:tiny",
         f"export divqat --trust {nets}:tiny",
         f"evaluate --victim divqat --query-set noise --query-limit 100 --clones {nets}:tiny "

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from divqat.bounds import check_inside
 from divqat.data import formats, pictures
 from divqat.data.pictures import STREAM, Reading
 from divqat.data.sets import DataNotFound, ImageSet, LabeledImages, Splits, hold_out
@@ -106,17 +107,20 @@ def _svhn(folder: Path, reading: Reading) -> _Raw:
 
 def _gtsrb(folder: Path, reading: Reading) -> _Raw:
     train, test, tracks = pictures.read_gtsrb(folder, reading)
-    return _Raw(tuple(f"{i:05d}" for i in range(43)), train, test, groups=tracks)
+    classes = tuple(f"{i:05d}" for i in range(pictures.GTSRB_CLASSES))
+    return _Raw(classes, train, test, groups=tracks)
 
 
 def _folder(folder: Path, reading: Reading) -> _Raw:
     split = {name: folder / name for name in ("train", "test", "val") if (folder / name).is_dir()}
+    for path in split.values():
+        check_inside(path, folder)
     root = split.get("train", folder)
     classes = tuple(pictures.class_folders(root))
-    channels = 1 if pictures.is_grey(pictures.list_pictures(root)) else 3
-    rows = {"train": pictures.labeled_pictures(root, classes)}
+    channels = 1 if pictures.is_grey(pictures.list_pictures(root, within=folder)) else 3
+    rows = {"train": pictures.labeled_pictures(root, classes, folder)}
     if "train" in split:  # else the folders beside it are classes, even one that is named test
-        rows |= {name: pictures.labeled_pictures(split[name], classes) for name in split}
+        rows |= {name: pictures.labeled_pictures(split[name], classes, folder) for name in split}
     sets = [data for data, _ in reading.sets(list(rows.values()), channels, "crop")]
     found = dict(zip(rows, sets, strict=True))
     return _Raw(classes, found["train"], found.get("test"), found.get("val"))

@@ -17,33 +17,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from divqat.bounds import MAX_PIXELS, MAX_TABLE, check_file, check_inside, check_tree
 from divqat.data import streaming
 from divqat.data.sets import ImageSet, LabeledImages
 from divqat.errors import require
 from divqat.progress import progress
+from divqat.text import printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+# Theirs, whatever a file's name: Pillow knows others, and gives EPS to Ghostscript to run.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 Fit = Literal["stretch", "crop", "contain"]
+GTSRB_CLASSES = 43
 STREAM = ("auto", "always", "never")
 Row = tuple[Path, int]  # a picture and its label
 
 
-def list_pictures(root: str | Path) -> list[Path]:
-    """All picture files below ``root``, sorted."""
-    return sorted(
+def list_pictures(
+    root: str | Path, *, within: Path | None = None, links: bool = True
+) -> list[Path]:
+    """All picture files below ``root``, sorted.
+
+    Args:
+        root: the folder.
+        within: a larger one that links may lead to; None: ``root``.
+        links: else they are left out.
+
+    Raises:
+        ValueError: one is a link that leads elsewhere, a pipe, a device ...
+    """
+    paths = sorted(
         Path(folder, name)
         for folder, _, names in os.walk(root)
         for name in names
         if Path(name).suffix.lower() in SUFFIXES
     )
+    paths = [path for path in paths if links or not path.is_symlink()]
+    for path in paths:
+        check_inside(path, within or root)
+    return paths
+
+
+def open_picture(path: str | Path) -> Any:
+    """A ``PIL.Image`` whose pixels have not been read."""
+    from PIL import Image
+
+    return Image.open(path, formats=FORMATS)
+
+
+def check_pixels(picture: Any) -> None:
+    """Refuse, by ValueError, one whose pixels would take half a gigabyte and more."""
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"wanted at most {MAX_PIXELS} pixels, got {list(picture.size)}")
 
 
 def _open(path: str | Path, size: tuple[int, int], channels: int, fit: Fit) -> np.ndarray:
     from PIL import Image, ImageOps
 
     height, width = size
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded smaller, much faster
+        check_pixels(file)
         picture = file.convert("RGBA")
     if fit == "contain":
         picture = ImageOps.contain(picture, (width, height), Image.Resampling.BILINEAR)
@@ -111,7 +145,7 @@ def decode(
         bad = next(path for path, array in zip(paths, pixels, strict=True) if array is None)
         warnings.warn(
             f"left out {len(paths) - len(good)} of {len(paths)} picture files (damaged or too "
-            f"large), the first is {bad}",
+            f"large), the first is {printable(bad)}",
             stacklevel=2,
         )
     return torch.from_numpy(np.stack([array for _, array in good])), [i for i, _ in good]
@@ -162,16 +196,24 @@ def _streamed(rows: Sequence[Row], decoder: streaming.Decoder) -> streaming.Stre
 
 def _gtsrb_table(path: Path) -> list[tuple[str, int]]:
     """(file name, class) of each row of a GTSRB table."""
+    check_file(path, MAX_TABLE)
     with open(path, encoding="utf-8", newline="") as file:
         try:
-            return [
+            rows = [
                 (row["Filename"], int(row["ClassId"]))
                 for row in csv.DictReader(file, delimiter=";")
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(
                 f"{path} must have the columns Filename;...;ClassId, separated by ';': {error!r}"
             ) from error
+    for name, label in rows:
+        if Path(name).name != name or not 0 <= label < GTSRB_CLASSES:
+            raise ValueError(
+                f"{path}: wanted names of files beside it, and classes below {GTSRB_CLASSES}, got "
+                f"{name!r} and {label}"
+            )
+    return rows
 
 
 def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImages, Tensor]:
@@ -186,6 +228,9 @@ def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImag
         train, test and the track (int64 [N]) of each training image. Thirty frames of one
         track show one sign.
     """
+    for part in ("Final_Training", "Final_Test"):
+        check_inside(root / part, root)
+        check_tree(root / part)
     tables = sorted((root / "Final_Training" / "Images").glob("*/GT-*.csv"))
     rows = [(table.parent / name, label) for table in tables for name, label in _gtsrb_table(table)]
     pictures = root / "Final_Test" / "Images"
@@ -202,18 +247,24 @@ def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImag
     return train, test, torch.from_numpy(numbers)
 
 
-def labeled_pictures(root: Path, classes: Sequence[str]) -> list[Row]:
-    """The pictures in one folder per class.
+def labeled_pictures(root: Path, classes: Sequence[str], within: Path) -> list[Row]:
+    """The pictures in one folder per class; links may lead to what is ``within`` a folder.
 
     Raises:
-        ValueError: a folder that is not in ``classes``, or no picture.
+        ValueError: a folder that is not in ``classes``, no picture, or see :func:`list_pictures`.
     """
+    for name in classes:
+        check_inside(root / name, within)
     extra = set(class_folders(root)) - set(classes)
     if extra:
         raise ValueError(
             f"{root} has folders that are no training class: {', '.join(sorted(extra))}"
         )
-    rows = [(path, i) for i, name in enumerate(classes) for path in list_pictures(root / name)]
+    rows = [
+        (path, i)
+        for i, name in enumerate(classes)
+        for path in list_pictures(root / name, within=within)
+    ]
     if not rows:
         raise ValueError(f"{root} has no pictures in folders named after their class")
     return rows
@@ -226,11 +277,11 @@ def class_folders(root: Path) -> list[str]:
 
 def is_grey(paths: Sequence[Path]) -> bool:
     """Whether all pictures are stored without color; files that cannot be opened do not count."""
-    Image: Any = require("PIL.Image", "data")
+    require("PIL.Image", "data")
 
     def mode(path: Path) -> str:
         try:
-            with Image.open(path) as file:
+            with open_picture(path) as file:
                 return str(file.mode)
         except Exception:
             return "L"

@@ -1,8 +1,8 @@
 """Pickles of numbers, texts and numpy arrays, read without the unpickler.
 
-An unpickler calls what a file names with arguments that the file chooses, and numpy alone has enough
-that reaches into memory. Here nothing is looked up and nothing is called: the few operations that such
-pickles consist of are done by hand, and any other is an error.
+An unpickler calls what a file names with arguments that the file chooses, and numpy alone has
+enough that reaches into memory. Here nothing is looked up and nothing is called: the few operations
+that such pickles consist of are done by hand, and any other is an error.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Kind:
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """Read a pickle of plain types and of numpy arrays of integers; strings of Python 2 become bytes.
+    """Read a pickle of plain types and of numpy arrays of integers; Python 2's strings are bytes.
 
     Raises:
         pickle.UnpicklingError: it holds anything else. Others: it is damaged.
@@ -72,6 +72,7 @@ def load_plain_pickle(data: bytes) -> Any:
         del stack[start:]
         return items
 
+    argument: Any
     for operation, argument, _ in pickletools.genops(data):
         code = operation.name
         if code in VALUES:

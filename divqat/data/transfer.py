@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from divqat.data.pictures import decode, list_pictures
+from divqat.data.pictures import check_pixels, decode, list_pictures, open_picture
 from divqat.data.sets import DataNotFound
 from divqat.errors import require, unknown_name
 from divqat.progress import progress
@@ -95,15 +94,15 @@ def transfer_set(
         package = "openclipart-png" if name == "openclipart" else "oxygen-icon-theme"
         remedy = f"apt-get install {package}, or pass {ROOT} DIR with DIR/{name}"
         # A link is a second name of a drawing in another category.
-        paths = [path for path in _pictures(name, root, remedy) if not path.is_symlink()]
+        paths = _pictures(name, root, remedy, links=False)
         variants = CLIPART_VARIANTS
     else:
         paths, variants = _pictures(name, data_root, f"pass {ROOT} DIR with pictures"), 1
     return _drawings(paths, variants, limit, channels, size, generator, invert=name != "folder")
 
 
-def _pictures(name: str, root: str | Path | None, remedy: str) -> list[Path]:
-    paths = [] if root is None else list_pictures(root)
+def _pictures(name: str, root: str | Path | None, remedy: str, *, links: bool = True) -> list[Path]:
+    paths = [] if root is None else list_pictures(root, links=links)
     if not paths:
         where = "" if root is None else f" in {root}"
         raise DataNotFound(f"transfer set {name!r} was not found{where}: {remedy}")
@@ -195,11 +194,15 @@ def _patches(
     paths: list[Path], count: int, channels: int, size: tuple[int, int], generator: Generator
 ) -> Tensor:
     """Patches at random places of every photo and of its halvings."""
-    Image: Any = require("PIL.Image", "data")
+    require("PIL.Image", "data")
     levels = []
     for path in paths:
-        with Image.open(path) as file:
-            pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+        try:
+            with open_picture(path) as file:
+                check_pixels(file)
+                pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+        except Exception as error:  # a damaged file raises nearly anything
+            raise ValueError(f"{path} cannot be decoded ({error!r}): delete it") from error
         level = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
         while level.shape[1] >= size[0] and level.shape[2] >= size[1]:
             levels.append(level)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 
 from divqat.evaluate.audits import Audit
 from divqat.evaluate.tables import Table
 from divqat.files import write_text
+from divqat.text import markdown, printable
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
@@ -37,6 +38,11 @@ class Section:
     audits: tuple[Audit, ...] = ()
 
 
+def escape(text: str) -> str:
+    """What other people wrote may be in any text."""
+    return escape_html(printable(text))
+
+
 def write_page(folder: Path, title: str, sections: list[Section]) -> Path:
     """Write ``folder/report.md``, which shows the plots' files, and ``folder/report.html``, which
     needs nothing else; returns the latter."""
@@ -45,15 +51,15 @@ def write_page(folder: Path, title: str, sections: list[Section]) -> Path:
 
 
 def _markdown(title: str, sections: list[Section], run_dir: Path) -> str:
-    parts = [f"# {title}"]
+    parts = [f"# {markdown(title)}"]
     for section in sections:
         plot = section.plot.relative_to(run_dir).as_posix() if section.plot else ""
         parts += [
-            f"## {section.title}",
-            section.text,
+            f"## {markdown(section.title)}",
+            markdown(section.text),
             section.table.markdown() if section.table else "",
-            f"![{section.title}]({plot})" if plot else "",
-            "\n".join(f"- {audit}" for audit in section.audits),
+            f"![{markdown(section.title)}]({plot})" if plot else "",
+            "\n".join(f"- {markdown(str(audit))}" for audit in section.audits),
         ]
     return "\n\n".join(filter(None, parts)) + "\n"
 

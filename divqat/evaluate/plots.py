@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from divqat.bounds import MAX_TABLE, check_file
 from divqat.errors import require
 from divqat.evaluate.metrics import HISTOGRAM_BINS
 from divqat.evaluate.result import HARD, SOFT, Result, VictimResult
@@ -29,6 +30,7 @@ STYLE = {
     "legend.frameon": False,
     "font.size": 9.5,
     "figure.dpi": 150,
+    "text.parse_math": False,  # a $ in a name is a dollar
 }
 # Columns of metrics.csv and the label of their axis.
 CURVES = {
@@ -213,15 +215,19 @@ def _curve(ax: Any, seeds: list[Values], color: str, label: str) -> None:
 
 
 def _read_curves(path: Path) -> dict[str, Values]:
+    check_file(path, MAX_TABLE)
     curves: dict[str, Values] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for column in CURVES:
-                text = row.get(column)
-                value = float(text) if text else math.nan
-                if math.isfinite(value):
-                    scale = 100 if column in IN_PERCENT else 1
-                    curves.setdefault(column, []).append((float(row["epoch"]), scale * value))
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for column in CURVES:
+                    text = row.get(column)
+                    value = float(text) if text else math.nan
+                    if math.isfinite(value):
+                        scale = 100 if column in IN_PERCENT else 1
+                        curves.setdefault(column, []).append((float(row["epoch"]), scale * value))
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of epochs: {error!r}") from error
     return curves
 
 

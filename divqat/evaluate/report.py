@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from divqat.bounds import check_tree
 from divqat.evaluate import plots, tables
 from divqat.evaluate.audits import audits
 from divqat.evaluate.page import Section, write_page
@@ -37,6 +38,7 @@ def write_report(run_dir: str | Path) -> Path:
         ImportError: matplotlib is missing.
     """
     run_dir = Path(run_dir)
+    check_tree(run_dir)
     result = Result.load(run_dir / "result.json")
     sections = _sections(result, run_dir)
     title = f"Extraction of int8 models on {result.dataset}"
@@ -92,7 +94,11 @@ def _seed_files(
     seeds = dict.fromkeys([*result.seeds, *(v.seed for v in result.victims)])
     found: dict[str, list[Path]] = {}
     for victim in dict.fromkeys([*result.by_victim, *extra]):
-        files = (run_dir / f"seed{seed}" / victim / name for seed in seeds)
+        files = [run_dir / f"seed{seed}" / victim / name for seed in seeds]
+        if not all(file.resolve().is_relative_to(run_dir.resolve()) for file in files):
+            raise ValueError(
+                f"{run_dir / 'result.json'}: the name {victim!r} leads out of {run_dir}"
+            )
         found[victim] = [file for file in files if file.is_file()]
     return found
 

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from divqat.evaluate.result import HARD, SOFT, Confidence, Result, VictimResult
+from divqat.text import markdown, printable
 
 ABSENT = "–"
 
@@ -23,7 +24,7 @@ class Table:
 
     def markdown(self) -> str:
         """A Markdown table whose columns also line up in a terminal."""
-        lines = [[cell.replace("|", r"\|") for cell in row] for row in [self.header, *self.rows]]
+        lines = [[markdown(cell) for cell in row] for row in [self.header, *self.rows]]
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
         rule = [
             "-" * width if i < self.text_columns else "-" * (width - 1) + ":"
@@ -41,10 +42,10 @@ class Table:
 
     def _html_row(self, tag: str, row: list[str]) -> str:
         cells = (
-            f"<{tag}>{escape(cell)}</{tag}>"
+            f"<{tag}>{cell}</{tag}>"
             if i < self.text_columns
-            else f'<{tag} class="n">{escape(cell)}</{tag}>'
-            for i, cell in enumerate(row)
+            else f'<{tag} class="n">{cell}</{tag}>'
+            for i, cell in enumerate(escape(printable(cell)) for cell in row)
         )
         return "<tr>" + "".join(cells) + "</tr>"
 

@@ -6,22 +6,26 @@ import csv
 import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from divqat.bounds import check_tree
 from divqat.data import Splits, load
 from divqat.files import load_checkpoint, save_checkpoint, write_text
 from divqat.options import differences
 from divqat.train.config import TrainConfig
-from divqat.train.network import build_model, example
+from divqat.train.network import build_model, check_size, example
 
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
 # Where something lies or runs, not what it is: a run may go on with other values. That the teacher
 # is the same is seen from its weights; what the reference was is in the checkpoint.
 FREE = ("device", "data_root", "stream", "workers", "teacher", "reference")
+
+
+KINDS = {"config": dict, "shape": dict, "epoch": int, "model": dict, "rows": list}  # of its parts
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Run:
         return example(self.shape)
 
     def splits(self, data_root: str | None = None) -> Splits:
-        """The data set that the run learned."""
-        return load_splits(self.config, data_root)
+        """The data set that the run learned, decoded by as many processes as is usual here."""
+        return load_splits(replace(self.config, workers=None), data_root)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -55,6 +59,7 @@ def load_run(folder: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: no checkpoint there. ValueError: a damaged one, or not finished.
+        ConfigError: it names code that nobody trusts, see :func:`divqat.trust`.
     """
     folder = Path(folder)
     state = read_checkpoint(folder)
@@ -64,6 +69,7 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} has done {state['epoch']} of {config.epochs} epochs: "
             f"divqat train --out {folder} --resume"
         )
+    check_size(config, state["shape"], state["model"], folder / CHECKPOINT)
     model = build_model(config, state["shape"])
     model.load_state_dict(state["model"])
     return Run(folder, config, model.eval(), state["epoch"], state["shape"], state["teacher"])
@@ -75,6 +81,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: none there. ValueError: it is damaged, or not one of a training.
     """
+    check_tree(folder)
     if not (folder / CHECKPOINT).is_file():
         raise FileNotFoundError(f"no training at {folder}: there is no {CHECKPOINT}")
     state = load_checkpoint(folder / CHECKPOINT)
@@ -83,6 +90,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / CHECKPOINT} is not of a training: no {', '.join(sorted(missing))}"
         )
+    for key, kind in KINDS.items():
+        if not isinstance(state[key], kind):
+            got = type(state[key]).__name__
+            raise ValueError(f"{folder / CHECKPOINT} is not of a training: {key} is a {got}")
     # From before it existed: its default would be another loss than the run had.
     state["config"].setdefault("distill", 0.0)
     return state

@@ -58,7 +58,7 @@ class Learning(Options):
     )  # fmt: skip
     image_size: int = option(
         32, "Height and width for gtsrb and folder, whose pictures vary in size.",
-        group="data", least=8,
+        group="data", least=8, most=2048,
     )  # fmt: skip
     validation_fraction: float = option(
         0.1, "Part of the training images kept aside to validate on.",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from divqat.bounds import check_tree
 from divqat.data import Splits, StreamedSet
 from divqat.errors import require
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
@@ -19,6 +20,7 @@ from divqat.evaluate.result import hardware, versions
 from divqat.files import read_json, write_json
 from divqat.foreign import is_foreign, trust
 from divqat.options import write_yaml
+from divqat.text import printable
 from divqat.train.collapse import collapse
 from divqat.train.config import SHARED, TrainConfig
 from divqat.train.distributed import Team, connect, local_device
@@ -88,6 +90,7 @@ def _train(
 ) -> dict[str, Any]:
     config.check_team(team.size, team.device.type)  # before anything is written
     state, summary, writes = None, None, team.rank == 0
+    check_tree(out)
     if writes and (out / CHECKPOINT).exists():
         state = read_checkpoint(out)
         check_same(out, state["config"], config)
@@ -181,7 +184,7 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
 
 def _warn(summary: dict[str, Any], log: Callable[[str], object]) -> None:
     for warning in summary.get("warnings", []):
-        log(f"warning: {warning}")
+        log(f"warning: {printable(warning)}")
 
 
 def _load_teacher(config: TrainConfig) -> Run:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from divqat import models
+from divqat.bounds import MAX_INPUT
 from divqat.files import load_checkpoint
+from divqat.foreign import is_foreign
 from divqat.nn import FakeQuantize
 from divqat.quantize import prepare, preset
 from divqat.seeds import derived_seed
@@ -30,6 +34,30 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
         config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits
     )
     return prepare(model, quantization, example(shape))
+
+
+def check_size(
+    config: TrainConfig, shape: Mapping[str, Any], state: Mapping[str, Any], path: Path
+) -> None:
+    """See that a checkpoint holds as many weights as a network of its shape has, before memory for
+    them is taken; of a network of the user's own nothing is known before.
+
+    Raises:
+        ValueError: it holds fewer, or the shape is none, or too large.
+    """
+    try:
+        sizes = [shape["in_channels"], *shape["image_size"]]
+        fits = all(type(size) is int and size > 0 for size in (*sizes, shape["num_classes"]))
+        if not fits or len(sizes) != 3 or math.prod(sizes) > MAX_INPUT:
+            raise ValueError(f"no shape of a network, or one too large: {dict(shape)}")
+        if not is_foreign(config.model):
+            with torch.device("meta"):
+                wanted = sum(p.numel() for p in build_float(config, shape).parameters())
+            held = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
+            if held < wanted:
+                raise ValueError(f"{wanted} weights are wanted, it has {held} numbers")
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not of a training: {error}") from error
 
 
 def build_float(config: TrainConfig, shape: Mapping[str, Any], *purpose: str) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from divqat.bounds import check_tree
 from divqat.evaluate.grid import plots, tables
 from divqat.evaluate.grid.audits import audits
 from divqat.evaluate.grid.result import EVALUATION, Evaluation
@@ -26,6 +27,7 @@ def write_report(folder: str | Path) -> Path:
         ImportError: matplotlib is missing.
     """
     folder = Path(folder)
+    check_tree(folder)
     result = Evaluation.load(folder / EVALUATION)
     title = f"How extractable: {result.dataset}"
     return write_page(folder, title, _sections(result, folder / "plots"))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from divqat import models
 from divqat.attacks import Attack
 from divqat.attacks.labeled import LabeledAttack
+from divqat.bounds import check_tree
 from divqat.data import ImageSet, Splits
 from divqat.defenses import Defense
 from divqat.evaluate.grid.cell import run_attack
@@ -92,6 +93,7 @@ def evaluate(
         ValueError: two victims of one name and seed, no victim, or too few validation images.
         Others: as the attacks and defenses.
     """
+    check_tree(out)
     if isinstance(subjects, Subject):
         raise TypeError("subjects: wanted a sequence of Subject, got one")
     names = Counter((subject.name, subject.seed) for subject in subjects)
