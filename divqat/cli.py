@@ -16,8 +16,8 @@ from divqat.evaluate.grid import Grid
 from divqat.foreign import FOREIGN, is_foreign, trust
 from divqat.options import ConfigError, add_flags
 from divqat.steps import AttackConfig
-from divqat.train import TrainConfig
 from divqat.text import printable
+from divqat.train import TrainConfig
 from divqat.train.distributed import launched
 
 LONGEST = 2000  # characters of an error

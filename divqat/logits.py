@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.errors import require
+from divqat.bounds import MAX_IMAGES
+from divqat.onnx_file import check_onnx, open_session
+from divqat.text import printable
 
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
@@ -96,23 +98,18 @@ def open_onnx(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file. ImportError: ONNX Runtime is not installed.
+        ValueError: see :func:`divqat.onnx_file.check_onnx`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model: no ONNX file at {path}")
-    onnxruntime = require("onnxruntime", "export")
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    options.log_severity_level = 4  # a failure is reported below
-    providers = ["CPUExecutionProvider"]
-    try:  # ConstantSharing would merge zero points that are apart in the file
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=providers, disabled_optimizers=["ConstantSharing"]
-        )
-    except Exception as error:
-        session = onnxruntime.InferenceSession(str(path), providers=providers)
+    check_onnx(path)
+    try:
+        return open_session(path, exact=True)
+    except ValueError as error:
+        session = open_session(path, exact=False)
         warnings.warn(
-            f"{path}: sums of int8 products may saturate on this CPU, as ONNX Runtime could not "
-            f"open the file with session.x64quantprecision: {error}",
+            "sums of int8 products may saturate on this CPU, as with session.x64quantprecision "
+            + printable(error),
             stacklevel=2,
         )
         return session
@@ -134,6 +131,8 @@ def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
                 raise ValueError(
                     f"images: the ONNX input {name!r} wants {shape}, got {list(images.shape)}"
                 )
+        if fixed is not None and fixed * images[0].nbytes > MAX_IMAGES:
+            raise ValueError(f"model: the ONNX input {name!r} wants {fixed} images at a time")
         parts = []
         for part in images.cpu().split(fixed or len(images)):
             # A fixed batch is filled up with copies of its last image; their answers are dropped.

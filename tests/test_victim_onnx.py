@@ -58,12 +58,12 @@ def test_a_file_that_opens_only_with_saturating_sums_is_used_with_a_warning(tmp_
 
     class Picky(onnxruntime.InferenceSession):
         def __init__(self, path, options=None, **rest):
-            if options is not None:
+            if "disabled_optimizers" in rest:
                 raise RuntimeError("Attempt to replace the existing tensor")
-            super().__init__(path, **rest)
+            super().__init__(path, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Picky)
-    with pytest.warns(UserWarning, match=r"may saturate on this CPU.*x64quantprecision: Attempt"):
+    with pytest.warns(UserWarning, match=r"may saturate on this CPU.*precision .*: Attempt"):
         victim = Victim(tmp_path / "model.onnx")
     assert torch.equal(victim(IMAGES), expected)
 

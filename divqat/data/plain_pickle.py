@@ -39,8 +39,8 @@ class _Name:
 
 
 NDARRAY, DTYPE = _Name("numpy", "ndarray"), _Name("numpy", "dtype")
-# How Python 3 writes bytes in the protocols that Python 2 can read.
-ENCODE = _Name("_codecs", "encode")
+# How Python 3 writes bytes in the protocols that Python 2 can read: what they are, and none.
+ENCODE, BYTES = _Name("_codecs", "encode"), _Name("__builtin__", "bytes")
 RECONSTRUCT = [_Name(module, "_reconstruct") for module in MODULES]
 
 
@@ -124,7 +124,7 @@ def _only(value: Any, *kinds: type) -> Any:
 
 
 def _known(name: _Name) -> _Name:
-    if name not in (NDARRAY, DTYPE, ENCODE, *RECONSTRUCT):
+    if name not in (NDARRAY, DTYPE, ENCODE, BYTES, *RECONSTRUCT):
         raise pickle.UnpicklingError(f"it refers to {name}, which is not allowed")
     return name
 
@@ -139,6 +139,8 @@ def _reduced(name: Any, arguments: tuple[Any, ...]) -> Any:
             return _Kind(text)
     if name == ENCODE and arguments[1:] == ("latin1",):
         return _only(arguments[0], str).encode("latin1")
+    if name == BYTES and not arguments:
+        return b""
     raise pickle.UnpicklingError(f"it calls {name} with other arguments than arrays need")
 
 
