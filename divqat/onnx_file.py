@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from divqat.bounds import check_file
 from divqat.errors import require
 
-SHARE = 0.75  # of the memory that is free when the first file is opened, for all of them together
+SHARE = 0.75  # of the memory that is free when the first file is opened, for all that run
+STATUS = Path("/proc/self/statm")
 
 
 def open_session(path: Path, *, exact: bool) -> Any:
@@ -38,9 +42,10 @@ def open_session(path: Path, *, exact: bool) -> Any:
         # ConstantSharing would merge zero points that are apart in the file
         more["disabled_optimizers"] = ["ConstantSharing"]
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], **more
-        )
+        with _bounded_process():
+            return onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], **more
+            )
     except Exception as error:
         raise ValueError(f"ONNX Runtime cannot open {path}: {error}") from error
 
@@ -78,14 +83,36 @@ def _tensors(message: Any, kind: type) -> Iterator[Any]:
                 yield from _tensors(part, kind)
 
 
+def _free() -> int | None:
+    from divqat.train.memory import free_memory  # not above: the training looks at models, too
+
+    return free_memory(torch.device("cpu"))
+
+
+@contextmanager
+def _bounded_process() -> Iterator[None]:
+    """A block in which this process gets no more memory than is free, where the system (Linux) can
+    see to it: while it opens a file ONNX Runtime computes what is constant, past its allocator."""
+    free = _free()
+    if free is None or not STATUS.is_file():
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(STATUS.read_text().split()[0]) * resource.getpagesize() + free
+    if before[0] == resource.RLIM_INFINITY or most < before[0]:
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 @functools.cache
 def _bound_memory() -> bool:
     """Give ONNX Runtime an allocator with an end; False where free memory is not known."""
-    from divqat.train.memory import free_memory  # not above: the training looks at models, too
-
-    import torch
-
-    onnxruntime, free = require("onnxruntime", "export"), free_memory(torch.device("cpu"))
+    onnxruntime, free = require("onnxruntime", "export"), _free()
     if free is None:
         return False
     arena = onnxruntime.OrtArenaCfg({"max_mem": int(SHARE * free), "arena_extend_strategy": 1})
