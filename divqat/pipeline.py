@@ -96,6 +96,8 @@ def _fixed(settings: dict[str, Any], places: set[str]) -> dict[str, Any]:
     """What must not change when a job goes on: all but seeds, places and devices."""
     return {
         section: {key: value for key, value in content.items() if key not in places}
+        if isinstance(content, dict)
+        else content
         for section, content in settings.items()
         if section != "seeds"
     }

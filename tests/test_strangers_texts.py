@@ -115,6 +115,18 @@ def test_a_table_of_epochs_that_is_none(tmp_path):
             evaluate.write_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [{}, {"rows": 7}, {"rows": [7]}, {"rows": [{"layer": "a", "sqnr_db": "b"}]}]
+)
+def test_a_summary_of_layers_that_is_none(tmp_path, content):
+    pytest.importorskip("matplotlib")
+    bare = VictimResult(seed=0, name="qat", method="qat", settings={}, accuracy_fp=0.9)
+    fake_result(victims=[bare]).save(tmp_path / "result.json")
+    write_json(tmp_path / "seed0" / "qat" / "layers.json", content)
+    with pytest.raises(ValueError, match=r"layers\.json is no summary of layers"):
+        evaluate.write_report(tmp_path)
+
+
 def test_errors_show_names_of_files_and_are_not_endless(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "\x1b]0;x\x07")]) == 1
     assert r"\x1b]0;x\x07" in capsys.readouterr().err
@@ -150,3 +162,27 @@ def test_warnings_show_names_of_files(tmp_path):
         warnings.simplefilter("always")
         pictures.decode(pictures.list_pictures(tmp_path), (8, 8), 1, "crop")
     assert r"\x1b[2J.png" in str(caught[0].message) and "\x1b" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("accuracy_fp", "9" * 1000, "accuracy_fp: wanted float, got str"),
+        ("accuracy_fp", 10**400, "accuracy_fp: wanted float, got int"),
+        ("accuracy_fp", True, "accuracy_fp: wanted float, got bool"),
+        ("argmax_agreement", [1], r"argmax_agreement: wanted float \| None, got list"),
+        ("seed", "../..", "seed: wanted int, got str"),
+        ("name", 7, "name: wanted str, got int"),
+        ("settings", "x", "settings: wanted dict"),
+        ("attacks", "x", "attribute"),
+        ("attacks", {"probs": {"accuracy": "x", "fidelity": 1, "queries": 1}}, "accuracy: wanted"),
+        ("test", {"top_probability": 1, "entropy": 1, "histogram": ["x"]}, "histogram: wanted"),
+    ],
+)
+def test_numbers_of_a_result_are_numbers(field, value, message):
+    bare = VictimResult(seed=0, name="qat", method="qat", settings={}, accuracy_fp=0.9)
+    result = fake_result(victims=[bare]).to_dict()
+    assert evaluate.Result.from_dict(result).victims == [bare]
+    result["victims"][0][field] = value
+    with pytest.raises(ValueError, match=rf"not a divqat result: .*{message}"):
+        evaluate.Result.from_dict(result)

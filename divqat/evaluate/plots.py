@@ -31,6 +31,7 @@ STYLE = {
     "font.size": 9.5,
     "figure.dpi": 150,
     "text.parse_math": False,  # a $ in a name is a dollar
+    "text.usetex": False,  # whatever a matplotlibrc in this folder says
 }
 # Columns of metrics.csv and the label of their axis.
 CURVES = {

@@ -106,7 +106,7 @@ def _seed_files(
 def _warnings(run_dir: Path, result: Result) -> Table:
     """What the trainings warned of."""
     rows = [
-        [name, file.parent.parent.name, warning]
+        [name, file.parent.parent.name, str(warning)]
         for name, files in _seed_files(run_dir, result, "summary.json", extra=("fp",)).items()
         for file in files
         for warning in read_json(file).get("warnings", [])
@@ -115,9 +115,12 @@ def _warnings(run_dir: Path, result: Result) -> Table:
 
 
 def _sqnr(path: Path) -> list[tuple[str, float]]:
-    rows = read_json(path)["rows"]
-    known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
-    return [(layer, value) for layer, value in known if math.isfinite(value)]
+    try:
+        rows = read_json(path)["rows"]
+        known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
+        return [(str(layer), value) for layer, value in known if math.isfinite(value)]
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is no summary of layers: {error!r}") from error
 
 
 def _provenance(result: Result) -> Table:

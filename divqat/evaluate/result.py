@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from divqat.evaluate.metrics import entropy, mean_top_probability, top_probability_histogram
+from divqat.evaluate.rows import made
 from divqat.files import read_json, write_json
 
 SOFT, HARD = "probs", "label"  # names of answers, see divqat.victim.Victim.answer
@@ -137,8 +138,8 @@ class Result:
             ValueError: a field is missing or unknown.
         """
         try:
-            return cls(**{**data, "victims": [_victim(victim) for victim in data["victims"]]})
-        except (KeyError, TypeError) as error:
+            return made(cls, {**data, "victims": [_victim(victim) for victim in data["victims"]]})
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a divqat result: {error}") from error
 
     def save(self, path: str | Path) -> Path:
@@ -159,10 +160,12 @@ class Result:
 
 def _victim(data: dict[str, Any]) -> VictimResult:
     nested: dict[str, Any] = {
-        key: Confidence(**data[key]) for key in ("test", "transfer") if data.get(key) is not None
+        key: made(Confidence, data[key])
+        for key in ("test", "transfer")
+        if data.get(key) is not None
     }
-    attacks = {name: AttackResult(**attack) for name, attack in data.get("attacks", {}).items()}
-    return VictimResult(**{**data, **nested, "attacks": attacks})
+    attacks = {name: made(AttackResult, a) for name, a in data.get("attacks", {}).items()}
+    return made(VictimResult, {**data, **nested, "attacks": attacks})
 
 
 def versions() -> dict[str, str]:

@@ -81,9 +81,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: none there. ValueError: it is damaged, or not one of a training.
     """
-    check_tree(folder)
     if not (folder / CHECKPOINT).is_file():
         raise FileNotFoundError(f"no training at {folder}: there is no {CHECKPOINT}")
+    check_tree(folder)
     state = load_checkpoint(folder / CHECKPOINT)
     missing = {"config", "shape", "epoch", "model", "optimizer", "rows", "teacher"} - state.keys()
     if missing:

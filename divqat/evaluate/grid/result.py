@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from divqat.evaluate.grid.specs import split_spec, steals
 from divqat.evaluate.result import Confidence
+from divqat.evaluate.rows import made
 from divqat.files import read_json, write_json
 
 SOFT, HARD = "as_given", "label"  # readings of KnockoffNets
@@ -176,23 +177,24 @@ class Evaluation:
         try:
             rows = {
                 "released": [released(row) for row in data["released"]],
-                "cells": [Cell(**row) for row in data["cells"]],
+                "cells": [made(Cell, row) for row in data["cells"]],
                 "side_effects": [side_effects(row) for row in data.get("side_effects", [])],
             }
-            return cls(**{**data, **rows})
-        except (KeyError, TypeError) as error:
+            return made(cls, {**data, **rows})
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a divqat evaluation: {error}") from error
 
 
 def released(data: dict[str, Any]) -> Released:
     """A row of plain data."""
-    nested = {key: Confidence(**data[key]) for key in ("test", "queries") if data.get(key)}
-    return Released(**{**data, **nested})
+    nested = {key: made(Confidence, data[key]) for key in ("test", "queries") if data.get(key)}
+    return made(Released, {**data, **nested})
 
 
 def side_effects(data: dict[str, Any]) -> SideEffects:
     """A row of plain data."""
-    return SideEffects(**{**data, "adversarial": [Adversarial(**a) for a in data["adversarial"]]})
+    moved = [made(Adversarial, row) for row in data["adversarial"]]
+    return made(SideEffects, {**data, "adversarial": moved})
 
 
 def epsilon_text(epsilon: float) -> str:
