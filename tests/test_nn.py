@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from testing import randn
+from testing import randn, tensor
 from torch import nn
 from torch.nn import functional as F
 
 from divqat.nn import (
     FakeQuantize,
+    LearnedStepFakeQuantize,
     QuantConv2d,
     QuantConvBn2d,
     QuantConvTranspose2d,
@@ -127,6 +128,20 @@ def test_constant_weights_and_inputs_are_exact(value):
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("size", [(9, 9), (10, 9), (2, 6, 10, 10)])
+def test_a_transposed_convolution_takes_its_output_size(size):
+    layer, plain = QuantConvTranspose2d(4, 6, 3, 2, 1), nn.ConvTranspose2d(4, 6, 3, 2, 1)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    x = randn(2, 4, 5, 5)
+    with torch.no_grad():
+        plain.weight.copy_(aten_weight(layer.weight, 1))
+        expected = plain(aten_input(x), output_size=size)
+        torch.testing.assert_close(layer(x, output_size=size), expected, rtol=1e-5, atol=1e-6)
+    assert expected.shape[2:] == size[-2:]
+    with pytest.raises(ValueError, match="requested an output size"):
+        layer(x, output_size=(11, 11))
+
+
 def test_empty_batch():
     layer = QuantConv2d(3, 4, 3)
     assert layer(torch.empty(0, 3, 8, 8)).shape == (0, 4, 6, 6)
@@ -183,9 +198,26 @@ def test_checkpoint_without_a_buffer_or_of_another_version_is_refused():
     state = FakeQuantize().state_dict()
     with pytest.raises(RuntimeError, match="running_max"):
         FakeQuantize().load_state_dict({k: v for k, v in state.items() if k != "running_max"})
-    state["_extra_state"] = state["_extra_state"] | {"version": 2}
-    with pytest.raises((RuntimeError, ValueError), match="wanted extra state of version 1, got 2"):
-        FakeQuantize().load_state_dict(state)
+    for other in (state["_extra_state"] + 7, {"version": 9}):
+        with pytest.raises(ValueError, match="wanted extra state of version 2, got 9"):
+            FakeQuantize().load_state_dict(state | {"_extra_state": other})
+
+
+def test_checkpoint_of_version_1_loads():
+    # As of an observed quantizer that saw a batch, and of a learned one that saw none.
+    quantizer, x = FakeQuantize(), randn(32)
+    quantizer(x)
+    switches = {"observer_enabled": True, "fake_quant_enabled": True, "calibrated": True}
+    other = FakeQuantize()
+    other.load_state_dict(quantizer.state_dict() | {"_extra_state": {"version": 1} | switches})
+    assert torch.equal(other.eval()(2 * x), quantizer.eval()(2 * x))
+
+    switches = {"version": 1, "fake_quant_enabled": True, "initialized": False}
+    learned = LearnedStepFakeQuantize()
+    learned.load_state_dict(
+        {"scale": tensor(1.0), "zero_point": tensor(0.0), "_extra_state": switches}
+    )
+    assert torch.equal(learned.eval()(x), x) and not learned.has_range()
 
 
 @pytest.mark.parametrize(
@@ -198,10 +230,6 @@ def test_checkpoint_without_a_buffer_or_of_another_version_is_refused():
         (lambda: QuantLinear(2, 2, weight_spec=QuantSpec(symmetric=False)), "weight_spec"),
         (lambda: FakeQuantize(ch_axis=1), "ch_axis, num_channels"),
         (lambda: QuantConvBn2d(2, 2, 1, weight_spec=QuantSpec(learned=True)), "per channel"),
-        (
-            lambda: QuantConvTranspose2d(2, 2, 1)(torch.ones(1, 2, 2, 2), output_size=[2, 2]),
-            "output_size",
-        ),
     ],
 )
 def test_errors_name_the_argument(make, message):

@@ -60,8 +60,9 @@ class QuantLayer(QuantState):
     def _weight_axis(self) -> int | None:
         return self.WEIGHT_AXIS if self.weight_spec.per_channel else None
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own operation with the given weight and bias."""
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        """The layer's own operation with the given weight and bias, and what else it is called
+        with."""
         raise NotImplementedError
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -107,10 +108,10 @@ class QuantLayer(QuantState):
             return self.weight_fake_quantize.calculate_qparams()[0]
         return weight_scale(self.folded()[0], *self.weight_grid())
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The operation of the replaced module on the quantized input and weight."""
         x = self.quantize_input(input)
-        return self.compute(x, self.quantized_weight()[0], self.bias)
+        return self.compute(x, self.quantized_weight()[0], self.bias, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_spec}"

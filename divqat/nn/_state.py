@@ -1,31 +1,54 @@
-"""State dicts that outlive versions: extra state of plain numbers, float checkpoints welcome."""
+"""State that outlives versions, casts and copies: extra state of plain numbers, float checkpoints
+welcome."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-VERSION = 1
+VERSION = 2
 
 
 class QuantState(nn.Module):
     """Mixin: the switches named in ``SWITCHES`` travel in versioned extra state, and a checkpoint
-    that knows nothing of quantization loads without complaint."""
+    that knows nothing of quantization loads without complaint.
+
+    Extra state is a tensor, int64 [version, switches, then :meth:`_grid`], as what walks over a
+    state dict (an average of weights, safetensors) expects nothing else in it. Version 1 was a
+    dict.
+    """
 
     SWITCHES: tuple[str, ...] = ()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"version": VERSION, **{name: getattr(self, name) for name in self.SWITCHES}}
+    def _grid(self) -> tuple[int, ...]:
+        """The ends of a grid that a checkpoint's numbers mean nothing without; none if they do."""
+        return ()
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state.get("version") != VERSION:
+    def get_extra_state(self) -> Tensor:
+        switches = (getattr(self, name) for name in self.SWITCHES)
+        return torch.tensor([VERSION, *map(int, switches), *self._grid()], device="cpu")
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        old = isinstance(state, dict)
+        version, *rest = (state.get("version"),) if isinstance(state, dict) else state.tolist()
+        if version != (1 if old else VERSION):
             raise ValueError(
-                f"{type(self).__name__}: wanted extra state of version {VERSION}, "
-                f"got {state.get('version')}"
+                f"{type(self).__name__}: wanted extra state of version {VERSION}, got {version}"
             )
-        for name in self.SWITCHES:
-            setattr(self, name, state[name])
+        if isinstance(state, dict):
+            rest = [*(state[name] for name in self.SWITCHES), *self._grid()]
+        switches, grid = rest[: len(self.SWITCHES)], tuple(rest[len(self.SWITCHES) :])
+        if grid != self._grid():
+            raise ValueError(
+                f"{type(self).__name__}: wanted a scale for codes {_ends(self._grid())}, got one "
+                f"that was learned for {_ends(grid)}; prepare the model with the configuration of "
+                "the checkpoint"
+            )
+        for name, value in zip(self.SWITCHES, switches, strict=True):
+            setattr(self, name, bool(value))
 
     def _quant_keys(self) -> set[str]:
         """The keys of this module's own that a float checkpoint lacks."""
@@ -47,3 +70,29 @@ class QuantState(nn.Module):
         ours = {prefix + key for key in self._quant_keys()}
         if not ours & state_dict.keys():  # a float checkpoint; otherwise a gap is an error
             missing_keys[:] = [key for key in missing_keys if key not in ours]
+
+
+class QuantizerState(QuantState):
+    """Mixin of the quantizers: their own tensors keep their dtype when the model is cast
+    (``.half()``, ``.double()``), and are as new when it comes from the meta device."""
+
+    scale: Tensor | nn.Parameter
+
+    def reset_parameters(self) -> None:
+        """Forget all that was observed or learned."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizerState:
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        was_meta = self.scale.is_meta
+        super()._apply(moved, recurse)
+        if was_meta and not self.scale.is_meta:
+            self.reset_parameters()
+        return self
+
+
+def _ends(grid: tuple[int, ...]) -> str:
+    return " to ".join(map(str, grid))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,21 +30,15 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
 
     WEIGHT_AXIS = 1
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
         """[N, C_in, H, W] → [N, C_out, H', W']."""
-        return F.conv_transpose2d(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,
-            self.groups,
-            self.dilation,
-        )
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """As ``nn.ConvTranspose2d``, less its ``output_size``: [N, C_in, H, W] → [N, C_out, …]."""
-        if output_size is not None:
-            raise ValueError("output_size: wanted None (use output_padding), got a size")
-        return super().forward(input)
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        sizes: Any = (output_size, stride, padding, self.kernel_size, 2, dilation)
+        rest = self._output_padding(x, *sizes)
+        return F.conv_transpose2d(x, weight, bias, stride, padding, rest, self.groups, dilation)  # type: ignore[arg-type]

@@ -113,11 +113,23 @@ class QuantConvBn2d(QuantConv2d):
         s = self._factor()
         return self.quantize_weight(self.weight) * s, s
 
+    def _check_statistics(self) -> None:
+        """Refuse frozen statistics that ``torch.optim.swa_utils.update_bn`` has reset, which it
+        does with a momentum of None; where that is the layer's own, it waits for a GPU."""
+        bn = self.bn
+        suspicious = self.training and bn.momentum is None and not torch.compiler.is_compiling()
+        if suspicious and bn.num_batches_tracked == 0:
+            raise RuntimeError(
+                "frozen: wanted a BatchNorm with statistics, got one that was reset (by update_bn?); "
+                "set frozen = False in every QuantConvBn2d before"
+            )
+
     def forward(self, input: Tensor) -> Tensor:
         """[N, C_in, H, W] → [N, C_out, H', W']."""
         x = self.quantize_input(input)
         weight, s = self.quantized_weight()
         if self._deployed():
+            self._check_statistics()
             return self.compute(x, weight, self.folded()[1])
         assert s is not None
         return self.bn(self.compute(x, weight / s, self.bias))

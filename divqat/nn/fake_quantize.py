@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from divqat.nn._state import QuantState
+from divqat.nn._state import QuantizerState
 from divqat.nn.observer import MovingAverageMinMaxObserver, qparam_shape
 from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_lsq
 from divqat.ops.qparams import EPS, choose_qparams, positive
+
+# A scale that was never set. Negative, finite and far away: an average that began with it stays
+# negative, and is told from one that did not.
+UNSET = -(2.0**100)
 
 
 class FakeQuantize(MovingAverageMinMaxObserver):
@@ -19,7 +24,9 @@ class FakeQuantize(MovingAverageMinMaxObserver):
 
     ``observer_enabled`` and ``fake_quant_enabled`` are Python bools (a tensor flag would break
     export and CUDA graphs) and travel in the state dict. Before any batch was observed the input
-    passes unchanged, whatever its range.
+    passes unchanged, whatever its range. A copy that was made before may be given its range by
+    its buffers alone, as a weight average is: until then it looks for one whenever it is called
+    without observing, which waits for a GPU.
 
     Args:
         spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
@@ -47,14 +54,25 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         self.relu = relu
         self.inplace = inplace
         self.fake_quant_enabled = True
-        self.calibrated = False  # a batch was observed: scale and zero point mean something
+        self.calibrated = False  # known to have a range: scale and zero point mean something
+
+    def reset_parameters(self) -> None:
+        """Forget the range."""
+        super().reset_parameters()
+        self.calibrated = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized; any shape, dtype kept."""
         observing = self._observes()
+        if not self.training:
+            self.calculate_qparams()  # of a range that may be an average
         # Not read where it makes no difference: torch.compile guards on what was read, and would
         # compile again after the first batch.
         calibrated = (observing and self.mode == "exact") or self.calibrated
+        if not (observing or calibrated):
+            if torch.compiler.is_compiling():
+                return self._if_ranged(x)
+            self.calibrated = calibrated = self.has_range()
         if observing and x.numel():
             self.calibrated = True
         return self._observed(
@@ -69,8 +87,27 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         """Whether scale and zero point mean something; reads the buffers on the host.
 
         A first batch of NaN or Inf sets ``calibrated`` but leaves the range empty.
+
+        Raises:
+            RuntimeError: the range is an average that began before the first batch.
         """
-        return self.calibrated and bool(self.running_min.isfinite().all())
+        if self._ranged():
+            return True
+        empty = self.running_min.isposinf() & self.running_max.isneginf()
+        untouched = empty & (self.scale == 1) & (self.zero_point == 0)
+        if not (untouched | self.running_min.isfinite() & self.running_max.isfinite()).all():
+            raise spoiled("running_min, running_max", "a range", self.running_min, self.running_max)
+        return False
+
+    def _ranged(self) -> Tensor:  # bool []
+        return (self.running_min.isfinite() & self.running_max.isfinite()).all()
+
+    def _if_ranged(self, x: Tensor) -> Tensor:
+        """``x`` quantized if there is a range, found out on the device."""
+        positive = x.relu() if self.relu else x
+        if not self.fake_quant_enabled:
+            return positive
+        return torch.where(self._ranged(), self._observed(x, relu=self.relu), positive)
 
     def disable_observer(self) -> None:
         """Keep scale and zero point as they are from now on."""
@@ -81,13 +118,13 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         self.observer_enabled = True
 
 
-class LearnedStepFakeQuantize(QuantState):
+class LearnedStepFakeQuantize(QuantizerState):
     """Fake-quantization with a trained scale (LSQ) and, if the grid is affine, a trained offset
     (LSQ+).
 
     On a symmetric grid the scale starts at 2 · mean|x| / sqrt(quant_max) of the first batch seen
     in training (Esser et al. 2020, §2.1); on an affine one scale and offset start at the batch's
-    range. A first batch with NaN or Inf leaves both as they were. The gradients of both are
+    range. A first batch with NaN or Inf leaves both at 1 and 0. The gradients of both are
     multiplied by 1 / sqrt(n · quant_max) with n the number of elements that share a scale (§2.2).
 
     A scale that a step took to ε = 2⁻²³ or below is set to ε by the next forward in training mode,
@@ -114,13 +151,29 @@ class LearnedStepFakeQuantize(QuantState):
         self.ch_axis = ch_axis
         self.fake_quant_enabled = True
         self.initialized = False
-        self.scale = nn.Parameter(torch.ones(shape))
-        middle = 0.0 if spec.signed else float((spec.quant_max + 1) // 2)
-        zero_point = torch.full(shape, middle if spec.symmetric else 0.0)
+        self.scale = nn.Parameter(torch.empty(shape))
         if spec.symmetric:
-            self.register_buffer("zero_point", zero_point)
+            self.register_buffer("zero_point", torch.empty(shape))
         else:
-            self.zero_point = nn.Parameter(zero_point)
+            self.zero_point = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget scale and offset."""
+        spec = self.spec
+        middle = (spec.quant_max + 1) // 2 if spec.symmetric and not spec.signed else 0
+        self.scale.fill_(UNSET)
+        self.zero_point.fill_(middle)
+        self.initialized = False
+
+    def set_extra_state(self, state: Any) -> None:
+        super().set_extra_state(state)
+        if not self.initialized and isinstance(state, dict):  # once, an unset scale was 1
+            self.reset_parameters()
+
+    def _grid(self) -> tuple[int, ...]:
+        return self.spec.quant_min, self.spec.quant_max
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), each [] or [C], without gradient."""
@@ -129,8 +182,16 @@ class LearnedStepFakeQuantize(QuantState):
         return positive(self.scale.detach()), zero_point.to(torch.int32)
 
     def has_range(self) -> bool:
-        """Whether scale and zero point mean something."""
-        return self.initialized
+        """Whether scale and zero point mean something; may read the scale on the host.
+
+        Raises:
+            RuntimeError: the scale is an average that began before the first batch.
+        """
+        if self.initialized or (self.scale > 0).all():
+            return True
+        if not (self.scale == UNSET).all():
+            raise spoiled("scale", "one above 0", self.scale)
+        return False
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -150,21 +211,29 @@ class LearnedStepFakeQuantize(QuantState):
             scale, zero_point = choose_qparams(
                 low, high, self.spec.quant_min, self.spec.quant_max, symmetric=False
             )
-        self.scale.copy_(torch.where(usable, scale.view_as(self.scale), self.scale))
+        self.scale.copy_(torch.where(usable, scale.view_as(self.scale), 1.0))
         if not self.spec.symmetric:
             offset = zero_point.view_as(self.zero_point).float()
-            self.zero_point.copy_(torch.where(usable, offset, self.zero_point))
+            self.zero_point.copy_(torch.where(usable, offset, 0.0))
         self.initialized = True
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` fake-quantized; any shape, dtype kept. Unchanged before the first batch."""
+        compiling = torch.compiler.is_compiling()
+        if not self.initialized and not compiling:
+            self.initialized = self.has_range()
         if self.training and not self.initialized and x.numel():
             self.initialize(x)
-        if self.training:
+        if not self.fake_quant_enabled:
+            return x
+        if self.initialized:
+            return self._quantized(x)
+        return torch.where((self.scale > 0).all(), self._quantized(x), x) if compiling else x
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        if self.training and self.initialized:
             # Not by its version: the same scale may quantize, unchanged, several inputs of a graph.
             self.scale.data.clamp_(min=EPS)
-        if not (self.fake_quant_enabled and self.initialized):
-            return x
         sharing = x.numel() // max(1, self.scale.numel())
         return fake_quantize_lsq(
             x,
@@ -181,6 +250,16 @@ class LearnedStepFakeQuantize(QuantState):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, ch_axis={self.ch_axis}"
+
+
+def spoiled(name: str, wanted: str, *values: Tensor) -> RuntimeError:
+    """The error for a quantizer that has neither seen a batch nor is as new."""
+    got = ", ".join(str(value.detach().flatten()[0].item()) for value in values)
+    return RuntimeError(
+        f"{name}: wanted {wanted}, got {got}: averages that began before the first batch. Begin "
+        "them after it (divqat.quantize.observe_first shows a model one), or copy buffers instead "
+        "of averaging them"
+    )
 
 
 def activation_quantizer(spec: QuantSpec) -> FakeQuantize | LearnedStepFakeQuantize:

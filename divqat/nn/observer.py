@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from divqat.nn._state import QuantState
+from divqat.nn._state import QuantizerState
 from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_observed
+from divqat.ops._library import op
 
 
 def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
@@ -19,11 +22,12 @@ def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
     return [] if num_channels is None else [num_channels]
 
 
-class MovingAverageMinMaxObserver(QuantState):
+class MovingAverageMinMaxObserver(QuantizerState):
     """Moving average of min and max, per tensor or per channel; passes its input through.
 
     Buffers (float32, int32): ``running_min``, ``running_max``, ``scale``, ``zero_point``, each []
-    or [C]. Until the first batch the range is empty (+Inf, −Inf).
+    or [C]. Until the first batch the range is empty (+Inf, −Inf). The latter two follow from the
+    range, also from one that another grid has observed or that is an average of ranges.
 
     What ``torch.utils.checkpoint`` runs again in the backward is not observed again; the scale is
     the one of the first run, unless another batch was observed in between. A compiled forward
@@ -59,8 +63,23 @@ class MovingAverageMinMaxObserver(QuantState):
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget the range."""
+        self.running_min.fill_(float("inf"))
+        self.running_max.fill_(float("-inf"))
+        self.scale.fill_(1)
+        self.zero_point.fill_(0)
+
+    @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), each [] or [C], of the range seen so far."""
+        # A batch of the two ends moves neither, and one of an empty range is none.
+        ends = torch.stack([self.running_min, self.running_max])
+        spec, axis = self.spec, None if self.ch_axis is None else 1
+        buffers = self.running_min, self.running_max, self.scale, self.zero_point
+        grid = spec.quant_min, spec.quant_max, axis, 1.0, spec.symmetric
+        op("observe")(ends, *buffers, *grid, False)
         return self.scale, self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,6 +104,12 @@ class MovingAverageMinMaxObserver(QuantState):
             observe=self._observes(),
             **options,  # type: ignore[arg-type]
         )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if args[2].get("assign_to_params_buffers"):  # not into the tensors of the checkpoint
+            self.scale, self.zero_point = self.scale.clone(), self.zero_point.clone()
+        self.calculate_qparams()
 
     def _quant_keys(self) -> set[str]:
         return {"_extra_state", "running_min", "running_max", "scale", "zero_point"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 
 from torch import Tensor, fx, nn
 
@@ -10,8 +10,10 @@ from divqat.nn._layer import QuantLayer
 from divqat.nn.conv_bn import QuantConvBn2d
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.quantize import patterns
+from divqat.quantize.checks import check_is_prepared, check_parameters, copied
 from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
 from divqat.quantize.group_weights import ungroup_weights
+from divqat.quantize.traced import PreparedModule
 
 
 def freeze_observers(model: nn.Module) -> nn.Module:
@@ -40,14 +42,23 @@ def convert(prepared: nn.Module) -> nn.Module:
     ``torch.onnx.export`` turns it into Q/DQ nodes.
 
     Raises:
-        ValueError: ``prepared`` holds no quantized layer, or a quantizer has not seen a batch.
+        ValueError: ``prepared`` holds no quantized layer, a quantizer has not seen a batch, or a
+            layer is pruned or weight-normed.
     """
-    if not any(isinstance(module, QuantLayer) for module in prepared.modules()):
-        raise ValueError("prepared: wanted a model made by divqat.prepare, got no quantized layer")
+    check_is_prepared("prepared", prepared)
+    layers = [(name, m) for name, m in prepared.named_modules() if isinstance(m, QuantLayer)]
+    norms = [(f"{name}.bn", m.bn) for name, m in layers if isinstance(m, QuantConvBn2d)]
+    check_parameters("prepared", [*layers, *norms])
+    for module in prepared.modules():
+        if isinstance(module, PreparedModule) and (late := module.new_float_layers()):
+            warnings.warn(
+                f"layers that came after prepare stay in float: {', '.join(late)}", stacklevel=2
+            )
     for name, module in prepared.named_modules():
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)) and not module.has_range():
             raise ValueError(f"prepared: {name} has not seen a batch in training mode")
-    model = ungroup_weights(copy.deepcopy(prepared).requires_grad_(False))
+    # What a runtime computes is float32, whatever the training was cast to.
+    model = ungroup_weights(copied("prepared", prepared).requires_grad_(False).float())
     scales = _input_scales(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):

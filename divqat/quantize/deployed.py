@@ -6,6 +6,8 @@ they emit the QuantizeLinear and DequantizeLinear nodes that a runtime turns int
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -133,7 +135,7 @@ class IntegerLayer(nn.Module):
             return _dequantize(codes, scale, zero_point, axis)
         return codes.float() * along(scale, codes, axis)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's operation on the input's grid."""
         x = self.input(input)
         weight = self._dequantized(
@@ -143,7 +145,7 @@ class IntegerLayer(nn.Module):
         if bias is not None and self.bias_scale is not None:
             assert self.bias_zero_point is not None
             bias = self._dequantized(bias, self.bias_scale, self.bias_zero_point, 0)
-        return self.layer.compute(x, weight, bias)
+        return self.layer.compute(x, weight, bias, *args, **kwargs)
 
 
 def _dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:

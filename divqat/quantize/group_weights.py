@@ -24,8 +24,9 @@ def group_weights(model: nn.Module, bucket_mb: float = 25.0) -> nn.Module:
     the earlier ones are computed. What does not fill a bucket is left to the first layers, whose
     gradients nothing hides.
 
-    A layer with a learned weight scale, one that overrides ``quantize_weight``, one that is called
-    a second time and one that is called without ``model`` quantize for themselves. Nothing is kept
+    A layer with a learned weight scale, one that overrides ``quantize_weight``, one whose weight a
+    hook computes when it is called (``torch.nn.utils.prune``), one that is called a second time and
+    one that is called without ``model`` quantize for themselves. Nothing is kept
     between two forwards, and no forward finds what one that failed has left.
 
     * Layers that are added or replaced later are not grouped: call this again, which replaces
@@ -69,6 +70,12 @@ def ungroup_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+def grouped_by(model: nn.Module) -> float | None:
+    """The ``bucket_mb`` that :func:`group_weights` was called with; None if it was not."""
+    groups = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((group.bucket_mb for group in groups if isinstance(group, WeightGroups)), None)
+
+
 class Bucket:
     """Neighbouring layers, whose weights are quantized when the first of them is called.
 
@@ -95,7 +102,8 @@ class Bucket:
         self.close()
         calls: dict[Any, list[tuple[QuantLayer, Tensor, Tensor | None]]] = {}
         for layer in self.layers:
-            if layer.weight_fake_quantize is not None:
+            # What a pruning hook computes is an attribute, and not there before the layer's call.
+            if layer.weight_fake_quantize is not None or "weight" in layer.__dict__:
                 continue
             weight, factor = layer.scaled_weight()
             # Gradient or not: with one that needs it, all outputs of a call would seem to.

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.quantize import patterns
+from divqat.quantize.checks import check_is_float, check_parameters, check_types, copied
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.swap import LAYERS, conv_bn, swap
+from divqat.quantize.traced import PreparedModule, accept_float_keys
 
 
 def prepare(
@@ -46,23 +44,31 @@ def prepare(
         example_input: one batch as the model takes it, [N, …]; needed to trace.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or an argument stands in another's place.
         ValueError: no layer to quantize, an unknown preset, a name in ``skip`` that does not
-            exist, a model that is prepared already, or an ``example_input`` on which it fails.
+            exist, a model that is prepared already, a layer that is pruned or weight-normed, or an
+            ``example_input`` on which it fails.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
+    check_types(model, config, example_input)
     if isinstance(config, str):
         config = preset(config)
-    if any(isinstance(module, (QuantLayer, FakeQuantize)) for module in model.modules()):
-        raise ValueError("model: wanted a float model, got one that is prepared already")
+    check_is_float(model)
     names = {name for name, _ in model.named_modules()}
     for name in config.skip:
         if name not in names:
             raise ValueError(f"skip: wanted names of modules, got {name!r}")
     if type(model) in LAYERS:
         raise ValueError(f"model: wanted a network, got a single {type(model).__name__}")
-    model = copy.deepcopy(model)
+    quantized = (*LAYERS, nn.BatchNorm2d)
+    check_parameters(
+        "model",
+        (
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, quantized) and not config.skips(name)
+        ),
+    )
+    model = copied("model", model)
     if example_input is not None:
         _check_example(model, example_input)
     try:
@@ -79,11 +85,12 @@ def prepare(
         return model.train()
     unused = model.state_dict().keys() - graph_module.state_dict().keys()
     renamed = _fuse_batchnorm(graph_module, config)
-    graph_module.register_load_state_dict_pre_hook(partial(_adapt_float_keys, renamed, unused))
+    accept_float_keys(graph_module, renamed, unused)
     swap(graph_module, config, None)
     _quantize_activations(graph_module, config)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    graph_module.remember_float_layers()
     # The graph calls every layer, in an order that is known.
     return group_weights(graph_module).train()
 
@@ -113,9 +120,10 @@ def _check_example(model: nn.Module, example_input: Tensor) -> None:
             ) from error
 
 
-def _trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+def _trace(model: nn.Module, example_input: Tensor) -> PreparedModule:
     """Trace, and find out which nodes are tensors by running the example in eval mode."""
-    graph_module = fx.symbolic_trace(model)
+    graph = fx.Tracer().trace(model)
+    graph_module = PreparedModule(model, graph, type(model).__name__)
     for node in graph_module.graph.nodes:
         if node.target in patterns.DROPOUTS:
             dropout = patterns.DROPOUTS[node.target](node.kwargs["p"], node.kwargs["inplace"])
@@ -156,24 +164,6 @@ def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[s
         graph_module.graph.erase_node(node)
         graph_module.delete_submodule(node.target)
     return renamed
-
-
-def _adapt_float_keys(
-    renamed: dict[str, str],
-    unused: set[str],
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    *_: Any,
-) -> None:
-    """Let a float checkpoint find its BatchNorms inside the fused layers, and leave out modules
-    that the forward does not use (tracing drops them)."""
-    for key in unused:
-        state_dict.pop(prefix + key, None)
-    for key in list(state_dict):
-        for old, new in renamed.items():
-            if key.startswith(prefix + old):
-                state_dict[prefix + new + key[len(prefix + old) :]] = state_dict.pop(key)
 
 
 def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:

@@ -65,7 +65,7 @@ def observe_first(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model: prepared; its modes are as before afterwards.
         batches: what the model takes, [N, …] each.
     """
-    if not all(quantizer.calibrated for quantizer in _quantizers(model)):
+    if not all(map(_calibrated, _quantizers(model))):
         with observing(model, fresh=True):
             for images in batches:
                 model(images)
@@ -83,7 +83,7 @@ def observing(model: nn.Module, *, fresh: bool = False) -> Iterator[None]:
         fresh: only quantizers that have seen nothing observe; the others quantize as in eval mode.
     """
     training = {module: module.training for module in model.modules()}
-    observers = [q for q in _quantizers(model) if not (fresh and q.calibrated)]
+    observers = [q for q in _quantizers(model) if not (fresh and _calibrated(q))]
     enabled = [quantizer.fake_quant_enabled for quantizer in observers]
     model.eval()
     try:
@@ -95,6 +95,11 @@ def observing(model: nn.Module, *, fresh: bool = False) -> Iterator[None]:
             quantizer.fake_quant_enabled = quantizes
         for module, mode in training.items():
             module.training = mode
+
+
+def _calibrated(quantizer: FakeQuantize) -> bool:
+    """Without waiting for a GPU, unless it is a copy that was made before the first batch."""
+    return quantizer.calibrated or quantizer.has_range()
 
 
 def _quantizers(model: nn.Module) -> list[FakeQuantize]:

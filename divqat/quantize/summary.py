@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.ops.reference import along
+from divqat.quantize.checks import check_is_prepared
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
     Raises:
         ValueError: nothing in ``model`` is quantized.
     """
+    check_is_prepared("model", model, (QuantLayer, FakeQuantize, LearnedStepFakeQuantize))
     inputs = {} if example_input is None else _activations(model, example_input)
     rows = []
     for name, module in model.named_modules():
@@ -117,8 +119,6 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
                 sqnr_db=sqnr,
             )
         )
-    if not rows:
-        raise ValueError("model: wanted a model made by divqat.prepare, got no quantized layer")
     return Summary(rows)
 
 

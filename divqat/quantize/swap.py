@@ -55,16 +55,19 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in swapped:
             model.set_submodule(name, swapped[module])
-    floats = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, WEIGHTED)
-        and not isinstance(module, QuantLayer)
-        and not config.skips(name)
-    ]
+    floats = [f"{name} ({of})" for name, of in float_layers(model) if not config.skips(name)]
     if floats:
         # to who has called prepare
         warnings.warn(f"layers of these types stay in float: {', '.join(floats)}", stacklevel=3)
+
+
+def float_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """The names and types of the layers that have a weight and are not quantized."""
+    return [
+        (name, type(module).__name__)
+        for name, module in model.named_modules()
+        if isinstance(module, WEIGHTED) and not isinstance(module, QuantLayer)
+    ]
 
 
 def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
