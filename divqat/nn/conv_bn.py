@@ -120,8 +120,8 @@ class QuantConvBn2d(QuantConv2d):
         suspicious = self.training and bn.momentum is None and not torch.compiler.is_compiling()
         if suspicious and bn.num_batches_tracked == 0:
             raise RuntimeError(
-                "frozen: wanted a BatchNorm with statistics, got one that was reset (by update_bn?); "
-                "set frozen = False in every QuantConvBn2d before"
+                "frozen: wanted a BatchNorm with statistics, got one that was reset (by "
+                "update_bn?); set frozen = False in every QuantConvBn2d before"
             )
 
     def forward(self, input: Tensor) -> Tensor:
