@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,48 +14,45 @@ from torch import Tensor, nn
 
 from divqat.bounds import MAX_IMAGES
 from divqat.onnx_file import check_onnx, open_session
+from divqat.outputs import LastOperation, Outputs, onnx_kind
 from divqat.text import printable
 
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
     """Any model that :class:`divqat.victim.Victim` takes, from float images to checked logits.
 
+    Probabilities are taken as they are: the logits are their logarithms, and a warning says so once
+    per function. They are told by the model's last operation where there is a graph that names it
+    (an ONNX file with the package onnx installed, torch's softmax), else by the rows of its first
+    answer, whatever their resolution: floats of any width, rounded ones, codes of 8 bits.
+
     Returns:
         A function from floating-point [N, C, H, W] on any device to float32 logits
         [N, num_classes] on the CPU. It runs under ``torch.inference_mode`` and raises
         FloatingPointError when a logit is NaN or Inf, ValueError when the module is in training
-        mode, the shape is not the one the ONNX model takes or what it answers are probabilities.
+        mode, the shape is not the one the ONNX model takes or what it answers are sigmoids.
     """
     run = _runner(model)
+    outputs = Outputs(onnx_kind(Path(model)) if isinstance(model, (str, Path)) else None)
 
     def logits_of(images: Tensor) -> Tensor:
-        with torch.inference_mode():
+        look = outputs.kind is None and isinstance(model, nn.Module) and not _is_compiled(model)
+        with torch.inference_mode(), LastOperation() if look else nullcontext() as last:
             logits = run(images.float())
         if not isinstance(logits, Tensor):
             raise TypeError(f"model: wanted logits as a Tensor, got {type(logits).__name__}")
-        if logits.dim() != 2 or len(logits) != len(images):
+        if logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2:
             raise ValueError(
-                f"model: wanted logits [{len(images)}, num_classes], got {list(logits.shape)}"
+                f"model: wanted logits [{len(images)}, num_classes] of at least 2 classes, got "
+                f"{list(logits.shape)}"
             )
-        logits = logits.to("cpu", torch.float32)
-        if _are_probabilities(logits):
-            raise ValueError(
-                "model: wanted logits, got rows of sum 1: probabilities, which a second softmax "
-                "would flatten; leave the softmax out, or give their logarithms with "
-                "lambda images: model(images).clamp(min=1e-12).log()"
-            )
+        logits = outputs.logits(logits.cpu(), last.kind(logits) if last else None)
         if not logits.isfinite().all():
             bad = int((~logits.isfinite()).any(1).sum())
             raise FloatingPointError(f"model: NaN or Inf in the logits of {bad} of {len(images)}")
         return logits
 
     return logits_of
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    """One-hot rows are let pass: they may well be scores, and a softmax of them misleads nobody."""
-    distributions = (logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-4).all()
-    return bool(distributions & ((logits > 0) & (logits < 1)).any())
 
 
 def _runner(model: Any) -> Callable[[Tensor], Tensor]:
@@ -77,6 +75,14 @@ def _run_module(model: nn.Module, images: Tensor) -> Tensor:
     check_eval(model)  # again: the owner may have gone on training since
     some = next(chain(model.parameters(), model.buffers()), images)
     return model(images.to(some.device))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has a part of it, and would compile again for what looks on."""
+    return any(
+        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
+        for m in model.modules()
+    )
 
 
 def check_eval(model: nn.Module) -> None:

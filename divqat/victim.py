@@ -25,9 +25,11 @@ class Victim:
     """A deployed model behind an interface that answers images and nothing else.
 
     Args:
-        model: answers logits. An ``nn.Module`` in eval mode, the path of an ONNX file, an open
-            ``onnxruntime.InferenceSession``, or any function from float32 images [N, C, H, W] to
-            logits [N, num_classes]. Public attributes of the victim do not lead to it.
+        model: answers logits or, what a warning then says, probabilities, see
+            :func:`divqat.logits.logits_function`. An ``nn.Module`` in eval mode, the path of an
+            ONNX file, an open ``onnxruntime.InferenceSession``, or any function from float32 images
+            [N, C, H, W] to logits [N, num_classes]. Public attributes of the victim do not lead to
+            it.
         answer: what is shown of the probabilities:
             ``"probs"`` all of them; ``"label"`` the most probable class as a one-hot row;
             ``"topk"`` the ``k`` largest, zero elsewhere, not renormalized; ``"rounded"`` all,

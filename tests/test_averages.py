@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_preset_is_put_on_the_grid_of_this_one(source, t
 def test_a_learned_scale_of_another_grid_is_refused():
     affine = LearnedStepFakeQuantize(QuantSpec(signed=False, learned=True))
     affine(X)
-    with pytest.raises(ValueError, match="codes -128 to 127, got one .* for 0 to 255"):
+    with pytest.raises(ValueError, match=r"codes -128 to 127, got one .* for 0 to 255"):
         LearnedStepFakeQuantize(QuantSpec(learned=True)).load_state_dict(affine.state_dict())
 
 

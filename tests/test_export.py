@@ -36,7 +36,8 @@ class Exported:
         torch.set_num_threads(1)
         self.prepared = settle(divqat.prepare(build(name), config, images()), 10)
         for quantizer in list(self.prepared.fake_quantize.children())[1:]:  # all but the input
-            quantizer.scale.mul_(shrink)
+            quantizer.running_min.mul_(shrink)
+            quantizer.running_max.mul_(shrink)
         self.converted = divqat.convert(self.prepared)
         self.path = folder / f"{name}.onnx"
         self.report = export_onnx(self.prepared, images(), self.path)

@@ -27,7 +27,8 @@ class MovingAverageMinMaxObserver(QuantizerState):
 
     Buffers (float32, int32): ``running_min``, ``running_max``, ``scale``, ``zero_point``, each []
     or [C]. Until the first batch the range is empty (+Inf, −Inf). The latter two follow from the
-    range, also from one that another grid has observed or that is an average of ranges.
+    range, also from one that another grid has observed, that is an average of ranges or that was
+    set by hand.
 
     What ``torch.utils.checkpoint`` runs again in the backward is not observed again; the scale is
     the one of the first run, unless another batch was observed in between. A compiled forward
