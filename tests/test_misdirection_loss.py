@@ -1,5 +1,7 @@
 """Misdirection in a training loop of one's own."""
 
+import warnings
+
 import pytest
 import torch
 from captured import HostReads
@@ -85,6 +87,76 @@ def test_images_of_another_scale_are_the_same_images(mean, std):
     torch.testing.assert_close(plain(logits, proxies), other(logits, scaled(proxies)))
 
 
+SCALES = {
+    "0 to 255": (lambda x: 127.5 * (x + 1), {"mean": 0, "std": 1 / 255}),
+    "0 to 1": (lambda x: (x + 1) / 2, {"mean": 0, "std": 1}),
+    "-1 to 1": (lambda x: x, {}),
+    "ImageNet's": (lambda x: ((x + 1) / 2 - 0.449) / 0.226, {"mean": 0.449, "std": 0.226}),
+}
+
+
+# Those that lie within what was said, given first, and use no more than half of it; or more.
+HALF = [("0 to 1", "-1 to 1"), ("0 to 1", "0 to 255"), ("-1 to 1", "0 to 255")]
+HALF += [("ImageNet's", "0 to 255")]
+UNTOLD = [("0 to 1", "ImageNet's"), ("-1 to 1", "ImageNet's")]
+
+
+@pytest.mark.parametrize("said", SCALES)
+@pytest.mark.parametrize("given", SCALES)
+def test_images_outside_of_the_range_that_was_said_are_refused(given, said):
+    (own, labels), (scale, arguments) = some(), SCALES[said]
+    images, own = SCALES[given][0](own), scale(own)
+    images = images.clamp(min=0) if (given, said) == ("ImageNet's", "0 to 255") else images
+    if given == said:
+        misdirection = made([(images, labels)], **arguments)
+        misdirection(randn(150, 5), misdirection.draw(images))
+    elif (given, said) in HALF:
+        with pytest.warns(UserWarning, match=r"batches: with this mean and std x is .* half"):
+            made([(images, labels)], **arguments)
+    elif (given, said) not in UNTOLD:
+        uses = {
+            "batches": lambda: made([(images, labels)], **arguments),
+            "images": lambda: made([(own, labels)], **arguments).draw(images),
+            "proxies": lambda: made([(own, labels)], **arguments)(randn(300, 5), images),
+        }
+        for name, use in uses.items():
+            with pytest.raises(ValueError, match=rf"{name}: wanted \(x - mean\) / std with x from"):
+                use()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_refused(value):
+    images, labels = some()
+    images[7, 0, 2, 3] = value
+    with pytest.raises(ValueError, match="batches: wanted"):
+        made([(images, labels)])
+
+
+@pytest.mark.parametrize(
+    ("channels", "count", "color", "kinds"),
+    [
+        *((1, count, color, FEW) for count in (1, 2, 40) for color in (None, -1.0, 0.3)),
+        (3, 1, None, FEW),
+        (3, 1, 0.3, (*PROXIES, "mixed", "thresholded")),
+    ],
+)
+def test_one_image_alone_and_one_color_only(channels, count, color, kinds):
+    images, labels = some(count, channels)
+    images = images if color is None else torch.full_like(images, color)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "batches: with this mean and std")
+        misdirection = made([(images, labels)], kinds=kinds)
+        for part in (images, images[:1]):
+            proxies = misdirection.draw(part, labels[: len(part)], share=1)
+            logits = randn(len(proxies), 5).requires_grad_()
+            loss = misdirection(logits, proxies)
+            loss.backward()
+            assert proxies.isfinite().all() and loss.isfinite() and logits.grad.isfinite().all()
+    answers = misdirection.decoy(images)
+    torch.testing.assert_close(answers.sum(1), torch.ones(count))
+
+
 def test_a_loader_is_read_until_there_is_enough():
     images, labels = some(5000)
     read = []
@@ -111,6 +183,7 @@ def test_the_state_is_the_decoy():
 
 def test_no_device_is_waited_for():
     misdirection, (images, labels) = made(kinds=(*PROXIES, "mixed", "thresholded")), some(32)
+    misdirection(randn(16, 5), misdirection.draw(images, labels))  # the first batch is looked at
     with HostReads() as reads:
         proxies = misdirection.draw(images, labels)
         misdirection(randn(16, 5), proxies)

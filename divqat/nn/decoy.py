@@ -12,6 +12,7 @@ from torch.nn import functional as F
 GRID = 8  # points along an axis of the coarse picture
 DIMENSIONS = 4  # of the coarse picture, that the decoy looks at
 SHARPNESS = 4.0  # β
+NOTHING = 1e-12  # a variance that is rounding; rows have length 1
 
 
 class Sample(NamedTuple):
@@ -65,15 +66,18 @@ class Decoy(nn.Module):
         """Learn on the CPU what varies between proxies and not between the classes.
 
         With many classes and few pixels only the half of the directions in which the classes' means
-        differ most is left out.
+        differ most is left out. Of one proxy, or where nothing varies, they are arbitrary.
         """
         proxies, images, labels = zip(*parts, strict=True)
         shades, own = (
             torch.cat([coarse(part) for part in kind]).double() for kind in (proxies, images)
         )
         rest = self._common(own, torch.cat(labels))
-        variances, components = torch.linalg.eigh((shades @ rest).T.cov())  # ascending
-        spread = variances.clamp(min=1e-6 * float(variances[-1])).sqrt()
+        covariance = (shades @ rest).T.cov(correction=min(1, len(shades) - 1))
+        variances, components = torch.linalg.eigh(covariance)  # ascending
+        largest = float(variances[-1])
+        varied = largest > NOTHING
+        spread = variances.clamp(min=1e-6 * largest).sqrt() if varied else torch.ones(())
         whitening = rest @ (components / spread)[:, -DIMENSIONS:]
         self.mean.copy_(shades.mean(0))
         self.directions.copy_(whitening @ self.rows.double().T)

@@ -90,6 +90,11 @@ class DivQATLoss(nn.CrossEntropyLoss):
         if self.enabled:
             if teacher_logits is None:
                 raise ValueError("teacher_logits: wanted [N, C] as weight is not 0, got None")
+            if self.classes == "non_label" and input.shape[-1] == 2:
+                raise ValueError(
+                    "classes: wanted all with two classes, got non_label: the other class alone "
+                    "always has the probability 1, and the divergence would be 0"
+                )
             weight = self.final_weight
             if self.warmup_steps:
                 weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from divqat.nn.decoy import Decoy, Sample
 
 SAMPLE = 2048  # training images that the decoy gets to know, and as many proxies
 PART = 256  # of them at once, as large ones take memory
+SLACK = 0.02  # of a shade from 0 to 1: what rounding and interpolation add
 
 
 class MisdirectionLoss(nn.Module):
@@ -35,6 +37,10 @@ class MisdirectionLoss(nn.Module):
     the device. The state is the decoy: keep it in your checkpoints, and where many processes train,
     load that of one in all of them.
 
+    Images outside of the range that ``mean`` and ``std`` say are refused: among those of
+    ``batches``, and in the first batch that ``draw`` and that the call is given. Later ones are not
+    looked at, as that would wait for a GPU.
+
     Args:
         batches: of the training set, as from its ``DataLoader``: float images [N, C, H, W] and
             int64 labels [N]. Read until there are 2048 images, which should have all classes;
@@ -48,7 +54,8 @@ class MisdirectionLoss(nn.Module):
             defaults are images from -1 to 1.
 
     Raises:
-        ValueError: fewer classes, no image, labels of others, images of several shapes.
+        ValueError: fewer classes, no image, labels of others, images of several shapes or outside
+            of their range.
         TypeError: images that are not float. Others: see :func:`divqat.data.proxies.proxy_pools`.
     """
 
@@ -75,6 +82,7 @@ class MisdirectionLoss(nn.Module):
             self.register_buffer(name, column, persistent=False)
         if not (self.std > 0).all():
             raise ValueError(f"std: wanted above 0, got {std}")
+        self._looked_at: set[str] = set()
         images, labels = self._read(batches, num_classes)
         shape = tuple(images.shape[1:])
         pools = proxy_pools(self.kinds, shape, images.device, folder=folder, seed=seed)  # type: ignore[arg-type]
@@ -98,6 +106,7 @@ class MisdirectionLoss(nn.Module):
         the kind ``mixed``.
         """
         self._check(images)
+        self._look_once("images", images)
         if not share > 0:
             raise ValueError(f"share: wanted above 0, got {share}")
         count = max(1, round(share * len(images)))
@@ -112,6 +121,7 @@ class MisdirectionLoss(nn.Module):
     ) -> Tensor:
         """The loss, []; its gradient goes to ``logits`` only."""
         self._check(proxies)
+        self._look_once("proxies", proxies)
         targets = self.decoy(self._shades(proxies))
         if logits.shape != targets.shape:
             raise ValueError(f"logits: wanted {list(targets.shape)}, got {list(logits.shape)}")
@@ -121,18 +131,25 @@ class MisdirectionLoss(nn.Module):
 
     def _read(self, batches: Iterable[Sequence[Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
         """uint8 images and labels, on the CPU."""
-        read, known = list[Tensor](), list[Tensor]()
+        read, known, shades = list[Tensor](), list[Tensor](), list[float]()
         for images, labels, *_ in batches:
             self._check(images)
             if read and images.shape[1:] != read[0].shape[1:]:
                 wanted = list(read[0].shape[1:])
                 raise ValueError(f"images: wanted all {wanted}, got {list(images.shape[1:])}")
+            shades += self._ends("batches", images)
             read.append(self._to_bytes(images.cpu()))
             known.append(labels.cpu())
             if sum(map(len, read)) >= SAMPLE:
                 break
         if not sum(map(len, read)):
             raise ValueError("batches: wanted images, got none")
+        if min(shades) >= 0.5 - SLACK or max(shades) <= 0.5 + SLACK:
+            warnings.warn(
+                f"batches: with this mean and std x is from {min(shades):.4g} to {max(shades):.4g}, "
+                "half of its range; if your images are of another one, say their mean= and std=",
+                stacklevel=3,
+            )
         labels = torch.cat(known)
         if labels.dim() != 1 or labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(
@@ -159,6 +176,22 @@ class MisdirectionLoss(nn.Module):
 
     def _to_bytes(self, images: Tensor) -> Tensor:
         return (255 * self._shades(images)).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _look_once(self, name: str, images: Tensor) -> None:
+        if name not in self._looked_at and not torch.compiler.is_compiling():
+            self._ends(name, images)
+            self._looked_at.add(name)
+
+    def _ends(self, name: str, images: Tensor) -> list[float]:
+        """The least and the largest shade, on the host; an error where one is outside of 0 to 1."""
+        low, high = (float(end) for end in self._shades(images).aminmax())
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            mean, std = (value.flatten().tolist() for value in (self.mean, self.std))
+            raise ValueError(
+                f"{name}: wanted (x - mean) / std with x from 0 to 1, got x from {low:.4g} to "
+                f"{high:.4g} with mean {mean} and std {std}: say the mean= and std= of your images"
+            )
+        return [low, high]
 
     def _check(self, images: Tensor) -> None:
         if not images.is_floating_point():
