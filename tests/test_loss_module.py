@@ -138,3 +138,11 @@ def test_a_new_weight_does_not_recompile():
         assert torch.equal(actual, expected)
         loss.step()
     assert len(compiles) == 1
+
+
+def test_the_other_classes_of_two_have_nothing_to_diverge_in():
+    loss_fn, logits = DivQATLoss(weight=0.5, classes="non_label"), randn(4, 2)
+    with pytest.raises(ValueError, match="classes: wanted all with two classes, got non_label"):
+        loss_fn(logits, torch.tensor([0, 1, 1, 0]), randn(4, 2, seed=1))
+    loss_fn.set_weight(0.0)
+    loss_fn(logits, torch.tensor([0, 1, 1, 0]))

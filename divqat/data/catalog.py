@@ -119,6 +119,13 @@ def _folder(folder: Path, reading: Reading) -> _Raw:
     classes = tuple(pictures.class_folders(root))
     channels = 1 if pictures.is_grey(pictures.list_pictures(root, within=folder)) else 3
     rows = {"train": pictures.labeled_pictures(root, classes, folder)}
+    filled = {label for _, label in rows["train"]}
+    empty = [name for label, name in enumerate(classes) if label not in filled]
+    if empty:
+        raise ValueError(
+            f"{root} has class folders without a picture: {', '.join(empty)}; fill them, or delete "
+            "them"
+        )
     if "train" in split:  # else the folders beside it are classes, even one that is named test
         rows |= {name: pictures.labeled_pictures(split[name], classes, folder) for name in split}
     sets = [data for data, _ in reading.sets(list(rows.values()), channels, "crop")]

@@ -146,8 +146,8 @@ class MisdirectionLoss(nn.Module):
             raise ValueError("batches: wanted images, got none")
         if min(shades) >= 0.5 - SLACK or max(shades) <= 0.5 + SLACK:
             warnings.warn(
-                f"batches: with this mean and std x is from {min(shades):.4g} to {max(shades):.4g}, "
-                "half of its range; if your images are of another one, say their mean= and std=",
+                f"batches: with this mean and std x is only from {min(shades):.4g} to "
+                f"{max(shades):.4g}; if your images have another range, say their mean= and std=",
                 stacklevel=3,
             )
         labels = torch.cat(known)

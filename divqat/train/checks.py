@@ -93,6 +93,19 @@ def check_settings(config: TrainConfig) -> None:
             )
 
 
+def check_divergence(config: TrainConfig, num_classes: int) -> None:
+    """Whether the divergence has something to see.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if config.method == "divqat" and config.classes == "non_label" and num_classes == 2:
+        raise ConfigError(
+            "classes: wanted all with two classes, got non_label: the other class alone always has "
+            "the probability 1, and the divergence would be 0"
+        )
+
+
 def check_team(config: TrainConfig, processes: int, device: str) -> None:
     """See :meth:`TrainConfig.check_team`."""
     parts = processes * config.accumulate

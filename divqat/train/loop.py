@@ -13,6 +13,7 @@ import torch
 
 from divqat.bounds import check_tree
 from divqat.data import Splits, StreamedSet
+from divqat.data.checks import check_classes, find_copies
 from divqat.errors import require
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.plots import budget_path, training_curves
@@ -21,6 +22,7 @@ from divqat.files import read_json, write_json
 from divqat.foreign import is_foreign, trust
 from divqat.options import write_yaml
 from divqat.text import printable
+from divqat.train.checks import check_divergence
 from divqat.train.collapse import collapse
 from divqat.train.config import SHARED, TrainConfig
 from divqat.train.distributed import Team, connect, local_device
@@ -107,6 +109,9 @@ def _train(
         return summary
 
     splits = load_splits(config)
+    check_divergence(config, splits.num_classes)
+    for line in [*check_classes(splits), *(find_copies(splits) if writes else [])]:
+        log(f"warning: {line}")
     if isinstance(splits.train, StreamedSet):
         log(
             f"{len(splits.train)} training images, {splits.train.nbytes / 2**30:.1f} GiB, are "
