@@ -19,6 +19,7 @@ from torch import Tensor
 
 from divqat.bounds import MAX_PIXELS, MAX_TABLE, check_file, check_inside, check_tree
 from divqat.data import streaming
+from divqat.data.modes import GREY, UnknownScale, to_rgba
 from divqat.data.sets import ImageSet, LabeledImages
 from divqat.errors import require
 from divqat.progress import progress
@@ -78,7 +79,7 @@ def _open(path: str | Path, size: tuple[int, int], channels: int, fit: Fit) -> n
     with open_picture(path) as file:
         file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded smaller, much faster
         check_pixels(file)
-        picture = file.convert("RGBA")
+        picture = to_rgba(file)
     if fit == "contain":
         picture = ImageOps.contain(picture, (width, height), Image.Resampling.BILINEAR)
     elif fit == "crop":
@@ -95,6 +96,8 @@ def _open(path: str | Path, size: tuple[int, int], channels: int, fit: Fit) -> n
 def _open_or_none(path: Path, **options: Any) -> np.ndarray | None:
     try:
         return _open(path, **options)
+    except UnknownScale:
+        raise
     except Exception:  # a damaged file raises nearly anything
         return None
 
@@ -126,7 +129,8 @@ def decode(
         and those beyond Pillow's size limit are left out, with one warning that counts them.
 
     Raises:
-        ValueError: ``channels`` is neither 1 nor 3, or no file is readable.
+        ValueError: ``channels`` is neither 1 nor 3, no file is readable, or the mode of one does
+            not say which value is white.
         ImportError: Pillow is missing.
     """
     if channels not in (1, 3):
@@ -286,4 +290,4 @@ def is_grey(paths: Sequence[Path]) -> bool:
         except Exception:
             return "L"
 
-    return all(mode(path) in {"1", "L", "LA", "I;16"} for path in paths)
+    return all(mode(path) in GREY for path in paths)

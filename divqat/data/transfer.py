@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from divqat.data.modes import on_white, to_rgba
 from divqat.data.pictures import check_pixels, decode, list_pictures, open_picture
 from divqat.data.sets import DataNotFound
 from divqat.errors import require, unknown_name
@@ -200,9 +201,10 @@ def _patches(
         try:
             with open_picture(path) as file:
                 check_pixels(file)
-                pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+                picture = on_white(to_rgba(file)).convert("L" if channels == 1 else "RGB")
         except Exception as error:  # a damaged file raises nearly anything
             raise ValueError(f"{path} cannot be decoded ({error!r}): delete it") from error
+        pixels = np.array(picture)
         level = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
         while level.shape[1] >= size[0] and level.shape[2] >= size[1]:
             levels.append(level)
