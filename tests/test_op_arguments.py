@@ -123,11 +123,19 @@ def test_per_channel_zero_points_outside_the_range_are_refused():
 def test_where_values_cannot_be_read_the_formula_holds():
     """A zero point outside the range, under a compiler: 0 is then another level."""
     x, scale, z = randn(3, 4), tensor([0.1, 0.2, 0.3]), whole([0, -9, 3])
-    function = torch.compile(
-        lambda x: ops.fake_quantize(x, scale, z, -8, 7, 0), backend="aot_eager", fullgraph=True
-    )
+    steps = torch.ones(3).requires_grad_()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def function(x, grad_factor):
+        y = ops.fake_quantize(x, scale, z, -8, 7, 0)
+        return y, ops.fake_quantize_lsq(x, steps, whole([0] * 3), -8, 7, 0, grad_factor=grad_factor)
+
     wanted = ((x / scale[:, None]).round() + z[:, None]).clamp(-8, 7) - z[:, None]
-    torch.testing.assert_close(function(x), wanted * scale[:, None])
+    for grad_factor in (0.25, 0.5):  # the second one makes it symbolic
+        y, learned = function(x, grad_factor)
+        torch.testing.assert_close(y, wanted * scale[:, None])
+        (grad,) = torch.autograd.grad(learned.sum(), steps)
+        torch.testing.assert_close(grad, grad_factor * (x.round() - x).sum(1))
 
 
 def test_any_iterable_of_weights():

@@ -69,7 +69,7 @@ def fake_quantize_lsq(
     check_qparam("scale", scale, x, axis, (torch.float32,))
     check_qparam("zero_point", zero_point, x, axis, (torch.float32, torch.int32))
     check_number("grad_factor", grad_factor)
-    if not math.isfinite(grad_factor):
+    if not -math.inf < grad_factor < math.inf:
         raise ValueError(f"grad_factor: wanted a finite number, got {grad_factor}")
     return FakeQuantizeLSQ.apply(x, scale, zero_point, quant_min, quant_max, axis, grad_factor)
 
