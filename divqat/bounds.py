@@ -12,6 +12,7 @@ from typing import Any
 MAX_SETTINGS = 2**16  # bytes of YAML: a study has 5 KiB, and PyYAML reads this in seconds
 MAX_TABLE = 2**26  # bytes of JSON, CSV or a list of names; 0.5 MiB are a study of 1,000 attacks
 MAX_IMAGES = 2**30  # bytes of one file of images, unpacked; EMNIST, the largest in use, has half
+MAX_MODEL = 2**31  # bytes of an ONNX file: its format has no larger ones
 MAX_PIXELS = 2**26  # of a picture, a JPEG's after it is decoded smaller: no camera has more
 MAX_INPUT = 2**24  # numbers of one image that a network takes: gigabytes of activations
 MAX_UNFOLDED = 16  # times its size: what a file may hold where parts of it are used repeatedly

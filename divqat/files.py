@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from divqat.bounds import MAX_TABLE, MAX_UNFOLDED, check_file, check_unfolded
+from divqat.bounds import MAX_MODEL, MAX_TABLE, MAX_UNFOLDED, check_file, check_unfolded
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -129,5 +129,6 @@ def step(
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that identify a file's content."""
+    """16 hexadecimal digits that identify a model's file."""
+    check_file(path, MAX_MODEL)
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

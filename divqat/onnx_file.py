@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from divqat.bounds import check_file
+from divqat.bounds import MAX_MODEL, check_file
 from divqat.errors import require
 
 SHARE = 0.75  # of the memory that is free when the first file is opened, for all that run
@@ -57,7 +57,7 @@ def check_onnx(path: Path) -> None:
         ValueError: it is one of these. FileNotFoundError: the file of its weights is missing.
     """
     onnx = require("onnx", "export")
-    check_file(path)
+    check_file(path, MAX_MODEL)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from divqat import cli, onnx_file
+from divqat.files import file_fingerprint
 from divqat.victim import Victim
 
 onnx = pytest.importorskip("onnx")
@@ -114,6 +115,14 @@ def test_what_is_no_onnx_file(tmp_path, capsys, content):
     assert cli.main([*command.split(), "--query-limit", "10"]) == 1
     error = capsys.readouterr().err
     assert str(file) in error and "\x1b" not in error and error.count("\n") == 1
+
+
+def test_files_that_are_larger(tmp_path):
+    with open(tmp_path / "model.onnx", "wb") as file:
+        file.truncate(2**40)  # it takes no room on the disk
+    for read in (Victim, file_fingerprint):
+        with pytest.raises(ValueError, match=rf"model\.onnx: wanted at most {2**31} bytes, got"):
+            read(tmp_path / "model.onnx")
 
 
 def test_operators_that_nobody_knows(tmp_path, capfd):
