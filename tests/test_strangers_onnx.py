@@ -1,6 +1,7 @@
 """ONNX files that somebody else made: SECURITY.md, held to its word."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -154,25 +155,24 @@ memory.free_memory = lambda device: 2**29
 limits = resource.getrlimit(resource.RLIMIT_AS)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for file in sys.argv[1:]:
-    victim = Victim(file)
-    assert resource.getrlimit(resource.RLIMIT_AS) == limits
     try:
-        victim(torch.zeros(2, 1, 2, 2))
+        Victim(file)(torch.zeros(2, 1, 2, 2))
     except Exception as error:
         print(error)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
 assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="free memory is known on Linux")
 def test_a_small_file_takes_no_gigabytes(tmp_path):
-    """Of one gigabyte the sum is computed when the file is opened, of more when it is run (ONNX
-    Runtime 1.32). In a process of its own: the bound is for all files of a process."""
+    """ONNX Runtime 1.23 computes both sums when it opens the file, 1.32 that of four gigabytes when
+    it runs it. In a process of its own: the bound is for all files of a process."""
     files = [str(huge(tmp_path / f"{size}.onnx", size)) for size in (1, 4)]
     done = subprocess.run(
         [sys.executable, "-c", BOUNDED, *files], capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("Available memory") == 2 and done.stderr == ""
+    assert len(re.findall("Available memory|bad_alloc", done.stdout)) == 2 and done.stderr == ""
 
 
 def test_a_fixed_batch_takes_no_gigabytes(tmp_path):
