@@ -53,7 +53,7 @@ def test_copies_in_train_and_test(tmp_path, monkeypatch, stream):
     root = make_folder(tmp_path)
     picture(root / "test" / "dog" / "copy.png", 3)  # train/cat/3.png
     if stream == "always":  # of its size, and with its end
-        near = b"\x89" + (root / "train" / "cat" / "3.png").read_bytes()[1:]
+        near = b"\x00" + (root / "train" / "cat" / "3.png").read_bytes()[1:]
         (root / "test" / "dog" / "near.png").write_bytes(near)
         monkeypatch.setattr(checks, "TAIL", 100)
     splits = load(root, stream)

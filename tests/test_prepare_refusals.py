@@ -49,8 +49,7 @@ def prepared() -> nn.Module:
 
 
 @computed
-@pytest.mark.parametrize("called", [False, True])
-@pytest.mark.parametrize("layer", ["0", "3", "5"])
+@pytest.mark.parametrize(("layer", "called"), [("0", True), ("3", False), ("5", True)])
 def test_a_computed_weight_is_refused_before_prepare(case, called, layer):
     compute, remove, call = case
     model = float_model()
