@@ -11,6 +11,7 @@ from testing import randn
 from torch import nn
 
 from divqat.logits import logits_function
+from divqat.train.network import check_logits
 from divqat.victim import Victim
 
 SAID = "the model answers probabilities"
@@ -252,3 +253,14 @@ def test_rows_of_another_sum_are_logits(total, digits):
     rows = total * randn(8, 10).softmax(1)
     rows = rows if digits is None else rows.round(decimals=digits)
     assert torch.equal(Victim(answering(rows))(numbered(8)), rows.softmax(1))
+
+
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.Sigmoid()])
+def test_a_network_that_is_to_be_trained_answers_logits(end):
+    layers = nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3)
+    check_logits(nn.Sequential(*layers), torch.zeros(2, 1, 3, 4))
+    check_logits(nn.Sequential(*layers, nn.LogSoftmax(1)), torch.zeros(2, 1, 3, 4))
+    model = nn.Sequential(*layers, end)
+    with pytest.raises(ValueError, match="model: wanted a network that answers logits, got"):
+        check_logits(model, torch.zeros(2, 1, 3, 4))
+    assert model.training and model[1].num_batches_tracked == 0

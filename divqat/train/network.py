@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from divqat.bounds import MAX_INPUT
 from divqat.files import load_checkpoint
 from divqat.foreign import is_foreign
 from divqat.nn import FakeQuantize
+from divqat.outputs import LastOperation
 from divqat.quantize import prepare, preset
 from divqat.seeds import derived_seed
 from divqat.train.batchnorm import synchronize_batchnorm
@@ -92,6 +94,14 @@ def example(shape: Mapping[str, Any]) -> Tensor:
     return torch.zeros(2, shape["in_channels"], *shape["image_size"])
 
 
+def check_logits(model: nn.Module, images: Tensor) -> None:
+    """Refuse, by ValueError, a network that ends in a softmax or sigmoid: losses have theirs."""
+    with torch.no_grad(), LastOperation() as last:
+        kind = last.kind(copy.deepcopy(model).eval()(images))
+    if kind in ("probabilities", "sigmoids"):
+        raise ValueError(f"model: wanted a network that answers logits, got {kind}; leave them out")
+
+
 def begin(
     config: TrainConfig, shape: Mapping[str, Any], teacher: nn.Module | None, team: Team
 ) -> nn.Module:
@@ -103,6 +113,8 @@ def begin(
         team: whose ranges and batches it may share.
     """
     model = build_model(config, shape)
+    if is_foreign(config.model) and not config.kind.quantized:
+        check_logits(model, example(shape))
     if config.weights is not None:
         load_weights(model, config.weights)
     if teacher is not None and config.kind.quantized:
