@@ -14,8 +14,10 @@ from divqat import __version__, data
 from divqat import commands as run
 from divqat.evaluate.grid import Grid
 from divqat.foreign import FOREIGN, is_foreign, trust
+from divqat.names import check_folder
 from divqat.options import ConfigError, add_flags
 from divqat.steps import AttackConfig
+from divqat.streams import lenient
 from divqat.text import printable
 from divqat.train import TrainConfig
 from divqat.train.distributed import launched
@@ -24,10 +26,16 @@ LONGEST = 2000  # characters of an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Run one command and return its exit code; what cannot be printed does not end it."""
+    with lenient():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
-    args.command_line = shlex.join(["divqat", *arguments])
+    # A report is UTF-8, and a path need not be.
+    command = shlex.join(["divqat", *arguments])
+    args.command_line = command.encode(errors="backslashreplace").decode()
     process, processes = launched()
     where = f"divqat (process {process} of {processes})" if processes > 1 else "divqat"
     try:
@@ -106,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "divqat train --dataset digits --out runs/fp\n"
         "         divqat train --method divqat --teacher runs/fp --lr 0.005 --out runs/divqat",
     )
-    sub.add_argument("--out", required=True, metavar="DIR", help="The run folder.")
+    sub.add_argument("--out", type=_folder, required=True, metavar="DIR", help="The run folder.")
     sub.add_argument("--config", metavar="FILE", help="YAML with settings; flags override it.")
     sub.add_argument(
         "--resume", action="store_true", help="Take all settings from the run folder and go on."
@@ -142,15 +150,19 @@ def _parser() -> argparse.ArgumentParser:
         "divqat attack --victim runs/qat --answer label --query-set photos --budget 5000",
     )
     sub.add_argument("--config", metavar="FILE", help="YAML with settings; flags override it.")
-    sub.add_argument("--victim", required=True, metavar="RUN", help="Run folder of the victim.")
+    sub.add_argument(
+        "--victim", type=_folder, required=True, metavar="RUN", help="Run folder of the victim."
+    )
     sub.add_argument(
         "--answer",
         default="probs",
         metavar="WHAT",
         help="What the victim shows: probs, label, top<k> or rounded<decimals> (default: probs).",
     )
-    sub.add_argument("--out", metavar="DIR", help="Default: RUN/attack-WHAT.")
-    sub.add_argument("--data-root", metavar="DIR", help="Folder of the victim's data set.")
+    sub.add_argument("--out", type=_folder, metavar="DIR", help="Default: RUN/attack-WHAT.")
+    sub.add_argument(
+        "--data-root", type=_folder, metavar="DIR", help="Folder of the victim's data set."
+    )
     sub.add_argument(
         "--fake-quant",
         action="store_true",
@@ -176,13 +188,17 @@ def _parser() -> argparse.ArgumentParser:
         help="Run folder or ONNX file of a victim; may be given several times. Run folders of one "
         "name are the seeds of one victim.",
     )
-    sub.add_argument("--out", required=True, metavar="DIR", help="Folder for everything.")
+    sub.add_argument(
+        "--out", type=_folder, required=True, metavar="DIR", help="Folder for everything."
+    )
     sub.add_argument(
         "--dataset",
         choices=data.names(),
         help="What the victims learned, where no run folder tells.",
     )
-    sub.add_argument("--data-root", metavar="DIR", help="Folder of the victims' data set.")
+    sub.add_argument(
+        "--data-root", type=_folder, metavar="DIR", help="Folder of the victims' data set."
+    )
     sub.add_argument(
         "--fake-quant",
         action="store_true",
@@ -222,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         "Write the report of a job, a study or an evaluation anew.",
         "divqat report runs/digits",
     )
-    sub.add_argument("out", metavar="OUT", help="Folder of the job.")
+    sub.add_argument("out", type=_folder, metavar="OUT", help="Folder of the job.")
     sub = add(
         "info",
         run.info,
@@ -234,19 +250,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="Folder for everything.")
+    parser.add_argument(
+        "--out", type=_folder, required=True, metavar="DIR", help="Folder for everything."
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", metavar="N", help="Override the file's seeds."
     )
-    parser.add_argument("--data-root", metavar="DIR", help="Override common.data_root.")
+    parser.add_argument(
+        "--data-root", type=_folder, metavar="DIR", help="Override common.data_root."
+    )
     parser.add_argument(
         "--device", metavar="NAME", help="Override common.device, and the attacks'."
     )
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="Run folder of a quantized training.")
-    parser.add_argument("--data-root", metavar="DIR", help="Folder of the run's data set.")
+    parser.add_argument(
+        "run", type=_folder, metavar="RUN", help="Run folder of a quantized training."
+    )
+    parser.add_argument(
+        "--data-root", type=_folder, metavar="DIR", help="Folder of the run's data set."
+    )
+
+
+def _folder(text: str) -> str:
+    try:
+        check_folder("folder", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("folder: ")) from None
+    return text
 
 
 def _code(text: str) -> str:

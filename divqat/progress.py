@@ -20,7 +20,7 @@ def progress(
     items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
 ) -> Iterator[T]:
     """Iterate over ``items`` behind a bar on standard error; silent when that is no terminal."""
-    if sys.stderr.isatty() and not _hidden:
+    if not _hidden and sys.stderr is not None and sys.stderr.isatty():
         try:
             from tqdm import tqdm
         except ImportError:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from divqat import progress
+from divqat import progress, streams
 
 
 def side_by_side(part: Callable[..., object], calls: Sequence[tuple[Any, ...]], jobs: int) -> None:
@@ -43,6 +43,7 @@ def side_by_side(part: Callable[..., object], calls: Sequence[tuple[Any, ...]], 
 
 
 def _start(threads: int) -> None:
+    streams.be_lenient()
     torch.set_num_threads(threads)
     progress.hide()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process has it, and ends the others

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from divqat.data import Splits, load
 from divqat.evaluate.grid import Subject
+from divqat.names import check_folder, check_name
 from divqat.options import ConfigError
 from divqat.steps import export_run, exported, verify_run
 from divqat.train import Run, load_run
@@ -69,7 +70,8 @@ def load_subjects(
         fake_quant: attack runs as they were trained.
 
     Raises:
-        ConfigError: victims of different data sets, or none that is known.
+        ConfigError: victims of different data sets, or none that is known; a name that cannot be
+            that of a folder.
         FileNotFoundError, ValueError: no such file, no finished run.
     """
     named = [_name(victim) for victim in victims]
@@ -97,4 +99,8 @@ def _name(victim: str) -> tuple[str, Path]:
     name, equals, path = victim.partition("=")
     if not equals:
         name, path = "", victim
-    return name or Path(path).resolve().stem, Path(path)
+    try:
+        folder = check_folder("victim", path)
+        return check_name("victim", name or folder.resolve().stem), folder
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from divqat.names import check_name
 from divqat.options import ConfigError, check_keys
 from divqat.train import TrainConfig
 from divqat.train.config import QUANTIZATION, SHARED
@@ -64,10 +64,12 @@ class Trainings:
         ):
             raise ConfigError(f"seeds: wanted a list of different numbers, got {self.seeds!r}")
         for name in self.victims:
-            if name == "fp" or not re.fullmatch(r"[\w.-]+", str(name)):
-                raise ConfigError(
-                    f"victims: wanted names of folders, of letters and digits, not fp, got {name!r}"
-                )
+            if name == "fp":
+                raise ConfigError("victims: wanted names of folders other than fp, got 'fp'")
+            try:
+                check_name("victims", name)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         for where, section in {"common": self.common, "fp": self.fp, **self.victims}.items():
             check_keys(section, [spec.name for spec in fields(TrainConfig)], where=where)
             for key in SET_BY_JOB:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from divqat.attacks.attack import Attack, Extraction, Watch
 from divqat.data.sets import ImageSet
 from divqat.evaluate.metrics import accuracy, predict
+from divqat.names import check_name
 from divqat.victim import Victim
 
 
@@ -54,8 +54,7 @@ class BestOf:
                 f"{len(self.attacks)} and {len(self.holdout)}"
             )
         for name in self.attacks:
-            if not re.fullmatch(r"\w[\w.+-]*", name):
-                raise ValueError(f"attacks: wanted names that folders can have, got {name!r}")
+            check_name("attacks", name)
 
     def __call__(
         self,

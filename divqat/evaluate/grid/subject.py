@@ -15,6 +15,7 @@ from divqat.data import ImageSet, Splits, to_float
 from divqat.evaluate.metrics import predict
 from divqat.files import file_fingerprint
 from divqat.logits import logits_function
+from divqat.names import check_name
 from divqat.train.answers import digest
 from divqat.train.folder import fingerprint
 
@@ -35,7 +36,7 @@ class Subject:
             none, and how robust ``model`` is is not measured.
 
     Raises:
-        TypeError: ``gradients`` is no module.
+        TypeError: ``gradients`` is no module. ValueError: ``name`` cannot be that of a folder.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Subject:
     gradients: nn.Module | None = None
 
     def __post_init__(self) -> None:
+        check_name("name", self.name)
         if not isinstance(self.gradients, nn.Module | None):
             kind = type(self.gradients).__name__
             raise TypeError(f"gradients: wanted an nn.Module or None, got {kind}")
