@@ -26,7 +26,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 
 def _save(figure: Any, path: str) -> Path:
-    return write_atomic(path, lambda file: figure.savefig(file, dpi=150))
+    kind = Path(path).suffix.removeprefix(".")
+    return write_atomic(path, lambda file: figure.savefig(file, format=kind, dpi=150))
 
 
 def _style(i: int, name: str) -> dict[str, Any]:

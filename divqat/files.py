@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import os
-import secrets
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,17 +16,52 @@ import torch
 from torch import Tensor
 
 from divqat.bounds import MAX_MODEL, MAX_TABLE, MAX_UNFOLDED, check_file, check_unfolded
+from divqat.held import FolderLost, held, make_parents
+from divqat.integrity import (
+    CHANGED,
+    check_zip,
+    is_intact,
+    seal_zip,
+    sealed_json,
+    sha256,
+    unsealed_json,
+)
+from divqat.temporaries import make_temporary
+
+REMEDY = "bring back a copy, or delete it and give the command that wrote it again"
+
+
+class WriteError(OSError):
+    """A file could not be written; what was there before is as it was."""
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call ``write(temporary)`` and move the result to ``path`` in one step.
 
-    The temporary file lies beside ``path`` (``os.replace`` is atomic only within a file system)
-    and keeps its suffix. It is removed when ``write`` raises; ``path`` is then left as it was.
+    The temporary file lies beside ``path`` (``os.replace`` is atomic only within a file system),
+    with a name of its own. It is removed when ``write`` raises; ``path`` is then left as it was.
+
+    Raises:
+        WriteError: there is no room, no permission, a file where a folder should be ...
+        FolderLost: a folder around it, :func:`divqat.held.held`, was deleted.
+        Others: as ``write``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = new_file(path.parent, f".{path.stem}-", path.suffix)
+    try:
+        _write_atomic(path, write)
+    except FolderLost:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"could not write {path}: {error.strerror or error}; what was finished before is as it "
+            "was: when that is mended, the same command goes on"
+        ) from error
+    return path
+
+
+def _write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    make_parents(path)
+    temporary = make_temporary(path.parent)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -35,39 +70,62 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return path
-
-
-def new_file(folder: Path, prefix: str, suffix: str) -> Path:
-    """An empty file of a new name, with the permissions of any new file.
-
-    Those of :mod:`tempfile` are private, and to find out what others get, one would have to set the
-    umask of the whole process, in which other threads write files.
-    """
-    path = folder / f"{prefix}{secrets.token_hex(8)}{suffix}"
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    return path
 
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
-    return write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return write_atomic(path, lambda file: file.write_bytes(text.encode()))
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write ``value`` as indented JSON atomically; NaN and Inf are refused (they are no JSON)."""
-    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: str | Path, value: dict[str, Any]) -> Path:
+    """Write ``value`` as indented JSON atomically, with a checksum as its last key; NaN and Inf are
+    refused (they are no JSON)."""
+    return write_text(path, sealed_json(value))
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file."""
+def read_json(path: str | Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """Read a JSON file, an object unless ``kind`` says otherwise, without its checksum.
+
+    Raises:
+        ValueError: it is damaged; the message names the line where that shows.
+    """
     check_file(path, MAX_TABLE)
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    data = Path(path).read_bytes()
+    try:
+        value = unsealed_json(data.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}; {REMEDY}") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: no UTF-8: {error.reason}; {REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; {REMEDY}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: wanted an object, got {type(value).__name__}; {REMEDY}")
+    return _Content(value, path) if isinstance(value, dict) else value
+
+
+class _Content(dict):
+    """What a JSON file says; that it lacks a key is an error that names the file."""
+
+    def __init__(self, value: dict[str, Any], path: str | Path) -> None:
+        super().__init__(value)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.path}: there is no {key!r}; {REMEDY}")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> Path:
-    """``torch.save`` atomically. ``state`` may hold tensors, numbers, strings, lists and dicts."""
-    return write_atomic(path, lambda file: torch.save(state, file))
+    """``torch.save`` atomically, with a checksum.
+
+    ``state`` may hold tensors, numbers, strings, lists and dicts.
+    """
+    # Not into the file: that a disk is full is an "unexpected pos" to torch.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    seal_zip(buffer)
+    return write_atomic(path, lambda file: file.write_bytes(buffer.getbuffer()))
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -82,10 +140,14 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         _check_stored(path)
-        state = torch.load(path, map_location=map_location, weights_only=True)
-        check_unfolded(state, MAX_UNFOLDED * (2**16 + os.path.getsize(path)), _plain_parts)
+        data = Path(path).read_bytes()
+        check_zip(data)
+        state = torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+        check_unfolded(state, MAX_UNFOLDED * (2**16 + len(data)), _plain_parts)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable divqat checkpoint: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable divqat checkpoint: {error}; {REMEDY}"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict")
     return state
@@ -115,20 +177,39 @@ def _plain_parts(value: Any) -> tuple[int, list[Any]]:
 def step(
     path: Path, source: str, make: Callable[[], Mapping[str, Any]], *, product: Path | None = None
 ) -> dict[str, Any]:
-    """The content of ``path`` if it was made from ``source`` (and ``product`` is there), else that
-    of ``make()``, which is written to ``path`` with ``source`` and the seconds it took."""
-    if path.is_file() and (product is None or product.is_file()):
-        done = read_json(path)
-        if done.get("source") == source:
-            return done
-    start = time.perf_counter()
-    done = dict(make())
-    done |= {"source": source, "seconds": time.perf_counter() - start}
-    write_json(path, done)
-    return done
+    """The content of ``path`` if it was made from ``source`` (and ``product`` is there as it was
+    written), else that of ``make()``, which is written to ``path`` with ``source``, the seconds it
+    took and the checksum of ``product``."""
+    with held("folder", path.parent):
+        if path.is_file() and (product is None or product.is_file()):
+            done = read_json(path)
+            if done.get("source") == source:
+                if product is None or is_intact(product, done):
+                    return done
+                warnings.warn(f"{product} {CHANGED}: it is made again", stacklevel=2)
+        if product is not None:
+            path.unlink(missing_ok=True)  # it would have the checksum of another one
+        start = time.perf_counter()
+        done = dict(make())
+        done |= {"source": source, "seconds": time.perf_counter() - start}
+        if product is not None:
+            done["sha256"] = {product.name: sha256(product)}
+        write_json(path, done)
+        return done
+
+
+def check_beside(path: Path, report: str, remedy: str) -> None:
+    """See that ``path`` is as the JSON file ``report`` beside it, where there is one, says.
+
+    Raises:
+        ValueError: it is not; the message ends with ``remedy``.
+    """
+    beside = path.with_name(report)
+    if beside.is_file() and not is_intact(path, read_json(beside)):
+        raise ValueError(f"{path} {CHANGED} (its checksum in {report} is another): {remedy}")
 
 
 def file_fingerprint(path: Path) -> str:
     """16 hexadecimal digits that identify a model's file."""
     check_file(path, MAX_MODEL)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return sha256(path)[:16]

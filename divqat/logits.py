@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from divqat.bounds import MAX_IMAGES
+from divqat.files import check_beside
 from divqat.onnx_file import check_onnx, open_session
 from divqat.outputs import LastOperation, Outputs, onnx_kind
 from divqat.text import printable
@@ -104,10 +105,12 @@ def open_onnx(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file. ImportError: ONNX Runtime is not installed.
-        ValueError: see :func:`divqat.onnx_file.check_onnx`.
+        ValueError: it is not what ``divqat export`` wrote, or see
+            :func:`divqat.onnx_file.check_onnx`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"model: no ONNX file at {path}")
+    check_beside(path, "export.json", f"divqat export {path.parent} writes it again")
     check_onnx(path)
     try:
         return open_session(path, exact=True)

@@ -199,13 +199,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no config file at {path}")
     try:
         check_file(path, MAX_SETTINGS)
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    text = Path(path).read_bytes()
+    try:
+        loader = yaml.SafeLoader(text.decode())
         node = loader.get_single_node()
         check_unfolded(node, MAX_UNFOLDED * MAX_SETTINGS, _yaml_parts)
         data = None if node is None else loader.construct_document(node)
     except Exception as error:  # of what is odd PyYAML raises nearly anything
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML that can be read: {reason}") from error
+        raise ConfigError(f"{path} is not YAML: {_yaml_problem(error, text)}") from error
     check_keys({} if data is None else data, data or (), where=str(path))
     return data or {}
 
@@ -218,6 +221,20 @@ def _yaml_parts(node: Any) -> tuple[int, list[Any]]:
     if node.id == "mapping":
         return 1, [part for pair in value for part in pair]
     return 1, value
+
+
+def _yaml_problem(error: Any, text: bytes) -> str:
+    """What is wrong, and in which line of ``text`` where the error knows."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}: {error.problem}"
+    before = None
+    if isinstance(error, UnicodeDecodeError):
+        before = text[: error.start]
+    elif hasattr(error, "position"):  # of a character that is not allowed
+        before = text.decode()[: error.position].encode()
+    line = "" if before is None else f"line {before.count(10) + 1}: "
+    return line + " ".join(str(error).split())
 
 
 def write_yaml(path: str | Path, data: Mapping[str, Any]) -> Path:
@@ -256,6 +273,8 @@ def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
             value, fits = float(value), True
     except (TypeError, ValueError):
         fits = False
+    if fits and kind is str:
+        fits = bool(value)  # as a path it would be the working folder
     if fits and kind is float:
         fits = math.isfinite(value)
     inside = fits and all(BOUNDS[word](value, bound) for word, bound in bounds.items())

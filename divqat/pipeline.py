@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from divqat.attacks.attack import identity
 from divqat.bounds import check_tree
 from divqat.evaluate import (
     AttackResult,
@@ -30,6 +31,7 @@ from divqat.evaluate import (
 )
 from divqat.evaluate.result import hardware, versions
 from divqat.files import file_fingerprint, read_json, step
+from divqat.held import held
 from divqat.job import Job
 from divqat.options import differences, read_yaml, write_yaml
 from divqat.steps import (
@@ -63,11 +65,15 @@ def run_job(
         The content of ``OUT/result.json``.
 
     Raises:
-        ValueError: ``out`` holds a job with other settings.
+        ValueError: ``out`` holds a job with other settings, or its name is empty.
         Others: as :func:`divqat.train.train` and :func:`divqat.steps.attack_run`.
     """
-    out = Path(out)
-    check_tree(out)
+    with held("out", out) as folder:
+        check_tree(folder)
+        return _run_job(job, folder, command, log)
+
+
+def _run_job(job: Job, out: Path, command: str, log: Callable[[str], object]) -> Result:
     settings = asdict(job)
     if (out / "config.yaml").is_file():
         places = {*FREE, *job.attacker(job.seeds[0]).places}
@@ -160,7 +166,8 @@ class _Runner:
                 "distributions": are_distributions(queries),
             }
 
-        step(run.folder / "answers.json", file_fingerprint(onnx), make)
+        source = f"{file_fingerprint(onnx)} {identity(self.queries)}"
+        step(run.folder / "answers.json", source, make)
 
     def result(self, command: str) -> Result:
         """What the files in OUT say."""
@@ -197,9 +204,14 @@ class _Runner:
 
     def seconds(self) -> Iterator[float]:
         """How long each finished part took."""
-        for seed in self.job.seeds:
-            for file in self.out.glob(f"seed{seed}/**/*.json"):
-                yield read_json(file).get("seconds", 0.0)
+        job = self.job
+        attacks = (f"attack-{answer}/summary" for answer in job.answers)
+        parts = ("summary", "export", "verify", "answers", *attacks)
+        for seed in job.seeds:
+            for name in ("fp", *job.victims):
+                folder = job.folder(self.out, seed, name)
+                files = (folder / f"{part}.json" for part in parts)
+                yield from (read_json(file)["seconds"] for file in files if file.is_file())
 
     def victim_result(self, seed: int, name: str) -> VictimResult:
         """What the files in a victim's folder say."""

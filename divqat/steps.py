@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from divqat import models
 from divqat.attacker import Attacker
 from divqat.attacks import KnockoffNets
+from divqat.attacks.attack import identity
 from divqat.bounds import check_tree
 from divqat.data import Splits, to_float
 from divqat.evaluate import accuracy, fidelity, predict
 from divqat.export import export_onnx, verify
-from divqat.files import file_fingerprint, read_json, step, write_json
+from divqat.files import file_fingerprint, load_checkpoint, read_json, step, write_json
 from divqat.options import ConfigError, differences, option
 from divqat.quantize import summary
 from divqat.seeds import derived_seed
@@ -172,9 +173,12 @@ def attack_run(
         del settings[name]
     victim = Victim(model, query_budget=config.budget, **answer_arguments(answer))
     # Stored answers are those of one victim and one query set: no other must go on from them.
-    begun = out / "attack.json"
-    if begun.is_file() and (out / "transfer.pt").is_file():
+    begun, answers = out / "attack.json", out / "transfer.pt"
+    if begun.is_file() and answers.is_file():
         different = differences(read_json(begun), settings)
+        if queries is not None:
+            of = load_checkpoint(answers)["settings"]["query_set"]
+            different += differences({"images": of}, {"images": identity(queries)})
         if different:
             raise ValueError(
                 f"{out} holds another attack ({'; '.join(different)}): "

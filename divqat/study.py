@@ -7,7 +7,6 @@ OUT/…                 what divqat.evaluate.grid.run writes
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from divqat.bounds import check_tree
 from divqat.evaluate.grid import Evaluation, Grid, evaluate
 from divqat.foreign import trust, trusted
+from divqat.held import held
 from divqat.options import ConfigError, check_keys, write_yaml
 from divqat.side_by_side import side_by_side
 from divqat.subjects import kind_of, subject_of
@@ -93,8 +93,14 @@ def run_study(
         Others: as :func:`divqat.train.train`, :func:`divqat.evaluate.grid.evaluate` and, of
             several jobs, :func:`divqat.side_by_side.side_by_side`.
     """
-    out = Path(out)
-    check_tree(out)
+    with held("out", out) as folder:
+        check_tree(folder)
+        return _run_study(study, folder, jobs, command, log)
+
+
+def _run_study(
+    study: Study, out: Path, jobs: int, command: str, log: Callable[[str], object]
+) -> Evaluation:
     # Now: that something is missing should be known before hours of training.
     splits = load_splits(study.training("fp", study.seeds[0], out))
     queries = study.grid.queries(splits)
@@ -142,5 +148,4 @@ def _seed(study: Study, seed: int, out: Path, names: tuple[str, ...]) -> None:
 
 def _print(line: str) -> None:
     """Print a whole line at once, as other processes print, too."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    print(f"{line}\n", end="", flush=True)

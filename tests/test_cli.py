@@ -1,11 +1,10 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from divqat.evaluate.grid import Grid
 from divqat.files import load_checkpoint, read_json
 from divqat.options import add_flags
 from divqat.steps import AttackConfig
-from divqat.train import TrainConfig, load_run
+from divqat.train import TrainConfig, load_run, loop
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--threads", "1", "--batch-size", "256"]
@@ -86,12 +85,17 @@ def test_a_run_takes_data_and_model_of_its_teacher(tmp_path):
         ("epochz: 3", "unknown key in {file} 'epochz' (did you mean 'epochs'?)"),
         ("epochs: many", "epochs: wanted a whole number at least 0, got 'many'"),
         ("- epochs", "wanted 'key: value' lines"),
-        ("epochs: [", "is not YAML"),
+        ("epochs: [", "{file} is not YAML: line 1: expected the node content"),
+        ("epochs: 1\n lr: 2\n", "{file} is not YAML: line 2: mapping values are not allowed"),
+        ("epochs: 1\nlr: \a\n", "{file} is not YAML: line 2: unacceptable character #x0007"),
+        (b"epochs: 1\n\nlr: \xff\n", "{file} is not YAML: line 3: 'utf-8' codec can't decode"),
+        ("epochs: 2020-99-99", "{file} is not YAML: month must be in 1..12"),
+        (1000 * "[", "{file} is not YAML: maximum recursion depth exceeded"),
     ],
 )
 def test_bad_config_file_is_a_usage_error(tmp_path, capsys, text, message):
     file = tmp_path / "train.yaml"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert divqat("train", "--config", file, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert message.format(file=file) in error and error.count("\n") == 1
@@ -148,27 +152,28 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     assert f"divqat train --out {tmp_path / 'x'} --resume" in capsys.readouterr().err
 
 
-def test_sigint_and_resume(tmp_path):
-    command = [sys.executable, "-m", "divqat", "train", "--out", str(tmp_path / "run")]
-    command += ["--epochs", "200", *FAST]  # seconds, so that the signal comes before the end
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # what runs in the background of a shell inherits that it is ignored
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert b"--resume" in process.communicate(timeout=60)[1] and process.returncode == 130
-    assert 1 <= load_checkpoint(tmp_path / "run" / "checkpoint.pt")["epoch"] < 200
-    assert divqat("train", "--out", tmp_path / "run", "--resume", "--epochs", 2) == 1
-    assert divqat("train", "--out", tmp_path / "run", "--resume") == 0
-    assert read_json(tmp_path / "run" / "summary.json")["epochs"] == 200
+def test_sigint_and_resume(tmp_path, capsys, monkeypatch):
+    out, write = tmp_path / "run", loop.write_checkpoint
+
+    def interrupted(folder, state):
+        if state["epoch"] == 2:
+            signal.raise_signal(signal.SIGINT)
+        write(folder, state)
+
+    monkeypatch.setattr(loop, "write_checkpoint", interrupted)
+    # what runs in the background of a shell inherits that it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert divqat("train", "--out", out, "--epochs", 3, *FAST) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert f"divqat train --out {out} --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
+    assert divqat("train", "--out", out, "--resume", "--epochs", 2) == 1
+    assert divqat("train", "--out", out, "--resume") == 0
+    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert read_json(out / "summary.json")["epochs"] == 3
 
 
 def test_resume_wants_something_to_resume(tmp_path, capsys):
@@ -254,6 +259,67 @@ def test_a_retrained_model_is_not_mistaken_for_its_export(runs, tmp_path):
     assert divqat("verify", out) == 1
     assert divqat("export", out) == 0
     assert divqat("verify", out, "--min-agreement", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "remedy"),
+    [
+        ("checkpoint.pt", "train --out {} --resume", "delete it and give the command"),
+        ("checkpoint.pt", "verify {}", "delete it and give the command"),
+        ("summary.json", "train --out {} --resume", "delete it and give the command"),
+        ("export.json", "verify {}", "delete it and give the command"),
+        ("model.onnx", "verify {}", "divqat export {}"),
+        ("model.onnx", "attack --victim {} --query-set noise", "divqat export {}"),
+        (
+            "model.onnx",
+            "evaluate --victim {}/model.onnx --out {}/out --dataset digits --query-set noise",
+            "divqat export {}",
+        ),
+        ("transfer.pt", f"attack --victim {{}} --out {{}} {' '.join(ATTACK)}", "delete it"),
+    ],
+)
+def test_a_damaged_file_is_noticed_before_it_is_used(runs, tmp_path, capsys, name, command, remedy):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "qat", run)
+    if name == "transfer.pt":
+        assert divqat("attack", "--victim", run, "--out", run, *ATTACK) == 0
+        (run / "summary.json").unlink()
+    data = bytearray((run / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / name).write_bytes(data)
+    before = {path.name for path in run.iterdir()}
+    assert divqat(*command.replace("{}", str(run)).split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"divqat: error: {run / name}")
+    assert remedy.replace("{}", str(run)) in error and error.count("\n") == 1
+    assert {path.name for path in run.iterdir()} == before
+
+
+def test_a_run_folder_of_an_older_divqat_is_used_and_told(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "qat", run)
+    for path in run.glob("*.json"):
+        value = read_json(path)
+        value.pop("sha256", None)
+        path.write_text(json.dumps(value))
+    torch.save(load_checkpoint(run / "checkpoint.pt"), run / "checkpoint.pt")
+    before = (run / "model.onnx").stat().st_mtime_ns
+    with pytest.warns(UserWarning, match="files without a checksum, as an older divqat wrote them"):
+        assert divqat("export", run) == 0
+        assert divqat("verify", run) == 0
+        assert divqat("train", "--out", run, "--resume") == 0
+    assert (run / "model.onnx").stat().st_mtime_ns == before
+
+
+def test_a_training_whose_folder_is_deleted_fails(tmp_path, capsys, monkeypatch):
+    def line(row, epochs):
+        shutil.rmtree(tmp_path / "run")
+        return "an epoch"
+
+    monkeypatch.setattr(loop, "_line", line)
+    assert divqat("train", "--out", tmp_path / "run", "--epochs", 1, *FAST) == 1
+    assert f"{tmp_path / 'run'} was deleted, moved or replaced" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_attack_sees_no_training_data(runs):

@@ -183,6 +183,15 @@ def test_result_must_be_complete(tmp_path):
         Result.from_dict({})
 
 
+@pytest.mark.parametrize("change", [{"name": "../../x"}, {"name": "/x"}, {"seed": "0/../.."}])
+def test_a_result_does_not_say_what_is_read_elsewhere(tmp_path, change):
+    result = fake_result()
+    rows = [replace(result.victims[0], **change), *result.victims[1:]]
+    replace(result, victims=rows).save(tmp_path / "result.json")
+    with pytest.raises(ValueError, match="wanted the name of a folder"):
+        evaluate.write_report(tmp_path)
+
+
 def test_deployed_accuracy_is_that_of_the_exported_model():
     row = victim(1, "qat", "qat", 0.9, 0.7, 0.6, 1)
     assert replace(row, accuracy_onnx=0.8).accuracy == 0.8

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from divqat import cli, commands, steps
+from divqat import cli, commands, pipeline, steps
 from divqat.files import read_json
 from divqat.job import Job
 from divqat.options import ConfigError
@@ -75,9 +76,8 @@ def test_killed_job_goes_on_to_the_same_result(job, tmp_path):
     command = [sys.executable, "-m", "divqat", "run", "--config", str(job / "job.yaml")]
     command += ["--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/seed0/qat/attack-*/transfer.pt")):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -86,6 +86,62 @@ def test_killed_job_goes_on_to_the_same_result(job, tmp_path):
         read_json(folder / "out" / "result.json")["victims"] for folder in (tmp_path, job)
     )
     assert ours == theirs
+
+
+def test_what_a_kill_left_behind_is_no_result(job, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(job / "out", out)
+    (out / "result.json").unlink()
+    seed = out / "seed0"
+    for folder in (seed, seed / "fp", seed / "qat" / "attack-probs"):
+        for name in (".divqat-0123abcd-1-0123abcd-xyz.tmp", ".summary-abc.json", "mine.json"):
+            (folder / name).write_text("{")
+    monkeypatch.setattr(steps, "predict", None)
+    assert divqat("run", "--config", job / "job.yaml", "--out", out) == 0
+    ours, theirs = (read_json(folder / "result.json") for folder in (out, job / "out"))
+    assert ours["seconds"] == theirs["seconds"] and ours["victims"] == theirs["victims"]
+
+
+def test_other_queries_of_the_same_name_are_noticed(job, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(job / "out", out)
+    load = steps.AttackConfig.queries
+    monkeypatch.setattr(steps.AttackConfig, "queries", lambda *args: load(*args).roll(1, 0))
+    assert divqat("run", "--config", job / "job.yaml", "--out", out) == 1
+    assert "attack-probs holds another attack (images: " in capsys.readouterr().err
+
+
+READ = {
+    "run": ("fp/summary", "qat/verify", "qat/answers", "qat/attack-probs/summary"),
+    "report": ("../result", "fp/summary", "qat/metrics.csv", "qat/layers"),
+}
+
+
+@pytest.mark.parametrize("command", READ)
+def test_a_changed_figure_is_noticed_before_it_is_used(job, tmp_path, capsys, command):
+    out = tmp_path / "out"
+    shutil.copytree(job / "out", out)
+    arguments = ["--config", job / "job.yaml", "--out", out] if command == "run" else [out]
+    for name in READ[command]:
+        path = out / "seed0" / name
+        path = (path if path.suffix else path.with_suffix(".json")).resolve()
+        whole = path.read_text()
+        place = max(whole.rfind(digit) for digit in "12345678")
+        path.write_text(whole[:place] + "9" + whole[place + 1 :])
+        assert divqat(command, *arguments) == 1
+        error = capsys.readouterr().err
+        assert f"error: {path}" in error and "changed or cut" in error
+        path.write_text(whole)
+    assert divqat("report", out) == 0
+
+
+def test_a_job_whose_folder_is_deleted_fails(job, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(job / "out", out)
+    monkeypatch.setattr(pipeline._Runner, "victim", lambda *args: shutil.rmtree(out, True))
+    assert divqat("run", "--config", job / "job.yaml", "--out", out) == 1
+    assert f"{out} was deleted, moved or replaced" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_job_of_other_settings_is_refused(job, tmp_path, capsys):
@@ -133,7 +189,9 @@ def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypat
         ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights that are taken"),
         ({"victims": {}}, "victims: wanted at least one"),
         ({"victims": {"fp": {"method": "qat"}}}, "victims: wanted names of folders"),
-        ({"victims": {"a/b": {"method": "qat"}}}, "victims: wanted names of folders"),
+        ({"victims": {"a/b": {"method": "qat"}}}, "victims: wanted the name of a folder"),
+        ({"victims": {"..": {"method": "qat"}}}, "victims: wanted the name of a folder"),
+        ({"victims": {1: {"method": "qat"}}}, "victims: wanted the name of a folder"),
         ({"fp": {"method": "qat"}}, "fp: method: wanted fp, got"),
         ({"victims": {"plain": {}}}, "plain: method"),
         ({"victims": {"plain": {"method": "fp"}}}, "plain: "),

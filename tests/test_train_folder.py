@@ -1,10 +1,13 @@
 """What a run folder survives and which settings it goes on with."""
 
 import csv
+import errno
+import os
 
 import pytest
 from test_train import FP, QUIET, assert_same
 
+from divqat import files
 from divqat.files import load_checkpoint
 from divqat.train import TrainConfig, folder, train
 
@@ -22,12 +25,29 @@ def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(folder, "write_text", killed)
         train(settings, tmp_path, **QUIET)
-    (tmp_path / ".checkpoint-abc.pt").write_bytes(b"half a checkpoint")
     train(settings, tmp_path, **QUIET)
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == list("12"[:epochs])
     assert (tmp_path / "plots" / "training.png").is_file()
-    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_a_full_disk_ends_a_training_which_then_goes_on(tmp_path, monkeypatch):
+    settings, fsync = TrainConfig(**FP), files.os.fsync
+    path = tmp_path / "run" / "checkpoint.pt"
+
+    def full(file):
+        if path.is_file() and load_checkpoint(path)["epoch"] == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    train(settings, tmp_path / "whole", **QUIET)
+    with monkeypatch.context() as patch, pytest.raises(files.WriteError) as caught:
+        patch.setattr(files.os, "fsync", full)
+        train(settings, tmp_path / "run", **QUIET)
+    assert "metrics.csv: No space left on device; " in str(caught.value)
+    assert "the same command goes on" in str(caught.value)
+    train(settings, tmp_path / "run", **QUIET)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 LOSS = dict(

@@ -63,7 +63,7 @@ class Task:
             ValueError: the victim has other classes than the clone, or what is kept are answers to
                 other images, as with other threads or hardware an attack can choose others.
         """
-        of = _identity(images)
+        of = identity(images)
         parts = self._stored(name, of)
         left = images[sum(map(len, parts)) :]
         self.afford(len(left))
@@ -206,12 +206,13 @@ class Attack(Options, ABC):
             **self.to_dict(),
             "answer": victim.answer,
             "defense": victim.defense,
-            "query_set": _identity(query_set),
+            "query_set": identity(query_set),
             "clone": hashlib.sha256(f"{clone} {shapes}".encode()).hexdigest()[:16],
         }
 
 
-def _identity(images: Tensor) -> str:
+def identity(images: Tensor) -> str:
+    """16 hexadecimal digits that identify images by their pixels."""
     return hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from divqat.files import load_checkpoint, save_checkpoint
+from divqat.names import check_folder
 
 
 class Folder:
@@ -17,7 +18,7 @@ class Folder:
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else check_folder("resume_dir", path)
         self.settings = settings
 
     def save(self, name: str, state: dict[str, Any]) -> None:

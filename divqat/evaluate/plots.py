@@ -13,7 +13,7 @@ from divqat.bounds import MAX_TABLE, check_file
 from divqat.errors import require
 from divqat.evaluate.metrics import HISTOGRAM_BINS
 from divqat.evaluate.result import HARD, SOFT, Result, VictimResult
-from divqat.files import write_atomic
+from divqat.files import check_beside, write_atomic
 
 # Okabe and Ito: told apart by color-blind readers too.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -218,6 +218,8 @@ def _curve(ax: Any, seeds: list[Values], color: str, label: str) -> None:
 def _read_curves(path: Path) -> dict[str, Values]:
     check_file(path, MAX_TABLE)
     curves: dict[str, Values] = {}
+    remedy = "delete summary.json and give the command of the training again"
+    check_beside(path, "summary.json", remedy)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -251,4 +253,5 @@ def save_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]
     with matplotlib.rc_context(STYLE):
         figure = figure_class(figsize=size, layout="constrained")
         draw(figure)
-        return write_atomic(path, lambda file: figure.savefig(file))
+        kind = path.suffix.removeprefix(".")
+        return write_atomic(path, lambda file: figure.savefig(file, format=kind))

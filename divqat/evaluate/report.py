@@ -20,6 +20,7 @@ from divqat.evaluate.page import Section, write_page
 from divqat.evaluate.result import Result
 from divqat.evaluate.tables import Table
 from divqat.files import read_json
+from divqat.names import check_name
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -94,11 +95,8 @@ def _seed_files(
     seeds = dict.fromkeys([*result.seeds, *(v.seed for v in result.victims)])
     found: dict[str, list[Path]] = {}
     for victim in dict.fromkeys([*result.by_victim, *extra]):
-        files = [run_dir / f"seed{seed}" / victim / name for seed in seeds]
-        if not all(file.resolve().is_relative_to(run_dir.resolve()) for file in files):
-            raise ValueError(
-                f"{run_dir / 'result.json'}: the name {victim!r} leads out of {run_dir}"
-            )
+        place = check_name("victims", victim)  # which the file may say as it likes
+        files = (run_dir / check_name("seeds", f"seed{seed}") / place / name for seed in seeds)
         found[victim] = [file for file in files if file.is_file()]
     return found
 

@@ -1,8 +1,9 @@
 """What a whole job found out: the schema of ``OUT/result.json``.
 
-The file is ``Result.to_dict()``: the fields of :class:`Result`, with one object per seed and victim
-in ``victims``. Shares (accuracy, fidelity, agreement) are fractions in [0, 1]; what was not
-measured is null; there is no NaN. "Deployed" is the exported int8 model where there is one.
+The file is ``Result.to_dict()`` and its checksum: the fields of :class:`Result`, with one object
+per seed and victim in ``victims``. Shares (accuracy, fidelity, agreement) are fractions in [0, 1];
+what was not measured is null; there is no NaN. "Deployed" is the exported int8 model where there is
+one.
 """
 
 from __future__ import annotations
@@ -155,7 +156,11 @@ class Result:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no result at {path}; `divqat run` writes it")
-        return cls.from_dict(read_json(path))
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _victim(data: dict[str, Any]) -> VictimResult:

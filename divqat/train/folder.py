@@ -106,10 +106,9 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def clean_up(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Undo what a kill left behind: half a checkpoint, and metrics that lack the last of ``rows``,
-    those of the checkpoint."""
-    for file in folder.glob(f".{Path(CHECKPOINT).stem}-*"):
-        file.unlink(missing_ok=True)
+    """Undo what a kill left behind: metrics that lack the last of ``rows``, those of the
+    checkpoint; and remove the summary of a training that was here before."""
+    (folder / SUMMARY).unlink(missing_ok=True)
     _write_metrics(folder, rows)
 
 

@@ -18,8 +18,9 @@ from divqat.errors import require
 from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
 from divqat.evaluate.plots import budget_path, training_curves
 from divqat.evaluate.result import hardware, versions
-from divqat.files import read_json, write_json
+from divqat.files import read_json, sha256, write_json
 from divqat.foreign import is_foreign, trust
+from divqat.held import held
 from divqat.options import write_yaml
 from divqat.text import printable
 from divqat.train.checks import check_divergence
@@ -69,6 +70,7 @@ def train(
         FileNotFoundError: the data set or the teacher is not there.
         ValueError: the folder holds a training with other settings or a damaged checkpoint, or
             the teacher or the reference does not fit.
+        WriteError: a file cannot be written, as the disk is full. FolderLost: ``out`` was deleted.
         MemoryError: the batch does not fit; it says how many images would.
         FloatingPointError: NaN or Inf; it names epoch, step and cause. The last epoch's
             checkpoint stays.
@@ -80,7 +82,10 @@ def train(
         trust(*filter(is_foreign, [config.model])),
         connect(find_device(local_device(config.device))) as team,
     ):
-        return _train(config, Path(out), log if team.rank == 0 else _no_log, team)
+        if team.rank:
+            return _train(config, Path(out), _no_log, team)
+        with held("out", out) as folder:  # by the process that writes
+            return _train(config, folder, log, team)
 
 
 def _no_log(line: str) -> None:
@@ -148,6 +153,7 @@ def _train(
             budget_path(summary["budget"], out / "plots" / "budget.png")
     except ImportError as error:
         log(f"no plots: {error}")
+    summary["sha256"] = {METRICS: sha256(out / METRICS)}
     write_json(out / SUMMARY, summary)
     log(
         f"test accuracy {summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s, "

@@ -24,12 +24,13 @@ class Curve:
 
     def __init__(self, file: Path, test: ImageSet) -> None:
         self.file, self.test = file, test.subset(slice(CURVE_IMAGES))
-        self.values: list[float] = read_json(file) if file.is_file() else []
+        found = read_json(file, (dict, list)) if file.is_file() else []
+        self.values: list[float] = found["values"] if isinstance(found, dict) else found
 
     def __call__(self, clone: nn.Module, count: int) -> None:
         value = accuracy(predict(clone, self.test), self.test.labels)
         self.values[count - 1 :] = [value]
-        write_json(self.file, self.values)
+        write_json(self.file, {"values": self.values})
 
 
 def run_attack(

@@ -1,8 +1,8 @@
 """What an evaluation found out: the schema of ``OUT/evaluation.json``.
 
-The file is ``Evaluation.to_dict()``: three flat lists of rows: victims behind defenses, attacks on
-them, and how calibrated and robust the victims are. Shares are fractions in [0, 1]; there is no
-NaN.
+The file is ``Evaluation.to_dict()`` and its checksum: three flat lists of rows: victims behind
+defenses, attacks on them, and how calibrated and robust the victims are. Shares are fractions in
+[0, 1]; there is no NaN.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Evaluation:
             }
             return made(cls, {**data, **rows})
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not a divqat evaluation: {error}") from error
+            raise ValueError(f"{path}: not a divqat evaluation: {error}") from error
 
 
 def released(data: dict[str, Any]) -> Released:

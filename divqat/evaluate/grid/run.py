@@ -47,6 +47,7 @@ from divqat.evaluate.grid.subject import Deployed, Subject, data_fingerprint, ov
 from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
 from divqat.files import step
+from divqat.held import held
 from divqat.seeds import derived_seed
 from divqat.train.folder import fingerprint
 from divqat.train.loop import cpu_threads, find_device
@@ -96,22 +97,24 @@ def evaluate(
     check_tree(out)
     if isinstance(subjects, Subject):
         raise TypeError("subjects: wanted a sequence of Subject, got one")
-    names = Counter((subject.name, subject.seed) for subject in subjects)
+    # As folders, also where capitals make no difference.
+    names = Counter((_file_name(subject.name).lower(), subject.seed) for subject in subjects)
     if not subjects or max(names.values()) > 1:
-        raise ValueError(f"subjects: wanted victims of different names, got {list(names)}")
+        got = [(subject.name, subject.seed) for subject in subjects]
+        raise ValueError(f"subjects: wanted victims of different names, got {got}")
     queries = grid.queries(splits) if queries is None else queries
     grid.check(splits, len(queries))
     splits = grid.measured(splits)
-    runner = _Runner(splits, queries, grid, Path(out), log)
-    log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
-    with cpu_threads(grid.threads):
+    with held("out", out) as folder, cpu_threads(grid.threads):
+        runner = _Runner(splits, queries, grid, folder, log)
+        log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
         for subject in subjects:
             runner.subject(subject)
             result = runner.result(command, deployed)
             if report:
                 result.save(runner.out / EVALUATION)
-    if report:
-        log(f"report: {write_report(runner.out)}")
+        if report:
+            log(f"report: {write_report(runner.out)}")
     return result
 
 

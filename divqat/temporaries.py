@@ -1,0 +1,50 @@
+"""Files that are being written: hidden, of a suffix that nothing reads, and told from those that a
+killed process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+
+# A killed process is told from its successor, which in a container often has the same number.
+_LIFE = secrets.token_hex(4)
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_NAME = re.compile(rf"\.divqat-{_HOST}-(\d+)-([0-9a-f]{{8}})-.*\.tmp")
+
+
+def make_temporary(folder: Path) -> Path:
+    """A new empty file in ``folder``, with the permissions of any; what dead processes of this
+    machine left there is removed.
+
+    Its name, ``.divqat-<host>-<process>-<life>-<random>.tmp``, matches no pattern of a result.
+    """
+    for name in os.listdir(folder):
+        writer = _NAME.fullmatch(name)
+        if writer and not _alive(int(writer[1]), writer[2]):
+            with contextlib.suppress(OSError):  # somebody else was faster, or it is not ours
+                (folder / name).unlink()
+    prefix = f".divqat-{_HOST}-{os.getpid()}-{_LIFE}-"
+    # Not by tempfile, whose files are private: to find out what others get, one would have to set
+    # the umask of the whole process, in which other threads write files.
+    path = folder / f"{prefix}{secrets.token_hex(8)}.tmp"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
+
+
+def _alive(process: int, life: str) -> bool:
+    if process == os.getpid():
+        return life == _LIFE
+    if os.name == "nt":  # where signal 0 is no question: it ends the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,137 @@
+"""No damage to a file that carries a checksum goes unnoticed."""
+
+import io
+import json
+import random
+import warnings
+import zipfile
+
+import pytest
+import torch
+
+from divqat.files import check_beside, load_checkpoint, read_json, save_checkpoint, step, write_json
+from divqat.integrity import sealed_json, sha256
+
+VALUE = {"accuracy": 0.8125, "rows": [1, None, True, 2.5e-7], "name": "ünï", "in": {"5": []}}
+STATE = {"weights": torch.linspace(-1, 1, 300), "model": {"a": torch.arange(6)}, "rows": [{"x": 1}]}
+
+
+def flips(data, count, seed=0):
+    """``data`` with one other byte, at so many places and at every one of its last 200."""
+    chance = random.Random(seed)
+    places = {*chance.sample(range(len(data)), min(count, len(data))), *range(len(data))[-200:]}
+    for place in sorted(places):
+        changed = bytearray(data)
+        changed[place] ^= chance.randrange(1, 256)
+        yield bytes(changed)
+
+
+def cuts(data, count, seed=0):
+    """The beginning of ``data``, of so many lengths and of all that lack up to 200 bytes."""
+    lengths = {*random.Random(seed).sample(range(len(data)), min(count, len(data)))}
+    for length in sorted({*lengths, *range(max(0, len(data) - 200), len(data))}):
+        yield data[:length]
+
+
+def damaged(data):
+    yield from flips(data, 400)
+    yield from cuts(data, 100)
+    yield data + b" "
+    yield data + b"\0"
+
+
+def test_no_damaged_json_is_read(tmp_path):
+    path = write_json(tmp_path / "a.json", VALUE)
+    assert read_json(path) == VALUE
+    for data in damaged(path.read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.json.*delete it and give the command"):
+            read_json(path)
+
+
+def test_no_damaged_checkpoint_is_loaded(tmp_path):
+    path = save_checkpoint(tmp_path / "a.pt", STATE)
+    assert torch.equal(load_checkpoint(path)["weights"], STATE["weights"])
+    for data in damaged(path.read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.pt is not a readable .*delete it and give the"):
+            load_checkpoint(path)
+
+
+def test_everybody_can_read_what_carries_a_checksum(tmp_path):
+    path = save_checkpoint(tmp_path / "a.pt", STATE)
+    for options in ({}, {"mmap": True}):
+        state = torch.load(path, weights_only=True, **options)
+        assert torch.equal(state["weights"], STATE["weights"])
+    archive = zipfile.ZipFile(path)
+    assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+    value = json.loads(write_json(tmp_path / "a.json", VALUE).read_text())
+    assert value.pop("checksum").startswith("sha256:") and value == VALUE
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    names = "ab"
+    for name in names:
+        save_checkpoint(tmp_path / name, STATE)
+    assert len({(tmp_path / name).read_bytes() for name in names}) == 1
+
+
+def test_older_files_are_read_and_that_nobody_checked_them_is_told_once(tmp_path, recwarn):
+    warnings.simplefilter("default")  # as Python has it
+    for i in range(2):
+        path = tmp_path / f"{i}.json"
+        path.write_text(json.dumps(VALUE))
+        assert read_json(path) == VALUE
+        torch.save(STATE, tmp_path / f"{i}.pt")
+        assert load_checkpoint(tmp_path / f"{i}.pt")["rows"] == STATE["rows"]
+    (told,) = recwarn
+    assert "without a checksum" in str(told.message)
+
+
+def test_an_older_checkpoint_is_tested_by_its_crcs(tmp_path):
+    buffer = io.BytesIO()
+    torch.save(STATE, buffer)
+    data = bytearray(buffer.getvalue())
+    data[data.index(STATE["weights"].numpy().tobytes()) + 100] ^= 1
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.pt is not .*changed or cut after it was written"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_file_with_its_checksum_beside_it(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(bytes(range(64)))
+    check_beside(path, "export.json", "what to do")  # nothing is known of it
+    write_json(tmp_path / "export.json", {"sha256": {"model.onnx": sha256(path)}})
+    check_beside(path, "export.json", "what to do")
+    for data in damaged(path.read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"model\.onnx was changed or cut .*: what to do$"):
+            check_beside(path, "export.json", "what to do")
+    write_json(tmp_path / "export.json", {"sha256": {"another.onnx": ""}})
+    check_beside(path, "export.json", "what to do")
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.warns(UserWarning, match="without a checksum"):
+        check_beside(path, "export.json", "what to do")
+
+
+def test_a_step_whose_product_was_changed_is_done_again(tmp_path):
+    report, product = tmp_path / "export.json", tmp_path / "model.onnx"
+
+    def make():
+        assert not report.exists()  # it would be that of another product
+        product.write_bytes(b"model")
+        return {"size": 5}
+
+    done = step(report, "source", make, product=product)
+    assert step(report, "source", None, product=product) == done
+    product.write_bytes(b"mudel")
+    with pytest.warns(UserWarning, match=r"model\.onnx was changed .*: it is made again"):
+        step(report, "source", make, product=product)
+    assert product.read_bytes() == b"model"
+
+
+def test_a_checksum_is_of_the_value(tmp_path):
+    assert sealed_json({"a": 1}) != sealed_json({"a": 1.0})
+    with pytest.raises(ValueError):
+        sealed_json({"a": float("nan")})
