@@ -7,7 +7,6 @@ import pytest
 from toys import toy_model, toy_splits
 
 from divqat import cli
-from divqat.attacks import KnockoffNets
 from divqat.attacks.folder import Folder
 from divqat.evaluate.grid import Grid, Subject, evaluate
 from divqat.job import Job
@@ -120,4 +119,4 @@ def test_victims_of_one_folder_are_refused(tmp_path):
 
 
 def test_this_folder_may_be_named():
-    assert check_folder("out", ".") == Path() and KnockoffNets().seed == 0
+    assert check_folder("out", ".") == Path()
