@@ -272,7 +272,7 @@ def test_refusals(teacher, qat, tmp_path):
 
     refused("reference: wanted a training with method = qat, got fp", teacher)
     refused("validation_fraction", qat, validation_fraction=0.2)
-    refused("reference: wanted a training with weight_bits = 4, got 8", qat, weight_bits=4)
+    refused("reference: wanted a training with weight_bits = 4, got 7", qat, weight_bits=4)
     refused("no training at", tmp_path / "none", error=FileNotFoundError)
     own = TrainConfig(**{**DIGITS, "epochs": 1, "seed": 5})
     train(own, tmp_path / "fp", **QUIET)

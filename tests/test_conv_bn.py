@@ -39,11 +39,13 @@ def aten_quantize(w, spec):
     w_ = w.detach()
     if not spec.per_channel:
         scale = w_.abs().max().float() * 2 / (spec.quant_max - spec.quant_min)
-        q = torch.fake_quantize_per_tensor_affine(w, float(scale), 0, -127, 127)
+        q = torch.fake_quantize_per_tensor_affine(
+            w, float(scale), 0, spec.quant_min, spec.quant_max
+        )
         return q
     scale = w_.abs().amax((1, 2, 3)).float() * 2 / (spec.quant_max - spec.quant_min)
     zero = torch.zeros(len(w), dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(w, scale, zero, 0, -127, 127)
+    return torch.fake_quantize_per_channel_affine(w, scale, zero, 0, spec.quant_min, spec.quant_max)
 
 
 def parameters(layer):
@@ -164,7 +166,9 @@ def test_learned_weight_scale_is_that_of_the_unfolded_weight():
     s = layer.bn.weight / torch.sqrt(layer.bn.running_var + EPS)
     scale = layer.weight_fake_quantize.scale.detach()
     zero = torch.zeros(CHANNELS, dtype=torch.int32)
-    weight = torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, -127, 127)
+    weight = torch.fake_quantize_per_channel_affine(
+        layer.weight, scale, zero, 0, WEIGHT.quant_min, WEIGHT.quant_max
+    )
     bias = layer.bn.bias - layer.bn.running_mean * s
     expected = F.conv2d(x, weight * s.view(-1, 1, 1, 1), bias, 2, 1)
     torch.testing.assert_close(layer(x), expected, **CLOSE)

@@ -15,6 +15,7 @@ from divqat.nn import (
     QuantLinear,
     QuantSpec,
 )
+from divqat.nn.spec import WEIGHT
 
 # Quantized class, replaced class, constructor arguments, shape of an input.
 LAYERS = {
@@ -52,7 +53,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def aten_weight(weight, axis, quant_min=-127, quant_max=127):
+def aten_weight(weight, axis, quant_min=WEIGHT.quant_min, quant_max=WEIGHT.quant_max):
     """The weight on its grid by torch's op, with the scale worked out here."""
     if axis is None:
         scale = weight.abs().max().float() * 2 / (quant_max - quant_min)

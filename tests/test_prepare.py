@@ -12,6 +12,7 @@ import divqat
 from divqat import models
 from divqat.nn import FakeQuantize
 from divqat.nn._layer import QuantLayer
+from divqat.nn.spec import WEIGHT
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 NAMES = [*models.names(), *HAND_WRITTEN]
@@ -110,7 +111,7 @@ def test_forward_uses_integer_weights(name, monkeypatch):
         assert len(seen) >= len(layers(prepared))
         for weight in seen:
             rows = weight.flatten(1).double()
-            codes = rows / rows.abs().amax(1, keepdim=True) * 127
+            codes = rows / rows.abs().amax(1, keepdim=True) * WEIGHT.quant_max
             assert rows.abs().amax(1).min() > 0
             assert (codes - codes.round()).abs().max() < 1e-3
 

@@ -17,14 +17,14 @@ def activations(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "grid", "zero_points", "per_channel"),
+    ("name", "grid", "zero_points", "per_channel", "largest"),
     [
-        ("x86", (0, 255), set(range(256)), True),
-        ("tensorrt", (-128, 127), {0}, True),
-        ("qnnpack", (0, 255), set(range(256)), False),
+        ("x86", (0, 255), set(range(256)), True, 63),
+        ("tensorrt", (-128, 127), {0}, True, 127),
+        ("qnnpack", (0, 255), set(range(256)), False, 63),
     ],
 )
-def test_presets(name, grid, zero_points, per_channel):
+def test_presets(name, grid, zero_points, per_channel, largest):
     prepared = settle(divqat.prepare(build("concat_hardswish"), name, images()), 2)
     seen = activations(prepared).values()
     assert len(seen) >= 6
@@ -34,29 +34,30 @@ def test_presets(name, grid, zero_points, per_channel):
     for layer in quantized(prepared).values():
         assert layer.weight_qparams().shape == ((len(layer.weight),) if per_channel else ())
         codes = layer.quantize_weight(layer.weight) / (
-            layer.weight.abs().amax((*range(1, layer.weight.dim()),), keepdim=True) / 127
+            layer.weight.abs().amax((*range(1, layer.weight.dim()),), keepdim=True) / largest
             if per_channel
-            else layer.weight.abs().max() / 127
+            else layer.weight.abs().max() / largest
         )
-        assert (codes - codes.round()).abs().max() < 1e-3 and codes.abs().max() < 127.5
+        assert (codes - codes.round()).abs().max() < 1e-3
+        assert codes.abs().max().round() == largest
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_widths_with_the_first_and_last_layer_at_eight(bits):
-    edge = 8 if bits < 7 else bits  # seven is asked for because of the hardware
+def test_widths_with_a_wide_first_and_last_layer(bits):
+    edge = max(7, bits)  # seven is asked for because of the hardware
     config = divqat.preset("x86", weight_bits=bits, activation_bits=bits)
     prepared = divqat.prepare(build("concat_hardswish"), config, images())
     prepared(images())
     widths = {name: layer.weight_spec.bits for name, layer in quantized(prepared).items()}
     assert widths == {"conv1": edge, "left": bits, "right": bits, "conv2": bits, "head": edge}
     kinds = [module.spec.bits for module in activations(prepared).values()]
-    assert sorted(kinds) == sorted([edge] + [bits] * (len(kinds) - 1))  # the network's input
+    of_input = 8 if bits < 7 else bits
+    assert sorted(kinds) == sorted([of_input] + [bits] * (len(kinds) - 1))
     levels = prepared.left.quantize_weight(prepared.left.weight).flatten(1)
     assert max(len(row.unique()) for row in levels) <= 2**bits - 1
 
-    narrow = divqat.prepare(
-        build("concat_hardswish"), replace(config, first_last_bits=None), images()
-    )
+    as_the_rest = replace(config, first_last_bits=None, input_bits=None)
+    narrow = divqat.prepare(build("concat_hardswish"), as_the_rest, images())
     assert {layer.weight_spec.bits for layer in quantized(narrow).values()} == {bits}
     assert {module.spec.bits for module in activations(narrow).values()} == {bits}
 
@@ -68,7 +69,7 @@ def test_first_and_last_are_those_that_are_called_so():
     )  # fmt: skip
     prepared = divqat.prepare(net, divqat.preset("x86", weight_bits=4), images())
     widths = {name: layer.weight_spec.bits for name, layer in quantized(prepared).items()}
-    assert widths == {"ends.0": 8, "middle": 4, "ends.1": 8}
+    assert widths == {"ends.0": 7, "middle": 4, "ends.1": 7}
 
 
 def test_skip_leaves_modules_in_float():

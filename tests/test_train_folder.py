@@ -3,13 +3,16 @@
 import csv
 import errno
 import os
+from dataclasses import replace
 
 import pytest
+from networks import quantized
 from test_train import FP, QUIET, assert_same
 
 from divqat import files
-from divqat.files import load_checkpoint
+from divqat.files import load_checkpoint, save_checkpoint
 from divqat.train import TrainConfig, folder, train
+from divqat.train.network import build_model
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -88,3 +91,22 @@ def test_without_validation_images_nothing_is_begun(tmp_path):
     with pytest.raises(ValueError, match=r"validation_fraction: wanted one .* got 0\.003, of"):
         train(settings, tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_what_it_was(tmp_path):
+    """Few-bit networks had a first and a last layer of 8 bits, and no loss of distillation."""
+    config = TrainConfig(method="qat", teacher="a", dataset="digits", model="lenet", weight_bits=4)
+    before = {k: v for k, v in config.to_dict().items() if k not in ("first_last_bits", "distill")}
+    parts = dict.fromkeys(("epoch", "model", "optimizer", "rows", "teacher"))
+    shape = {"in_channels": 1, "num_classes": 10, "image_size": [8, 8]}
+    save_checkpoint(tmp_path / "checkpoint.pt", {"config": before, "shape": shape, **parts})
+    there = TrainConfig.from_dict(folder.read_checkpoint(tmp_path)["config"])
+    assert (there.weight_bits, there.first_last_bits, there.distill) == (4, 8, 0.0)
+    widths = [layer.weight_spec.bits for layer in quantized(build_model(there, shape)).values()]
+    assert widths == [8, 4, 4, 4, 8]
+    now = [layer.weight_spec.bits for layer in quantized(build_model(config, shape)).values()]
+    assert now == [7, 4, 4, 4, 7]
+    with pytest.raises(ValueError, match="first_last_bits: 8 -> 7"):
+        folder.check_same(tmp_path, there.to_dict(), config)
+    wide = [replace(each, weight_bits=8) for each in (there, config)]
+    folder.check_same(tmp_path, wide[0].to_dict(), wide[1])  # it has no ends that are wider

@@ -16,9 +16,10 @@ class QuantConfig:
     Attributes:
         weight: the grid of every weight.
         activation: the grid of every activation.
-        first_last_bits: width of the first and the last layer's weights and of the network's
-            input, which carry most of the error at low widths; None treats them as the rest. The
-            order is that of the calls, or of registration in a model that cannot be traced.
+        first_last_bits: width of the first and the last layer's weights, which carry most of the
+            error at low widths; None treats them as the rest. The order is that of the calls, or
+            of registration in a model that cannot be traced.
+        input_bits: width of the network's input, likewise.
         skip: names of modules, as in ``named_modules()``, that stay in float, layers and other
             operations; a name covers what is below it. What they return is still quantized where
             another operation wants it so.
@@ -33,7 +34,8 @@ class QuantConfig:
 
     weight: QuantSpec = WEIGHT
     activation: QuantSpec = ACTIVATION
-    first_last_bits: int | None = 8
+    first_last_bits: int | None = 7
+    input_bits: int | None = 8
     skip: tuple[str, ...] = ()
     mode: str = "exact"
     inplace: bool = True
@@ -42,35 +44,64 @@ class QuantConfig:
         """Whether the module of this name stays in float."""
         return any(name == skipped or name.startswith(skipped + ".") for skipped in self.skip)
 
-    def edge(self, spec: QuantSpec) -> QuantSpec:
-        """``spec`` for the first or last layer."""
-        return spec if self.first_last_bits is None else replace(spec, bits=self.first_last_bits)
+    def edge(self) -> QuantSpec:
+        """The grid of the first and the last layer's weights."""
+        return _as_wide(self.weight, self.first_last_bits)
+
+    def input(self) -> QuantSpec:
+        """The grid of the network's input."""
+        return _as_wide(self.activation, self.input_bits)
 
 
-def preset(name: str, *, weight_bits: int = 8, activation_bits: int = 8) -> QuantConfig:
+def _as_wide(spec: QuantSpec, bits: int | None) -> QuantSpec:
+    return spec if bits is None else replace(spec, bits=bits)
+
+
+def default_weight_bits(name: str) -> int:
+    """How many bits a weight of a preset has where none are asked for: on a CPU so many that no
+    sum of its products saturates, which a GPU does not do."""
+    return 8 if name == "tensorrt" else WEIGHT.bits
+
+
+def narrow(weight_bits: int, activation_bits: int) -> bool:
+    """Whether the ends of a network need more. Seven bits are asked for because of the hardware:
+    then they hold for every layer."""
+    return min(weight_bits, activation_bits) < 7
+
+
+def preset(
+    name: str,
+    *,
+    weight_bits: int | None = None,
+    activation_bits: int = 8,
+    first_last_bits: int = WEIGHT.bits,
+) -> QuantConfig:
     """A configuration for a runtime.
 
-    * ``"x86"`` (ONNX Runtime, OpenVINO): uint8 affine activations, int8 weights with a scale per
-      channel. CPUs without VNNI saturate when they add products of 8-bit weights and activations:
-      there, turn on ONNX Runtime's ``session.x64quantprecision``, or use ``weight_bits=7``.
-    * ``"tensorrt"``: symmetric int8 activations with zero point 0, weights as above.
-    * ``"qnnpack"``: uint8 affine activations, int8 weights with one scale per tensor.
+    * ``"x86"`` (ONNX Runtime, OpenVINO): uint8 affine activations, 7-bit weights with a scale per
+      channel, stored as int8. With 8 bits, CPUs without VNNI saturate when they add products of
+      weights and activations, unless ONNX Runtime's ``session.x64quantprecision`` is turned on.
+    * ``"tensorrt"``: symmetric int8 activations with zero point 0, 8-bit weights with a scale per
+      channel; biases stay in float.
+    * ``"qnnpack"``: uint8 affine activations, 7-bit weights with one scale per tensor.
 
-    Below 7 bits the first and the last layer keep 8 (``first_last_bits``).
+    Below 7 bits the network's input keeps 8, and the first and the last layer's weights
+    ``first_last_bits``, if others do not have more.
 
     Raises:
         ValueError: an unknown name, or a width outside 2 to 8.
     """
-    weight = replace(WEIGHT, bits=weight_bits)
+    if name not in PRESETS:
+        raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
+    bits = default_weight_bits(name) if weight_bits is None else weight_bits
+    weight = replace(WEIGHT, bits=bits, per_channel=name != "qnnpack")
     activation = replace(ACTIVATION, bits=activation_bits)
-    # Seven bits are asked for because of the hardware: then they hold for every layer.
-    edge = 8 if min(weight_bits, activation_bits) < 7 else None
-    if name == "x86":
-        return QuantConfig(weight=weight, activation=activation, first_last_bits=edge)
     if name == "tensorrt":
-        symmetric = QuantSpec(bits=activation_bits)
-        return QuantConfig(weight=weight, activation=symmetric, first_last_bits=edge)
-    if name == "qnnpack":
-        weight = replace(weight, per_channel=False)
-        return QuantConfig(weight=weight, activation=activation, first_last_bits=edge)
-    raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
+        activation = QuantSpec(bits=activation_bits)
+    few = narrow(bits, activation_bits)
+    return QuantConfig(
+        weight=weight,
+        activation=activation,
+        first_last_bits=max(bits, first_last_bits) if few else None,
+        input_bits=8 if few else None,
+    )

@@ -19,8 +19,7 @@ from divqat.ops.reference import along
 
 # int8 and float32 Q/DQ, per axis and per tensor, as every runtime reads them.
 _OPSET = 18
-# Narrower weights are spread over so many bits; over eight, sums of two products could saturate on
-# CPUs without VNNI.
+# Narrower weights are spread over so many bits: up to ±62, which no CPU saturates, see WEIGHT.
 _SPREAD_BITS = 7
 
 
@@ -77,7 +76,7 @@ class IntegerLayer(nn.Module):
     Args:
         layer: the trained layer.
         input_scale: the scale of the activation that it reads, float32 []; None keeps the bias in
-            float (no integer kernel can be used then).
+            float.
     """
 
     weight: Tensor

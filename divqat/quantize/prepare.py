@@ -183,9 +183,7 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
                 sources[source] = None
     for source in sources:
         is_input = source.op == "placeholder"
-        quantizer = activation_quantizer(
-            config.edge(config.activation) if is_input else config.activation
-        )
+        quantizer = activation_quantizer(config.input() if is_input else config.activation)
         if not isinstance(quantizer, LearnedStepFakeQuantize):
             quantizer.mode = config.mode
         # A node may be called as a method of nn.Module is: "to", "half".

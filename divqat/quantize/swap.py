@@ -45,11 +45,11 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     first, last = calls[0], calls[-1]
     swapped: dict[nn.Module, nn.Module] = {}
     for layer in layers:
-        spec = config.edge(config.weight) if layer in (first, last) else config.weight
+        spec = config.edge() if layer in (first, last) else config.weight
         if isinstance(layer, QuantConvBn2d):
             layer.set_weight_spec(spec)
             continue
-        of_input = config.edge(input_spec) if input_spec and layer is first else input_spec
+        of_input = config.input() if input_spec and layer is first else input_spec
         swapped[layer] = _quantized(layer, spec, of_input)
     # A layer may have several names, and is to be swapped under each.
     for name, module in list(model.named_modules(remove_duplicate=False)):

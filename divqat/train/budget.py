@@ -241,7 +241,8 @@ def load_reference(config: TrainConfig, teacher: Run | None) -> Run | None:
     if config.reference is None or teacher is None:
         return teacher
     run = load_run(str(config.reference))
-    same = [name for name in (*SHARED, *QUANTIZATION) if name != "data_root"]
+    ignored = {"data_root", *config.idle}
+    same = [name for name in (*SHARED, *QUANTIZATION) if name not in ignored]
     wanted = {"method": "qat"} | {name: getattr(config, name) for name in same}
     for name, value in wanted.items():
         if getattr(run.config, name) != value:

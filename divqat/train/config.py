@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from divqat.options import option
-from divqat.quantize.config import PRESETS
+from divqat.quantize.config import PRESETS, default_weight_bits, narrow
 from divqat.train import checks
 from divqat.train.learning import DISTILL, LR_SCALING, MISDIRECT, Learning
 from divqat.train.methods import METHODS, Method
@@ -14,7 +14,9 @@ from divqat.train.methods import METHODS, Method
 PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
-QUANTIZATION = ("preset", "weight_bits", "activation_bits")  # and with a reference
+QUANTIZATION = (  # and with a reference
+    "preset", "weight_bits", "activation_bits", "first_last_bits",
+)  # fmt: skip
 RANGES = ("ranges", "freeze_observers_epoch", "freeze_batchnorm_epoch")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
@@ -35,10 +37,18 @@ class TrainConfig(Learning):
     preset: str = option(
         "x86", "Runtime whose int8 scheme is trained for.", group="quantization", choices=PRESETS
     )
-    weight_bits: int = option(8, "Bits of a weight.", group="quantization", least=2, most=8)
+    weight_bits: int | None = option(
+        None,
+        "Bits of a weight. None: 7, with which no CPU saturates; 8 with preset tensorrt.",
+        group="quantization", least=2, most=8,
+    )  # fmt: skip
     activation_bits: int = option(
         8, "Bits of an activation.", group="quantization", least=2, most=8
     )
+    first_last_bits: int = option(
+        7, "Least bits of the first and the last layer's weights, where others have fewer than 7.",
+        group="quantization", least=2, most=8,
+    )  # fmt: skip
     ranges: str = option(
         "auto",
         "Activations of a batch are quantized with the range that includes it (exact) or the one "
@@ -108,6 +118,7 @@ class TrainConfig(Learning):
     def __post_init__(self) -> None:
         super().__post_init__()
         budgeted = self.method == "divqat" and self.accuracy_budget is not None
+        self._settle("weight_bits", default_weight_bits(self.preset))
         self._settle("misdirect", MISDIRECT if budgeted else 0.0)
         self._settle("weight", 0.0 if self.misdirect else self.kind.weight)
         self._settle("direction", self.kind.direction)
@@ -146,6 +157,9 @@ class TrainConfig(Learning):
             idle |= {*LOSS, "cache_teacher"}
         if not self.kind.quantized:
             idle |= {*QUANTIZATION, *RANGES}
+        assert self.weight_bits is not None
+        if not narrow(self.weight_bits, self.activation_bits):
+            idle |= {"first_last_bits"}
         if self.method != "ini":
             idle |= {*INI}
         return idle

@@ -94,8 +94,9 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         if not isinstance(state[key], kind):
             got = type(state[key]).__name__
             raise ValueError(f"{folder / CHECKPOINT} is not of a training: {key} is a {got}")
-    # From before it existed: its default would be another loss than the run had.
+    # From before these existed: their defaults would be another loss or grid than the run had.
     state["config"].setdefault("distill", 0.0)
+    state["config"].setdefault("first_last_bits", 8)
     return state
 
 

@@ -33,7 +33,10 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
     if not config.kind.quantized:
         return model
     quantization = preset(
-        config.preset, weight_bits=config.weight_bits, activation_bits=config.activation_bits
+        config.preset,
+        weight_bits=config.weight_bits,
+        activation_bits=config.activation_bits,
+        first_last_bits=config.first_last_bits,
     )
     return prepare(model, quantization, example(shape))
 
