@@ -71,9 +71,9 @@ def verify(args: argparse.Namespace) -> int:
     run = load_run(args.run)
     report = verify_run(run, run.splits(args.data_root))
     print(printable(report["text"]))
-    if report["argmax_agreement"] < args.min_agreement:
+    if report["least_agreement"] < args.min_agreement:
         print(
-            f"divqat: error: agreement {report['argmax_agreement']:.4f} is below "
+            f"divqat: error: agreement {report['least_agreement']:.4f} is below "
             f"{args.min_agreement}",
             file=sys.stderr,
         )

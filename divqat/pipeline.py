@@ -35,6 +35,7 @@ from divqat.held import held
 from divqat.job import Job
 from divqat.options import differences, read_yaml, write_yaml
 from divqat.steps import (
+    as_attacked,
     attack_run,
     export_run,
     exported,
@@ -130,11 +131,8 @@ class _Runner:
             return
         run = load_run(folder)
         say(printable(export_run(run, self.splits)["text"]))
-        report = verify_run(run, self.splits)
-        say(
-            f"int8 accuracy {report['accuracy_onnx']:.2%}, "
-            f"agreement with the trained model {report['argmax_agreement']:.2%}"
-        )
+        accuracy, agreement = as_attacked(verify_run(run, self.splits))
+        say(f"int8 accuracy {accuracy:.2%}, agreement with the trained model {agreement:.2%}")
         self.answers(run)
         for answer in job.answers:
             found = attack_run(
@@ -228,6 +226,7 @@ class _Runner:
             for answer in self.job.answers
         }
         measured = [spec.name for spec in fields(AttackResult)]
+        accuracy, agreement = as_attacked(verified)
         return VictimResult(
             seed=seed,
             name=name,
@@ -236,9 +235,9 @@ class _Runner:
             settings={key: value for each in trainings for key, value in _told(each).items()},
             accuracy_fp=read_json(fp / "summary.json")["test_accuracy"],
             accuracy_fake=verified["accuracy_fake"],
-            accuracy_onnx=verified["accuracy_onnx"],
+            accuracy_onnx=accuracy,
             validation_accuracy=trained["validation_accuracy"],
-            argmax_agreement=verified["argmax_agreement"],
+            argmax_agreement=agreement,
             int8_layers=export["int8_layers"],
             float_layers=export["float_layers"],
             test=Confidence(**answers["test"]),

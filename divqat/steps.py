@@ -7,6 +7,7 @@ input, is not done again.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,17 @@ def verify_run(run: Run, splits: Splits) -> dict[str, Any]:
         report = verify(run.model, onnx, splits.test, splits.test.labels)
         return {**report.to_dict(), "text": str(report)}
 
-    return step(run.folder / "verify.json", file_fingerprint(onnx), make)
+    # What was verified before default options came first is not what a user gets.
+    return step(run.folder / "verify.json", f"{file_fingerprint(onnx)}, default options", make)
+
+
+def as_attacked(verified: Mapping[str, Any]) -> tuple[float, float]:
+    """Accuracy and agreement, by ``verify.json``, of the file as a victim runs it: the same on
+    every CPU, see :func:`divqat.logits.open_onnx`."""
+    precise = verified.get("precise")
+    if precise is None:
+        return verified["accuracy_onnx"], verified["argmax_agreement"]
+    return precise["accuracy"], precise["argmax_agreement"]
 
 
 def exported(run: Run) -> Path:

@@ -11,7 +11,7 @@ from divqat.data import Splits, load
 from divqat.evaluate.grid import Subject
 from divqat.names import check_folder, check_name
 from divqat.options import ConfigError
-from divqat.steps import export_run, exported, verify_run
+from divqat.steps import as_attacked, export_run, exported, verify_run
 from divqat.train import Run, load_run
 from divqat.train.folder import CHECKPOINT, read_checkpoint
 
@@ -32,7 +32,7 @@ def subject_of(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
     if not run.config.kind.quantized or fake_quant:
         return Subject(name, run.model, method, seed, agreement=1.0, gradients=run.model)
     export_run(run, splits)
-    agreement = verify_run(run, splits)["argmax_agreement"]
+    _, agreement = as_attacked(verify_run(run, splits))
     return Subject(name, exported(run), method, seed, agreement, gradients=run.model)
 
 

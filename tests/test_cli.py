@@ -190,7 +190,7 @@ def test_export_and_verify(runs, capsys):
 
 
 def test_verify_fails_below_the_wanted_agreement(runs, capsys, monkeypatch):
-    monkeypatch.setattr(commands, "verify_run", lambda *_: {"text": "", "argmax_agreement": 0.99})
+    monkeypatch.setattr(commands, "verify_run", lambda *_: {"text": "", "least_agreement": 0.99})
     assert divqat("verify", runs / "qat") == 1
     assert "agreement 0.9900 is below 0.995" in capsys.readouterr().err
     assert divqat("verify", runs / "qat", "--min-agreement", 0.98) == 0

@@ -6,11 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from networks import build, conv, images, settle
+from networks import Net, build, conv, images, quantized, settle
 from torch import nn
+from torch.nn import functional as F
 
 import divqat
 from divqat.export import export_onnx
+from divqat.export.saturation import saturating
 from divqat.logits import open_onnx
 from divqat.nn._layer import QuantLayer
 from divqat.quantize.deployed import IntegerLayer
@@ -119,6 +121,14 @@ def test_computes_the_converted_model(exported):
     assert same[clear].float().mean() >= 0.99
 
 
+def test_default_options_change_nothing(exported):
+    """They would let 8-bit weights saturate on a CPU without VNNI, see test_saturation.py."""
+    x = images(256, seed=9)
+    (default,) = open_onnx(exported.path, precise=False).run(["logits"], {"images": x.numpy()})
+    assert torch.equal(torch.from_numpy(default), run(exported.path, x))
+    assert exported.report.saturating == () and saturating(exported.path) == []
+
+
 def test_export_is_silent_and_leaves_the_model_alone(tmp_path, capfd):
     prepared = settle(divqat.prepare(build("concat_hardswish"), "x86", images()), 2)
     before = {k: v.clone() for k, v in prepared.state_dict().items() if torch.is_tensor(v)}
@@ -206,9 +216,12 @@ def test_swapped_model_exports_too(tmp_path):
     assert (run(report.path, x) - expected).square().mean().sqrt() / expected.std() < 0.02
 
 
-@pytest.mark.filterwarnings("ignore:.+sums of int8 products may saturate:UserWarning")
-def test_a_layer_that_is_called_twice_keeps_its_bias(tmp_path):
-    """Its calls read activations of different scales, and an integer bias has one scale."""
+@pytest.mark.filterwarnings("ignore:.+can saturate on x86 CPUs:UserWarning")
+@pytest.mark.filterwarnings("error:.+as ONNX Runtime could not open the file:UserWarning")
+@pytest.mark.parametrize("bits", [7, 8])
+def test_a_layer_that_is_called_twice_keeps_its_bias(tmp_path, bits):
+    """Its calls read activations of different scales, and an integer bias has one scale. Each call
+    has the weight for itself: ONNX Runtime shifts one of 8 bits once."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -223,7 +236,7 @@ def test_a_layer_that_is_called_twice_keeps_its_bias(tmp_path):
     with torch.no_grad():
         net.layer.bias.copy_(torch.linspace(0.5, 1.5, 8))
     x = 20 * torch.randn(256, 8)
-    prepared = divqat.prepare(net, "x86", x)
+    prepared = divqat.prepare(net, divqat.preset("x86", weight_bits=bits), x)
     prepared(x)
     converted = divqat.convert(prepared)
     assert torch.equal(converted.layer.bias, net.layer.bias)
@@ -235,6 +248,107 @@ def test_a_layer_that_is_called_twice_keeps_its_bias(tmp_path):
         expected = prepared.eval()(x)
     step = (expected.max() - expected.min()) / 255
     assert (run(report.path, x) - expected).abs().max() < step
+    graph = onnx.load(report.path).graph
+    constants = {constant.name for constant in graph.initializer}
+    readers = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    weights = [node.input[0] for node in readers if node.input[0] in constants]
+    assert len(weights) == len(set(weights)) == 4  # three weights, and one integer bias
+
+
+def test_biases_stay_float_for_tensorrt(tmp_path):
+    """It takes no int32 through DequantizeLinear."""
+    exported = Exported(tmp_path, "residual", "tensorrt")
+    kinds = [
+        exported.initializers[node.input[0]].data_type
+        for node in exported.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in exported.initializers
+    ]
+    assert kinds == [INT8] * 3
+    for name, layer in quantized(exported.prepared).items():
+        torch.testing.assert_close(
+            exported.converted.get_submodule(name).bias, layer.folded()[1], rtol=0, atol=0
+        )
+
+
+POOLS = {
+    "avg": nn.AvgPool2d(2),
+    "avg, padded": nn.AvgPool2d(3, 2, 1),
+    "avg, padding left out": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "avg, over the edge": nn.AvgPool2d(5, 5, ceil_mode=True),
+    "avg, over the edge by less": nn.AvgPool2d(3, 2, ceil_mode=True),
+    "avg, padding left out, over the edge": nn.AvgPool2d(
+        3, 2, 1, ceil_mode=True, count_include_pad=False
+    ),
+    "avg, oblong": nn.AvgPool2d((2, 3), (2, 1)),
+    "avg, as a function": lambda x: F.avg_pool2d(x, 5, 5, ceil_mode=True),
+    "global avg": nn.AdaptiveAvgPool2d(1),
+    "adaptive avg": nn.AdaptiveAvgPool2d(3),
+    "uneven adaptive avg": nn.AdaptiveAvgPool2d(5),
+    "mean": lambda x: x.mean((2, 3)),
+    "mean of rows": lambda x: x.mean(2),
+    "max": nn.MaxPool2d(2),
+    "max, over the edge": nn.MaxPool2d(5, 5, 1, ceil_mode=True),
+    "max, dilated": nn.MaxPool2d(3, 2, 1, dilation=2, ceil_mode=True),
+    "global max": nn.AdaptiveMaxPool2d(1),
+    "adaptive max": nn.AdaptiveMaxPool2d(3),
+    "amax": lambda x: x.amax((2, 3)),
+    "norm": nn.LPPool2d(2, 2),
+}
+
+
+def test_every_kind_of_pooling_is_right_in_a_default_session(tmp_path):
+    """All of them side by side, so that no other layer hides what one does."""
+    sizes = []
+
+    def forward(net, x):
+        y = net.conv(x)
+        parts = [
+            (getattr(net, f"pool{i}") if isinstance(pool, nn.Module) else pool)(y).flatten(1)
+            for i, pool in enumerate(POOLS.values())
+        ]
+        if not isinstance(y, torch.fx.Proxy):
+            sizes[:] = [part.shape[1] for part in parts]
+        return torch.cat(parts, 1)
+
+    modules = {f"pool{i}": p for i, p in enumerate(POOLS.values()) if isinstance(p, nn.Module)}
+    torch.manual_seed(0)
+    net = Net(forward, conv=conv(3, 4), **modules)
+    net(images())
+    prepared = settle(divqat.prepare(net, "x86", images()), 3)
+    export_onnx(prepared, images(), tmp_path / "pools.onnx")
+    x = images(64, seed=9)
+    with torch.no_grad():
+        expected = prepared.eval()(x)
+    (output,) = open_onnx(tmp_path / "pools.onnx", precise=False).run(None, {"images": x.numpy()})
+    difference = (torch.from_numpy(output) - expected).abs().split(sizes, 1)
+    # Each value may be rounded to another step once before the pooling and once after it.
+    steps = 2 * max(float(quantizer.scale) for quantizer in prepared.fake_quantize.children())
+    wrong = {n: float(d.max()) for n, d in zip(POOLS, difference, strict=True) if d.max() > steps}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("pool", "error", "message"),
+    [
+        (
+            nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+            ValueError,
+            "pool: count_include_pad: wanted False in an average pooling with ceil_mode",
+        ),
+        (
+            nn.AvgPool2d(2, divisor_override=3),
+            ValueError,
+            "pool: divisor_override: wanted None, .* got 3",
+        ),
+        (nn.AdaptiveMaxPool2d(5), RuntimeError, "torch.onnx.export failed: .*adaptive_max_pool2d"),
+    ],
+)
+def test_a_pooling_that_would_be_another_one_is_refused(tmp_path, pool, error, message):
+    net = Net(lambda net, x: net.pool(net.conv(x)).flatten(1), conv=conv(3, 2), pool=pool)
+    prepared = settle(divqat.prepare(net, "x86", images()), 1)
+    with pytest.raises(error, match=message):
+        export_onnx(prepared, images(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("old", [None, b"the old model"])

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from divqat.errors import require
+from divqat.export.graph import mend_average_pools, refuse_divisors, separate_constants
+from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, runtime_kernels
+from divqat.export.saturation import Saturating, advice, saturating
 from divqat.files import write_atomic
 from divqat.quantize.convert import convert
 from divqat.quantize.deployed import IntegerLayer
-
-# What ONNX Runtime calls its integer kernels, and the float ones that it leaves in place.
-INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger")
-FLOAT_KERNELS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class ExportReport:
             call, and those of float layers and of ``torch.matmul`` as well.
         kernels: how often each operation occurs in that graph.
         runtime: ONNX Runtime's version.
+        saturating: the layers that x86 CPUs without VNNI may compute otherwise, see
+            :mod:`divqat.export.saturation`; empty with the default width of weights.
     """
 
     path: Path
@@ -44,16 +45,18 @@ class ExportReport:
     float_layers: int
     kernels: dict[str, int]
     runtime: str
+    saturating: tuple[Saturating, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self) | {"path": self.path.name}
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.path}: {self.bytes / 1024:.0f} KiB, {self.int8_layers} of "
             f"{self.int8_layers + self.float_layers} convolutions and matrix products run in int8"
         )
+        return f"{text}\n{advice(self.saturating)}" if self.saturating else text
 
 
 def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> ExportReport:
@@ -61,7 +64,8 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
 
     The input is called ``images``, the output ``logits``, both float32. Weights are stored as
     int8, biases as :func:`divqat.convert` makes them. The file appears only when ONNX Runtime has
-    loaded it.
+    loaded it. A warning says where an x86 CPU without VNNI saturates, which weights of more than 7
+    bits can make it do.
 
     Args:
         model: made by :func:`divqat.prepare`, after training.
@@ -70,7 +74,8 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: as :func:`divqat.convert`. RuntimeError: the exporter or the runtime failed.
+        ValueError: as :func:`divqat.convert`; or an average pooling that ONNX does not know or that
+            ONNX Runtime computes otherwise. RuntimeError: the exporter or the runtime failed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, "export")
@@ -78,26 +83,35 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
     example = torch.cat([example_input[:1]] * 2)  # two, as a batch of one would be specialized
     batch = torch.export.Dim("batch")
     with _quiet():
-        program = torch.onnx.export(
-            converted,
-            (example,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: batch},),
-            opset_version=20,
-            verbose=False,
-        )
-    assert program is not None
+        try:
+            program = torch.onnx.export(
+                converted,
+                (example,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: batch},),
+                opset_version=20,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise RuntimeError(f"model: torch.onnx.export failed: {_cause(error)}") from error
+    assert program is not None and program.exported_program is not None
+    refuse_divisors(program.exported_program.graph)
     proto = program.model_proto
-    _separate_zero_points(proto.graph)
+    separate_constants(proto.graph)
+    mend_average_pools(proto.graph)
     kernels: dict[str, int] = {}
+    layers: list[Saturating] = []
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(proto.SerializeToString())
         kernels.update(runtime_kernels(temporary))
+        layers.extend(saturating(temporary))
 
     path = write_atomic(path, write)
+    if layers:
+        warnings.warn(f"{path}: {advice(layers)}", stacklevel=2)
     import onnxruntime
 
     return ExportReport(
@@ -108,52 +122,8 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
         float_layers=sum(kernels.get(name, 0) for name in FLOAT_KERNELS),
         kernels=kernels,
         runtime=onnxruntime.__version__,
+        saturating=tuple(layers),
     )
-
-
-def _separate_zero_points(graph: Any) -> None:
-    """Give every weight a zero point of its own; the exporter merges equal ones.
-
-    For ``session.x64quantprecision``: ONNX Runtime 1.32 shifts weights and their zero points to
-    uint8 one layer at a time, and fails at one that it has shifted before.
-    """
-    constants = {constant.name: constant for constant in graph.initializer}
-    taken = set()
-    for node in graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in constants:
-            continue
-        shared = node.input[2]
-        if shared in taken:
-            own = graph.initializer.add()
-            own.CopyFrom(constants[shared])
-            own.name = node.input[2] = f"{node.output[0]}_zero_point"
-        taken.add(shared)
-
-
-def runtime_kernels(path: str | Path) -> dict[str, int]:
-    """How often each operation occurs in ONNX Runtime's optimized CPU graph of a model.
-
-    Raises:
-        RuntimeError: ONNX Runtime cannot load the file.
-    """
-    import tempfile
-
-    import onnx
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.log_severity_level = 3  # it warns that the optimized file is machine-specific
-        try:
-            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise RuntimeError(f"ONNX Runtime cannot load {path}: {error}") from error
-        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    kernels: dict[str, int] = {}
-    for node in graph.node:
-        kernels[node.op_type] = kernels.get(node.op_type, 0) + 1
-    return dict(sorted(kernels.items()))
 
 
 @contextmanager
@@ -168,3 +138,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """What was wrong in the first place; the exporter wraps it in advice of how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]

@@ -37,7 +37,8 @@ def convert(prepared: nn.Module) -> nn.Module:
     """A copy of a prepared model with integer weights and fixed scales, in eval mode.
 
     BatchNorm is folded, weights become int8 codes, biases int32 on the accumulator's scale (the
-    bias of a layer that the model calls more than once stays in float). It computes what the
+    bias of a layer that the model calls more than once stays in float, and all of them where
+    activations are symmetric int8, as TensorRT wants it). It computes what the
     prepared model computes in eval mode up to the rounding of the biases, and
     ``torch.onnx.export`` turns it into Q/DQ nodes.
 
@@ -63,7 +64,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):
             own = module.input_fake_quantize
-            scale = scales.get(name) if own is None else own.calculate_qparams()[0]
+            scale = scales.get(name) if own is None else _bias_scale(own)
             model.set_submodule(name, IntegerLayer(module, scale))
     for name, module in list(model.named_modules()):
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
@@ -72,7 +73,7 @@ def convert(prepared: nn.Module) -> nn.Module:
 
 
 def _input_scales(model: nn.Module) -> dict[str, Tensor | None]:
-    """The scale of the activation that each layer of a traced model (or part) reads.
+    """The scale of the activation that each layer of a traced model (or part) reads, for its bias.
 
     None for a layer that is called more than once: an integer bias lies on the scale of what a call
     reads, and each call may read another one.
@@ -93,5 +94,14 @@ def _input_scales(model: nn.Module) -> dict[str, Tensor | None]:
             if source.op == "call_module" and not called_before:
                 quantizer = traced.get_submodule(str(source.target))
                 if isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize)):
-                    scales[layer] = quantizer.calculate_qparams()[0]
+                    scales[layer] = _bias_scale(quantizer)
     return scales
+
+
+def _bias_scale(quantizer: FakeQuantize | LearnedStepFakeQuantize) -> Tensor | None:
+    """What makes integers of a bias, together with the weight's scale: that of the activation.
+
+    None for symmetric int8, which is TensorRT's: it takes no int32 through DequantizeLinear."""
+    if quantizer.spec.signed and quantizer.spec.symmetric:
+        return None
+    return quantizer.calculate_qparams()[0]

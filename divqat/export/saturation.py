@@ -1,0 +1,225 @@
+"""Where the 16-bit sums of integer kernels saturate, and what a file answers then.
+
+An x86 CPU without VNNI multiplies uint8 activations by int8 weights with ``vpmaddubsw``, which adds
+two neighbouring products in 16 bits and stops at −32768 and 32767. Weights of up to ±64 cannot get
+there: 2 · 255 · 64 = 32640. In ONNX Runtime's kernels (MLAS) neighbours are, of a linear layer, the
+inputs 2k and 2k + 1; of a convolution, which reads images with channels last, two such channels of
+a pixel (of an odd number of channels also the last of a pixel and the first of the next one). A
+depthwise convolution adds nothing in 16 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from divqat.errors import require
+from divqat.export.graph import module_name
+from divqat.export.runtime import optimized_graph
+
+LOWEST, HIGHEST, TOP = -(2**15), 2**15 - 1, 255  # of an int16; of a uint8
+# Integer kernel → which inputs are the scale and zero point of x, the weight and its scale.
+INPUTS = {
+    "QLinearConv": (1, 2, 3, 4),
+    "QGemm": (1, 2, 3, 4),
+    "QLinearMatMul": (1, 2, 3, 4),
+    "MatMulIntegerToFloat": (2, 4, 1, 3),
+}
+
+
+@dataclass(frozen=True)
+class Saturating:
+    """A layer of which sums can saturate.
+
+    Attributes:
+        layer: the module's name. pairs: how many pairs of neighbouring weights are too large
+            together; of: how many pairs there are.
+        largest: the largest sum of two products, in absolute value, that activations can make.
+    """
+
+    layer: str
+    pairs: int
+    of: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """An integer kernel, its weights in the order of the products, and which pairs are critical."""
+
+    node: str  # in the file
+    weight: np.ndarray  # int64 [C_out, K], with a 0 more if their number is odd
+    size: int  # that number
+    spatial: tuple[int, ...]  # the filter's, () of a matrix product
+    x_scale: float
+    x_zero_point: int  # of codes from 0 to 255
+    scale: np.ndarray  # float32 [C_out]
+    critical: np.ndarray  # bool [C_out, K / 2]
+    largest: int
+
+
+def saturating(path: str | Path) -> list[Saturating]:
+    """The layers of an ONNX file whose sums can saturate on an x86 CPU without VNNI.
+
+    Raises:
+        RuntimeError: ONNX Runtime cannot load the file. ImportError: onnx is missing.
+    """
+    onnx = require("onnx", "export")
+    kernels = list(_critical(path))
+    nodes = {node.name: node for node in onnx.load(path, load_external_data=False).graph.node}
+    return [
+        Saturating(
+            layer=module_name(nodes[kernel.node]),
+            pairs=int(kernel.critical.sum()),
+            of=kernel.critical.size,
+            largest=kernel.largest,
+        )
+        for kernel in kernels
+    ]
+
+
+def advice(layers: Sequence[Saturating]) -> str:
+    """What saturates, and what to do."""
+    worst = sorted(layers, key=lambda layer: -layer.pairs / layer.of)
+    named = ", ".join(f"{each.layer} ({each.pairs} of {each.of} pairs)" for each in worst[:3])
+    more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
+    return (
+        f"sums of int8 products can saturate on x86 CPUs without VNNI, in {named}{more}: "
+        "train with weight_bits=7, or set session.x64quantprecision in ONNX Runtime"
+    )
+
+
+def emulated_session(path: str | Path) -> Any:
+    """An ``onnxruntime.InferenceSession`` that answers, on any CPU, as one without VNNI does.
+
+    Layers are computed in float, and to what they give is added what their pairs of products lack
+    where they saturate. Rounding apart, it is what the default session gives on such a CPU.
+
+    Raises:
+        RuntimeError: ONNX Runtime cannot load the file. ImportError: onnx is missing.
+    """
+    onnx, onnxruntime = require("onnx", "export"), require("onnxruntime", "export")
+    model = onnx.load(path)
+    nodes = {node.name: node for node in model.graph.node}
+    for kernel in _critical(path):
+        _saturate(model.graph, nodes[kernel.node], kernel)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _critical(path: str | Path) -> Iterator[_Kernel]:
+    from onnx import helper, numpy_helper
+
+    graph = optimized_graph(path)
+    constants = {constant.name: constant for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in INPUTS:
+            continue
+        names = [node.input[place] for place in INPUTS[node.op_type]]
+        if any(name not in constants for name in names):
+            continue  # products of two activations, which are uint8, are added in 32 bits
+        x_scale, x_zero_point, weight, scale = (
+            numpy_helper.to_array(constants[name]) for name in names
+        )
+        if weight.dtype != np.int8:
+            continue
+        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        rows, spatial = weight, weight.shape[2:]
+        if node.op_type == "QLinearConv":
+            if attributes.get("group", 1) == len(weight) and weight.shape[1] == 1:
+                continue
+            rows = np.moveaxis(weight, 1, -1)
+        elif not attributes.get("transB"):
+            rows = weight.T
+        rows = rows.reshape(len(rows), -1).astype(np.int64)
+        size = rows.shape[1]
+        rows = np.pad(rows, ((0, 0), (0, size % 2)))
+        a, b = rows[:, ::2], rows[:, 1::2]
+        high = TOP * (a.clip(min=0) + b.clip(min=0))
+        low = TOP * (a.clip(max=0) + b.clip(max=0))
+        critical = (high > HIGHEST) | (low < LOWEST)
+        if critical.any():
+            yield _Kernel(
+                node=re.sub(r"_token_\d+$", "", node.name),  # of a copy for channels last
+                weight=rows,
+                size=size,
+                spatial=spatial,
+                x_scale=float(x_scale),
+                x_zero_point=int(x_zero_point) + 128 * (x_zero_point.dtype == np.int8),
+                scale=np.broadcast_to(scale, len(rows)),
+                critical=critical,
+                largest=int(max(high.max(), -low.min())),
+            )
+
+
+def _saturate(graph: Any, node: Any, kernel: _Kernel) -> None:
+    """Add min(max(s, −32768), 32767) − s to the output of ``node``, for every critical pair of
+    products and their sum s."""
+    from onnx import helper, numpy_helper
+
+    def constant(name: str, value: Any) -> str:
+        graph.initializer.append(
+            numpy_helper.from_array(np.asarray(value, np.float32), f"{node.name}/{name}")
+        )
+        return f"{node.name}/{name}"
+
+    def add(op: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        output = output or f"{node.name}/{len(added)}"
+        added.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    added: list[Any] = []
+    channels, pairs = np.nonzero(kernel.critical)  # [P] each
+    products = np.arange(len(pairs))
+    some = np.zeros((len(pairs), kernel.weight.shape[1]))  # [P, K]
+    for place in (2 * pairs, 2 * pairs + 1):
+        some[products, place] = kernel.weight[channels, place]
+    offset = constant("offset", kernel.x_zero_point * some.sum(1))
+    back = np.zeros((len(kernel.weight), len(pairs)))  # [C_out, P]
+    back[channels, products] = kernel.x_scale * kernel.scale[channels]
+    output = node.output[0]
+    node.output[0] = f"{node.name}/exact"
+    # Codes less their zero point, so that padding is 0.
+    codes = add("Round", add("Div", node.input[0], constant("scale", kernel.x_scale)))
+    if kernel.spatial:
+        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        filters = _filters(some[:, : kernel.size], channels, kernel, attributes.pop("group", 1))
+        sums = add("Conv", codes, constant("some", filters), offset, **attributes)
+    else:
+        sums = add("MatMul", codes, constant("some", some[:, : kernel.size].T))
+        sums = add("Add", sums, offset)
+    limits = constant("lowest", LOWEST), constant("highest", HIGHEST)
+    lost = add("Sub", add("Clip", sums, *limits), sums)
+    if kernel.spatial:
+        ones = [1] * len(kernel.spatial)
+        lost = add("Conv", lost, constant("back", back.reshape(*back.shape, *ones)))
+    else:
+        lost = add("MatMul", lost, constant("back", back.T))
+    add("Add", node.output[0], lost, output=output)
+    after = [*graph.node].index(node) + 1
+    for each in reversed(added):
+        graph.node.insert(after, each)
+
+
+def _filters(
+    some: np.ndarray,  # [P, K]
+    channels: np.ndarray,  # [P]
+    kernel: _Kernel,
+    groups: int,
+) -> np.ndarray:  # [P, C_in, *spatial]
+    """Rows of products as filters over all input channels, those of other groups 0."""
+    filters = np.moveaxis(some.reshape(len(some), *kernel.spatial, -1), -1, 1)
+    width = filters.shape[1]
+    whole = np.zeros((len(some), groups * width, *kernel.spatial))
+    group = channels // (len(kernel.weight) // groups)
+    inputs = group[:, None] * width + np.arange(width)  # [P, C_in / groups]
+    whole[np.arange(len(some))[:, None], inputs] = filters
+    return whole
