@@ -15,6 +15,7 @@ COMMANDS = {
     "step": "bench.step",
     "scale": "bench.scale",
     "accuracy": "bench.accuracy",
+    "weight-bits": "bench.weight_bits",
     "host": "bench.triton_host",
     "tune": "bench.tune",
     "compare": "bench.compare",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import tables
+from bench import tables, weight_bits
 from divqat.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cuda-scaling": ("cuda-scaling.json", tables.scaling),
     "cpu-accuracy": ("cpu-accuracy.json", tables.accuracy),
     "cpu-accuracy-1024": ("cpu-accuracy-1024.json", tables.accuracy),
+    "cpu-weight-bits": ("cpu-weight-bits.json", weight_bits.table),
     "cuda-accuracy": ("cuda-accuracy.json", tables.accuracy),
     "triton-host": ("triton-host.json", tables.host),
 }
