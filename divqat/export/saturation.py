@@ -67,14 +67,15 @@ def saturating(path: str | Path) -> list[Saturating]:
     """The layers of an ONNX file whose sums can saturate on an x86 CPU without VNNI.
 
     Raises:
-        RuntimeError: ONNX Runtime cannot load the file. ImportError: onnx is missing.
+        RuntimeError: ONNX Runtime cannot load the file. ValueError: its nodes have no names of
+            their own. ImportError: onnx is missing.
     """
     onnx = require("onnx", "export")
     kernels = list(_critical(path))
-    nodes = {node.name: node for node in onnx.load(path, load_external_data=False).graph.node}
+    graph = onnx.load(path, load_external_data=False).graph
     return [
         Saturating(
-            layer=module_name(nodes[kernel.node]),
+            layer=module_name(_node(graph, kernel)),
             pairs=int(kernel.critical.sum()),
             of=kernel.critical.size,
             largest=kernel.largest,
@@ -101,18 +102,33 @@ def emulated_session(path: str | Path) -> Any:
     where they saturate. Rounding apart, it is what the default session gives on such a CPU.
 
     Raises:
-        RuntimeError: ONNX Runtime cannot load the file. ImportError: onnx is missing.
+        RuntimeError: ONNX Runtime cannot load the file. ValueError: its nodes have no names of
+            their own. ImportError: onnx is missing.
     """
     onnx, onnxruntime = require("onnx", "export"), require("onnxruntime", "export")
     model = onnx.load(path)
-    nodes = {node.name: node for node in model.graph.node}
     for kernel in _critical(path):
-        _saturate(model.graph, nodes[kernel.node], kernel)
+        _saturate(model.graph, _node(model.graph, kernel), kernel)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _node(graph: Any, kernel: _Kernel) -> Any:
+    """What became ``kernel`` in ONNX Runtime, which keeps names that are there and unique.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found = [node for node in graph.node if node.name == kernel.node]
+    if len(found) != 1:
+        raise ValueError(
+            f"onnx_path: wanted a file as export_onnx writes it, got {len(found)} nodes "
+            f"of the name {kernel.node!r}"
+        )
+    return found[0]
 
 
 def _critical(path: str | Path) -> Iterator[_Kernel]:
