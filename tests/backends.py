@@ -16,15 +16,17 @@ EMULATED = "cuda-emulated"
 INTERPRETED = "triton-interpreted"
 
 
-def names() -> list:
+def names(every_set: bool = True) -> list:
     """The PyTorch references, as ops and ``traceable``, the native kernels for each instruction set
-    of this machine, the CUDA kernels run by the emulator, and on a CUDA device the CUDA and the
-    Triton kernels themselves (marked ``gpu``). Under ``TRITON_INTERPRET=1``, which holds for a
-    whole process, nothing but the Triton kernels on CPU tensors.
+    of this machine (or the best one alone, where only the op's registration matters), the CUDA
+    kernels run by the emulator, and on a CUDA device the CUDA and the Triton kernels themselves
+    (marked ``gpu``). Under ``TRITON_INTERPRET=1``, which holds for a whole process, nothing but the
+    Triton kernels on CPU tensors.
     """
     if _triton.interpreted():
         return [INTERPRETED]
     native = [] if _native.extension is None else _native.extension.instruction_sets()
+    native = native if every_set else native[:1]
     emulated = [EMULATED] if why_not() is None else []
     device = []
     if torch.cuda.is_available():

