@@ -32,7 +32,9 @@ def trainings_are_quick():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog, "_digits", digits)
-        patch.setattr(plots, "write_atomic", lambda path, _: write(path, lambda f: f.write(BLANK)))
+        patch.setattr(
+            plots, "write_atomic", lambda path, _: write(path, lambda f: f.write_bytes(BLANK))
+        )
         yield
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_distributed import SIZES, Collectives, batch, gradients, spawn
-from test_distributed_training import assert_close, interrupted
+from test_distributed_training import assert_close, float64, interrupted
 from test_train import QUIET
 from testing import randn
 from torch import nn
@@ -96,8 +96,9 @@ def layer(rank, dtype, rows):
 
 def everything(rank, size, folder):
     """All that two processes do."""
-    train(TrainConfig(**FP, sync_batchnorm=True), folder / "whole", **QUIET)
-    train(TrainConfig(**FP), folder / "each", **QUIET)
+    with float64():
+        train(TrainConfig(**FP, sync_batchnorm=True), folder / "whole", **QUIET)
+        train(TrainConfig(**FP), folder / "each", **QUIET)
     return {
         "steps": in_parts(rank, size),
         "each": in_parts(rank, size, whole=False),
@@ -171,6 +172,7 @@ def test_a_layer_is_that_of_the_whole_batch(two, number):
         torch.testing.assert_close(got, list(norm.buffers()), **close)
 
 
+@float64()
 def test_two_processes_train_what_one_does(two, tmp_path):
     interrupted(TrainConfig(**FP), tmp_path / "start", 1)
     train(TrainConfig(**FP), tmp_path / "one", **QUIET)
