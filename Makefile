@@ -1,10 +1,11 @@
 # make demo   the whole job on a small data set that needs no download
 # make test   linters, type checker and all tests
-# Both set everything up on a fresh machine; PYTHON=python3.12 picks an interpreter (3.10 or later).
+# make quick  linters, type checker and the core of every unit, for work at hand
+# All set everything up on a fresh machine; PYTHON=python3.12 picks an interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test test-triton triton-newest triton-oldest lint sanitize install clean
+.PHONY: demo fashion-mnist test quick test-triton triton-newest triton-oldest lint sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -13,9 +14,15 @@ demo: .venv/installed
 fashion-mnist: .venv/installed
 	$(BIN)/divqat run --config configs/fashion-mnist.yaml --out runs/fashion-mnist
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# One thread and one import of torch per worker; a file's tests stay together and share its trainings.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: lint .venv/emulator
+	$(PYTEST)
 	$(MAKE) test-triton
+
+# Of each test one case, and none that is marked slow; what should be, or no longer, is shown.
+quick: lint .venv/emulator
+	$(PYTEST) --quick --durations 10 --durations-min 1
 
 # The Triton kernels in Triton's interpreter, which a process has or has not: the installed release, and
 # beside it the oldest that is supported, with a numpy that its interpreter still works with. Of the
@@ -61,6 +68,12 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c 'import divqat; [print("native kernels,", *item) for item in divqat.ops.native_kernels().items()]'
+	@touch $@
+
+# The CUDA kernels for the CPU, which take longer to compile than any test: part of the set-up.
+.venv/emulator: .venv/dev $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
+	tests/cuda_emulator/include/*/*.*)
+	PYTHONPATH=tests $(BIN)/python -m cuda_emulator.build
 	@touch $@
 
 .venv/dev: .venv/installed requirements-dev.txt requirements-bench.txt

@@ -35,10 +35,12 @@ def inputs(dtype):
     for n in (1, 7, 8, 9, 31, 32, 33, 1023, 1025, 4096, 4097, 8191):
         yield randn(n, dtype=dtype, seed=n).mul_(4)
     yield randn(70001, dtype=dtype).mul_(4)
-    for shape in ((3, 5, 7, 7), (2, 130, 3, 3), (5, 16, 1, 1), (6, 9, 41, 43), (3, 64, 8, 8)):
+    for shape in ((3, 5, 7, 7), (2, 130, 3, 3), (5, 16, 1, 1), (3, 64, 8, 8)):
         yield randn(*shape, dtype=dtype).mul_(4)
     large = randn(6, 9, 41, 43, dtype=dtype, seed=1).mul_(4)
-    yield from variants(large)
+    yield large
+    # How strides are taken does not depend on the dtype.
+    yield from variants(large) if dtype == torch.float32 else list(variants(large))[-1:]
     for first in (1, 3):  # off 16 bytes, more than one tile
         yield randn(9000, dtype=dtype).mul_(4)[first:]
         yield randn(9001, dtype=dtype).mul_(4)[first : 8998 + first].view(2, 4499)
@@ -88,10 +90,11 @@ def test_observed(dtype):
 
 
 @pytest.mark.parametrize("ch_axis", [None, 0, 1])
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_one_bad_element_anywhere_is_seen(ch_axis, bad):
-    """In the first or last lane, warp, block, round or part of a channel."""
-    for where in (0, 31, 32, 255, 4095, 4096, 24576, 50000, 99999):
+def test_one_bad_element_anywhere_is_seen(ch_axis):
+    """In the first or last lane, warp, block, round or part of a channel; one kind after another,
+    which one and the same comparison finds."""
+    places = (0, 31, 32, 255, 4095, 4096, 24576, 50000, 99999)
+    for where, bad in zip(places, [NAN, INF, -INF] * 3, strict=True):
         x = randn(100, 1000)
         x.view(-1)[where] = bad
         n = [] if ch_axis is None else [x.shape[ch_axis]]

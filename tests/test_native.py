@@ -43,7 +43,8 @@ def awkward(dtype, seed=0):
         yield randn(*shape, dtype=dtype, seed=seed + i).mul_(4)
     large = randn(6, 9, 71, 73, dtype=dtype, seed=seed).mul_(4)
     yield large
-    yield from variants(large)
+    # How strides are taken does not depend on the dtype.
+    yield from variants(large) if dtype == torch.float32 else list(variants(large))[-1:]
     # the address of a slice is not that of a register
     yield randn(1000, dtype=dtype).mul_(4)[3:]
 

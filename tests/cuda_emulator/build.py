@@ -135,3 +135,7 @@ def build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    print("CUDA emulator:", why_not() or build().__file__)
