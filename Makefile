@@ -16,12 +16,12 @@ fashion-mnist: .venv/installed
 
 # One thread and one import of torch per worker; a file's tests stay together and share its trainings.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-test: lint .venv/emulator
+test: lint .venv/kernels
 	$(PYTEST)
 	$(MAKE) test-triton
 
 # Of each test one case, and none that is marked slow; what should be, or no longer, is shown.
-quick: lint .venv/emulator
+quick: lint .venv/kernels
 	$(PYTEST) --quick --durations 10 --durations-min 1
 
 # The Triton kernels in Triton's interpreter, which a process has or has not: the installed release, and
@@ -70,10 +70,11 @@ install: .venv/installed
 	@$(BIN)/python -c 'import divqat; [print("native kernels,", *item) for item in divqat.ops.native_kernels().items()]'
 	@touch $@
 
-# The CUDA kernels for the CPU, which take longer to compile than any test: part of the set-up.
-.venv/emulator: .venv/dev $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
+# The CUDA kernels, for the CPU and where there is nvcc for GPUs: compiled once, they are set-up.
+.venv/kernels: .venv/dev $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
 	tests/cuda_emulator/include/*/*.*)
 	PYTHONPATH=tests $(BIN)/python -m cuda_emulator.build
+	PYTHONPATH=tests $(BIN)/python -m cubins
 	@touch $@
 
 .venv/dev: .venv/installed requirements-dev.txt requirements-bench.txt

@@ -46,6 +46,23 @@ def painted():
         yield
 
 
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="one case of each test that is not slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test that is run over many cases and backends, the first is its core."""
+    if not config.getoption("quick"):
+        return
+    first = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            first.setdefault(item.nodeid.partition("[")[0], item)
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 def pytest_make_parametrize_id(val):
     """Dtypes by name, so that ``-k float32`` finds them."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None

@@ -4,72 +4,32 @@ Every file compiles for the architectures that are built, as torch's extension b
 to its registers and reads and writes 16 bytes at once; and the tensor side fits torch's headers.
 """
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from cubins import ARCHITECTURES, CUDA, KERNELS, NVCC, cubin, tool
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).parent.parent
-CUDA = ROOT / "csrc/cuda"
-KERNELS = sorted(path.name for path in CUDA.glob("*.cu"))
-TENSORS = sorted(path.name for path in CUDA.glob("*.cpp"))
-ARCHITECTURES = ["sm_80", "sm_90"]
-# What torch.utils.cpp_extension adds: conversions of half precision must be written out.
-MACROS = [
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-]
 # Two blocks of 256 threads per multiprocessor, or one of 512, have this many registers each.
 MOST_REGISTERS = 128
 
 
-def tool(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit; triton brings some of them, too."""
-    folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin:
-        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
-
-
-NVCC, CUOBJDUMP = tool("nvcc"), tool("cuobjdump")
+CUOBJDUMP = tool("cuobjdump")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc (PATH, CUDA_HOME)")
 needs_cuobjdump = pytest.mark.skipif(
     CUOBJDUMP is None, reason="there is no cuobjdump (PATH, CUDA_HOME, triton)"
 )
 
 
-@pytest.fixture(scope="module")
-def cubin(tmp_path_factory):
-    """(file, architecture) → the cubin and what ptxas reported, compiled once."""
-
-    @cache
-    def compiled(source: str, architecture: str) -> tuple[Path, str]:
-        out = tmp_path_factory.mktemp("cubin") / f"{source}.{architecture}.cubin"
-        flags = (CUDA / "nvcc_flags.txt").read_text().split()
-        command = [NVCC, *flags, *MACROS, f"-arch={architecture}", "-cubin", "-Xptxas=-v"]
-        done = subprocess.run(
-            [*command, str(CUDA / source), "-o", str(out)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return out, done.stderr
-
-    return compiled
-
-
 @needs_nvcc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", KERNELS)
-def test_kernels_keep_to_their_registers(cubin, source, architecture):
+def test_kernels_keep_to_their_registers(source, architecture):
     report = cubin(source, architecture)[1]
     assert "warning" not in report, report
     kernels = re.findall(r"Compiling entry function '(\w+)'", report)
@@ -100,7 +60,7 @@ ONE_BY_ONE = re.compile(r"(I[fd]|__half|__nv_bfloat16)Li1E|observe_runs|observe_
 @needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", [name for name in KERNELS if name != "counters.cu"])
-def test_kernels_read_and_write_16_bytes_at_once(cubin, source, architecture):
+def test_kernels_read_and_write_16_bytes_at_once(source, architecture):
     kernels = instructions(cubin(source, architecture)[0])
     assert kernels
     for name, code in kernels.items():
@@ -121,8 +81,8 @@ def toolkit_headers(folder: Path) -> Path:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", TENSORS)
-def test_the_tensor_side_fits_torchs_cuda_headers(tmp_path, source):
+def test_the_tensor_side_fits_torchs_cuda_headers(tmp_path):
+    """All files at once: torch's headers take the longest."""
     compiler = os.environ.get("CXX", "g++").split()[0]
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no C++ compiler ({compiler})")
@@ -135,5 +95,7 @@ def test_the_tensor_side_fits_torchs_cuda_headers(tmp_path, source):
     command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
     command += [f'-DDIVQAT_CUDA="{torch.version.cuda}"']
     command += [flag for path in headers for flag in ("-isystem", path)]
-    done = subprocess.run([*command, str(CUDA / source)], capture_output=True, text=True)
+    whole = tmp_path / "all.cpp"
+    whole.write_text("".join(f'#include "{source}"\n' for source in sorted(CUDA.glob("*.cpp"))))
+    done = subprocess.run([*command, str(whole)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
