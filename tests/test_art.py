@@ -13,7 +13,7 @@ from divqat.data import to_float
 from divqat.evaluate import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SHAPE = (1, 8, 8)
 BUDGET, EPOCHS, BATCH, LR = 64, 4, 16, 0.02

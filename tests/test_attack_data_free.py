@@ -89,6 +89,7 @@ def test_victim_of_8_bit_inputs_hides_its_gradient_from_small_steps_only(model):
     assert cosine(0.1) > 0.65
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("smoothing", "warned"), [(1e-3, True), (0.1, False)])
 def test_it_warns_of_steps_that_a_victim_does_not_see(model, smoothing, warned):
     attack = replace(QUICK["dfme"], smoothing=smoothing, query_budget=1_000)

@@ -34,6 +34,7 @@ def rows_of(op, *args, names=NOT_COMPILED):
     return {row["contender"]: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", LAST])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("op", run.OPS)
@@ -54,6 +55,7 @@ def test_every_opponent_takes_part_or_says_why_not(op, dtype, layout):
     assert rows[run.COPY]["share_of_copy"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", run.OPS)
 def test_the_compiled_opponent_is_right_and_other_ways_of_compiling_are_listed(op):
     rows = rows_of(op, names=["divqat torch", "torch.compile"])

@@ -18,7 +18,7 @@ from bench.nets import NETWORKS, Network
 from divqat.models.resnet20 import BasicBlock, ResNet20
 from divqat.ops._backend import best
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).parent.parent
 
 

@@ -18,7 +18,7 @@ from divqat.train.network import build_model
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
 STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_packaging import LEFT_OUT, ROOT, python
 
+pytestmark = pytest.mark.slow
+
 
 def build(source, what, **environment):
     """Run setup.py on a copy of the sources; its exit code and what it said."""

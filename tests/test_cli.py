@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_train_prints_a_line_per_epoch(tmp_path, capsys):
     assert divqat("train", "--out", tmp_path, "--epochs", 2, *FAST) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -138,6 +139,7 @@ def test_failures_are_one_line_unless_debugged(tmp_path, capsys):
         divqat(*command, "--debug")
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_folder_are_refused(runs, capsys):
     assert divqat("train", "--out", runs / "fp", "--epochs", 4, *FAST) == 1
     assert "(epochs: 3 -> 4)" in capsys.readouterr().err
@@ -249,6 +251,7 @@ def test_answers():
     assert steps.answer_arguments("rounded2") == {"answer": "rounded", "decimals": 2}
 
 
+@pytest.mark.slow
 def test_a_retrained_model_is_not_mistaken_for_its_export(runs, tmp_path):
     train = ["--method", "qat", "--teacher", runs / "fp", "--epochs", 1, *FAST]
     out = tmp_path / "qat"
@@ -369,6 +372,7 @@ def test_the_help_names_no_value_that_a_flag_does_not_take(settings):
         assert ("(default: " in helps[spec.name]) == (spec.default is not None), spec.name
 
 
+@pytest.mark.slow
 def test_python_m_divqat():
     done = subprocess.run(
         [sys.executable, "-m", "divqat", "--version"], cwd=ROOT, capture_output=True, text=True

@@ -11,6 +11,8 @@ from divqat.files import load_checkpoint, read_json
 from divqat.train import TrainConfig, train
 from divqat.train.collapse import collapse
 
+pytestmark = pytest.mark.slow
+
 # Frozen from epoch 3 on, at lr 0.1, where it has been scaled by 8.
 SCALED = dict(
     method="qat", model="vgg_small", pad=0, epochs=3, batch_size=256, lr=0.05,

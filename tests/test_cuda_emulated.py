@@ -46,6 +46,7 @@ def inputs(dtype):
         yield randn(9001, dtype=dtype).mul_(4)[first : 8998 + first].view(2, 4499)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fake_quantize(dtype):
     for x in inputs(dtype):
@@ -70,6 +71,7 @@ def state(n):
     return [torch.full(n, INF), torch.full(n, -INF), torch.ones(n), torch.zeros(n).int()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_observed(dtype):
     for shape, x in enumerate(inputs(dtype)):

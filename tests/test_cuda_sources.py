@@ -15,6 +15,8 @@ import torch
 from cubins import ARCHITECTURES, CUDA, KERNELS, NVCC, cubin, tool
 from torch.utils.cpp_extension import include_paths
 
+pytestmark = pytest.mark.slow
+
 # Two blocks of 256 threads per multiprocessor, or one of 512, have this many registers each.
 MOST_REGISTERS = 128
 

@@ -108,6 +108,7 @@ def test_compiles_without_a_graph_break_and_changes_nothing(dtype, channels_last
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     x = randn(4, 3, 8, 8).requires_grad_()
     state = buffers()

@@ -16,7 +16,7 @@ from divqat.train.learning import DISTILL
 from divqat.train.misdirection import Misdirection
 from divqat.train.step import Step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ QAT = dict(
     dataset="digits", model="lenet", method="qat", epochs=2, batch_size=117, lr=0.001, threads=1,
     pad=1, ranges="delayed", freeze_batchnorm_epoch=1, freeze_observers_epoch=9,
 )  # fmt: skip
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

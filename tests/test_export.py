@@ -58,6 +58,7 @@ def exported(request, tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_every_layer_runs_in_int8(exported):
     report = exported.report
     layers = [m for m in exported.prepared.modules() if isinstance(m, QuantLayer)]
@@ -129,6 +130,7 @@ def test_default_options_change_nothing(exported):
     assert exported.report.saturating == () and saturating(exported.path) == []
 
 
+@pytest.mark.slow
 def test_export_is_silent_and_leaves_the_model_alone(tmp_path, capfd):
     prepared = settle(divqat.prepare(build("concat_hardswish"), "x86", images()), 2)
     before = {k: v.clone() for k, v in prepared.state_dict().items() if torch.is_tensor(v)}
@@ -153,6 +155,7 @@ def test_every_weight_has_its_own_zero_point(exported):
     assert not any(exported.constant(name).any() for name in points)
 
 
+@pytest.mark.slow
 def test_narrow_activations_are_clipped_codes(tmp_path):
     config = divqat.preset("x86", weight_bits=4, activation_bits=4)
     exported = Exported(tmp_path, "concat_hardswish", config, shrink=0.3)  # values beyond the grid
@@ -179,6 +182,7 @@ def test_narrow_activations_are_clipped_codes(tmp_path):
         assert (actual.argmax(1) == expected.argmax(1)).float().mean() > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tensorrt", "qnnpack"])
 def test_other_presets(tmp_path, preset):
     exported = Exported(tmp_path, "concat_hardswish", preset)
@@ -193,6 +197,7 @@ def test_other_presets(tmp_path, preset):
     assert (run(exported.path, x) - expected).square().mean().sqrt() / expected.std() < 0.05
 
 
+@pytest.mark.slow
 def test_swapped_model_exports_too(tmp_path):
     class Swapped(nn.Module):
         def __init__(self):
@@ -216,6 +221,7 @@ def test_swapped_model_exports_too(tmp_path):
     assert (run(report.path, x) - expected).square().mean().sqrt() / expected.std() < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.+can saturate on x86 CPUs:UserWarning")
 @pytest.mark.filterwarnings("error:.+as ONNX Runtime could not open the file:UserWarning")
 @pytest.mark.parametrize("bits", [7, 8])

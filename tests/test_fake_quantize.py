@@ -62,6 +62,7 @@ def cases(draw):
 
 
 # the interpreter's kernels meet more in test_triton.py
+@pytest.mark.slow
 @settings(max_examples=60 if interpreted() else 400, deadline=None, derandomize=True)
 @given(cases())
 def test_equals_torch_bit_for_bit_gradients_included(case):

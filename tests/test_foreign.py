@@ -11,6 +11,8 @@ from divqat.foreign import foreign, is_foreign, trust
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, load_run, train
 
+pytestmark = pytest.mark.slow
+
 MODULE = '''
 from torch import nn
 

@@ -24,6 +24,8 @@ from divqat.evaluate.grid.subject import Remembered, overlaps
 from divqat.evaluate.grid.tables import attacks_table, floor, main_table, released_table
 from divqat.options import ConfigError
 
+pytestmark = pytest.mark.slow
+
 ATTACKS = ("knockoff", "knockoff:reading=label", "knockoff:reading=shuffled")
 QUICK = {"query_limit": 300, "query_set": "noise", "clones": ("lenet",), "threads": 1}
 GRID = Grid(attacks=ATTACKS, budgets=(50, 300), epochs=2, seeds=2, **QUICK)

@@ -227,6 +227,7 @@ def test_a_step_adds_the_terms():
     assert result[2:].tolist() == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
     none = dict(ini_gamma=0.0, ini_delta=0.0, ini_epsilon=0.0)
     train(config(**none, proxy_share=2.0), tmp_path / "none", **QUIET)
@@ -268,6 +269,7 @@ def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
     assert_same(tmp_path, ini)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_nothing_is_read_on_the_host(tmp_path, monkeypatch, precision):
     seen = host_reads(monkeypatch, step.Step, Proxies)
@@ -275,6 +277,7 @@ def test_nothing_is_read_on_the_host(tmp_path, monkeypatch, precision):
     assert len(seen) == 2 * 11 and not any(seen)
 
 
+@pytest.mark.slow
 def test_it_learns_the_task_and_its_terms(tmp_path):
     found = {}
     for method in ("fp", "ini"):

@@ -63,6 +63,7 @@ def asked(settings):
 # relabel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["permutation", "any"])
 def test_relabel_undoes_a_permutation(kind):
     settings = {"epochs": 10, "batch_size": 16, "query_budget": 400}
@@ -75,6 +76,7 @@ def test_relabel_undoes_a_permutation(kind):
     assert torch.equal(predict(clone, TEST_IMAGES), predict(plain, TEST_IMAGES)[:, SHOWN])
 
 
+@pytest.mark.slow
 def test_an_honest_victim_is_left_alone():
     settings = {"epochs": 10, "batch_size": 16, "query_budget": 400}
     clone = Relabel(**settings).owning(OWNED)(Victim(MODEL), QUERIES, CLONE).clone
@@ -164,6 +166,7 @@ def test_a_permutation_without_scipy_costs_no_query(monkeypatch):
 # fine-tune and labeled-only
 
 
+@pytest.mark.slow
 def test_fine_tuning_recovers_from_a_permutation():
     settings = {"epochs": 6, "batch_size": 16, "query_budget": 300}
     plain = KnockoffNets(**settings)(Victim(permuted), QUERIES, CLONE)

@@ -25,7 +25,7 @@ FEW = ("glyphs", "noise", "rotated")
 DIGITS = {**SMALL, "pad": 0, "batch_size": 128, "epochs": 2, "proxies": FEW}
 TEACHER = torch.tensor([[4.0, 1.0, 0.0, 3.0], [0.0, 5.0, -2.0, 2.0]])
 IMAGES = to_float(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2))
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

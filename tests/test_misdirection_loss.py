@@ -16,7 +16,7 @@ from divqat.evaluate import accuracy, predict
 from divqat.nn import MisdirectionLoss
 
 FEW = ("inverted", "shuffled", "noise")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def some(count=300, channels=1, classes=5):

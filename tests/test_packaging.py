@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # What is not part of the sources, whether git ignores it or not.
 LEFT_OUT = shutil.ignore_patterns(

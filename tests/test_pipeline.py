@@ -14,6 +14,8 @@ from divqat.files import read_json
 from divqat.job import Job
 from divqat.options import ConfigError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 JOB = {
     "seeds": [0],

@@ -10,6 +10,8 @@ from divqat.options import ConfigError
 from divqat.pipeline import run_job
 from divqat.train import load_run
 
+pytestmark = pytest.mark.slow
+
 NASTY = {"method": "nasty", "epochs": 2, "weight": 0.1}
 INI = {"method": "ini", "epochs": 2, "ini_epsilon": 50.0}
 BUDGETED = {"method": "divqat", "accuracy_budget": 1.0, "reference": "a"}

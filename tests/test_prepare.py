@@ -165,6 +165,7 @@ def test_quantized_checkpoint_round_trips(name, tmp_path):
     assert all(not m.observer_enabled for m in other.modules() if isinstance(m, FakeQuantize))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "lenet"])
 def test_compiles_without_a_graph_break_to_the_same_values(name):
     eager = divqat.prepare(build(name), "x86", images())

@@ -66,6 +66,7 @@ def right(settings, victim, budget):
     return accuracy(predict(clone, TEST_IMAGES), TEST_LABELS)
 
 
+@pytest.mark.slow
 @each
 def test_clone_is_far_better_than_chance_and_more_queries_help(settings):
     few, many = (right(settings, Victim(MODEL), budget) for budget in (24, 400))

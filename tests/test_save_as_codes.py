@@ -288,6 +288,7 @@ def test_a_block_that_fails_leaves_no_hooks():
     assert isinstance(y.grad_fn, torch.autograd.graph.Node)
 
 
+@pytest.mark.slow
 def test_compiled_models():
     model = net()
     model(randn(4, 3, 6, 6))

@@ -9,6 +9,8 @@ from divqat.evaluate.grid.tables import side_effects_table
 from divqat.options import ConfigError
 from divqat.study import Study
 
+pytestmark = pytest.mark.slow
+
 STUDY = {
     "seeds": [0],
     "common": {"dataset": "digits", "model": "lenet", "batch_size": 256, "threads": 1},

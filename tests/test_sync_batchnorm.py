@@ -21,7 +21,7 @@ from divqat.train.distributed import Team
 FP = dict(dataset="digits", model="lenet", epochs=2, batch_size=117, lr=0.01, threads=1)
 STEPS = (*SIZES, 13)  # images per step: fewer than processes, too; the last one is frozen
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def network():

@@ -16,6 +16,8 @@ from divqat.steps import export_run
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.network import build_model
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = dict(dataset="digits", model="vgg_small", batch_size=256, epochs=2, lr=0.01, threads=1)
 NASTY = dict(lr=0.05, batch_size=64, epochs=3)
 

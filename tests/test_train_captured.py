@@ -11,6 +11,8 @@ from divqat.files import load_checkpoint
 from divqat.options import ConfigError
 from divqat.train import TrainConfig, budget, step, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "changes",

@@ -10,6 +10,8 @@ from trainings import PLAIN, train_interrupted, trained
 from divqat.files import load_checkpoint
 from divqat.train import TrainConfig, memory, step, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_path, monkeypatch):
     each = []

@@ -10,6 +10,8 @@ from divqat.options import ConfigError
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.optimizer import build_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_learns_as_well(lenet_teacher, tmp_path, precision):

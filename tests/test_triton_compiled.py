@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
 from bench import triton_host
 from bench.absent_gpu import absent_gpu
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = [80, 90]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
