@@ -51,7 +51,7 @@ class Exported:
         return numpy_helper.to_array(self.initializers[name])
 
 
-@pytest.fixture(scope="module", params=["resnet20", "mobilenetv2_small", "concat_hardswish"])
+@pytest.fixture(scope="module", params=["concat_hardswish", "resnet20", "mobilenetv2_small"])
 def exported(request, tmp_path_factory):
     threads = torch.get_num_threads()
     yield Exported(tmp_path_factory.mktemp("export"), request.param)

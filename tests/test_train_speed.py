@@ -23,7 +23,9 @@ def test_mixed_precision_learns_as_well(lenet_teacher, tmp_path, precision):
             assert value.dtype == torch.float32, name  # weights, scales and statistics
     summaries = [read_json(folder / "summary.json") for folder in folders]
     accuracies = [s["test_accuracy"] for s in summaries]
-    assert abs(accuracies[0] - accuracies[1]) < 0.03, accuracies
+    # Two trainings that round differently are two samples: three standard errors of 359 images.
+    p = sum(accuracies) / 2
+    assert abs(accuracies[0] - accuracies[1]) < 3 * (2 * p * (1 - p) / 359) ** 0.5, accuracies
     assert state["rows"][-1]["divergence"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(
         state["model"].values(), other["model"].values(), strict=True
