@@ -42,17 +42,10 @@ CONFIGS = {
 
 
 def assert_close(converted, prepared, x):
-    """Equal bit for bit but for the rounding of the biases, which tips a few values into the next
-    step of their grid (in a deep network noise of 1e-6 on its input does the same)."""
+    """Equal to the last bits of float32: weights, activations and biases are on the same grids."""
     with torch.no_grad():
-        expected, actual = prepared.eval()(x), converted(x)
-        error = (actual - expected).square().mean().sqrt() / expected.std()
-        assert error < 0.1
-        exact = copy.deepcopy(converted)
-        for name, layer in exact.named_modules():
-            if isinstance(layer, IntegerLayer):
-                layer.bias, layer.bias_scale = prepared.get_submodule(name).folded()[1], None
-        torch.testing.assert_close(exact(x), expected, rtol=1e-6, atol=1e-6)
+        expected = prepared.eval()(x)
+        torch.testing.assert_close(converted(x), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [*models.names(), *HAND_WRITTEN])

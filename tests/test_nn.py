@@ -15,7 +15,7 @@ from divqat.nn import (
     QuantLinear,
     QuantSpec,
 )
-from divqat.nn.spec import WEIGHT
+from divqat.nn.spec import ACTIVATION, WEIGHT
 
 # Quantized class, replaced class, constructor arguments, shape of an input.
 LAYERS = {
@@ -236,3 +236,19 @@ def test_checkpoint_of_version_1_loads():
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_in_eval_mode_a_bias_is_what_an_integer_kernel_adds():
+    """A whole number where input and weight have scale 1; on TensorRT's grid it stays as it is."""
+    for spec, deployed in ((ACTIVATION, 3.0), (QuantSpec(), 2.6)):
+        layer = QuantLinear(2, 1, input_spec=spec)
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[63.0, 0.0]]))
+            layer.bias.fill_(2.6)
+        x = torch.tensor([[0.0, 0.0], [0.0, 254.0 if spec.symmetric else 255.0]])
+        float_bias = torch.full((2, 1), 2.6)
+        assert torch.equal(layer(x), float_bias)
+        layer.eval()(x).sum().backward()
+        assert torch.equal(layer(x), torch.full((2, 1), deployed)) and layer.bias.grad == 2
+        layer.input_fake_quantize.fake_quant_enabled = False
+        assert torch.equal(layer(x), float_bias)

@@ -240,7 +240,15 @@ def test_verify_finds_on_any_cpu_what_saturates(tmp_path):
     assert found.least_agreement == found.argmax_agreement > 0.97
 
 
-@pytest.mark.parametrize(("model", "preset"), [("lenet", "qnnpack"), ("vgg_small", "x86")])
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [
+        ("lenet", "qnnpack"),
+        ("vgg_small", "x86"),
+        ("resnet20", "qnnpack"),
+        ("mobilenetv2_small", "x86"),
+    ],
+)
 def test_a_default_session_answers_as_the_trained_network_does(tmp_path, model, preset):
     torch.manual_seed(0)
     digits = load("digits")

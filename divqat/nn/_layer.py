@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 
 from divqat.nn._state import QuantState
-from divqat.nn.fake_quantize import LearnedStepFakeQuantize, activation_quantizer
+from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
 from divqat.ops import fake_quantize_weights
 from divqat.ops.reference import weight_scale
 
+# Deployed weights of fewer bits are spread over so many: over eight, sums of two products could
+# saturate on CPUs without VNNI.
+SPREAD_BITS = 7
+
 
 class QuantLayer(QuantState):
     """Mixin before ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear``.
+
+    In eval mode the bias is what an integer kernel adds: a multiple of input scale · weight scale.
+    Both are coarse where bits are few, so codes of fewer than 7 bits are deployed as multiples of
+    2^(7 − bits), on a scale as much finer: the same weights, and finer biases. The bias stays in
+    float where the scale of the input is not known (``divqat.quantize.link_inputs``)
+    and on symmetric int8 activations, TensorRT's: it takes no int32 through DequantizeLinear.
 
     Args:
         *args, **kwargs: those of the layer.
@@ -31,6 +41,8 @@ class QuantLayer(QuantState):
     # pickled without them load.
     _group: Callable[[], None] | None = None  # hands this layer and its neighbours their weights
     _handed: tuple[Tensor, Tensor | None] | None = None  # as quantized_weight returns it
+    # Where the input was quantized, if not here; in a tuple, so that it is no submodule.
+    _source: tuple[FakeQuantize | LearnedStepFakeQuantize, ...] = ()
 
     def __init__(
         self,
@@ -108,10 +120,55 @@ class QuantLayer(QuantState):
             return self.weight_fake_quantize.calculate_qparams()[0]
         return weight_scale(self.folded()[0], *self.weight_grid())
 
+    @property
+    def input_quantizer(self) -> FakeQuantize | LearnedStepFakeQuantize | None:
+        """What puts the input on its grid, where that is known."""
+        own = self.input_fake_quantize
+        return own if own is not None else next(iter(self._source), None)
+
+    def input_scale(self) -> Tensor | None:
+        """The scale of the input, float32 [], on which the bias becomes integer; None: it does
+        not."""
+        quantizer = self.input_quantizer
+        if quantizer is None or (quantizer.spec.signed and quantizer.spec.symmetric):
+            return None
+        return quantizer.calculate_qparams()[0]
+
+    @torch.no_grad()
+    def deployed_scales(
+        self, bias: Tensor | None, input_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scales of the deployed weight, float32 [] or [C], and bias, [C_out] or None.
+
+        Args:
+            bias: the deployed bias in float. input_scale: see :meth:`input_scale`.
+        """
+        spread = 2 ** max(0, SPREAD_BITS - self.weight_spec.bits)
+        scale = self.weight_qparams()
+        if bias is None or input_scale is None:
+            return scale / spread, None
+        # An all but empty channel has so small a scale that its bias would not fit.
+        needed = bias.abs() / (input_scale * (2.0**30 / spread))
+        # One weight scale serves a channel of every group of a transposed convolution.
+        needed = needed.view(-1, scale.numel()).amax(0).view_as(scale)
+        scale = torch.maximum(scale, needed) / spread  # a power of two: no weight changes by a bit
+        return scale, (input_scale * scale).flatten().repeat(len(bias) // scale.numel())
+
+    def deployed_bias(self, bias: Tensor | None) -> Tensor | None:
+        """``bias`` in eval mode, as an integer kernel adds it; its gradient is passed through."""
+        quantizer = self.input_quantizer
+        if self.training or bias is None or quantizer is None or not quantizer.quantizes():
+            return bias
+        _, scale = self.deployed_scales(bias, self.input_scale())
+        if scale is None:
+            return bias
+        return bias + ((bias / scale).round() * scale - bias).to(bias.dtype).detach()
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The operation of the replaced module on the quantized input and weight."""
         x = self.quantize_input(input)
-        return self.compute(x, self.quantized_weight()[0], self.bias, *args, **kwargs)
+        bias = self.deployed_bias(self.bias)
+        return self.compute(x, self.quantized_weight()[0], bias, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={self.weight_spec}"

@@ -130,6 +130,6 @@ class QuantConvBn2d(QuantConv2d):
         weight, s = self.quantized_weight()
         if self._deployed():
             self._check_statistics()
-            return self.compute(x, weight, self.folded()[1])
+            return self.compute(x, weight, self.deployed_bias(self.folded()[1]))
         assert s is not None
         return self.bn(self.compute(x, weight / s, self.bias))

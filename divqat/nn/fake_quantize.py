@@ -99,6 +99,10 @@ class FakeQuantize(MovingAverageMinMaxObserver):
             raise spoiled("running_min, running_max", "a range", self.running_min, self.running_max)
         return False
 
+    def quantizes(self) -> bool:
+        """Whether the last call put its input on the grid."""
+        return self.fake_quant_enabled and self.calibrated
+
     def _ranged(self) -> Tensor:  # bool []
         return (self.running_min.isfinite() & self.running_max.isfinite()).all()
 
@@ -192,6 +196,10 @@ class LearnedStepFakeQuantize(QuantizerState):
         if not (self.scale == UNSET).all():
             raise spoiled("scale", "one above 0", self.scale)
         return False
+
+    def quantizes(self) -> bool:
+        """Whether the last call put its input on the grid."""
+        return self.fake_quant_enabled and self.initialized
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

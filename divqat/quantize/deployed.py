@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.nn._layer import QuantLayer
+from divqat.nn._layer import SPREAD_BITS, QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.nn.spec import QuantSpec
 from divqat.ops import fake_quantize
@@ -19,8 +19,6 @@ from divqat.ops.reference import along
 
 # int8 and float32 Q/DQ, per axis and per tensor, as every runtime reads them.
 _OPSET = 18
-# Narrower weights are spread over so many bits: up to ±62, which no CPU saturates, see WEIGHT.
-_SPREAD_BITS = 7
 
 
 class QuantizeDequantize(nn.Module):
@@ -69,14 +67,10 @@ class IntegerLayer(nn.Module):
     """A convolution or linear layer with integer weight and bias.
 
     Buffers: ``weight`` int8, ``weight_scale`` float32 [C] or []; ``bias`` int32 [C] on the scale
-    input_scale · weight_scale, as integer kernels accumulate. Of few bits both are coarse, and a
-    bias rounded to their product is another one. So codes of fewer than 7 bits are multiples of
-    2^(7 − bits), on a scale as much finer: the same weights, and finer biases.
+    input_scale · weight_scale, as integer kernels accumulate, or float32: see :class:`QuantLayer`.
 
     Args:
         layer: the trained layer.
-        input_scale: the scale of the activation that it reads, float32 []; None keeps the bias in
-            float.
     """
 
     weight: Tensor
@@ -86,30 +80,19 @@ class IntegerLayer(nn.Module):
     bias_scale: Tensor | None
     bias_zero_point: Tensor | None
 
-    def __init__(self, layer: QuantLayer, input_scale: Tensor | None) -> None:
+    def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         self.axis = layer._weight_axis
         with torch.no_grad():
             weight, bias = layer.folded()
-            scale = layer.weight_qparams().clone()
-            spec = layer.weight_spec
-            spread = 2 ** max(0, _SPREAD_BITS - spec.bits)
-            if bias is not None and input_scale is not None:
-                # An all but empty channel has so small a scale that its bias would not fit.
-                limit = 2.0**30 / spread
-                needed = bias.abs() / (input_scale * limit)
-                # One weight scale serves a channel of every group of a transposed convolution.
-                needed = needed.view(-1, scale.numel()).amax(0).view_as(scale)
-                scale = torch.maximum(scale, needed)
-            codes = torch.round(weight * along(scale, weight, self.axis).reciprocal())
+            scale, bias_scale = layer.deployed_scales(bias, layer.input_scale())
+            spec, spread = layer.weight_spec, 2 ** max(0, SPREAD_BITS - layer.weight_spec.bits)
+            codes = torch.round(weight * along(scale * spread, weight, self.axis).reciprocal())
             codes = spread * codes.clamp(spec.quant_min, spec.quant_max)
-            scale = scale / spread  # a power of two: no weight changes by a bit
             self.register_buffer("weight", codes.to(torch.int8))
             self.register_buffer("weight_scale", scale)
             self.register_buffer("weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
-            bias_scale = None
-            if bias is not None and input_scale is not None:
-                bias_scale = (input_scale * scale).flatten().repeat(len(bias) // scale.numel())
+            if bias is not None and bias_scale is not None:
                 bias = torch.round(bias / bias_scale).to(torch.int32)
             self.register_buffer("bias", None if bias is None else bias.detach().clone())
             self.register_buffer("bias_scale", bias_scale)

@@ -15,6 +15,7 @@ from divqat.quantize import patterns
 from divqat.quantize.checks import check_is_float, check_parameters, check_types, copied
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.group_weights import group_weights
+from divqat.quantize.link_inputs import link_inputs
 from divqat.quantize.swap import LAYERS, conv_bn, swap
 from divqat.quantize.traced import PreparedModule, accept_float_keys
 
@@ -91,6 +92,7 @@ def prepare(
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     graph_module.remember_float_layers()
+    link_inputs(graph_module)
     # The graph calls every layer, in an order that is known.
     return group_weights(graph_module).train()
 
