@@ -89,6 +89,7 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.usefixtures("painted")
 @pytest.mark.parametrize("size", [0, 1000])
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_told_and_harms_nothing(tmp_path, name, size):
