@@ -175,7 +175,7 @@ def test_the_pull_is_not_weakened(teacher, qat, tmp_path):
 def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, rewound, tmp_path, epoch):
     train_interrupted(settings(teacher, qat), tmp_path, epoch)
     assert_same(tmp_path, rewound)
-    timed = ("seconds", "ms_per_step", "waiting", "peak_memory")
+    timed = ("seconds", "ms_per_step", "waiting", "peak_memory", "sha256")  # of the times, too
     ours, theirs = (read_json(folder / "summary.json") for folder in (tmp_path, rewound))
     for summary in ours, theirs:
         assert len(summary["budget"]["attempts"]) == 2
@@ -210,7 +210,7 @@ def test_without_a_reference_the_way_ends_at_the_teacher(teacher, free):
     wanted = build_model(run.config, run.shape)
     wanted.load_state_dict(start.model.state_dict())
     for name, value in wanted.state_dict().items():
-        if "fake_quantize" not in name and isinstance(value, torch.Tensor):
+        if "fake_quantize" not in name and not name.endswith("_extra_state"):
             assert name.endswith("num_batches_tracked") or torch.equal(ways[name], value), name
     run.model.load_state_dict(ways)
     found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)

@@ -11,7 +11,7 @@ from testing import randn
 from torch import nn
 
 from divqat.train import TrainConfig
-from divqat.train.budget import STEPS, Budget, between, move
+from divqat.train.budget import STEPS, Budget, between
 from divqat.train.network import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,23 +35,29 @@ def test_zero_points_go_with_their_ranges():
     points = [name for name in ends[0] if name.endswith("zero_point")]
     assert sum(not ends[0][name].equal(ends[1][name]) for name in points) > 5
     for share, wanted in ((0, start), (1, end)):
-        move(model, *ends, share)
+        model.load_state_dict(between(*ends, share))
         assert torch.equal(model(images), wanted(images))
-    move(model, *ends, 0.5)
-    moved, plain = model.state_dict(), between(*ends, 0.5)
+    plain = between(*ends, 0.5)
+    model.load_state_dict(plain)
+    moved = model.state_dict()
     for name in points:
         scale = name.removesuffix("zero_point") + "scale"
         low = plain[name.removesuffix("zero_point") + "running_min"]
         assert moved[name] == -(low / plain[scale]).round() and ends[1][name] == plain[name]
         torch.testing.assert_close(moved[scale], plain[scale])
-        assert moved[name] != plain[name] or torch.equal(moved[scale], plain[scale])
 
 
-def test_without_zero_points_nothing_but_the_straight_way_is_gone():
+def test_symmetric_ranges_go_the_straight_way():
     ends = [observed(seed, symmetric=True).state_dict() for seed in (1, 2)]
-    model = observed(3, symmetric=True)
-    move(model, *ends, 0.25)
-    assert_equal(model.state_dict(), between(*ends, 0.25))
+    model, wanted = observed(3, symmetric=True), between(*ends, 0.25)
+    model.load_state_dict(wanted)
+    found = model.state_dict()
+    ranges = [name for name in found if name.endswith("running_max")]
+    scales = {name.replace("running_max", "scale") for name in ranges}
+    assert_equal(*({k: v for k, v in s.items() if k not in scales} for s in (found, wanted)))
+    for name in ranges:
+        largest = torch.maximum(found[name], -found[name.replace("max", "min")])
+        torch.testing.assert_close(found[name.replace("running_max", "scale")], largest / 127.5)
 
 
 def test_between_two_states():

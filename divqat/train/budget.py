@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from divqat.data import LabeledImages
 from divqat.evaluate import accuracy, predict
-from divqat.nn.observer import MovingAverageMinMaxObserver
-from divqat.ops.reference import choose_qparams
 from divqat.train.config import QUANTIZATION, SHARED, TrainConfig
 from divqat.train.folder import Run, fingerprint, load_run
 from divqat.train.network import build_model
@@ -111,7 +109,7 @@ class Budget:
         end = deepcopy(model.state_dict())
         for step in range(STEPS, -1, -1):
             share = step / STEPS
-            move(model, self.start, end, share)
+            model.load_state_dict(between(self.start, end, share))
             found = measure()
             below = self._below(found)
             self.path.append({"share": share, "points_below": below, **found})
@@ -119,7 +117,7 @@ class Budget:
                 break
         else:
             self.path.append(min(self.path, key=lambda row: row["points_below"]))
-            move(model, self.start, end, self.chosen["share"])
+            model.load_state_dict(between(self.start, end, self.chosen["share"]))
 
     def _below(self, found: dict[str, float]) -> float:
         return 100 * (self.reference - found["validation_accuracy"])
@@ -191,7 +189,8 @@ class Budget:
 
 def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> dict[str, Any]:
     """The state dict after a share, from 0 to 1, of the straight way; only floating-point tensors
-    move, and with share 0 and 1 the bits are those of ``start`` and ``end``."""
+    move, and with share 0 and 1 the bits are those of ``start`` and ``end``. Scale and zero point
+    follow from each range when it is loaded."""
 
     def move(name: str, last: Any) -> Any:
         first = start.get(name, last)
@@ -202,22 +201,6 @@ def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> d
         return torch.where(first == last, last, torch.lerp(first, last, share))
 
     return {name: move(name, last) for name, last in end.items()}
-
-
-@torch.no_grad()
-def move(model: nn.Module, start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> None:
-    """Load what is :func:`between` two states, and give each range its own zero point; with share 0
-    and 1 the model is that of ``start`` and ``end``."""
-    model.load_state_dict(between(start, end, share))
-    for module in model.modules():
-        if isinstance(module, MovingAverageMinMaxObserver):
-            low, high, spec = module.running_min, module.running_max, module.spec
-            scale, zero_point = choose_qparams(
-                low, high, spec.quant_min, spec.quant_max, spec.symmetric
-            )
-            other = (zero_point != module.zero_point) & low.isfinite()
-            module.scale.copy_(torch.where(other, scale, module.scale))
-            module.zero_point.copy_(torch.where(other, zero_point, module.zero_point))
 
 
 def weights_of(config: TrainConfig, run: Run) -> dict[str, Any]:
