@@ -86,11 +86,13 @@ def run(code, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_importing_divqat_imports_no_triton():
     code = "import sys, divqat, divqat.ops, divqat.nn; print('triton' in sys.modules)"
     assert run(code) == (0, "False\n")
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_traceable():
     code = (
         "from divqat import ops\n"
@@ -99,6 +101,7 @@ def test_the_environment_chooses_traceable():
     assert run(code, DIVQAT_BACKEND="traceable") == (0, "{'traceable'}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "not installed" in _triton.missing("cpu"), reason="the package triton is not installed"
 )

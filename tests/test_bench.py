@@ -14,7 +14,7 @@ from bench.nets import NETWORKS
 from bench.nets import weights as weights_of
 from divqat.ops._backend import best
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SHAPE = (2, 8, 9, 10)
 N = 2 * 8 * 9 * 10
 FLOAT, BF16, LAST = "float32", "bfloat16", "channels_last"
@@ -34,7 +34,6 @@ def rows_of(op, *args, names=NOT_COMPILED):
     return {row["contender"]: row for row in rows}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", LAST])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("op", run.OPS)
@@ -55,7 +54,6 @@ def test_every_opponent_takes_part_or_says_why_not(op, dtype, layout):
     assert rows[run.COPY]["share_of_copy"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("op", run.OPS)
 def test_the_compiled_opponent_is_right_and_other_ways_of_compiling_are_listed(op):
     rows = rows_of(op, names=["divqat torch", "torch.compile"])

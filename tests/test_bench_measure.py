@@ -16,7 +16,7 @@ from bench import case, command, compare, run
 from bench.__main__ import parser
 from bench.measure import Runner, costs, interleaved, saved_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_contenders_take_turns_back_and_forth_inside_their_blocks():

@@ -19,6 +19,7 @@ from divqat.ops._backend import best
 SYNCS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"}
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread", "serving"),
     pytest.mark.skipif(
         backends.INTERPRETED in backends.names(), reason="only Triton's kernels are looked at here"
