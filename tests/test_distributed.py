@@ -19,7 +19,7 @@ from divqat.quantize import observe_first, preset, sync_observers
 from divqat.train.distributed import Team
 
 BUFFERS = ("running_min", "running_max", "scale", "zero_point")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def spawn(size, folder, function, *args):

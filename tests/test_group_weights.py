@@ -319,6 +319,7 @@ def both_ways(rank, size):
     return [in_parallel(rank, size, bucket_mb) for bucket_mb in (None, 25.0, 1e-3)]
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     results = spawn(2, tmp_path / "group", both_ways)
     alone = results[0][0]
