@@ -27,6 +27,7 @@ def trainings_are_quick():
     read, write = functools.cache(catalog._digits), plots.write_atomic
 
     def digits():
+        catalog.require("sklearn.datasets", "data")
         train = read().train
         return replace(read(), train=ImageSet(train.images.clone(), train.labels.clone()))
 
