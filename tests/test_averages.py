@@ -180,8 +180,11 @@ def test_copies_and_pickles(config):
     again = copy.deepcopy(loaded)
     x = 2 * X
     wanted = copy.deepcopy(model).eval()(x)
+    names = [list(dict(named)) for named in (model.named_modules(), model.named_buffers())]
     for twin in (copy.deepcopy(model), loaded, again):
         assert twin.training and torch.equal(copy.deepcopy(twin).eval()(x), wanted)
+        assert [list(dict(n)) for n in (twin.named_modules(), twin.named_buffers())] == names
+        assert torch.equal(convert(twin)(x), convert(model)(x))
         assert len(twin._forward_pre_hooks) == len(model._forward_pre_hooks) == 1  # grouped
         twin.load_state_dict(model.state_dict())
         twin.load_state_dict(float_model().state_dict())  # strict

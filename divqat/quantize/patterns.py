@@ -92,5 +92,5 @@ def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
 def producer(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Walk back through transparent operations to what computed the values of ``node``."""
     while kind(graph_module, node) in TRANSPARENT:
-        node = next(tensor_inputs(node))
+        node = node.all_input_nodes[0]  # a pickled graph no longer knows what is a float tensor
     return node

@@ -16,8 +16,10 @@ class PreparedModule(fx.GraphModule):
     """What :func:`divqat.prepare` makes of a model that it can trace.
 
     A pickled GraphModule is traced again and comes back as a plain one without hooks: float
-    checkpoints would no longer load, and weights no longer be quantized together. ``meta`` holds
-    the float layers that it was prepared with, as what is put in later stays in float.
+    checkpoints would no longer load, and weights no longer be quantized together. Its modules come
+    in the order of their calls, and an average of it and its twin would mix up their buffers.
+    ``meta`` holds the float layers that it was prepared with, as what is put in later stays in
+    float.
     """
 
     def remember_float_layers(self) -> None:
@@ -31,7 +33,8 @@ class PreparedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, arguments = super().__reduce__()
-        kept = self.meta, self._load_state_dict_pre_hooks, grouped_by(self)
+        order = {name: list(module._modules) for name, module in self.named_modules()}
+        kept = self.meta, self._load_state_dict_pre_hooks, grouped_by(self), order
         return _unpickled, (rebuild, arguments, *kept)
 
 
@@ -41,9 +44,12 @@ def _unpickled(
     meta: dict[str, Any],
     pre_hooks: Any,
     bucket_mb: float | None,
+    order: dict[str, list[str]],
 ) -> PreparedModule:
     plain = rebuild(*arguments)
     model = PreparedModule(plain, plain.graph, type(plain).__name__)
+    for name, module in model.named_modules():
+        module._modules = {child: module._modules[child] for child in order[name]}
     model.meta, model._load_state_dict_pre_hooks = meta, pre_hooks
     return model if bucket_mb is None else group_weights(model, bucket_mb)  # type: ignore[return-value]
 
