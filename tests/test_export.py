@@ -395,3 +395,15 @@ def test_uncalibrated_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has not seen a batch"):
         export_onnx(prepared, images(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_model_is_exported_with_a_float32_example(dtype, tmp_path):
+    x = torch.rand(2, 3, 6, 6)
+    model = divqat.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), "x86", x)
+    model(x)
+    model.to(dtype)
+    with pytest.raises(TypeError, match="example_input: wanted float32"):
+        export_onnx(model, x.to(dtype), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    export_onnx(model, x, tmp_path / "model.onnx")

@@ -74,11 +74,16 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
+        TypeError: ``example_input`` is not float32; the model may be cast to anything.
         ValueError: as :func:`divqat.convert`; or an average pooling that ONNX does not know or that
             ONNX Runtime computes otherwise. RuntimeError: the exporter or the runtime failed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, "export")
+    if example_input.dtype != torch.float32:
+        raise TypeError(
+            f"example_input: wanted float32, as runtimes compute it, got {example_input.dtype}"
+        )
     converted = convert(model)
     example = torch.cat([example_input[:1]] * 2)  # two, as a batch of one would be specialized
     batch = torch.export.Dim("batch")
