@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from divqat.names import check_folder
+from divqat.temporaries import remove_dead
 
 _held: list[_Held] = []
 
@@ -18,7 +19,8 @@ class FolderLost(FileNotFoundError):
 
 @contextmanager
 def held(name: str, folder: str | Path) -> Iterator[Path]:
-    """A block that works in ``folder``, which is made when something is written to it.
+    """A block that works in ``folder``, which is made when something is written to it; what dead
+    processes left half-written there is removed.
 
     Args:
         name: what the folder is called in errors.
@@ -32,6 +34,8 @@ def held(name: str, folder: str | Path) -> Iterator[Path]:
     path = check_folder(name, folder)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{name}: wanted a folder, got the file {path}")
+    if not any(place.folder in (path.absolute(), *path.absolute().parents) for place in _held):
+        remove_dead(path)  # not again for what lies in a folder that is held
     place = _Held(path)
     _held.append(place)
     try:

@@ -24,7 +24,7 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
 
     Probabilities are taken as they are: the logits are their logarithms, and a warning says so once
     per function. They are told by the model's last operation where there is a graph that names it
-    (an ONNX file with the package onnx installed, torch's softmax), else by the rows of its first
+    (an ONNX file, torch's softmax), else by the rows of its first
     answer, whatever their resolution: floats of any width, rounded ones, codes of 8 bits.
 
     Returns:

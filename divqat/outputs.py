@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from divqat.errors import require
+
 # Last operations, as torch and ONNX name them, and what they give.
 ENDINGS = {
     **dict.fromkeys(("softmax", "Softmax", "QLinearSoftmax"), "probabilities"),
@@ -184,12 +186,7 @@ class LastOperation(TorchFunctionMode):
 
 def onnx_kind(path: Path) -> str | None:
     """What the output of an ONNX file is by its graph; None where that does not tell."""
-    try:
-        import onnx
-
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception:  # no onnx, or a format that only ONNX Runtime reads
-        return None
+    graph = require("onnx", "export").load(path, load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     name = graph.output[0].name if graph.output else ""
     while name in makers and makers[name].op_type in KEEPING:

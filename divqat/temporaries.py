@@ -23,17 +23,27 @@ def make_temporary(folder: Path) -> Path:
 
     Its name, ``.divqat-<host>-<process>-<life>-<random>.tmp``, matches no pattern of a result.
     """
-    for name in os.listdir(folder):
-        writer = _NAME.fullmatch(name)
-        if writer and not _alive(int(writer[1]), writer[2]):
-            with contextlib.suppress(OSError):  # somebody else was faster, or it is not ours
-                (folder / name).unlink()
+    _remove_dead(folder, os.listdir(folder))
     prefix = f".divqat-{_HOST}-{os.getpid()}-{_LIFE}-"
     # Not by tempfile, whose files are private: to find out what others get, one would have to set
     # the umask of the whole process, in which other threads write files.
     path = folder / f"{prefix}{secrets.token_hex(8)}.tmp"
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
+
+
+def remove_dead(root: Path) -> None:
+    """Remove what dead processes of this machine left anywhere below ``root``, if it exists."""
+    for folder, _, names in os.walk(root):
+        _remove_dead(Path(folder), names)
+
+
+def _remove_dead(folder: Path, names: list[str]) -> None:
+    for name in names:
+        writer = _NAME.fullmatch(name)
+        if writer and not _alive(int(writer[1]), writer[2]):
+            with contextlib.suppress(OSError):  # somebody else was faster, or it is not ours
+                (folder / name).unlink()
 
 
 def _alive(process: int, life: str) -> bool:

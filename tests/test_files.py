@@ -61,6 +61,13 @@ def test_what_a_killed_writer_leaves_is_found_by_no_pattern_and_removed(tmp_path
     assert left(tmp_path) == ["other.md"]
 
 
+def test_what_works_in_a_folder_begins_by_removing_it(tmp_path):
+    (tmp_path / "seed0").mkdir()
+    kill_while_writing(tmp_path / "seed0")
+    with held("out", tmp_path):
+        assert left(tmp_path / "seed0") == []
+
+
 def test_writers_that_live_or_are_elsewhere_are_left_alone(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         mine = temporaries.make_temporary(tmp_path).name

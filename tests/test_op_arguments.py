@@ -306,3 +306,11 @@ def test_a_target_that_nothing_may_wait_for_makes_the_loss_nan():
     value, ce, _, grad = divergence_loss_ref(x, -x, torch.tensor([1, 4, -100]), *args)
     assert value.isnan() and ce.isnan()
     assert grad[1].isnan().all() and grad[0].isfinite().all() and not grad[2].any()
+
+
+def test_a_frozen_grid_is_checked_like_a_given_one():
+    x, ends = randn(2, 3), (torch.zeros(3), torch.ones(3))
+    for scale, point, name in ((1.0, 300, "zero_point"), (0.0, 0, "scale")):
+        buffers = (*ends, torch.full((3,), scale), torch.full((3,), point, dtype=torch.int32))
+        with pytest.raises(ValueError, match=f"{name}: wanted values in"):
+            ops.fake_quantize_observed(x, *buffers, 0, 255, 1, observe=False)

@@ -16,7 +16,7 @@ from divqat import cli, study
 from divqat.evaluate import write_report
 from divqat.evaluate.grid import Grid
 from divqat.evaluate.grid import write_report as write_grid_report
-from divqat.files import load_checkpoint, read_json, save_checkpoint, write_atomic
+from divqat.files import WriteError, load_checkpoint, read_json, save_checkpoint, write_atomic
 from divqat.foreign import check_trusted, trusted
 from divqat.job import Job
 from divqat.options import ConfigError, read_yaml
@@ -386,6 +386,6 @@ def test_a_temporary_is_a_new_file(tmp_path, monkeypatch):
     names = []
     write_atomic(tmp_path / "x.txt", lambda path: names.append(path) or path.write_text("x"))
     names[0].symlink_to(tmp_path / "victim")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(WriteError, match="File exists"):
         write_atomic(tmp_path / "x.txt", lambda path: path.write_text("y"))
     assert not (tmp_path / "victim").exists()

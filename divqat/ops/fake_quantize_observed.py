@@ -8,6 +8,7 @@ from torch import Tensor
 from divqat.ops import reference
 from divqat.ops._autograd import recomputing
 from divqat.ops._check import (
+    FLOAT32,
     check_axis,
     check_buffers,
     check_choice,
@@ -18,6 +19,8 @@ from divqat.ops._check import (
     check_qparam,
     check_range,
     check_untransformed,
+    check_values,
+    readable,
 )
 from divqat.ops._library import op, register
 from divqat.ops._mask import pack_mask, with_packed_mask
@@ -118,6 +121,9 @@ def fake_quantize_observed(
             op("observe")(x.detach(), *buffers, *options, relu)
         return x.relu() if relu else x
     check_untransformed("fake_quantize_observed")
+    if mode == "frozen" and x.numel() and readable(scale) and readable(zero_point):
+        check_values("scale", scale, FLOAT32.tiny, FLOAT32.max)
+        check_values("zero_point", zero_point, quant_min, quant_max)
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         check_overwritable("x", x)

@@ -38,11 +38,7 @@ class Run:
     epoch: int  # epochs done
     shape: dict[str, Any]  # in_channels, num_classes, image_size
     teacher: str | None  # its fingerprint, if it had one
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the weights."""
-        return fingerprint(self.model.state_dict())
+    fingerprint: str  # what identifies the weights, as they were written
 
     @property
     def example(self) -> Tensor:
@@ -72,7 +68,8 @@ def load_run(folder: str | Path) -> Run:
     check_size(config, state["shape"], state["model"], folder / CHECKPOINT)
     model = build_model(config, state["shape"])
     model.load_state_dict(state["model"])
-    return Run(folder, config, model.eval(), state["epoch"], state["shape"], state["teacher"])
+    rest = state["epoch"], state["shape"], state["teacher"], fingerprint(state["model"])
+    return Run(folder, config, model.eval(), *rest)
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -132,7 +129,7 @@ def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> Non
     if different:
         raise ValueError(
             f"{folder} holds a training with other settings ({'; '.join(different)}): "
-            "choose another --out, or delete it"
+            "give these settings as they were, choose another --out, or delete it"
         )
 
 

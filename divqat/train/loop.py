@@ -148,7 +148,7 @@ def _train(
     if not writes:
         return summary
     try:
-        training_curves({out.name: [out / METRICS]}, out / "plots" / "training.png")
+        training_curves({printable(out.name): [out / METRICS]}, out / "plots" / "training.png")
         if summary["budget"] is not None:
             budget_path(summary["budget"], out / "plots" / "budget.png")
     except ImportError as error:

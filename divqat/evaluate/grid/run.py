@@ -48,6 +48,7 @@ from divqat.evaluate.metrics import chance
 from divqat.evaluate.result import hardware, versions
 from divqat.files import step
 from divqat.held import held
+from divqat.names import check_folder
 from divqat.seeds import derived_seed
 from divqat.train.folder import fingerprint
 from divqat.train.loop import cpu_threads, find_device
@@ -94,7 +95,7 @@ def evaluate(
         ValueError: two victims of one name and seed, no victim, or too few validation images.
         Others: as the attacks and defenses.
     """
-    check_tree(out)
+    check_tree(check_folder("out", out))
     if isinstance(subjects, Subject):
         raise TypeError("subjects: wanted a sequence of Subject, got one")
     # As folders, also where capitals make no difference.
