@@ -195,7 +195,7 @@ def _cells(rows: list[Row]) -> list[str]:
         _percent([row[key] for row in rows])
         for key in ("accuracy_fake", "accuracy_onnx", "argmax_agreement")
     ]
-    cells.append(f"{mean(row['saturating'] for row in rows):g}")
+    cells.append(f"{mean(row['saturating'] for row in rows):.2g}")
     for key in ("emulated", "precise"):
         some = [row[key]["argmax_agreement"] for row in rows if row[key]]
         cells.append(_percent(some) if some else "")

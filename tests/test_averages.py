@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -294,3 +295,17 @@ def test_shared_memory_and_functional_calls(config):
     assert torch.equal(torch.func.functional_call(model, state, X), twin(X))
     assert torch.equal(model.eval()(X), twin.eval()(X))
     model.requires_grad_(False).train()(X)
+
+
+def test_an_average_of_parameters_alone_says_that_it_stays_in_float():
+    model = prepared()
+    average = copy.deepcopy(model)
+    train(model)
+    with torch.no_grad():
+        for mine, other in zip(average.parameters(), model.parameters(), strict=True):
+            mine.lerp_(other, 0.5)
+    with pytest.warns(UserWarning, match="leaves its input in float"):
+        average.eval()(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(model).eval()(X)

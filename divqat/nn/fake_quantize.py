@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class FakeQuantize(MovingAverageMinMaxObserver):
             if torch.compiler.is_compiling():
                 return self._if_ranged(x)
             self.calibrated = calibrated = self.has_range()
+            if not calibrated and self.fake_quant_enabled:
+                _say_float()
         if observing and x.numel():
             self.calibrated = True
         return self._observed(
@@ -236,7 +239,11 @@ class LearnedStepFakeQuantize(QuantizerState):
             return x
         if self.initialized:
             return self._quantized(x)
-        return torch.where((self.scale > 0).all(), self._quantized(x), x) if compiling else x
+        if compiling:
+            return torch.where((self.scale > 0).all(), self._quantized(x), x)
+        if x.numel():
+            _say_float()
+        return x
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.training and self.initialized:
@@ -258,6 +265,15 @@ class LearnedStepFakeQuantize(QuantizerState):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, ch_axis={self.ch_axis}"
+
+
+def _say_float() -> None:
+    # One text at one place, so that Python shows it once.
+    warnings.warn(
+        "a quantizer that has not seen a batch in training mode leaves its input in float (an "
+        "average of weights made before the first batch wants the buffers, too)",
+        stacklevel=1,
+    )
 
 
 def spoiled(name: str, wanted: str, *values: Tensor) -> RuntimeError:
