@@ -97,7 +97,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_what_it_was(tmp_path):
     """Few-bit networks had a first and a last layer of 8 bits, and no loss of distillation."""
     config = TrainConfig(method="qat", teacher="a", dataset="digits", model="lenet", weight_bits=4)
     before = {k: v for k, v in config.to_dict().items() if k not in ("first_last_bits", "distill")}
-    parts = dict.fromkeys(("epoch", "model", "optimizer", "rows", "teacher"))
+    parts = {"epoch": 1, "model": {}, "optimizer": {}, "rows": [], "teacher": None}
     shape = {"in_channels": 1, "num_classes": 10, "image_size": [8, 8]}
     save_checkpoint(tmp_path / "checkpoint.pt", {"config": before, "shape": shape, **parts})
     there = TrainConfig.from_dict(folder.read_checkpoint(tmp_path)["config"])
