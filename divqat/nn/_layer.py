@@ -134,6 +134,11 @@ class QuantLayer(QuantState):
             return None
         return quantizer.calculate_qparams()[0]
 
+    @property
+    def spread(self) -> int:
+        """The power of two that deployed codes are multiples of."""
+        return 2 ** max(0, SPREAD_BITS - self.weight_spec.bits)
+
     @torch.no_grad()
     def deployed_scales(
         self, bias: Tensor | None, input_scale: Tensor | None
@@ -143,7 +148,7 @@ class QuantLayer(QuantState):
         Args:
             bias: the deployed bias in float. input_scale: see :meth:`input_scale`.
         """
-        spread = 2 ** max(0, SPREAD_BITS - self.weight_spec.bits)
+        spread = self.spread
         scale = self.weight_qparams()
         if bias is None or input_scale is None:
             return scale / spread, None

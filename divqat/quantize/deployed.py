@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.nn._layer import SPREAD_BITS, QuantLayer
+from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.nn.spec import QuantSpec
 from divqat.ops import fake_quantize
@@ -86,7 +86,7 @@ class IntegerLayer(nn.Module):
         with torch.no_grad():
             weight, bias = layer.folded()
             scale, bias_scale = layer.deployed_scales(bias, layer.input_scale())
-            spec, spread = layer.weight_spec, 2 ** max(0, SPREAD_BITS - layer.weight_spec.bits)
+            spec, spread = layer.weight_spec, layer.spread
             codes = torch.round(weight * along(scale * spread, weight, self.axis).reciprocal())
             codes = spread * codes.clamp(spec.quant_min, spec.quant_max)
             self.register_buffer("weight", codes.to(torch.int8))
