@@ -23,7 +23,7 @@ BLANK = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture(scope="session", autouse=True)
 def trainings_are_quick():
     """What takes longer than a tiny network trains: pictures are drawn, but not painted (see
-    ``painted``), and the digits are read from their file once."""
+    ``painted``), the digits are read from their file once, and so is what torch knows of ONNX."""
     read, write = functools.cache(catalog._digits), plots.write_atomic
 
     def digits():
@@ -36,7 +36,20 @@ def trainings_are_quick():
         patch.setattr(
             plots, "write_atomic", lambda path, _: write(path, lambda f: f.write_bytes(BLANK))
         )
+        registry = _onnx_registry()
+        if registry is not None:
+            known = staticmethod(functools.cache(registry.from_torchlib))
+            patch.setattr(registry, "from_torchlib", known)
         yield
+
+
+def _onnx_registry():
+    """What torch makes anew for every export, in a second; None where it is elsewhere."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        return None
+    return ONNXRegistry
 
 
 @pytest.fixture(scope="module")

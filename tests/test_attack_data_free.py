@@ -45,6 +45,12 @@ def model():
     return toy_victim()
 
 
+@pytest.fixture(scope="module")
+def whole(model):
+    """An uninterrupted run of each attack."""
+    return {name: attack(Victim(model), QUERIES, CLONE) for name, attack in QUICK.items()}
+
+
 def test_zeroth_order_of_one_pixel():
     # u is 1 or -1, and ((x + εu)² - x²) / ε · u = 2x + εu
     x = torch.tensor([-1.0, 0.0, 2.0]).view(3, 1, 1, 1)
@@ -256,10 +262,11 @@ def test_generator_finds_images_on_which_they_differ(attack, lr):
         *[("maze", 1, 0), ("maze", 2.5, 0), ("maze", 3.5, 2), ("maze", 6.5, 4), ("maze", 7.5, 5)],
     ],
 )
-def test_killed_run_goes_on_bit_identically(model, tmp_path, monkeypatch, name, when, stored):
+def test_killed_run_goes_on_bit_identically(
+    model, whole, tmp_path, monkeypatch, name, when, stored
+):
     monkeypatch.setattr(data_free, "ROUNDS_PER_SAVE", 2)
-    attack = QUICK[name]
-    whole = attack(Victim(model), QUERIES, CLONE)
+    attack, wanted = QUICK[name], whole[name]
     with monkeypatch.context() as patch:
         kill_at(patch, when)
         with pytest.raises(Killed):
@@ -267,8 +274,8 @@ def test_killed_run_goes_on_bit_identically(model, tmp_path, monkeypatch, name, 
     second = Victim(model, query_budget=(5 - stored) * 28)
     clone = CLONE if when in (0, 1) else toy_model(seed=9, dropout=0.3)
     resumed = attack(second, QUERIES, clone, resume_dir=tmp_path)
-    assert same_bits(whole.clone, resumed.clone)
-    for a, b in zip(whole.transfer_set, resumed.transfer_set, strict=True):
+    assert same_bits(wanted.clone, resumed.clone)
+    for a, b in zip(wanted.transfer_set, resumed.transfer_set, strict=True):
         assert torch.equal(a, b)
     assert (resumed.queries, second.remaining) == (5 * 28, 0)
 

@@ -1,6 +1,7 @@
 """The benchmark admits who is right, and counts what does not depend on the machine."""
 
 import dataclasses
+import gc
 import sys
 from pathlib import Path
 
@@ -19,6 +20,14 @@ SHAPE = (2, 8, 9, 10)
 N = 2 * 8 * 9 * 10
 FLOAT, BF16, LAST = "float32", "bfloat16", "channels_last"
 NOT_COMPILED = ["divqat", "torch.ao", "torchao", "torch.fake", "ATen", "Brevitas", "eager"]
+
+
+@pytest.fixture(autouse=True)
+def only_new_garbage_is_collected():
+    """Every measurement collects, which takes longer than it does where packages fill the heap."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def case(op, dtype=FLOAT, layout="contiguous", device="cpu"):
@@ -241,11 +250,12 @@ def test_the_shapes_are_those_of_the_networks():
             for module in model.modules():
                 module.register_forward_hook(lambda m, args, y, to=outputs: to.append(y.shape[1:]))
             logits = model(torch.empty(2, 3, net.size, net.size))
+            found = weights_of(name)
         parameters, count = wanted[name]
         assert sum(p.numel() for p in model.parameters()) == parameters, name
         assert set(net.activations) <= set(map(tuple, outputs))
         assert logits.shape == (2, net.classes)
-        assert len(weights_of(name)) == count
+        assert len(found) == count
     plans = [
         p for m in (activations, weights, losses) for p in m.plans("cpu", [FLOAT, BF16], [LAST])
     ]

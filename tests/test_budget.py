@@ -236,7 +236,7 @@ def test_a_reference_that_changed_is_refused(teacher, qat, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(settings(teacher, qat), tmp_path / "run", log=log)
-    other = TrainConfig(**{**DIGITS, "lr": 0.02}, method="qat", teacher=str(teacher))
+    other = TrainConfig(**{**DIGITS, "lr": 0.02, "epochs": 1}, method="qat", teacher=str(teacher))
     train(other, tmp_path / "qat", **QUIET)
     with pytest.raises(ValueError, match="reference: it has changed"):
         train(settings(teacher, tmp_path / "qat"), tmp_path / "run", **QUIET)

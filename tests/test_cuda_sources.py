@@ -67,7 +67,8 @@ def test_kernels_read_and_write_16_bytes_at_once(source, architecture):
     assert kernels
     for name, code in kernels.items():
         # Local memory is where spilled registers and arrays without a constant index go.
-        assert not re.search(r"\b(LDL|STL)\b", code), name
+        # (A word boundary in front, too, would take four times as long.)
+        assert not re.search(r"(LDL|STL)\b", code), name
         if ONE_BY_ONE.search(name):
             continue
         assert "LDG.E.128" in code, name

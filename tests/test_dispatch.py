@@ -72,10 +72,14 @@ def test_every_op_has_a_sample():
     ("name", "args"), [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(samples())]
 )
 def test_opcheck(name, args, backend):
+    """How an op is traced does not depend on its kernels, which takes the longest to check."""
     if backend == "traceable":
         pytest.skip("the ops are served by the references, which are checked as torch")
-    result = opcheck(getattr(torch.ops.divqat, name).default, args)
-    assert len(result) == 4 and set(result.values()) == {"SUCCESS"}
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if backend == backends.names()[0]:
+        checks.append("test_aot_dispatch_dynamic")
+    result = opcheck(getattr(torch.ops.divqat, name).default, args, test_utils=checks)
+    assert result == dict.fromkeys(checks, "SUCCESS")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +139,10 @@ def test_a_new_weight_does_not_recompile():
     assert counter.frame_count == 1
 
 
-def test_no_reference_reads_a_tensor_on_the_host():
-    """Fake tensors have no data: an ``item()`` or a branch on a value raises."""
+@pytest.mark.parametrize("backend", backends.names()[:1], indirect=True)
+def test_no_reference_reads_a_tensor_on_the_host(backend):
+    """Fake tensors have no data: an ``item()`` or a branch on a value raises. The references are
+    called themselves, whatever serves the ops."""
     modules = (reference, reference_loss)
     functions = {
         name: next(getattr(m, f"{name}_ref") for m in modules if hasattr(m, f"{name}_ref"))

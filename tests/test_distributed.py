@@ -1,5 +1,6 @@
 """The steps of several processes, and of parts, are those of one; over gloo on the CPU."""
 
+import multiprocessing
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -30,13 +31,21 @@ def spawn(size, folder, function, *args):
     """
     folder.mkdir()
     before = set(folder.parent.iterdir())
+
+    def start():
+        # Forks of a process that has imported torch, once for all tests, and started no thread.
+        multiprocessing.set_forkserver_preload(["torch._dynamo", "divqat.train"])
+        torch.multiprocessing.start_processes(
+            _process, (size, folder, function, args), size, start_method="forkserver"
+        )
+
     try:
-        torch.multiprocessing.spawn(_process, (size, folder, function, args), nprocs=size)
+        start()
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name != "SIGABRT" or set(folder.parent.iterdir()) != before:
             raise
         (folder / "store").unlink(missing_ok=True)
-        torch.multiprocessing.spawn(_process, (size, folder, function, args), nprocs=size)
+        start()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

@@ -179,13 +179,19 @@ def test_torchrun(teacher, one, tmp_path):
     assert names == {"checkpoint.pt", "config.yaml", "metrics.csv", "plots", "summary.json"}
 
 
+MIXED = dict(
+    method="divqat", weight=0.05, pad=0, precision="bfloat16", cache_teacher=True, accumulate=2,
+    save_as_codes=True, accuracy_budget=1,
+)  # fmt: skip
+
+
+def in_mixed_precision(rank, size, folder, teacher):
+    train(TrainConfig(**{**QAT, **MIXED}, teacher=teacher), folder / "out", **QUIET)
+
+
 def test_processes_in_mixed_precision_with_kept_answers_codes_and_a_budget(teacher, tmp_path):
+    spawn(2, tmp_path / "spawn", in_mixed_precision, tmp_path, str(teacher))
     out = tmp_path / "out"
-    options = [*flags(teacher), "--method", "divqat", "--weight", 0.05, "--pad", 0]
-    options += ["--precision", "bfloat16", "--cache-teacher", "--save-as-codes", "--accumulate", 2]
-    options += ["--accuracy-budget", 1]
-    done, _ = torchrun("-m", "divqat", "train", "--out", out, *options)
-    assert done.returncode == 0, done.stderr
     assert (out / "teacher_logits.pt").is_file()
     rows = load_checkpoint(out / "checkpoint.pt")["rows"]
     assert rows[-1]["divergence"] > 0 and rows[-1]["validation_accuracy"] > 0.8

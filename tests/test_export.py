@@ -1,5 +1,6 @@
 """export_onnx: what the file holds, and that ONNX Runtime computes the converted model with it."""
 
+import copy
 import sys
 import warnings
 
@@ -11,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import divqat
-from divqat.export import export_onnx
+from divqat import models
+from divqat.data import load, to_float
+from divqat.export import export_onnx, verify
 from divqat.export.saturation import saturating
 from divqat.logits import open_onnx
 from divqat.nn._layer import QuantLayer
@@ -21,6 +24,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 numpy_helper = onnx.numpy_helper
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYER_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 INT8, UINT8, INT32 = (getattr(onnx.TensorProto, name) for name in ("INT8", "UINT8", "INT32"))
@@ -32,17 +36,12 @@ def run(path, x):
 
 
 class Exported:
-    """A prepared network, its converted form, and its export."""
+    """A prepared network, its converted form, and its export; ``x`` are images for it."""
 
-    def __init__(self, folder, name, config="x86", shrink=1.0):
-        torch.set_num_threads(1)
-        self.prepared = settle(divqat.prepare(build(name), config, images()), 10)
-        for quantizer in list(self.prepared.fake_quantize.children())[1:]:  # all but the input
-            quantizer.running_min.mul_(shrink)
-            quantizer.running_max.mul_(shrink)
-        self.converted = divqat.convert(self.prepared)
-        self.path = folder / f"{name}.onnx"
-        self.report = export_onnx(self.prepared, images(), self.path)
+    def __init__(self, path, prepared, x):
+        self.path, self.prepared, self.x = path, prepared, x
+        self.converted = divqat.convert(prepared)
+        self.report = export_onnx(prepared, x, path)
         self.graph = onnx.load(self.path).graph
         self.initializers = {i.name: i for i in self.graph.initializer}
         self.maker = {output: node for node in self.graph.node for output in node.output}
@@ -51,11 +50,44 @@ class Exported:
         return numpy_helper.to_array(self.initializers[name])
 
 
-@pytest.fixture(scope="module", params=["concat_hardswish", "resnet20", "mobilenetv2_small"])
-def exported(request, tmp_path_factory):
-    threads = torch.get_num_threads()
-    yield Exported(tmp_path_factory.mktemp("export"), request.param)
-    torch.set_num_threads(threads)
+def settled(path, name, config="x86", shrink=1.0):
+    """A hand-written network."""
+    prepared = settle(divqat.prepare(build(name), config, images()), 10)
+    for quantizer in list(prepared.fake_quantize.children())[1:]:  # all but the input
+        quantizer.running_min.mul_(shrink)
+        quantizer.running_max.mul_(shrink)
+    return Exported(path, prepared, images(256, seed=9))
+
+
+def trained(path, name, preset):
+    """A built-in network that has learned the digits."""
+    torch.manual_seed(0)
+    digits = load("digits")
+    net = models.build(name, in_channels=1, num_classes=10, image_size=8)
+    x, labels = to_float(digits.train.images), digits.train.labels
+    prepared = divqat.prepare(net, preset, x[:64])
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.05, momentum=0.9, nesterov=True)
+    for step in range(60):
+        some = torch.arange(64 * step, 64 * (step + 1)) % len(x)
+        loss = nn.functional.cross_entropy(prepared(x[some]), labels[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return Exported(path, prepared, to_float(digits.test.images))
+
+
+TRAINED = [
+    ("lenet", "qnnpack"),
+    ("vgg_small", "x86"),
+    ("resnet20", "qnnpack"),
+    ("mobilenetv2_small", "x86"),
+]
+
+
+@pytest.fixture(scope="module", params=[("concat_hardswish",), *TRAINED], ids="-".join)
+def exported(request, one_thread, tmp_path_factory):
+    make = settled if len(request.param) == 1 else trained
+    return make(tmp_path_factory.mktemp("export") / "model.onnx", *request.param)
 
 
 @pytest.mark.slow
@@ -104,12 +136,12 @@ def test_weights_are_stored_as_int8_and_biases_as_int32(exported):
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_any_batch_size(exported, batch):
-    x = images(64, seed=9)
+    x = exported.x[:64]
     assert torch.equal(run(exported.path, x[:batch]), run(exported.path, x)[:batch])
 
 
 def test_computes_the_converted_model(exported):
-    x = images(256, seed=9)
+    x = exported.x[:256]
     with torch.no_grad():
         expected = exported.converted(x)
     actual = run(exported.path, x)
@@ -124,25 +156,19 @@ def test_computes_the_converted_model(exported):
 
 def test_default_options_change_nothing(exported):
     """They would let 8-bit weights saturate on a CPU without VNNI, see test_saturation.py."""
-    x = images(256, seed=9)
+    x = exported.x[:256]
     (default,) = open_onnx(exported.path, precise=False).run(["logits"], {"images": x.numpy()})
     assert torch.equal(torch.from_numpy(default), run(exported.path, x))
     assert exported.report.saturating == () and saturating(exported.path) == []
 
 
 @pytest.mark.slow
-def test_export_is_silent_and_leaves_the_model_alone(tmp_path, capfd):
-    prepared = settle(divqat.prepare(build("concat_hardswish"), "x86", images()), 2)
-    before = {k: v.clone() for k, v in prepared.state_dict().items() if torch.is_tensor(v)}
-    capfd.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        export_onnx(prepared, images(), tmp_path / "deep" / "model.onnx")
-    assert capfd.readouterr() == ("", "")
-    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["model.onnx"]
-    assert prepared.training
-    for key, value in before.items():
-        assert torch.equal(prepared.state_dict()[key], value)
+@pytest.mark.parametrize("exported", TRAINED, indirect=True, ids="-".join)
+def test_a_default_session_answers_as_the_trained_network_does(exported):
+    test = load("digits").test
+    report = verify(exported.prepared, exported.path, test, test.labels)
+    assert report.n == 359 and report.accuracy_fake > 0.9
+    assert report.argmax_agreement >= 0.995 and not report.saturating
 
 
 def test_every_weight_has_its_own_zero_point(exported):
@@ -158,7 +184,8 @@ def test_every_weight_has_its_own_zero_point(exported):
 @pytest.mark.slow
 def test_narrow_activations_are_clipped_codes(tmp_path):
     config = divqat.preset("x86", weight_bits=4, activation_bits=4)
-    exported = Exported(tmp_path, "concat_hardswish", config, shrink=0.3)  # values beyond the grid
+    path = tmp_path / "model.onnx"
+    exported = settled(path, "concat_hardswish", config, shrink=0.3)  # values beyond the grid
     model = onnx.load(exported.path)
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
     clips = [node for node in clips if exported.maker[node.input[0]].op_type == "QuantizeLinear"]
@@ -184,17 +211,44 @@ def test_narrow_activations_are_clipped_codes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tensorrt", "qnnpack"])
-def test_other_presets(tmp_path, preset):
-    exported = Exported(tmp_path, "concat_hardswish", preset)
+def test_other_presets_and_that_export_is_silent_and_leaves_the_model_alone(
+    tmp_path, capfd, preset
+):
+    prepared = settle(divqat.prepare(build("concat_hardswish"), preset, images()), 10)
+    before = {k: v.clone() for k, v in prepared.state_dict().items() if torch.is_tensor(v)}
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if preset == "tensorrt":  # of 8 bits, as is said elsewhere
+            warnings.filterwarnings("ignore", ".+can saturate on x86 CPUs", UserWarning)
+        exported = Exported(tmp_path / "deep" / "model.onnx", prepared, images(64, seed=9))
+    assert capfd.readouterr() == ("", "")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["model.onnx"]
+    assert prepared.training
+    for key, value in before.items():
+        assert torch.equal(prepared.state_dict()[key], value)
+
     codes = [node for node in exported.graph.node if node.op_type == "QuantizeLinear"]
     kind = INT8 if preset == "tensorrt" else UINT8
     assert {exported.initializers[node.input[2]].data_type for node in codes} == {kind}
     zero_points = {int(exported.constant(node.input[2])) for node in codes}
     assert zero_points == {0} if preset == "tensorrt" else len(zero_points) > 1
-    x = images(64, seed=9)
     with torch.no_grad():
-        expected = exported.converted(x)
-    assert (run(exported.path, x) - expected).square().mean().sqrt() / expected.std() < 0.05
+        expected = exported.converted(exported.x)
+    error = (run(exported.path, exported.x) - expected).square().mean().sqrt()
+    assert error / expected.std() < 0.05
+
+    if preset == "tensorrt":  # biases stay float: it takes no int32 through DequantizeLinear
+        kinds = [
+            exported.initializers[node.input[0]].data_type
+            for node in exported.graph.node
+            if node.op_type == "DequantizeLinear" and node.input[0] in exported.initializers
+        ]
+        assert kinds == [INT8] * 5
+        for name, layer in quantized(prepared).items():
+            torch.testing.assert_close(
+                exported.converted.get_submodule(name).bias, layer.folded()[1], rtol=0, atol=0
+            )
 
 
 @pytest.mark.slow
@@ -259,21 +313,6 @@ def test_a_layer_that_is_called_twice_keeps_its_bias(tmp_path, bits):
     readers = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     weights = [node.input[0] for node in readers if node.input[0] in constants]
     assert len(weights) == len(set(weights)) == 4  # three weights, and one integer bias
-
-
-def test_biases_stay_float_for_tensorrt(tmp_path):
-    """It takes no int32 through DequantizeLinear."""
-    exported = Exported(tmp_path, "residual", "tensorrt")
-    kinds = [
-        exported.initializers[node.input[0]].data_type
-        for node in exported.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in exported.initializers
-    ]
-    assert kinds == [INT8] * 3
-    for name, layer in quantized(exported.prepared).items():
-        torch.testing.assert_close(
-            exported.converted.get_submodule(name).bias, layer.folded()[1], rtol=0, atol=0
-        )
 
 
 POOLS = {
@@ -357,9 +396,15 @@ def test_a_pooling_that_would_be_another_one_is_refused(tmp_path, pool, error, m
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("old", [None, b"the old model"])
-@pytest.mark.parametrize("broken", ["torch.onnx.export", "divqat.export.onnx.runtime_kernels"])
-def test_failure_leaves_nothing_half_written(tmp_path, monkeypatch, old, broken):
+@pytest.mark.parametrize(
+    ("broken", "old"),
+    [
+        ("torch.onnx.export", None),
+        ("torch.onnx.export", b"the old model"),
+        ("divqat.export.onnx.runtime_kernels", b"the old model"),
+    ],
+)
+def test_failure_leaves_nothing_half_written(tmp_path, monkeypatch, broken, old):
     prepared = settle(divqat.prepare(build("residual"), "x86", images()), 1)
     path = tmp_path / "model.onnx"
     if old is not None:
@@ -397,13 +442,19 @@ def test_uncalibrated_model_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_cast_model_is_exported_with_a_float32_example(dtype, tmp_path):
+@pytest.mark.slow
+def test_a_cast_model_is_exported_with_a_float32_example(tmp_path):
+    """What is written is the converted model, whose tensors are those of one that was not cast."""
     x = torch.rand(2, 3, 6, 6)
     model = divqat.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), "x86", x)
     model(x)
-    model.to(dtype)
-    with pytest.raises(TypeError, match="example_input: wanted float32"):
-        export_onnx(model, x.to(dtype), tmp_path / "model.onnx")
-    assert not list(tmp_path.iterdir())
-    export_onnx(model, x, tmp_path / "model.onnx")
+    wanted = {name: value.dtype for name, value in divqat.convert(model).state_dict().items()}
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        cast = copy.deepcopy(model).to(dtype)
+        with pytest.raises(TypeError, match="example_input: wanted float32"):
+            export_onnx(cast, x.to(dtype), tmp_path / "model.onnx")
+        assert not list(tmp_path.iterdir())
+        converted = divqat.convert(cast)
+        assert {n: value.dtype for n, value in converted.state_dict().items()} == wanted
+        assert converted(x).dtype == torch.float32
+    export_onnx(cast, x, tmp_path / "model.onnx")

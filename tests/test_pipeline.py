@@ -75,6 +75,13 @@ def test_finished_job_trains_and_asks_nothing(job, capsys, monkeypatch):
 
 
 def test_killed_job_goes_on_to_the_same_result(job, tmp_path):
+    """Killed in an attack; what comes before it is taken from a job that was never interrupted."""
+    shutil.copytree(job / "out", tmp_path / "out")
+    for name in ("result.json", "report.html"):
+        (tmp_path / "out" / name).unlink()
+    seed = tmp_path / "out" / "seed0"
+    for folder in (seed / "divqat", *seed.glob("qat/attack-*")):
+        shutil.rmtree(folder)
     command = [sys.executable, "-m", "divqat", "run", "--config", str(job / "job.yaml")]
     command += ["--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -16,37 +16,35 @@ NASTY = {"method": "nasty", "epochs": 2, "weight": 0.1}
 INI = {"method": "ini", "epochs": 2, "ini_epsilon": 50.0}
 BUDGETED = {"method": "divqat", "accuracy_budget": 1.0, "reference": "a"}
 VICTIMS = {
+    "nasty": NASTY,
+    "ini": INI,
     "ptq": {"method": "ptq", "epochs": 1},
-    "undistillable": {"method": "ptq", "epochs": 1, "teacher": "teacher"},
+    "undistillable": {"method": "ptq", "epochs": 1, "teacher": "nasty"},
+    "isolated": {"method": "ptq", "epochs": 1, "teacher": "ini"},
+}
+TOLD = {
+    "ptq": {},
+    "undistillable": {"weight": 0.1, "temperature": 4.0},
+    "isolated": {"ini_gamma": 0.3, "ini_delta": 1.0, "ini_epsilon": 50.0},
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("teacher", "told"),
-    [
-        (NASTY, {"weight": 0.1, "temperature": 4.0}),
-        (INI, {"ini_gamma": 0.3, "ini_delta": 1.0, "ini_epsilon": 50.0}),
-    ],
-    ids=["nasty", "ini"],
-)
-def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path, teacher, told):
+def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
     attack = {**JOB["attack"], "budget": 100, "answers": ["probs"]}
-    victims = {"teacher": teacher, **VICTIMS}
     result = run_job(
-        Job.from_dict({**JOB, "victims": victims, "attack": attack}), tmp_path, **QUIET
+        Job.from_dict({**JOB, "victims": VICTIMS, "attack": attack}), tmp_path, **QUIET
     )
-    plain, ours = result.victims
-    assert (plain.name, plain.method) == ("ptq", "ptq")
-    assert (ours.name, ours.method) == ("undistillable", f"{teacher['method']}-ptq")
-    assert ours.settings == told and plain.settings == {}
+    assert {victim.name: victim.settings for victim in result.victims} == TOLD
     assert all(v.int8_layers == 5 and set(v.attacks) == {"probs"} for v in result.victims)
     assert all(v.argmax_agreement > 0.98 for v in result.victims)
     seed = tmp_path / "seed0"
-    assert ours.accuracy_fp == read_json(seed / "teacher" / "summary.json")["test_accuracy"]
-    assert plain.accuracy_fp == read_json(seed / "fp" / "summary.json")["test_accuracy"]
-    assert not (seed / "teacher" / "model.onnx").exists()
-    assert load_run(seed / "undistillable").config.teacher == str(seed / "teacher")
+    for victim in result.victims:
+        teacher = VICTIMS[victim.name].get("teacher", "fp")
+        assert victim.method == ("ptq" if teacher == "fp" else f"{teacher}-ptq")
+        assert victim.accuracy_fp == read_json(seed / teacher / "summary.json")["test_accuracy"]
+        assert not (seed / teacher / "model.onnx").exists()
+        assert load_run(seed / victim.name).config.teacher == str(seed / teacher)
     assert result.control == []  # there is no plain QAT
 
 

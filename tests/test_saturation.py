@@ -12,8 +12,6 @@ from testing import randn
 from torch import nn
 
 import divqat
-from divqat import models
-from divqat.data import load, to_float
 from divqat.export import export_onnx, verify
 from divqat.export.saturation import emulated_session, saturating
 from divqat.logits import open_onnx
@@ -238,31 +236,3 @@ def test_verify_finds_on_any_cpu_what_saturates(tmp_path):
     found = verify(seven, tmp_path / "seven.onnx", uint8, labels)
     assert found.saturating == () and found.precise is found.emulated is None
     assert found.least_agreement == found.argmax_agreement > 0.97
-
-
-@pytest.mark.parametrize(
-    ("model", "preset"),
-    [
-        ("lenet", "qnnpack"),
-        ("vgg_small", "x86"),
-        ("resnet20", "qnnpack"),
-        ("mobilenetv2_small", "x86"),
-    ],
-)
-def test_a_default_session_answers_as_the_trained_network_does(tmp_path, model, preset):
-    torch.manual_seed(0)
-    digits = load("digits")
-    net = models.build(model, in_channels=1, num_classes=10, image_size=8)
-    images, labels = to_float(digits.train.images), digits.train.labels
-    prepared = divqat.prepare(net, preset, images[:64])
-    optimizer = torch.optim.SGD(prepared.parameters(), 0.05, momentum=0.9, nesterov=True)
-    for step in range(60):
-        some = torch.arange(64 * step, 64 * (step + 1)) % len(images)
-        loss = nn.functional.cross_entropy(prepared(images[some]), labels[some])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    export_onnx(prepared, images, tmp_path / "model.onnx")
-    report = verify(prepared, tmp_path / "model.onnx", digits.test, digits.test.labels)
-    assert report.n == 359 and report.accuracy_fake > 0.9
-    assert report.argmax_agreement >= 0.995 and not report.saturating

@@ -5,7 +5,7 @@ import torch
 from captured import HostReads, host_reads, plays, replay_steps
 from test_train import QUIET, assert_same
 from testing import no_waiting
-from trainings import trained
+from trainings import TINY, teach, trained
 
 from divqat.files import load_checkpoint
 from divqat.options import ConfigError
@@ -14,11 +14,17 @@ from divqat.train import TrainConfig, budget, step, train
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A training of a network in which nothing but the number of operations is small."""
+    return teach(tmp_path_factory.mktemp("teacher") / "fp", model=TINY)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         dict(),
-        dict(precision="float16", model="lenet"),
+        dict(precision="float16"),
         dict(method="qat", accumulate=2),
         dict(save_as_codes=True),
         dict(cache_teacher=True),
@@ -26,12 +32,11 @@ pytestmark = pytest.mark.slow
     ],
     ids=["divqat", "float16", "accumulate", "codes", "cached", "misdirect"],
 )
-def test_a_replayed_step_is_the_step_bit_for_bit(
-    vgg_teacher, lenet_teacher, tmp_path, monkeypatch, changes
-):
+def test_a_replayed_step_is_the_step_bit_for_bit(teacher, tmp_path, monkeypatch, changes):
     """Observers' buffers, momentum, the rise of λ and the learning rate included."""
-    teacher = lenet_teacher if changes.get("model") == "lenet" else vgg_teacher
-    settings = dict(epochs=4, freeze_observers_epoch=3, freeze_batchnorm_epoch=4, **changes)
+    settings = dict(
+        model=TINY, epochs=4, freeze_observers_epoch=3, freeze_batchnorm_epoch=4, **changes
+    )
     if changes.get("method") == "qat":
         settings["weight"] = 0.0
     trained(teacher, tmp_path / "eager", **settings)
@@ -43,23 +48,23 @@ def test_a_replayed_step_is_the_step_bit_for_bit(
     assert_same(tmp_path / "eager", tmp_path / "replayed")
 
 
-def test_a_weaker_defense_is_captured_anew(vgg_teacher, tmp_path, monkeypatch):
+def test_a_weaker_defense_is_captured_anew(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "_within", lambda below, points: False)
     settings = dict(
-        epochs=2, freeze_batchnorm_epoch=3, freeze_observers_epoch=3, accuracy_budget=1.0,
-        misdirect=0.5, weight=0.02, proxies=("noise", "rotated"),
+        model=TINY, epochs=2, freeze_batchnorm_epoch=3, freeze_observers_epoch=3,
+        accuracy_budget=1.0, misdirect=0.5, weight=0.02, proxies=("noise", "rotated"),
     )  # fmt: skip
-    trained(vgg_teacher, tmp_path / "eager", **settings)
+    trained(teacher, tmp_path / "eager", **settings)
     replay_steps(monkeypatch)
     plays.clear()
-    trained(vgg_teacher, tmp_path / "replayed", **settings)
+    trained(teacher, tmp_path / "replayed", **settings)
     assert len(plays) == 2 * 5 - 3 + 2 * (5 - 3)  # the last epoch twice more, three warm up each
     assert_same(tmp_path / "eager", tmp_path / "replayed")
 
 
-def test_a_graph_wants_a_gpu_and_one_process(vgg_teacher, tmp_path):
+def test_a_graph_wants_a_gpu_and_one_process(teacher, tmp_path):
     with pytest.raises(ConfigError, match="cuda_graph: wanted one process on a GPU, got 1 on"):
-        trained(vgg_teacher, tmp_path, cuda_graph=True, device="cpu")
+        trained(teacher, tmp_path, cuda_graph=True, device="cpu")
     with pytest.raises(ConfigError, match="cuda_graph: wanted one process on a GPU, got 2 on"):
         TrainConfig(cuda_graph=True).check_team(2)
     with pytest.raises(ConfigError, match="cuda_graph: wanted optimizer sgd"):
@@ -81,14 +86,14 @@ def test_cuda_graph(vgg_teacher, tmp_path, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["fp", "qat", "divqat"])
-def test_a_step_reads_nothing_on_the_host(lenet_teacher, tmp_path, monkeypatch, method, precision):
+def test_a_step_reads_nothing_on_the_host(teacher, tmp_path, monkeypatch, method, precision):
     seen = host_reads(monkeypatch, step.Step)
-    plain = dict(model="lenet", epochs=1, grad_clip=5.0, precision=precision)
+    plain = dict(model=TINY, epochs=1, grad_clip=5.0, precision=precision)
     if method == "fp":
         train(TrainConfig(dataset="digits", threads=1, **plain), tmp_path, **QUIET)
     else:
         own = dict(weight=0.0) if method == "qat" else {}
-        trained(lenet_teacher, tmp_path, method=method, warmup_epochs=0.5, **plain, **own)
+        trained(teacher, tmp_path, method=method, warmup_epochs=0.5, **plain, **own)
     assert len(seen) > 3 and not any(seen)
     with HostReads() as reads:
         torch.ones(()).item()

@@ -2,11 +2,22 @@
 
 import pytest
 from test_train import DIVQAT, QUIET, config
+from torch import nn
 
 from divqat.files import load_checkpoint
 from divqat.train import TrainConfig, train
 
 PLAIN = {**DIVQAT, "pad": 0, "epochs": 3, "model": "vgg_small"}
+TINY = "trainings:tiny"  # a model for TrainConfig
+
+
+def tiny(*, in_channels, num_classes, image_size):
+    """A network that has all that a training treats apart, and costs hardly anything."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, num_classes),
+    )  # fmt: skip
 
 
 def teach(folder, model="vgg_small"):
