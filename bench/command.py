@@ -20,6 +20,7 @@ from divqat.progress import progress
 
 T = TypeVar("T")
 Row = dict[str, Any]
+DIGITS = 6  # five would change some of the three that the tables show
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, seconds: float | None) -> None:
@@ -97,7 +98,7 @@ def measured(
             what = ", ".join(str(name) for name in names)
             print(f"not measured, {args.minutes:g} minutes are over: {what}", file=sys.stderr)
             continue
-        rows = measure(case)
+        rows = rounded(measure(case))
         result["rows"] += rows
         print(summary(rows), flush=True)
         if args.json:
@@ -105,6 +106,17 @@ def measured(
     if args.csv:
         write_text(args.csv, as_csv(result["rows"]))
     return result
+
+
+def rounded(value: Any) -> Any:
+    """``value`` with ``DIGITS`` significant digits in every float that is no whole number."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float) and not value.is_integer():
+        return float(f"{value:.{DIGITS}g}")
+    return value
 
 
 def _begin(args: argparse.Namespace, device: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.scale import COPY, SWEEPS, curves
 from divqat.errors import require
-from divqat.evaluate.plots import COLORS, STYLE
+from divqat.evaluate.plots import COLORS, STYLE, paint
 from divqat.files import write_atomic
 
 MARKERS = "osD^vP*X<>hd"
@@ -27,7 +27,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 def _save(figure: Any, path: str) -> Path:
     kind = Path(path).suffix.removeprefix(".")
-    return write_atomic(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    return write_atomic(path, lambda file: paint(figure, file, kind))
 
 
 def _style(i: int, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,8 +83,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per contender, and one for a copy of the same memory."""
     settle_allocator()
-    plan = case.plan
-    identity = {**dict(zip(KEY, plan.key, strict=True)), "shape": list(plan.shape)}
+    identity = dict(zip(KEY, case.plan.key, strict=True))
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Contender] = {}
     for name, build in case.contenders.items():
@@ -110,9 +108,10 @@ def measure(
             "bytes": moved,
             "gb_per_s": moved / times[name]["median"] / 1e6,
             "share_of_copy": moved / times[name]["median"] / bandwidth,
-            "enqueue_us": enqueue_microseconds(runner) if device == "cuda" else None,
             **costs(runner, device),
         }
+        if device == "cuda":
+            rows[name]["enqueue_us"] = enqueue_microseconds(runner)
         if name != COPY:
             rows[name]["saved_bytes"] = _saved(case, ready[name])
     torch._dynamo.reset()  # what was compiled for this case serves no other
@@ -130,9 +129,7 @@ def admitted(case: Case, build: Any, row: dict[str, Any]) -> Contender | None:
         return None
     try:
         with contender.serving():
-            start = time.perf_counter()
             outputs, grads = case.run(contender, 0)
-            row["first_call_s"] = time.perf_counter() - start
             outputs = [t.detach().clone() for t in outputs]
             grads = [t.detach().clone() for t in grads]
     except Exception as error:  # whatever a peer raises for a dtype, layout or device

@@ -78,8 +78,8 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> Path:
-    """Write ``value`` as indented JSON atomically, with a checksum as its last key; NaN and Inf are
-    refused (they are no JSON)."""
+    """Write ``value`` as :func:`compact_json` atomically, with a checksum as its last key; NaN and
+    Inf are refused (they are no JSON)."""
     return write_text(path, sealed_json(value))
 
 

@@ -14,6 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from divqat.compact_json import compact_json
+
 KEY, MARK = "checksum", "sha256:"
 # The end of a zip file: a magic number, 16 bytes of sizes, the length of a comment that follows.
 END = b"PK\5\6"
@@ -23,12 +25,12 @@ CHANGED = "was changed or cut after it was written"
 
 
 def sealed_json(value: dict[str, Any]) -> str:
-    """``value`` as indented JSON whose last key is the checksum of the text without it.
+    """``value`` as :func:`compact_json` whose last key is the checksum of the text without it.
 
     Raises:
         ValueError: NaN or Inf, which are no JSON.
     """
-    return _json(value | {KEY: MARK + _sha256(_json(value).encode())})
+    return compact_json(value | {KEY: MARK + _sha256(compact_json(value).encode())})
 
 
 def unsealed_json(text: str) -> Any:
@@ -42,16 +44,17 @@ def unsealed_json(text: str) -> Any:
     if f'"{KEY}"' not in text and f'"{MARK}' not in text:
         _say_unchecked()
         return value
-    if not isinstance(value, dict) or KEY not in value:
+    if not isinstance(value, dict) or not _is_whole(text):
         raise ValueError(f"it {CHANGED}")
     del value[KEY]
-    if text != sealed_json(value):
-        raise ValueError(f"it {CHANGED}")
     return value
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+def _is_whole(text: str) -> bool:
+    """Whether JSON, compact or indented as by an older divqat, is as its checksum says."""
+    before, _, after = text.rpartition(f'  "{KEY}": ')
+    unsealed = "{}\n" if before == "{\n" else before.removesuffix(",\n") + "\n}\n"
+    return after == f'"{MARK}{_sha256(unsealed.encode())}"\n}}\n'
 
 
 def _no_number(name: str) -> None:

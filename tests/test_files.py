@@ -193,3 +193,20 @@ def test_what_is_no_json_object_names_the_file_and_the_line(tmp_path):
     path.write_bytes(b"{}")
     with pytest.raises(ValueError, match=r"a\.json: there is no 'accuracy'; .*delete it"):
         read_json(path)["accuracy"]
+
+
+@pytest.mark.usefixtures("painted")
+def test_a_plot_has_few_colors_and_is_small(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+
+    def draw(figure):
+        axes = figure.subplots()
+        for i in range(7):
+            axes.plot([0, 1, 2], [i, i * i, 3], "o-")
+
+    with image.open(save_plot(tmp_path / "plot.png", (4, 3), draw)) as plot:
+        assert plot.mode == "P" and plot.size == (600, 450)
+        shown = plot.convert("RGB")
+    assert shown.getpixel((0, 0)) == (255, 255, 255)
+    assert len(shown.getcolors(1000)) <= 128
+    assert save_plot(tmp_path / "plot.svg", (4, 3), draw).read_text().startswith("<?xml")

@@ -13,6 +13,18 @@ from divqat.files import check_beside, load_checkpoint, read_json, save_checkpoi
 from divqat.integrity import sealed_json, sha256
 
 VALUE = {"accuracy": 0.8125, "rows": [1, None, True, 2.5e-7], "name": "ünï", "in": {"5": []}}
+# as divqat 0.1.0 wrote it
+INDENTED = """{
+  "accuracy": 0.8125,
+  "in": {
+    "rows": [
+      1,
+      null
+    ]
+  },
+  "checksum": "sha256:6d897c1f2d8ad6cccc24360f507139f3d46886caaf0610d7b3a2002cc72d8d7f"
+}
+"""
 STATE = {"weights": torch.linspace(-1, 1, 300), "model": {"a": torch.arange(6)}, "rows": [{"x": 1}]}
 
 
@@ -47,6 +59,33 @@ def test_no_damaged_json_is_read(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"a\.json.*delete it and give the command"):
             read_json(path)
+
+
+def test_an_indented_file_of_an_older_divqat_is_read_unless_it_is_damaged(tmp_path, recwarn):
+    path = tmp_path / "a.json"
+    path.write_text(INDENTED)
+    assert read_json(path) == {"accuracy": 0.8125, "in": {"rows": [1, None]}} and not recwarn
+    for data in damaged(INDENTED.encode()):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.json"):
+            read_json(path)
+
+
+@pytest.mark.parametrize("value", [VALUE, {"in": {"checksum": "sha256:0"}}])
+def test_what_was_added_or_removed_is_noticed(value, tmp_path):
+    path, text = tmp_path / "a.json", sealed_json(value)
+    lines = text.splitlines(keepends=True)
+    for i in range(len(lines)):
+        for other in (lines[:i] + lines[i + 1 :], lines[: i + 1] + lines[i:]):
+            path.write_text("".join(other))
+            with pytest.raises(ValueError):
+                read_json(path)
+    for other in (text + "\n", text.replace(": ", ":  ", 1), text.replace("\n", "\r\n")):
+        path.write_bytes(other.encode())
+        with pytest.raises(ValueError):
+            read_json(path)
+    path.write_text(text)
+    assert read_json(path) == value
 
 
 def test_no_damaged_checkpoint_is_loaded(tmp_path):

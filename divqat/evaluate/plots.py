@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -254,4 +255,15 @@ def save_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]
         figure = figure_class(figsize=size, layout="constrained")
         draw(figure)
         kind = path.suffix.removeprefix(".")
-        return write_atomic(path, lambda file: figure.savefig(file, format=kind))
+        return write_atomic(path, lambda file: paint(figure, file, kind))
+
+
+def paint(figure: Any, file: Path, kind: str) -> None:
+    """Write a matplotlib Figure; a PNG has 128 colors, with which it takes a third of the room."""
+    if kind != "png":
+        figure.savefig(file, format=kind)
+        return
+    data = io.BytesIO()
+    figure.savefig(data, format=kind)
+    image = require("PIL.Image", "report").open(data)
+    image.convert("RGB").quantize(128, kmeans=1).save(file, kind, optimize=True)
