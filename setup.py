@@ -17,7 +17,7 @@ from typing import Any
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "divqat/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "divqat/_util/version.py").read_text())[1]
 MODES = ("auto", "python", "cpu", "cuda")
 MODE = os.environ.get("DIVQAT_BUILD", "auto")
 # No contraction to FMA: the kernels agree with PyTorch's reference bit for bit.

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from bench.environment import SAME, environment
-from divqat.files import read_json, write_json, write_text
-from divqat.progress import progress
+from divqat._util.files import read_json, write_json, write_text
+from divqat._util.progress import progress
 
 T = TypeVar("T")
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 from bench import run
 from bench.command import status
 from bench.environment import SAME
-from divqat.files import read_json
+from divqat._util.files import read_json
 
 KEYS = {
     "run": (*run.KEY, "contender"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from divqat.evaluate.result import hardware, versions
+from divqat._util.devices import hardware, versions
 from divqat.ops import native_kernels
 
 PEERS = ("torchao", "brevitas", "liger-kernel")  # compared with, never needed

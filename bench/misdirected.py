@@ -9,7 +9,7 @@ from divqat.data import ImageSet
 from divqat.data.batches import to_uint8
 from divqat.train import TrainConfig
 from divqat.train.distributed import Team
-from divqat.train.misdirection import Misdirection, Proxies
+from divqat.train.proxies import Proxies, fitted_misdirection
 
 
 class Misdirected:
@@ -24,15 +24,15 @@ class Misdirected:
         self.x, self.target = x.clamp(-1, 1).contiguous(), target  # as a training loads them
         config = TrainConfig(method="divqat", teacher="-", accuracy_budget=0.5)
         images = ImageSet(to_uint8(self.x), target)
-        self.weight = float(config.misdirect or 0)
-        self.proxies = Proxies(config, images.image_shape, Team(device=x.device))
-        self.misdirection = Misdirection.fitted(config, classes, images, self.proxies).to(x.device)
+        self.weight, self.count = float(config.misdirect or 0), config.proxy_count(len(x))
+        self.misdirection = fitted_misdirection(config, config.seed, classes, images).to(x.device)
+        self.proxies = Proxies(self.misdirection.source, config.seed, Team(device=x.device))
 
     def draw(self) -> Tensor:
         """The proxies of a step, float32 [M, C, H, W]."""
-        drawn = self.proxies(self.x, self.target, len(self.x))
+        drawn = self.proxies(self.x, self.target, self.count)
         return drawn.contiguous(memory_format=torch.channels_last)
 
     def loss(self, logits: Tensor, proxies: Tensor) -> Tensor:
         """w · mean CE, []; of the model's logits [M, classes] for ``proxies``."""
-        return self.weight * self.misdirection(logits, None, proxies).loss / len(proxies)
+        return self.weight * self.misdirection.terms(logits, proxies).loss / len(proxies)

@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from bench.scale import COPY, SWEEPS, curves
-from divqat.errors import require
-from divqat.evaluate.plots import COLORS, STYLE, paint
-from divqat.files import write_atomic
+from divqat._util.errors import require
+from divqat._util.figures import COLORS, STYLE, paint
+from divqat._util.files import write_atomic
 
 MARKERS = "osD^vP*X<>hd"
 

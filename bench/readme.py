@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables, weight_bits
-from divqat.files import read_json, write_text
+from divqat._util.files import read_json, write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

@@ -17,8 +17,8 @@ from bench import activations, losses, step, weights
 from bench.case import Plan
 from bench.command import add_common_arguments, measured, set_up
 from bench.run import COPY, measure
+from divqat._util.devices import cpu_threads
 from divqat.ops._backend import best
-from divqat.train.loop import cpu_threads
 
 OBSERVED = "fake_quantize_observed"
 PEERS = ["torch.ao fused", "PyTorch, eager"]

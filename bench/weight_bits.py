@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from bench.command import Row, add_common_arguments, matches, measured, set_up
 from divqat import freeze_batchnorm, freeze_observers, models, prepare, preset
+from divqat._util.files import load_checkpoint, save_checkpoint
 from divqat.data import Splits, load, to_float
 from divqat.export import export_onnx, verify
-from divqat.files import load_checkpoint, save_checkpoint
 from divqat.nn._layer import QuantLayer
 from divqat.ops import fake_quantize
 from divqat.quantize import ungroup_weights

@@ -6,8 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-__version__ = "0.1.0"
-
 # An installed package holds kernels/ as divqat.kernels; in a checkout that is not installed the
 # folder lies beside this one.
 _kernels = Path(__file__).parent.parent / "kernels"
@@ -20,7 +18,8 @@ if importlib.util.find_spec("divqat.kernels") is None and (_kernels.parent / "se
     _spec.loader.exec_module(kernels)
 
 from divqat import nn, ops  # noqa: E402
-from divqat.foreign import trust  # noqa: E402
+from divqat._util.foreign import trust  # noqa: E402
+from divqat._util.version import __version__  # noqa: E402
 from divqat.quantize import (  # noqa: E402
     QuantConfig,
     convert,

@@ -4,7 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from divqat.train import graph, loop, step, trainer
+from divqat.train import graph, step, trainer
+from divqat.train import run as loop
 
 plays = []
 

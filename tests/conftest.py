@@ -12,10 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import backends
 import trainings
+from hypothesis import HealthCheck, settings
 
-from divqat import files
+from divqat._util import figures, files
 from divqat.data import ImageSet, catalog
-from divqat.evaluate import plots
+
+# How long an example takes says something of the machine, and of who else is on it.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 BLANK = b"\x89PNG\r\n\x1a\n"
 
@@ -24,7 +28,7 @@ BLANK = b"\x89PNG\r\n\x1a\n"
 def trainings_are_quick():
     """What takes longer than a tiny network trains: pictures are drawn, but not painted (see
     ``painted``), the digits are read from their file once, and so is what torch knows of ONNX."""
-    read, write = functools.cache(catalog._digits), plots.write_atomic
+    read, write = functools.cache(catalog._digits), figures.write_atomic
 
     def digits():
         catalog.require("sklearn.datasets", "data")
@@ -34,7 +38,7 @@ def trainings_are_quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog, "_digits", digits)
         patch.setattr(
-            plots, "write_atomic", lambda path, _: write(path, lambda f: f.write_bytes(BLANK))
+            figures, "write_atomic", lambda path, _: write(path, lambda f: f.write_bytes(BLANK))
         )
         registry = _onnx_registry()
         if registry is not None:
@@ -56,7 +60,7 @@ def _onnx_registry():
 def painted():
     """The module's pictures are those that a user sees."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "write_atomic", files.write_atomic)
+        patch.setattr(figures, "write_atomic", files.write_atomic)
         yield
 
 

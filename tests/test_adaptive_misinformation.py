@@ -8,12 +8,12 @@ from testing import tensor
 from torch import nn
 from toys import QUERIES, TEST_IMAGES, TEST_LABELS, same_bits, toy_images, toy_victim
 
+from divqat._util.seeds import derived_seed
 from divqat.data import ImageSet, to_float
 from divqat.defenses import Owner
 from divqat.defenses.adaptive_misinformation import AdaptiveMisinformation, misinformation_loss
 from divqat.defenses.network import train_network
-from divqat.evaluate import accuracy
-from divqat.seeds import derived_seed
+from divqat.metrics import accuracy
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ from torch import nn
 from toys import CLASSES, TEST_IMAGES, TEST_LABELS, toy_model, toy_victim
 
 from divqat import prepare
+from divqat._util.devices import fingerprint
 from divqat.data import to_float
-from divqat.evaluate import accuracy, fgsm, pgd
-from divqat.train.folder import fingerprint
+from divqat.metrics import accuracy, fgsm, pgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +113,7 @@ def test_the_model_stays_as_it_is(model, quantized):
     assert correct(victim, moved) < correct(victim, IMAGES) - 0.1
 
 
+@pytest.mark.slow
 def test_fgsm_of_art_is_ours(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # ART writes to the home folder when imported
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))

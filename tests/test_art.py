@@ -10,7 +10,7 @@ from toys import CLASSES, QUERIES, TEST_IMAGES, TEST_LABELS, toy_model, toy_vict
 from divqat.attacks import KnockoffNets
 from divqat.attacks.art import art_classifier
 from divqat.data import to_float
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -27,7 +27,7 @@ from divqat.attacks.memory import Memory
 from divqat.attacks.zeroth_order import zeroth_order
 from divqat.data import to_float
 from divqat.data.batches import to_uint8
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

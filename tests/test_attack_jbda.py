@@ -20,7 +20,7 @@ from divqat.attacks import KnockoffNets
 from divqat.attacks.jbda import JBDA, ascent
 from divqat.attacks.jbda_tr import JBDATR
 from divqat.data import ImageSet, to_float
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

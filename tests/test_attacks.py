@@ -15,11 +15,11 @@ from toys import (
     toy_victim,
 )
 
+from divqat._util.files import load_checkpoint
 from divqat.attacks import KnockoffNets, attack
 from divqat.attacks.answers import distributions, reading
 from divqat.data import to_float
-from divqat.evaluate import accuracy, chance, fidelity, predict
-from divqat.files import load_checkpoint
+from divqat.metrics import accuracy, chance, fidelity, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -141,6 +141,7 @@ def test_an_average_by_hand_over_the_state_dict_that_began_later(config):
     torch.testing.assert_close(convert(averaged)(X), averaged(X), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_compiled_average_finds_its_range_on_the_device():
     model = nn.Sequential(FakeQuantize(), FakeQuantize(relu=True), LearnedStepFakeQuantize())
     averaged = copy.deepcopy(model).eval()

@@ -5,7 +5,7 @@ from toys import QUERIES, same_bits, toy_images, toy_model, toy_victim
 from divqat.attacks import KnockoffNets
 from divqat.attacks.best_of import BestOf
 from divqat.data import ImageSet
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,13 +8,13 @@ import torch
 from test_train import QUIET, assert_equal, assert_same
 from trainings import train_interrupted, train_until
 
-from divqat.files import load_checkpoint, read_json, save_checkpoint
-from divqat.options import ConfigError
+from divqat._util.files import load_checkpoint, read_json, save_checkpoint
+from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, distributed, load_run, train, trainer
 from divqat.train.budget import Budget, between
 from divqat.train.folder import load_splits
-from divqat.train.learning import MISDIRECT
 from divqat.train.network import build_model
+from divqat.train.settings.misdirection import MISDIRECT
 
 DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
 STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)
@@ -149,7 +149,7 @@ def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypat
     inside = iter([True, False, *[True] * 9])
     monkeypatch.setattr("divqat.train.budget._within", lambda below, points: next(inside))
     # whether it broke down is asked of the result
-    monkeypatch.setattr("divqat.train.loop.collapse", lambda config, rows, result: str(result))
+    monkeypatch.setattr("divqat.train.run.collapse", lambda config, rows, result: str(result))
     train_interrupted(config, tmp_path / "run", 5)
     told = read_json(tmp_path / "run" / "summary.json")["budget"]
     assert told["path"][0]["epoch"] == 5 and told["share"] == 1 and not told["attempts"]
@@ -167,8 +167,8 @@ def test_the_pull_is_not_weakened(teacher, qat, tmp_path):
     made = trainer.Trainer(
         config, load_splits(config), load_run(teacher), distributed.Team(), tmp_path
     )
-    made.step.weaken(0.5)
-    assert made.step.share == 0.5 and float(made.step.loss.final_weight) == -1
+    made.objective.weaken(0.5)
+    assert made.objective.share == 0.5 and float(made.objective.divergence.final_weight) == -1
 
 
 @pytest.mark.parametrize("epoch", [1, 4])

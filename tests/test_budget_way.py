@@ -28,6 +28,7 @@ def observed(seed, symmetric=False):
     return model.eval()
 
 
+@pytest.mark.slow
 def test_zero_points_go_with_their_ranges():
     start, end, model = observed(1), observed(2), observed(3)
     images = randn(64, 1, 8, 8)
@@ -47,6 +48,7 @@ def test_zero_points_go_with_their_ranges():
         torch.testing.assert_close(moved[scale], plain[scale])
 
 
+@pytest.mark.slow
 def test_symmetric_ranges_go_the_straight_way():
     ends = [observed(seed, symmetric=True).state_dict() for seed in (1, 2)]
     model, wanted = observed(3, symmetric=True), between(*ends, 0.25)

@@ -6,6 +6,7 @@ import torch
 from testing import randn, tensor
 from torch import nn
 
+from divqat._util.settings import option
 from divqat.data import ImageSet
 from divqat.defenses import Defense, Owner
 from divqat.defenses.adaptive_misinformation import AdaptiveMisinformation
@@ -15,7 +16,6 @@ from divqat.defenses.keep import LabelOnly
 from divqat.defenses.random_noise import RandomNoise
 from divqat.defenses.reverse_sigmoid import ClampedReverseSigmoid, ReverseSigmoid
 from divqat.defenses.temperature import Temperature
-from divqat.options import option
 
 PROBS = (3 * randn(1000, 6)).softmax(1)
 IMAGES = randn(1000, 1, 2, 2, seed=1).tanh()

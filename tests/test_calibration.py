@@ -6,8 +6,8 @@ import pytest
 import torch
 from testing import randn, seeded, tensor
 
-from divqat.evaluate import expected_calibration_error as ece
-from divqat.evaluate import softmax
+from divqat.metrics import expected_calibration_error as ece
+from divqat.metrics import softmax
 
 
 def two(confidence):

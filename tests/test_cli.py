@@ -11,13 +11,16 @@ import pytest
 import torch
 import yaml
 
-from divqat import cli, commands, steps
+from divqat import cli
+from divqat._util.files import load_checkpoint, read_json
+from divqat._util.settings import add_flags
+from divqat.cli import commands
 from divqat.data import ImageSet, Splits
-from divqat.evaluate.grid import Grid
-from divqat.files import load_checkpoint, read_json
-from divqat.options import add_flags
-from divqat.steps import AttackConfig
-from divqat.train import TrainConfig, load_run, loop
+from divqat.evaluate import Grid
+from divqat.experiments import deploy as steps
+from divqat.experiments.deploy import AttackConfig
+from divqat.train import TrainConfig, load_run
+from divqat.train import run as loop
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--threads", "1", "--batch-size", "256"]
@@ -71,6 +74,7 @@ def test_flags_without_use_are_told(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_run_takes_data_and_model_of_its_teacher(tmp_path):
     settings = ["--epochs", 1, "--validation-fraction", 0.3, *FAST]
     assert divqat("train", "--out", tmp_path / "fp", *settings) == 0

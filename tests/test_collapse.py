@@ -1,13 +1,9 @@
 """A learning rate for a large batch is too high once BatchNorm is frozen."""
 
-import json
-
 import pytest
-from test_evaluate import fake_result, write_run
 from test_train import QUIET, config
 
-from divqat import evaluate
-from divqat.files import load_checkpoint, read_json
+from divqat._util.files import load_checkpoint, read_json
 from divqat.train import TrainConfig, train
 from divqat.train.collapse import collapse
 
@@ -110,16 +106,3 @@ def test_what_a_budget_has_chosen_did_not_break_down():
     rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate([0.5, 0.9, 0.1], start=1)]
     assert collapse(settings, rows, 0.9) is None
     assert "to 40.00%; BatchNorm froze" in collapse(settings, rows, 0.4)
-
-
-def test_the_report_shows_the_warnings(tmp_path):
-    pytest.importorskip("matplotlib")
-    write_run(tmp_path, fake_result(victims=fake_result().victims[:2]))
-    for name, warnings in (("qat", ["it fell <down>"]), ("divqat", [])):
-        summary = {"warnings": warnings}
-        (tmp_path / "seed0" / name / "summary.json").write_text(json.dumps(summary))
-    evaluate.write_report(tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    shown = r"it fell \<down\>"
-    assert text.index("## Warnings") < text.index(shown) < text.index("## Results")
-    assert f"| qat      | seed0  | {shown} |" in text

@@ -6,12 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divqat.compact_json import WIDTH, compact_json
-from divqat.integrity import sealed_json, unsealed_json
+from divqat._util.compact_json import WIDTH, compact_json
+from divqat._util.integrity import sealed_json, unsealed_json
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+TEXT = st.text(max_size=8)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
 FINITE = SCALARS.filter(lambda value: value not in (float("inf"), -float("inf")))
-VALUES = st.recursive(FINITE, lambda some: st.lists(some) | st.dictionaries(st.text(), some))
+VALUES = st.recursive(
+    FINITE,
+    lambda some: st.lists(some, max_size=6) | st.dictionaries(TEXT, some, max_size=6),
+    max_leaves=12,
+)
 
 
 @given(VALUES)
@@ -21,7 +26,7 @@ def test_any_value_is_read_as_it_was(value):
     assert compact_json(json.loads(text)) == text
 
 
-@given(st.dictionaries(st.text().filter(lambda key: key != "checksum"), VALUES))
+@given(st.dictionaries(TEXT.filter(lambda key: key != "checksum"), VALUES, max_size=6))
 def test_any_sealed_object_is_read_as_it_was(value):
     assert repr(unsealed_json(sealed_json(value))) == repr(value)
 

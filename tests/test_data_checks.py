@@ -5,11 +5,12 @@ import pytest
 from toys import toy_images
 
 from divqat import data
+from divqat._util.settings import ConfigError
 from divqat.data import checks
 from divqat.data.checks import check_classes, find_copies
 from divqat.data.sets import ImageSet, Splits
-from divqat.options import ConfigError
-from divqat.train import TrainConfig, loop, train
+from divqat.train import TrainConfig, train
+from divqat.train import run as loop
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -154,6 +154,7 @@ class TestTransferSet:
         x = data.transfer_set("icons", channels=1, image_size=28, limit=2, data_root=tmp_path)
         assert (x == 5).all()
 
+    @pytest.mark.slow
     @needs_clipart
     @needs_pillow
     @pytest.mark.filterwarnings("ignore:left out")

@@ -14,10 +14,10 @@ from testing import assert_same_batches, no_waiting, seeded
 from torch.utils.data import get_worker_info
 
 from divqat import data
+from divqat._util.files import load_checkpoint
 from divqat.data import ImageSet, StreamedSet, streaming
-from divqat.evaluate import predict
-from divqat.files import load_checkpoint
-from divqat.train import TrainConfig, step, train
+from divqat.metrics import predict
+from divqat.train import TrainConfig, objective, train
 
 pytest.importorskip("PIL", reason="needs Pillow")
 SHIFT = partial(data.augment, pad=2, flip=True)
@@ -165,6 +165,7 @@ def test_a_worker_that_dies_is_an_error_with_the_file(workers):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error():
     streamed = numbered(stops_at_20, 1)
     others = torch.multiprocessing.active_children()
@@ -273,13 +274,14 @@ def test_predict_takes_a_set(folder, held):
         predict(model, streamed.subset(slice(0)))
 
 
+@pytest.mark.slow
 def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypatch):
     """Another run, interrupted in the middle of an epoch, changes over to streaming."""
     options = dict(
         dataset="folder", data_root=str(folder), image_size=8, model="lenet", epochs=3,
         batch_size=16, threads=1, pad=1, flip=True,
     )  # fmt: skip
-    lines, steps, loss = [], [], step.Step.losses
+    lines, steps, loss = [], [], objective.Objective.of_images
 
     def failing(self, *args):
         steps.append(1)
@@ -291,7 +293,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
     assert not any("decoded" in line for line in lines)
     monkeypatch.setattr(streaming, "STREAM_ABOVE", 15_000)  # of 19,008
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step.Step, "losses", failing)
+        patch.setattr(objective.Objective, "of_images", failing)
         train(TrainConfig(**options, stream="never"), tmp_path / "streamed", log=lines.append)
     del lines[:]
     train(TrainConfig(**options, workers=1), tmp_path / "streamed", log=lines.append)

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from simplex import ROWS, answers, is_simplex, top_stays
 from testing import randn, tensor
 
+from divqat._util.settings import ConfigError
 from divqat.defenses.dcp import DCP
 from divqat.defenses.keep import LabelOnly, Rounding, TopK
 from divqat.defenses.random_noise import RandomNoise
 from divqat.defenses.reverse_sigmoid import ClampedReverseSigmoid, ReverseSigmoid
 from divqat.defenses.stingy import Stingy
 from divqat.defenses.temperature import Temperature
-from divqat.options import ConfigError
 from divqat.victim import Victim
 
 quick = settings(deadline=None, max_examples=60)

@@ -82,6 +82,7 @@ def test_opcheck(name, args, backend):
     assert result == dict.fromkeys(checks, "SUCCESS")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "channels_last"), list(zip(DTYPES, [False, True] * 2, strict=True))
 )
@@ -139,6 +140,7 @@ def test_a_new_weight_does_not_recompile():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", backends.names()[:1], indirect=True)
 def test_no_reference_reads_a_tensor_on_the_host(backend):
     """Fake tensors have no data: an ``item()`` or a branch on a value raises. The references are

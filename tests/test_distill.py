@@ -3,18 +3,17 @@
 import pytest
 import torch
 from captured import teachers
-from test_misdirect import DIGITS, batch, networks
+from test_misdirect import DIGITS, batch, networks, permuted, stepping
 from test_train import QUIET
 from torch.nn import functional as F
 
-from divqat.files import load_checkpoint, read_json
-from divqat.options import ConfigError
+from divqat._util.devices import fingerprint
+from divqat._util.files import load_checkpoint, read_json
+from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.distributed import Team
-from divqat.train.folder import fingerprint, write_checkpoint
-from divqat.train.learning import DISTILL
-from divqat.train.misdirection import Misdirection
-from divqat.train.step import Step
+from divqat.train.folder import write_checkpoint
+from divqat.train.settings.misdirection import DISTILL
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -43,12 +42,12 @@ def test_the_loss_is_the_formula():
         misdirect_target="permuted",
         precision="float32",
     )
-    misdirection = Misdirection(config, 5, (1, 8, 8))
     (model, asked), (images, labels, proxies) = networks(), batch()
-    do = Step(config, model, asked, labels, Team(), 0, misdirection)
+    misdirection = permuted(images, labels)
+    do = stepping(config, model, asked, labels, Team(), misdirection)
     result = do(images, torch.arange(14), proxies, total=14)
 
-    (exact, asked), permutation = networks(), misdirection.permutation
+    (exact, asked), permutation = networks(), misdirection.targets.permutation
     exact, asked = exact.double(), asked.double().requires_grad_(False)
     logits, theirs = exact(images.double()), asked(images.double())
     log_q, log_r = (logits / 2).log_softmax(1), (theirs / 2).log_softmax(1)

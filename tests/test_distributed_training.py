@@ -13,9 +13,9 @@ from test_distributed import spawn
 from test_train import QUIET, assert_same
 from torch import nn
 
-from divqat.files import load_checkpoint, read_json
+from divqat._util.files import load_checkpoint, read_json
 from divqat.nn import MovingAverageMinMaxObserver
-from divqat.train import TrainConfig, step, train, trainer
+from divqat.train import TrainConfig, objective, train, trainer
 
 ROOT = str(Path(__file__).parent.parent)
 # 1294 images: two uneven halves per step, and a last step of 7.
@@ -92,7 +92,7 @@ def assert_close(folder, one, start):
 
 def interrupted(config, folder, at):
     """Train, and be interrupted in the loss of step ``at``."""
-    steps, loss = [], step.Step.losses
+    steps, loss = [], objective.Objective.of_images
 
     def failing(self, *args):
         steps.append(1)
@@ -101,7 +101,7 @@ def interrupted(config, folder, at):
         return loss(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step.Step, "losses", failing)
+        patch.setattr(objective.Objective, "of_images", failing)
         train(config, folder, **QUIET)
 
 
@@ -122,7 +122,7 @@ def trainings(rank, size, folder, teacher):
     def batches(*args, **kwargs):
         for images, labels in original(*args, **kwargs):
             steps.append(1)
-            if rank == 1 and len(steps) == 16:  # the first batch shows what memory is needed
+            if rank == 1 and len(steps) == 15:  # of 12 per epoch
                 images[0] = torch.nan  # of the second process
             yield images, labels
 
@@ -204,15 +204,15 @@ def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
     script.write_text(
         "import os, sys\n"
         "from divqat.cli import main\n"
-        "from divqat.train import step\n"
-        "loss = step.Step.losses\n"
+        "from divqat.train import objective\n"
+        "loss = objective.Objective.of_images\n"
         "calls = []\n"
         "def failing(self, *args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 13 and os.environ['RANK'] == '1':\n"  # of 12 per epoch
         "        raise RuntimeError('out of order')\n"
         "    return loss(self, *args)\n"
-        "step.Step.losses = failing\n"
+        "objective.Objective.of_images = failing\n"
         "sys.exit(main())\n"
     )
     done, seconds = torchrun(script, "train", "--out", out, *flags(teacher))

@@ -16,9 +16,9 @@ from divqat import models
 from divqat.data import load, to_float
 from divqat.export import export_onnx, verify
 from divqat.export.saturation import saturating
-from divqat.logits import open_onnx
 from divqat.nn._layer import QuantLayer
 from divqat.quantize.deployed import IntegerLayer
+from divqat.victim.runners import open_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -341,6 +341,7 @@ POOLS = {
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_pooling_is_right_in_a_default_session(tmp_path):
     """All of them side by side, so that no other layer hides what one does."""
     sizes = []

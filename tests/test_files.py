@@ -13,9 +13,9 @@ from functools import partial
 import pytest
 import torch
 
-from divqat import files, temporaries
-from divqat.evaluate.plots import save_plot
-from divqat.files import (
+from divqat._util import files, temporaries
+from divqat._util.figures import save_plot
+from divqat._util.files import (
     WriteError,
     read_json,
     save_checkpoint,
@@ -23,7 +23,7 @@ from divqat.files import (
     write_json,
     write_text,
 )
-from divqat.held import FolderLost, held
+from divqat._util.held import FolderLost, held
 
 STATE = {"weights": torch.arange(20_000.0), "epoch": 3}
 WRITERS = {

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from divqat import cli, models
-from divqat.foreign import foreign, is_foreign, trust
-from divqat.options import ConfigError
+from divqat._util.foreign import foreign, is_foreign, trust
+from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, load_run, train
 
 pytestmark = pytest.mark.slow

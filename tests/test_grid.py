@@ -14,15 +14,15 @@ import pytest
 import torch
 from toys import toy_images, toy_splits, toy_victim
 
+from divqat._util.settings import ConfigError
 from divqat.data import to_float
-from divqat.evaluate.grid import Evaluation, Grid, Subject, evaluate, run
-from divqat.evaluate.grid.audits import audits
-from divqat.evaluate.grid.cell import Curve
-from divqat.evaluate.grid.result import HARD, SOFT, best_of, reads
-from divqat.evaluate.grid.specs import make_attack, split_spec
-from divqat.evaluate.grid.subject import Remembered, overlaps
-from divqat.evaluate.grid.tables import attacks_table, floor, main_table, released_table
-from divqat.options import ConfigError
+from divqat.evaluate import Evaluation, Grid, Subject, evaluate, run
+from divqat.evaluate.audits import audits
+from divqat.evaluate.cells import Curve
+from divqat.evaluate.results import HARD, SOFT, best_of, reads
+from divqat.evaluate.specs import make_attack, split_spec
+from divqat.evaluate.subject import Remembered, overlaps
+from divqat.evaluate.tables import attacks_table, floor, main_table, released_table
 
 pytestmark = pytest.mark.slow
 

@@ -22,12 +22,12 @@ from toys import (
 from divqat.attacks import KnockoffNets, attack
 from divqat.data import ImageSet
 from divqat.defenses import DEFENSES
-from divqat.evaluate.grid import Grid, Subject, evaluate
-from divqat.evaluate.grid.audits import audits
-from divqat.evaluate.grid.cell import run_attack
-from divqat.evaluate.grid.defended import Defended
-from divqat.evaluate.grid.subject import Deployed, data_fingerprint
-from divqat.steps import AttackConfig
+from divqat.evaluate import Grid, Subject, evaluate
+from divqat.evaluate.audits import audits
+from divqat.evaluate.cells import run_attack
+from divqat.evaluate.defended import Defended
+from divqat.evaluate.subject import Deployed, data_fingerprint
+from divqat.experiments.deploy import AttackConfig
 
 GRID = Grid(attacks=("knockoff",), budgets=(50,), epochs=1, seeds=1, holdout=20, **QUICK)
 
@@ -136,6 +136,7 @@ def test_a_victim_that_answers_otherwise_each_time_is_found(model, tmp_path):
     assert not audit(evaluated(noisy, tmp_path / "noisy"), name).ok
 
 
+@pytest.mark.slow
 def test_clones_of_labels_do_not_show_that_the_attack_works(tmp_path):
     attacks = ("knockoff", "fine-tune:tune_epochs=100", "labeled-only:epochs=20")
     constant = partial(lambda row, images: row.expand(len(images), -1), torch.eye(4)[:1] * 5)

@@ -7,15 +7,15 @@ import torch
 from test_grid import QUICK, toy_splits
 from toys import toy_images, toy_victim
 
+from divqat._util.settings import ConfigError
 from divqat.data import ImageSet, Splits
-from divqat.evaluate.grid import Evaluation, Grid, Subject, evaluate, run
-from divqat.evaluate.grid.audits import audits
-from divqat.evaluate.grid.result import best_of
-from divqat.evaluate.grid.specs import make_attack, owns, steals
-from divqat.evaluate.grid.subject import image_keys
-from divqat.evaluate.grid.tables import attacks_table, main_table
-from divqat.options import ConfigError
-from divqat.study import Study, run_study
+from divqat.evaluate import Evaluation, Grid, Subject, evaluate, run
+from divqat.evaluate.audits import audits
+from divqat.evaluate.results import best_of
+from divqat.evaluate.specs import make_attack, owns, steals
+from divqat.evaluate.subject import image_keys
+from divqat.evaluate.tables import attacks_table, main_table
+from divqat.experiments.study import Study, run_study
 
 pytest.importorskip("scipy.optimize")  # scikit-learn brings it
 
@@ -95,6 +95,7 @@ def test_yardstick_is_reported_and_never_the_best(done):
     assert not by_name["answers to other images teach nothing"].ok  # it is no control
 
 
+@pytest.mark.slow
 def test_other_labeled_images_leave_the_cells_of_other_attacks(done, model, tmp_path, monkeypatch):
     out = shutil.copytree(done[1], tmp_path / "out")
     seen = watched(monkeypatch)

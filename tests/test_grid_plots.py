@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from divqat.evaluate.grid import Evaluation, plots
+from divqat.evaluate import Evaluation, plots
 
 pytestmark = pytest.mark.usefixtures("painted")
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -40,6 +40,7 @@ def test_a_budget_curve_has_room_for_its_legend(name, figures, tmp_path):
     assert all(ax.get_window_extent().height > 100 for ax in figure.axes)
 
 
+@pytest.mark.slow
 def test_no_two_of_nine_victims_look_alike(figures, tmp_path):
     result = Evaluation.load(RESULTS / "baselines" / "evaluation.json")
     for draw in (plots.front, plots.answers):

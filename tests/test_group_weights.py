@@ -17,13 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import divqat
 from divqat.nn import QuantConv2d, QuantConvBn2d, QuantLinear, QuantSpec
 from divqat.nn._layer import QuantLayer
-from divqat.quantize import (
-    convert,
-    freeze_batchnorm,
-    group_weights,
-    preset,
-    ungroup_weights,
-)
+from divqat.quantize import convert, freeze_batchnorm, group_weights, preset, ungroup_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLIPPING = QuantSpec(per_channel=True)  # codes from -128: its backward is not the identity
@@ -259,6 +253,7 @@ def test_no_grad_and_convert():
     assert model._forward_pre_hooks  # the original is left as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_compiles_without_a_break(mode):
     model = group_weights(conv_net())

@@ -12,15 +12,17 @@ from torch.nn import functional as F
 from trainings import train_interrupted
 
 from divqat import models
+from divqat._util.files import load_checkpoint, read_json
+from divqat._util.settings import ConfigError
 from divqat.data import to_float
-from divqat.files import load_checkpoint, read_json
-from divqat.options import ConfigError
-from divqat.steps import export_run, verify_run
+from divqat.experiments.deploy import export_run, verify_run
+from divqat.nn.proxies import ProxySource
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
 from divqat.train.ini import InI, without_conflicts
-from divqat.train.misdirection import Proxies
 from divqat.train.network import build_model
+from divqat.train.objective import Objective
+from divqat.train.proxies import Proxies
 from divqat.train.step import Step
 
 SETTINGS = dict(dataset="digits", model="lenet", batch_size=128, epochs=2, threads=1)
@@ -204,7 +206,9 @@ def test_a_step_adds_the_terms():
     student = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, CLASSES)))
     twin = copy.deepcopy(model).double()
     images, labels, _ = batch()
-    do = Step(config(), model, None, labels, Team(), 0, ini=InI(student, 0.3, 1.0, 5.0))
+    ini, team = InI(student, 0.3, 1.0, 5.0), Team()
+    objective = Objective(config(), team, list(model.parameters()), 0, ini=ini)
+    do = Step(config(), model, None, labels, team, objective)
     torch.manual_seed(3)
     result = do(images[:6].float(), torch.arange(6), images[6:].float(), total=6)
 
@@ -252,11 +256,13 @@ def test_the_thief_of_its_own_seed_is_not_the_victim():
     assert InI.of(TrainConfig(), shape, torch.device("cpu")) is None
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(ini, tmp_path):
     train_interrupted(config(), tmp_path, 1)
     assert_same(tmp_path, ini)
 
 
+@pytest.mark.slow
 def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
     def taped(function):
         state = torch.get_rng_state()  # a capture draws nothing, but the tape does
@@ -286,8 +292,8 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
         run = load_run(folder)
         splits = run.splits()
         assert read_json(folder / "summary.json")["test_accuracy"] > 0.6
-        proxies = Proxies(config(), splits.train.image_shape, Team())
-        foreign = next(proxies.sample(splits.train)).proxies[:256]
+        source = ProxySource(config().proxies, splits.train.image_shape, seed=0)
+        foreign = next(Proxies(source, 0, Team()).sample(splits.train))[:256]
         images, labels = splits.test.images[:256], splits.test.labels[:256]
         images = torch.cat([to_float(images), foreign])
         logits = run.model(images).detach()
@@ -300,6 +306,7 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
     assert all(ours < theirs for ours, theirs in zip(found["ini"], found["fp"], strict=True))
 
 
+@pytest.mark.slow
 def test_an_int8_model_is_made_from_it(ini, tmp_path):
     train(config(method="ptq", teacher=str(ini), epochs=1), tmp_path, **QUIET)
     run = load_run(tmp_path)

@@ -124,6 +124,7 @@ def steps(model, forward=None):
     return found + [t.clone() for t in model.state_dict().values() if torch.is_tensor(t)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode", "count"),
     [
@@ -213,6 +214,7 @@ def test_it_saves_the_memory_of_every_output_written_over(one_thread):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_codes_checkpoints_and_traceable_ops(one_thread):
     """What keeps or computes again what the forward had."""
     without, over, quantizers = pair("vgg_small")
@@ -247,6 +249,7 @@ def test_it_compiles_and_leaves_memory_to_the_compiler():
     same([y], [forward(x, state())[0]])
 
 
+@pytest.mark.slow
 def test_a_copy_and_its_summary_are_the_same(one_thread):
     without, over, quantizers = pair("resnet20")  # not every quantizer applies a ReLU
     for model in (without, over):

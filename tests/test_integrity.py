@@ -9,8 +9,15 @@ import zipfile
 import pytest
 import torch
 
-from divqat.files import check_beside, load_checkpoint, read_json, save_checkpoint, step, write_json
-from divqat.integrity import sealed_json, sha256
+from divqat._util.files import (
+    check_beside,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    step,
+    write_json,
+)
+from divqat._util.integrity import sealed_json, sha256
 
 VALUE = {"accuracy": 0.8125, "rows": [1, None, True, 2.5e-7], "name": "ünï", "in": {"5": []}}
 # as divqat 0.1.0 wrote it

@@ -22,11 +22,11 @@ from toys import (
     toy_victim,
 )
 
+from divqat._util.settings import ConfigError
 from divqat.attacks import FineTune, KnockoffNets, LabeledOnly, Relabel, attack
 from divqat.attacks.relabel import NEVER, Relabeled, fitting
 from divqat.data import ImageSet, to_float
-from divqat.evaluate import accuracy, predict
-from divqat.options import ConfigError
+from divqat.metrics import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

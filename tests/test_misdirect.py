@@ -11,14 +11,17 @@ from torch import nn
 from torch.nn import functional as F
 from trainings import train_interrupted
 
-from divqat.data.batches import to_float, to_uint8
+from divqat._util.files import load_checkpoint, read_json
+from divqat._util.settings import ConfigError
+from divqat.data.batches import to_float
 from divqat.data.proxies import NAMES, PROXIES
-from divqat.files import load_checkpoint, read_json
-from divqat.options import ConfigError
+from divqat.nn import MisdirectionLoss
+from divqat.nn.decoy import coarse
+from divqat.nn.misdirection_targets import TARGETS, MisdirectionTargets, jensen_shannon
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
-from divqat.train.learning import TARGETS
-from divqat.train.misdirection import Misdirection, Proxies, jensen_shannon
+from divqat.train.objective import Objective
+from divqat.train.proxies import Proxies, fitted_misdirection
 from divqat.train.step import Step
 
 FEW = ("glyphs", "noise", "rotated")
@@ -48,23 +51,21 @@ def digits(teacher, **changes):
     return TrainConfig(**{**DIGITS, **own, **changes})
 
 
-def misdirection(**changes):
-    own = {"misdirect_target": "permuted", **changes}
-    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7, **own)
-    return Misdirection(config, 4, (1, 2, 2))
+def targets_of(target="permuted", seed=0, confidence=None):
+    return MisdirectionTargets(target, 4, (1, 2, 2), seed, confidence)
 
 
 def test_targets_by_hand():
     def targets(target, images=IMAGES):
-        return misdirection(misdirect_target=target).targets(TEACHER, images).tolist()
+        return targets_of(target)(TEACHER, images).tolist()
 
     assert targets("least_likely") == [2, 2]
     assert targets("second") == [3, 3]
-    permutation = misdirection().permutation.tolist()
+    permutation = targets_of().permutation.tolist()
     assert sorted(permutation) == [0, 1, 2, 3]
     assert all(own != other for own, other in enumerate(permutation))
     assert targets("permuted") == [permutation[0], permutation[1]]
-    others = {tuple(misdirection(seed=seed).permutation.tolist()) for seed in range(200)}
+    others = {tuple(targets_of(seed=seed).permutation.tolist()) for seed in range(200)}
     assert len(others) == 9  # all permutations of four without a fixed point
 
 
@@ -72,35 +73,37 @@ def test_targets_by_hand():
 def test_a_decoy_sees_proxies_of_all_kinds_alike_on_every_machine(
     teacher, monkeypatch, bytes_at_once, parts
 ):
-    monkeypatch.setattr("divqat.train.misdirection.SAMPLE_BYTES", bytes_at_once)
-    train_set = load_run(teacher).splits().train
-    found = []
+    for module in ("nn.misdirection", "train.proxies"):
+        monkeypatch.setattr(f"divqat.{module}.SAMPLE_BYTES", bytes_at_once)
+    train_set, config = load_run(teacher).splits().train, digits(teacher)
+    samples, decoys = [], []
     for rank in range(2):
-        team = Alone(rank, 2)
-        proxies = Proxies(digits(teacher), train_set.image_shape, team)
-        found.append(list(proxies.sample(train_set)))
-    assert len(found[0]) == parts and sum(len(part.proxies) for part in found[0]) >= 1400
-    for one, other in zip(*found, strict=True):
-        for mine, theirs in zip(one, other, strict=True):
-            assert torch.equal(mine, theirs) and mine.device.type == "cpu"
-        known = train_set.images.flatten(1).tolist()
-        rows = [known.index(pixels) for pixels in to_uint8(one.images[:5]).flatten(1).tolist()]
-        assert train_set.labels[rows].tolist() == one.labels[:5].tolist()
+        misdirection = fitted_misdirection(config, 0, 10, train_set)
+        decoys.append(misdirection.decoy)
+        proxies = Proxies(misdirection.source, 0, Alone(rank, 2))
+        samples.append(list(proxies.sample(train_set)))
+    assert len(samples[0]) == parts and sum(map(len, samples[0])) >= 1400
+    for mine, theirs in zip(*samples, strict=True):
+        assert torch.equal(mine, theirs) and mine.device.type == "cpu"
+    mine, theirs = decoys
+    assert torch.equal(mine.directions, theirs.directions) and mine.directions.any()
+    # fitted to the same proxies
+    torch.testing.assert_close(mine.mean, coarse(torch.cat(samples[0])).double().mean(0).float())
 
 
 def test_the_class_of_an_image_is_its_own_and_never_the_teachers():
     pixels = torch.randint(256, (3000, 1, 2, 2), generator=torch.Generator().manual_seed(0))
     images, answers = to_float(pixels.to(torch.uint8)), torch.randn(3000, 4)
-    loss = misdirection(misdirect_target="per_image")
-    found = loss.targets(answers, images)
+    targets = targets_of("per_image")
+    found = targets(answers, images)
     away = (found - answers.argmax(1)) % 4
     counts = away.bincount(minlength=4)
     assert counts[0] == 0 and (counts[1:] > 850).all() and (counts[1:] < 1150).all()
     order = torch.randperm(3000)
     strided = images[order].contiguous(memory_format=torch.channels_last)
-    assert torch.equal(loss.targets(answers[order], strided), found[order])
-    other = misdirection(misdirect_target="per_image", seed=1)
-    assert (other.targets(answers, images) == found).double().mean() < 0.5
+    assert torch.equal(targets(answers[order], strided), found[order])
+    other = targets_of("per_image", seed=1)
+    assert (other(answers, images) == found).double().mean() < 0.5
 
 
 def test_the_divergence_is_bounded():
@@ -111,7 +114,7 @@ def test_the_divergence_is_bounded():
     far = torch.tensor([[1e4, 0.0], [0.0, 0.0]])
     found = jensen_shannon(far, far.flip(1))
     torch.testing.assert_close(found, torch.tensor([math.log(2), 0.0]))
-    loss, misled = misdirection(misdirect_target="divergence")(TEACHER.flip(1), TEACHER, IMAGES)
+    loss, misled = targets_of("divergence").terms(TEACHER.flip(1), TEACHER, IMAGES)
     torch.testing.assert_close(loss, (math.log(2) - wanted).sum().float())
     assert misled == 2
 
@@ -120,7 +123,7 @@ def test_what_the_teacher_is_sure_of_weighs_less():
     logits = torch.zeros(2, 4)
     top = TEACHER.softmax(1).amax(1)  # 0.70 and 0.95
     for confidence, weights in [(None, [1, 1]), (0.8, [1, 1 - top[1]]), (0.5, 1 - top)]:
-        loss, _ = misdirection(proxy_confidence=confidence)(logits, TEACHER, IMAGES)
+        loss, _ = targets_of(confidence=confidence).terms(logits, TEACHER, IMAGES)
         torch.testing.assert_close(loss, math.log(4) * torch.as_tensor(weights).sum())
 
 
@@ -145,6 +148,18 @@ class Alone(Team):
         return model
 
 
+def permuted(images, labels, confidence=None):
+    """A misdirection to be asked about such images."""
+    return MisdirectionLoss(
+        [(images, labels)], 5, seed=0, kinds=("noise",), target="permuted", confidence=confidence
+    )
+
+
+def stepping(config, model, asked, labels, team, misdirection):
+    objective = Objective(config, team, list(model.parameters()), 0, misdirection)
+    return Step(config, model, asked, labels, team, objective)
+
+
 def gradients(rank, size, accumulate=1):
     """Of the weights, and what one step returns."""
     model, asked = networks()
@@ -153,9 +168,8 @@ def gradients(rank, size, accumulate=1):
                          accumulate=accumulate, proxy_confidence=0.3,
                          misdirect_target="permuted")  # fmt: skip
     own = slice(rank, None, size)
-    do = Step(
-        config, model, asked, labels, Alone(rank, size), 0, Misdirection(config, 5, (1, 8, 8))
-    )
+    misdirection = permuted(images, labels, confidence=0.3)
+    do = stepping(config, model, asked, labels, Alone(rank, size), misdirection)
     result = do(images[own], torch.arange(14)[own], proxies[own], total=14)
     return model[1].weight.grad, result
 
@@ -164,8 +178,7 @@ def wanted_gradients():
     """The formula, in float64: CE − λ T² KL(q‖p) + w · Σ weight · CE(q, π(teacher's)) / 7."""
     (model, asked), (images, labels, proxies) = networks(), batch()
     model, asked = model.double(), asked.double().requires_grad_(False)
-    config = TrainConfig(method="divqat", teacher="a", misdirect=0.7, misdirect_target="permuted")
-    permutation = Misdirection(config, 5, (1, 8, 8)).permutation
+    permutation = permuted(images, labels).targets.permutation
     logits, theirs = model(images.double()), asked(images.double())
     log_q, log_p = (logits / 2).log_softmax(1), (theirs / 2).log_softmax(1)
     ce = F.cross_entropy(logits, labels)
@@ -282,5 +295,6 @@ def test_refusals():
     check("misdirect_target: wanted one of decoy", misdirect_target="none")
     check("proxy_share: wanted a number above 0", proxy_share=0)
     assert TrainConfig().proxies == PROXIES
-    with pytest.raises(ValueError, match=r"misdirect: wanted at least 2 classes, .* got 1"):
-        Misdirection(TrainConfig(method="divqat", teacher="a", misdirect=1.0), 1, (1, 8, 8))
+    images, labels, _ = batch()
+    with pytest.raises(ValueError, match=r"num_classes: wanted at least 2, .* got 1"):
+        MisdirectionLoss([(images, labels)], 1, seed=0)

@@ -12,7 +12,7 @@ import divqat
 from divqat import data, models
 from divqat.data.batches import to_float, to_uint8
 from divqat.data.proxies import PROXIES
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.nn import MisdirectionLoss
 
 FEW = ("inverted", "shuffled", "noise")
@@ -175,7 +175,10 @@ def test_a_loader_is_read_until_there_is_enough():
 def test_the_state_is_the_decoy():
     images, labels = some(600)
     misdirection, other = made([(images[:300], labels[:300])]), made([(images[300:], labels[300:])])
-    assert list(misdirection.state_dict()) == ["decoy.mean", "decoy.directions"]
+    state = misdirection.state_dict()
+    assert list(state) == ["targets.decoy.mean", "targets.decoy.directions"]
+    older = {name.removeprefix("targets."): value for name, value in state.items()}
+    assert made([(images[300:], labels[300:])]).load_state_dict(older)
     assert not torch.equal(misdirection.decoy(images), other.decoy(images))
     other.load_state_dict(misdirection.state_dict())
     assert torch.equal(misdirection.decoy(images), other.decoy(images))

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import QUERIES, toy_images
 
+from divqat._util.settings import ConfigError
 from divqat.data import ImageSet, to_float
 from divqat.defenses import Owner
 from divqat.defenses.modelguard import FLOOR, MARGIN, ModelGuardS, ModelGuardW
-from divqat.options import ConfigError
 from divqat.victim import Victim
 
 optimize = pytest.importorskip("scipy.optimize")  # scikit-learn brings it
@@ -72,6 +72,7 @@ def least(y, epsilon):
     return result.fun
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(answers(), epsilons)
 def test_released_answers_are_near_and_keep_the_top_class(probs, epsilon):
@@ -79,6 +80,7 @@ def test_released_answers_are_near_and_keep_the_top_class(probs, epsilon):
     check_release(ModelGuardS(epsilon=epsilon)(probs, IMAGES), probs, epsilon)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(answers(rows=(3, 3), classes=(2, 8)), epsilons.filter(bool))
 def test_w_is_as_good_as_a_linear_program_solver(probs, epsilon):

@@ -7,13 +7,11 @@ import pytest
 from toys import toy_model, toy_splits
 
 from divqat import cli
+from divqat._util.names import check_folder, check_name
+from divqat._util.settings import ConfigError
 from divqat.attacks.folder import Folder
-from divqat.evaluate.grid import Grid, Subject, evaluate
-from divqat.job import Job
-from divqat.names import check_folder, check_name
-from divqat.options import ConfigError
-from divqat.pipeline import run_job
-from divqat.study import Study, run_study
+from divqat.evaluate import Grid, Subject, evaluate
+from divqat.experiments.study import Study, run_study
 from divqat.train import TrainConfig, train
 
 AWAY = [
@@ -36,9 +34,8 @@ def test_names_that_lead_elsewhere_are_refused_everywhere(name):
         check_name("victim", name)
     with pytest.raises(ValueError, match="name: wanted the name of a folder"):
         Subject(name, toy_model().eval())
-    for kind in (Job, Study):
-        with pytest.raises(ConfigError, match="victims: wanted"):
-            kind.from_dict({"victims": {name: {"method": "qat"}}})
+    with pytest.raises(ConfigError, match="victims: wanted"):
+        Study.from_dict({"victims": {name: {"method": "qat"}}})
 
 
 def divqat(*arguments):
@@ -96,7 +93,6 @@ def test_functions_refuse_it_too(tmp_path, monkeypatch, out):
     job = {"victims": {"qat": {"method": "qat"}}}
     calls = (
         lambda: train(TrainConfig(epochs=1), out),
-        lambda: run_job(Job.from_dict(job), out),
         lambda: run_study(Study.from_dict(job), out),
         lambda: evaluate(
             [Subject("a", toy_model().eval())], toy_splits(), Grid(query_set="noise"), out

@@ -82,6 +82,7 @@ def test_backend_switches_and_says_what_is_wrong():
         ops.backend("gpu").__enter__()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "code", "said"),
     [("torch", 0, "torch"), ("native", 0, "native"), ("gpu", 1, "backend: wanted one of")],

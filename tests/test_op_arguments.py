@@ -120,6 +120,7 @@ def test_per_channel_zero_points_outside_the_range_are_refused():
     ops.fake_quantize(x, scale, whole([-8, 0, 7]), -8, 7, 0)  # the ends belong to it
 
 
+@pytest.mark.slow
 def test_where_values_cannot_be_read_the_formula_holds():
     """A zero point outside the range, under a compiler: 0 is then another level."""
     x, scale, z = randn(3, 4), tensor([0.1, 0.2, 0.3]), whole([0, -9, 3])

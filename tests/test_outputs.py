@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from testing import randn
 from torch import nn
 
-from divqat.logits import logits_function
 from divqat.train.network import check_logits
 from divqat.victim import Victim
+from divqat.victim.runners import logits_function
 
 SAID = "the model answers probabilities"
 STEP = 0.00390241  # a scale that a calibration might find: near 1/256, and no round number
@@ -228,7 +228,7 @@ def saved(path, ops, dtype="FLOAT"):
 def test_an_onnx_file_that_ends_in_a_softmax(tmp_path, monkeypatch, ops, dtype, graph):
     path = saved(tmp_path / "model.onnx", ops, dtype)
     if not graph:
-        monkeypatch.setattr("divqat.logits.onnx_kind", lambda path: None)
+        monkeypatch.setattr("divqat.victim.runners.onnx_kind", lambda path: None)
     why = r"its last operation is a softmax" if graph else "its rows have the sum 1"
     with pytest.warns(UserWarning, match=rf"{SAID} \({why}\)"):
         answers = Victim(path)(SHARP)

@@ -1,18 +1,24 @@
+"""``divqat run``: a study by its short form, from the command line."""
+
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from divqat import cli, commands, pipeline, steps
-from divqat.files import read_json
-from divqat.job import Job
-from divqat.options import ConfigError
+from divqat import cli
+from divqat._util.settings import ConfigError
+from divqat.cli import commands
+from divqat.evaluate import Evaluation, Grid, run
+from divqat.experiments import deploy, study
+from divqat.experiments.study import Study
 
 pytestmark = pytest.mark.slow
 
@@ -51,78 +57,73 @@ def job(tmp_path_factory):
 
 def test_run_does_everything(job, capsys):
     out = job / "out"
-    result = read_json(out / "result.json")
-    assert [victim["name"] for victim in result["victims"]] == ["qat", "divqat"]
-    for victim in result["victims"]:
-        assert set(victim["attacks"]) == {"probs", "label", "top2"}
-        assert victim["deterministic"] and victim["distributions"]
-        assert victim["int8_layers"] == 5 and victim["float_layers"] == 0
-    assert result["seconds"] > 0 and result["query_budget"] == 300
-    assert "divqat run --config" in result["command"]
+    result = Evaluation.load(out / "evaluation.json")
+    cells = [(cell.victim, cell.attack, cell.queries) for cell in result.cells]
+    attacks = ("knockoff", "knockoff:reading=label", "knockoff:reading=top2")
+    assert cells == [(name, attack, 300) for name in ("qat", "divqat") for attack in attacks]
+    for row in result.released:
+        assert row.deterministic and row.distributions and row.agreement > 0.98
+    assert "divqat run --config" in result.command
     assert "data:image/png;base64" in (out / "report.html").read_text()
-    assert (out / "seed0" / "divqat" / "attack-label" / "transfer.pt").is_file()
+    report = (out / "report.md").read_text()
+    assert re.search(r"^\| divqat .*\| +5 \| +0 \|$", report, re.MULTILINE)  # layers
     assert divqat("report", out) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.html")
 
 
 def test_finished_job_trains_and_asks_nothing(job, capsys, monkeypatch):
-    for name in ("export_onnx", "verify", "predict"):
-        monkeypatch.setattr(steps, name, None)
+    for name in ("export_onnx", "verify"):
+        monkeypatch.setattr(deploy, name, None)
+    monkeypatch.setattr(run, "run_attack", None)
     assert divqat("run", "--config", job / "job.yaml", "--out", job / "out") == 0
     shown = capsys.readouterr().out
     assert "| qat " in shown and "| divqat " in shown
     assert shown.rstrip().endswith("report.html")
 
 
+def measured(folder):
+    """Everything that an evaluation has found, but how long it took."""
+    result = Evaluation.load(folder / "out" / "evaluation.json")
+    cells = [replace(cell, seconds=0) for cell in result.cells]
+    return cells, result.released, result.side_effects
+
+
 def test_killed_job_goes_on_to_the_same_result(job, tmp_path):
     """Killed in an attack; what comes before it is taken from a job that was never interrupted."""
     shutil.copytree(job / "out", tmp_path / "out")
-    for name in ("result.json", "report.html"):
+    for name in ("evaluation.json", "report.html"):
         (tmp_path / "out" / name).unlink()
-    seed = tmp_path / "out" / "seed0"
-    for folder in (seed / "divqat", *seed.glob("qat/attack-*")):
-        shutil.rmtree(folder)
+    cells = tmp_path / "out" / "cells" / "seed0"
+    shutil.rmtree(cells)
+    shutil.rmtree(tmp_path / "out" / "seed0" / "divqat")
     command = [sys.executable, "-m", "divqat", "run", "--config", str(job / "job.yaml")]
     command += ["--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not list(tmp_path.glob("out/seed0/qat/attack-*/transfer.pt")):
+    while not list(cells.glob("qat/none/*/*/*.pt")):
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert divqat("run", "--config", job / "job.yaml", "--out", tmp_path / "out") == 0
-    ours, theirs = (
-        read_json(folder / "out" / "result.json")["victims"] for folder in (tmp_path, job)
-    )
-    assert ours == theirs
+    assert measured(tmp_path) == measured(job)
 
 
 def test_what_a_kill_left_behind_is_no_result(job, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(job / "out", out)
-    (out / "result.json").unlink()
-    seed = out / "seed0"
-    for folder in (seed, seed / "fp", seed / "qat" / "attack-probs"):
+    (out / "evaluation.json").unlink()
+    for folder in (out / "seed0", out / "seed0" / "fp", out / "cells" / "seed0" / "qat" / "none"):
         for name in (".divqat-0123abcd-1-0123abcd-xyz.tmp", ".summary-abc.json", "mine.json"):
             (folder / name).write_text("{")
-    monkeypatch.setattr(steps, "predict", None)
+    monkeypatch.setattr(run, "run_attack", None)
     assert divqat("run", "--config", job / "job.yaml", "--out", out) == 0
-    ours, theirs = (read_json(folder / "result.json") for folder in (out, job / "out"))
-    assert ours["seconds"] == theirs["seconds"] and ours["victims"] == theirs["victims"]
+    assert measured(tmp_path) == measured(job)
 
 
-def test_other_queries_of_the_same_name_are_noticed(job, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(job / "out", out)
-    load = steps.AttackConfig.queries
-    monkeypatch.setattr(steps.AttackConfig, "queries", lambda *args: load(*args).roll(1, 0))
-    assert divqat("run", "--config", job / "job.yaml", "--out", out) == 1
-    assert "attack-probs holds another attack (images: " in capsys.readouterr().err
-
-
+CELL = "../cells/seed0/qat/none/knockoff-300-lenet"
 READ = {
-    "run": ("fp/summary", "qat/verify", "qat/answers", "qat/attack-probs/summary"),
-    "report": ("../result", "fp/summary", "qat/metrics.csv", "qat/layers"),
+    "run": ("fp/summary", "qat/verify", "../cells/seed0/qat/none/released", CELL),
+    "report": ("../evaluation", "fp/summary", "qat/metrics.csv", "qat/layers"),
 }
 
 
@@ -147,7 +148,7 @@ def test_a_changed_figure_is_noticed_before_it_is_used(job, tmp_path, capsys, co
 def test_a_job_whose_folder_is_deleted_fails(job, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(job / "out", out)
-    monkeypatch.setattr(pipeline._Runner, "victim", lambda *args: shutil.rmtree(out, True))
+    monkeypatch.setattr(study, "evaluate", lambda *args, **more: shutil.rmtree(out, True))
     assert divqat("run", "--config", job / "job.yaml", "--out", out) == 1
     assert f"{out} was deleted, moved or replaced" in capsys.readouterr().err
     assert not out.exists()
@@ -157,12 +158,24 @@ def test_job_of_other_settings_is_refused(job, tmp_path, capsys):
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump({**JOB, "fp": {"epochs": 3}}))
     assert divqat("run", "--config", file, "--out", job / "out") == 1
-    assert "fp.epochs: 2 -> 3" in capsys.readouterr().err
+    assert "(epochs: 2 -> 3)" in capsys.readouterr().err
+
+
+def test_a_job_of_an_older_divqat_is_not_gone_on_with(job, tmp_path, capsys):
+    shutil.copytree(job / "out", tmp_path / "out")
+    (tmp_path / "out" / "evaluation.json").unlink()
+    (tmp_path / "out" / "result.json").write_text("{}")
+    assert divqat("run", "--config", job / "job.yaml", "--out", tmp_path / "out") == 1
+    assert "holds a job of an older divqat, whose results are in result.json" in (
+        capsys.readouterr().err
+    )
+    assert divqat("report", tmp_path / "out") == 1
+    assert "no evaluation at" in capsys.readouterr().err
 
 
 def test_finished_job_may_be_moved(job, tmp_path, monkeypatch):
     (job / "out").rename(job / "moved")
-    monkeypatch.setattr(steps, "predict", None)
+    monkeypatch.setattr(run, "run_attack", None)
     monkeypatch.chdir(job)
     command = ["run", "--config", "job.yaml", "--out", "moved", "--data-root", tmp_path]
     assert divqat(*command, "--device", "cpu") == 0
@@ -177,7 +190,6 @@ def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypat
         made.append(settings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "run_job", stop)
     monkeypatch.setattr(commands, "run_study", stop)
     file = tmp_path / "job.yaml"
     section = "attack" if command == "run" else "evaluate"
@@ -185,8 +197,20 @@ def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypat
     file.write_text(yaml.safe_dump(data))
     config = ["--config", file] if command == "run" else [file]
     assert divqat(command, *config, "--out", tmp_path, "--device", "cuda:7") == 130
-    attacks = made[0].attacker(0) if command == "run" else made[0].grid
-    assert made[0].training("qat", 0, tmp_path).device == attacks.device == "cuda:7"
+    assert made[0].training("qat", 0, tmp_path).device == made[0].grid.device == "cuda:7"
+
+
+def test_the_short_form_is_a_grid():
+    attack = {"answers": ["probs", "rounded2"], "momentum": 0.5, "budget": 7, "lr": 0.1}
+    grid = Study.from_dict({**JOB, "attack": {"query_set": "noise", **attack}}).grid
+    own = Grid(
+        attacks=("knockoff:momentum=0.5", "knockoff:reading=rounded2,momentum=0.5"),
+        clones=("lenet",), query_set="noise", query_limit=7, lr=0.1, epsilons=(),
+    )  # fmt: skip
+    assert grid == own
+    assert grid.attack(grid.attacks[0], 7, 0).momentum == 0.5
+    with pytest.raises(ConfigError, match="attack: wanted it or evaluate, whose short form"):
+        Study.from_dict({**JOB, "evaluate": {}})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +218,7 @@ def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypat
     [
         ({"atack": {}}, r"unknown key 'atack' \(did you mean 'attack'"),
         ({"common": {"modle": "lenet"}}, r"unknown key in common 'modle' \(did you mean 'model'"),
-        ({"fp": {"seed": 3}}, "fp: the job sets seed itself"),
+        ({"fp": {"seed": 3}}, "fp: the study sets seed itself"),
         ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights that are taken"),
         ({"victims": {}}, "victims: wanted at least one"),
         ({"victims": {"fp": {"method": "qat"}}}, "victims: wanted names of folders"),
@@ -213,14 +237,14 @@ def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypat
 )
 def test_bad_jobs_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        Job.from_dict({**JOB, **change})
+        Study.from_dict({**JOB, **change})
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
 def test_the_shipped_jobs_are_valid(name):
-    job = Job.from_dict(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()))
+    job = Study.from_dict(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()))
     assert job.victims["qat"]["method"] == "qat"
-    assert {"probs", "label"} <= set(job.answers)
+    assert {"knockoff", "knockoff:reading=label"} <= set(job.grid.attacks)
 
 
 def test_missing_queries_are_known_before_training(tmp_path, capsys):

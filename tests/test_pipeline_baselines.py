@@ -4,10 +4,9 @@ import pytest
 from test_pipeline import JOB
 from test_train import QUIET
 
-from divqat.files import read_json
-from divqat.job import Job
-from divqat.options import ConfigError
-from divqat.pipeline import run_job
+from divqat._util.files import read_json
+from divqat._util.settings import ConfigError
+from divqat.experiments.study import Study, run_study
 from divqat.train import load_run
 
 pytestmark = pytest.mark.slow
@@ -22,30 +21,27 @@ VICTIMS = {
     "undistillable": {"method": "ptq", "epochs": 1, "teacher": "nasty"},
     "isolated": {"method": "ptq", "epochs": 1, "teacher": "ini"},
 }
-TOLD = {
-    "ptq": {},
-    "undistillable": {"weight": 0.1, "temperature": 4.0},
-    "isolated": {"ini_gamma": 0.3, "ini_delta": 1.0, "ini_epsilon": 50.0},
-}
+METHODS = {"ptq": "ptq", "undistillable": "nasty-ptq", "isolated": "ini-ptq"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
     attack = {**JOB["attack"], "budget": 100, "answers": ["probs"]}
-    result = run_job(
-        Job.from_dict({**JOB, "victims": VICTIMS, "attack": attack}), tmp_path, **QUIET
+    result = run_study(
+        Study.from_dict({**JOB, "victims": VICTIMS, "attack": attack}), tmp_path, **QUIET
     )
-    assert {victim.name: victim.settings for victim in result.victims} == TOLD
-    assert all(v.int8_layers == 5 and set(v.attacks) == {"probs"} for v in result.victims)
-    assert all(v.argmax_agreement > 0.98 for v in result.victims)
+    assert {row.victim: row.method for row in result.released} == METHODS
+    assert [(cell.victim, cell.attack) for cell in result.cells] == [
+        (name, "knockoff") for name in METHODS
+    ]
+    assert all(row.agreement > 0.98 for row in result.released)
     seed = tmp_path / "seed0"
-    for victim in result.victims:
-        teacher = VICTIMS[victim.name].get("teacher", "fp")
-        assert victim.method == ("ptq" if teacher == "fp" else f"{teacher}-ptq")
-        assert victim.accuracy_fp == read_json(seed / teacher / "summary.json")["test_accuracy"]
+    for name in METHODS:
+        teacher = VICTIMS[name].get("teacher", "fp")
         assert not (seed / teacher / "model.onnx").exists()
-        assert load_run(seed / victim.name).config.teacher == str(seed / teacher)
-    assert result.control == []  # there is no plain QAT
+        assert load_run(seed / name).config.teacher == str(seed / teacher)
+        assert read_json(seed / name / "export.json")["int8_layers"] == 5
+    assert result.control is None  # there is no plain QAT
 
 
 @pytest.mark.parametrize(
@@ -57,7 +53,7 @@ def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
         ({"b": NASTY}, "victims: wanted one that is quantized, to attack it"),
         ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ini, ptq, qat, kd-"),
         ({"b": {**INI, "teacher": "fp"}, "a": {"method": "ptq", "teacher": "b"}}, "wanted none"),
-        ({"a": {"method": "qat", "seed": 1}}, "a: the job sets seed itself"),
+        ({"a": {"method": "qat", "seed": 1}}, "a: the study sets seed itself"),
         ({"a": {"method": "qat", "model": "resnet20"}}, "a: model: wanted lenet as in its teacher"),
         (
             {"a": {"method": "qat", "validation_fraction": 0.2}},
@@ -79,7 +75,7 @@ def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
 )
 def test_bad_victims_are_refused(victims, message):
     with pytest.raises(ConfigError, match=message):
-        Job.from_dict({**JOB, "victims": victims})
+        Study.from_dict({**JOB, "victims": victims})
 
 
 def test_an_ini_victim_that_teaches_its_like_may_be_another_network():
@@ -88,15 +84,15 @@ def test_an_ini_victim_that_teaches_its_like_may_be_another_network():
         "b": {**INI, "model": "resnet20"},
         "a": {"method": "qat", "model": "resnet20", "teacher": "b"},
     }
-    assert Job.from_dict({**JOB, "victims": victims}).attacked == ["a"]
+    assert Study.from_dict({**JOB, "victims": victims}).attacked == ["a"]
 
 
 def test_the_full_precision_training_has_no_other_method():
     with pytest.raises(ConfigError, match="fp: method: wanted fp, got 'ini'"):
-        Job.from_dict({**JOB, "fp": {"method": "ini"}})
+        Study.from_dict({**JOB, "fp": {"method": "ini"}})
 
 
 @pytest.mark.parametrize("section", ["common", "fp"])
 def test_only_a_victim_names_its_teacher(section):
-    with pytest.raises(ConfigError, match=f"{section}: the job sets teacher itself"):
-        Job.from_dict({**JOB, section: {"teacher": "fp"}})
+    with pytest.raises(ConfigError, match=f"{section}: the study sets teacher itself"):
+        Study.from_dict({**JOB, section: {"teacher": "fp"}})

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import CLASSES, QUERIES, same_bits, toy_images, toy_model, toy_victim
 
+from divqat._util.settings import ConfigError
 from divqat.data import ImageSet, to_float
 from divqat.defenses import Owner
 from divqat.defenses.grad2 import GRAD2, all_ones_scores, min_ip_scores, redirect
 from divqat.defenses.mad import MAD
-from divqat.evaluate import fidelity, predict
-from divqat.options import ConfigError
+from divqat.metrics import fidelity, predict
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ from divqat.attacks.selective import Selective
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
 from divqat.data import to_float
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.models import build
 from divqat.victim import QueryBudgetExceeded, Victim
 

@@ -8,8 +8,8 @@ from testing import bits, randn
 from torch import nn
 
 import divqat
+from divqat._util.settings import ConfigError
 from divqat.nn import FakeQuantize, QuantSpec
-from divqat.options import ConfigError
 from divqat.quantize import observe_first, sync_observers
 from divqat.quantize.ranges import Ranges
 from divqat.train import TrainConfig

@@ -5,6 +5,8 @@ import pytest
 import torch
 from toys import QUERIES, TEST_IMAGES, same_bits, toy_model, toy_victim
 
+from divqat._util.files import load_checkpoint
+from divqat._util.settings import option
 from divqat.attacks import KnockoffNets, folder, recovery
 from divqat.attacks.ddae import DDAE, DDAEPlus, renewed, restorer, train
 from divqat.attacks.partial_bayes import PartialBayes
@@ -12,9 +14,7 @@ from divqat.attacks.training import Training
 from divqat.data import to_float
 from divqat.defenses import Defense
 from divqat.defenses.modelguard import ModelGuardS
-from divqat.evaluate import predict
-from divqat.files import load_checkpoint
-from divqat.options import option
+from divqat.metrics import predict
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from toys import QUERIES, TEST_IMAGES, same_bits, toy_model, toy_victim
 
+from divqat._util.files import load_checkpoint
 from divqat.attacks import KnockoffNets
 from divqat.attacks.attack import Task
 from divqat.attacks.folder import Folder
 from divqat.attacks.s4l import S4L
 from divqat.data import to_float
-from divqat.files import load_checkpoint
 from divqat.models import build, names
 from divqat.victim import Victim
 

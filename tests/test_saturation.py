@@ -14,10 +14,10 @@ from torch import nn
 import divqat
 from divqat.export import export_onnx, verify
 from divqat.export.saturation import emulated_session, saturating
-from divqat.logits import open_onnx
 from divqat.nn.spec import WEIGHT
 from divqat.quantize.deployed import IntegerLayer
 from divqat.train import TrainConfig
+from divqat.victim.runners import open_onnx
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -182,6 +182,7 @@ def sequence():
     return Net(forward, conv=conv(3, 7), layer=nn.Linear(7, 9, bias=False), head=nn.Linear(9, 3))
 
 
+@pytest.mark.slow
 @may_saturate
 @pytest.mark.parametrize("preset", ["x86", "tensorrt"])
 def test_emulation_of_a_network_is_what_such_a_cpu_answers(tmp_path, preset):
@@ -198,6 +199,7 @@ def test_emulation_of_a_network_is_what_such_a_cpu_answers(tmp_path, preset):
     assert (default - nearer).square().mean() < 0.01 * lost
 
 
+@pytest.mark.slow
 @may_saturate
 def test_verify_finds_on_any_cpu_what_saturates(tmp_path):
     """A layer that adds two channels with large weights, so that nothing else can be right."""

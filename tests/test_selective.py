@@ -4,12 +4,12 @@ import pytest
 import torch
 from toys import QUERIES, TEST_IMAGES, TEST_LABELS, same_bits, toy_model, toy_victim
 
+from divqat._util.settings import ConfigError
 from divqat.attacks import KnockoffNets, Selective
 from divqat.attacks.selective import surest
 from divqat.data import to_float
-from divqat.evaluate import accuracy, predict
-from divqat.evaluate.grid import Grid
-from divqat.options import ConfigError
+from divqat.evaluate import Grid
+from divqat.metrics import accuracy, predict
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")

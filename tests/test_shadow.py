@@ -8,12 +8,12 @@ import pytest
 import torch
 from toys import QUERIES, Killed, kill_at, same_bits, toy_images, toy_model, toy_victim
 
+from divqat._util.settings import ConfigError
 from divqat.attacks import KnockoffNets, Shadow, attack, shadow
 from divqat.attacks.answers import reading
 from divqat.attacks.ddae import train
 from divqat.attacks.training import Training
 from divqat.data import ImageSet, to_float
-from divqat.options import ConfigError
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +129,7 @@ def test_labeled_images_that_are_not_there_or_do_not_fit_cost_no_query():
     assert victim.queries == 0
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits():
     before = torch.get_rng_state()
     a, b, c = whole(0), whole.__wrapped__(0), whole(1)
@@ -138,6 +139,7 @@ def test_same_seed_same_bits():
 
 # The checkpoints: 0 the clone's first weights, 1-3 answers, 4-6 and 7-9 a shadow without and with
 # the defense, 10-15 another, 16 the recovered answers, 17-18 the clone's epochs.
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [0.5, 2, 5, 6.5, 8, 9.5, 13.5, 16, 16.5, 18])
 def test_killed_run_goes_on_bit_identically(when, tmp_path, monkeypatch):
     monkeypatch.setattr(attack, "QUERIES_PER_SAVE", 40)

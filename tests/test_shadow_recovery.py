@@ -15,8 +15,7 @@ from divqat.attacks.folder import Folder
 from divqat.attacks.shadow import as_shown, fitted, misdirecting
 from divqat.data import ImageSet, to_float
 from divqat.data.proxies import PROXIES, proxy_batch
-from divqat.evaluate import predict
-from divqat.evaluate.metrics import softmax
+from divqat.metrics import predict, softmax
 from divqat.nn.decoy import coarse
 from divqat.victim import Victim
 
@@ -99,6 +98,7 @@ def task_of(victim, images):
     return attack.Task(victim, images, CLONE, 4, Folder(None, {}), lambda *_: None)
 
 
+@pytest.mark.slow
 def test_recovered_answers_are_nearer_to_the_clean_ones():
     victim = Victim(misdirected(MODEL, 1.0))
     clean, released = softmax(predict(MODEL, FOREIGN)), victim(to_float(FOREIGN))

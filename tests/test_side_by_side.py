@@ -8,8 +8,8 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
-from divqat import progress
-from divqat.side_by_side import side_by_side
+from divqat._util import progress
+from divqat.experiments.side_by_side import side_by_side
 
 
 def noted(folder, name):
@@ -32,6 +32,7 @@ def dying(name):
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_each_is_done_once_and_the_threads_are_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     side_by_side(noted, [(tmp_path, name) for name in "abcde"], 2)
@@ -42,6 +43,7 @@ def test_each_is_done_once_and_the_threads_are_shared(tmp_path, monkeypatch):
     assert not progress._hidden
 
 
+@pytest.mark.slow
 def test_the_first_error_ends_all(tmp_path):
     names = ("first", "second", "third", "fourth", "fifth", "last")  # a few begin ahead
     start = time.perf_counter()
@@ -55,6 +57,7 @@ def test_the_first_error_ends_all(tmp_path):
             os.kill(int(file.read_text().split()[0]), 0)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_told():
     with pytest.raises(BrokenProcessPool):
         side_by_side(dying, [("a",), ("b",)], 2)

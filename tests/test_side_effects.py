@@ -7,13 +7,13 @@ import pytest
 import torch
 from toys import TEST_IMAGES, TEST_LABELS, toy_splits, toy_victim
 
-from divqat import cli
+from divqat._util.settings import ConfigError
+from divqat.cli.parser import build_parser
 from divqat.data import to_float
-from divqat.evaluate import accuracy, expected_calibration_error, fgsm, pgd
-from divqat.evaluate.grid import Evaluation, Grid, Subject, evaluate, run, write_report
-from divqat.evaluate.grid.result import Adversarial, SideEffects
-from divqat.evaluate.grid.tables import side_effects_table
-from divqat.options import ConfigError
+from divqat.evaluate import Evaluation, Grid, Subject, evaluate, run, write_report
+from divqat.evaluate.results import Adversarial, SideEffects
+from divqat.evaluate.tables import side_effects_table
+from divqat.metrics import accuracy, expected_calibration_error, fgsm, pgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +89,7 @@ def test_the_deployed_model_is_measured(done):
         assert {x for moved in row.adversarial for x in (moved.fgsm, moved.pgd)} == {shares[0]}
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept(subjects, done, monkeypatch):
     result, out, _ = done
     measured, measure = [], run.measure
@@ -162,7 +163,7 @@ def test_an_older_evaluation_has_none(done, tmp_path):
 
 
 def test_flags_and_mistakes():
-    parser = cli._parser()
+    parser = build_parser()
     usual = ["evaluate", "--victim", "a.onnx", "--out", "o"]
     assert parser.parse_args([*usual, "--epsilons", "0.1", "0.2"]).epsilons == [0.1, 0.2]
     assert parser.parse_args([*usual, "--epsilons"]).epsilons == []

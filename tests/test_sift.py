@@ -2,11 +2,11 @@ import pytest
 import torch
 from toys import QUERIES, same_bits, toy_model, toy_victim
 
+from divqat._util.settings import ConfigError
 from divqat.attacks import KnockoffNets, Sift
 from divqat.attacks.sift import DECAY, explained
 from divqat.data import to_float
 from divqat.nn.decoy import coarse
-from divqat.options import ConfigError
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +23,7 @@ def pictures(count, seed=0):
     return torch.randint(256, (count, 1, 8, 8), generator=generator).to(torch.uint8)
 
 
+@pytest.mark.slow
 def test_the_regression_is_at_its_minimum():
     """In float64, by the gradient of softmax regression: X^T (P − Y) / n + 2 · decay · W = 0."""
     images = pictures(300)

@@ -10,7 +10,7 @@ from divqat.attacks.attack import Task
 from divqat.attacks.folder import Folder
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.data import to_float
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.models import build, names
 from divqat.victim import Victim
 
@@ -128,6 +128,7 @@ def test_other_networks_are_an_error_before_any_query(clone):
     assert victim.queries == 0
 
 
+@pytest.mark.slow
 def test_misleading_probabilities_mislead_it_less():
     """A teacher in the manner of Nasty: the label stays, the other probabilities say nonsense."""
 

@@ -12,17 +12,16 @@ import torch
 import yaml
 
 import divqat
-from divqat import cli, study
-from divqat.evaluate import write_report
-from divqat.evaluate.grid import Grid
-from divqat.evaluate.grid import write_report as write_grid_report
-from divqat.files import WriteError, load_checkpoint, read_json, save_checkpoint, write_atomic
-from divqat.foreign import check_trusted, trusted
-from divqat.job import Job
-from divqat.options import ConfigError, read_yaml
-from divqat.steps import AttackConfig
-from divqat.study import Study
-from divqat.subjects import load_subjects
+from divqat import cli
+from divqat._util.files import WriteError, load_checkpoint, read_json, save_checkpoint, write_atomic
+from divqat._util.foreign import check_trusted, trusted
+from divqat._util.settings import ConfigError, read_yaml
+from divqat.cli import commands
+from divqat.evaluate import Grid, write_report
+from divqat.experiments import study
+from divqat.experiments.deploy import AttackConfig
+from divqat.experiments.study import Study
+from divqat.experiments.subjects import load_subjects
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.network import build_model
 
@@ -122,7 +121,6 @@ def test_python_asks_for_trust_too(theirs, tmp_path):
         lambda: TrainConfig.from_dict({"model": theirs}),
         lambda: AttackConfig.from_dict({"clone": theirs}),
         lambda: Grid.from_dict({"clones": [theirs]}),
-        lambda: Job.from_dict({"victims": victims, "fp": {"model": theirs}}),
         lambda: Study.from_dict({"victims": victims, "evaluate": {"surrogate": theirs}}),
     ):
         with pytest.raises(ConfigError, match=r"with divqat\.trust\("):
@@ -135,8 +133,8 @@ def test_python_asks_for_trust_too(theirs, tmp_path):
 
 def test_the_command_line_trusts_what_it_names(theirs, tmp_path, monkeypatch):
     seen = []
-    for name in ("train", "attack", "evaluate", "export", "run", "study"):
-        monkeypatch.setattr(cli.run, name, lambda args: seen.append(trusted()) or 0)
+    for name in ("train", "attack", "evaluate", "export", "study"):
+        monkeypatch.setattr(commands, name, lambda args: seen.append(trusted()) or 0)
     for flags in (
         f"train --model {theirs} --out out",
         f"attack --victim run --clone {theirs}",
@@ -152,7 +150,7 @@ def test_the_command_line_trusts_what_it_names(theirs, tmp_path, monkeypatch):
     assert foreign == {
         f"--{name}"
         for kind in (TrainConfig, AttackConfig, Grid)
-        for name, (spec, *_) in divqat.options._specs(kind).items()
+        for name, (spec, *_) in divqat._util.settings._specs(kind).items()
         if spec.metadata["foreign"]
     }
 
@@ -261,7 +259,6 @@ def test_run_folders_hold_files_and_stay_inside(tmp_path, place):
         lambda: load_run(folder),
         lambda: train(TrainConfig(epochs=1), folder),
         lambda: write_report(folder),
-        lambda: write_grid_report(folder),
     )
     for number, (message, make) in enumerate(odd_places(folder).items()):
         make(folder / place)

@@ -31,6 +31,7 @@ plain = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @settings(deadline=None, max_examples=60)
 @given(value=plain)

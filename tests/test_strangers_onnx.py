@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from divqat import cli, onnx_file
-from divqat.files import file_fingerprint
-from divqat.victim import Victim
+from divqat import cli
+from divqat._util.files import file_fingerprint
+from divqat.victim import Victim, onnx_file
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -164,6 +164,7 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # Ki
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="free memory is known on Linux")
 def test_a_small_file_takes_no_gigabytes(tmp_path):
     """ONNX Runtime 1.23 computes both sums when it opens the file, 1.32 that of four gigabytes when

@@ -2,21 +2,22 @@
 
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
-from test_evaluate import fake_result
+from evaluations import fake_evaluation, released
 from test_strangers import write_run
 from test_victim_onnx import linear_onnx
 
-from divqat import cli, evaluate
+from divqat import cli
+from divqat._util.files import write_json
+from divqat._util.text import markdown, printable
 from divqat.data import pictures
+from divqat.evaluate import Evaluation, write_report
 from divqat.evaluate.audits import Audit
 from divqat.evaluate.page import Section, write_page
-from divqat.evaluate.result import VictimResult
-from divqat.evaluate.tables import Table
-from divqat.files import write_json
-from divqat.steps import file_fingerprint
-from divqat.text import markdown, printable
+from divqat.evaluate.table import Table
+from divqat.experiments.deploy import file_fingerprint
 from divqat.train import TrainConfig, load_run
 
 NASTY = (
@@ -81,39 +82,42 @@ def test_a_report_of_nasty_names(tmp_path):
     pytest.importorskip("matplotlib")
     name = NASTY.replace("\n", " ")
     folder = "".join(c for c in name if c.isprintable()).replace("/", "").replace("\\", "")
-    bare = VictimResult(seed=0, name=folder, method=name, settings={name: name}, accuracy_fp=0.9)
-    texts = ("dataset", "query_set", "attack", "clone", "command", "date", "hardware")
-    fake_result(victims=[bare], versions={name: name}, **dict.fromkeys(texts, name)).save(
-        tmp_path / "result.json"
-    )
-    evaluate.write_report(tmp_path)  # a $ in a plot is no formula
+    nasty = fake_evaluation([(folder, name, 0.9, 0.5, 0.4)], seeds=1, versions={name: name})
+    texts = ("dataset", "deployed", "command", "date", "hardware")
+    grid = {**nasty.grid, "query_set": name, "clones": [name]}
+    replace(nasty, grid=grid, **dict.fromkeys(texts, name)).save(tmp_path / "evaluation.json")
+    write_report(tmp_path)  # a $ in a plot is no formula
     for page in ("report.md", "report.html"):
         content = (tmp_path / page).read_text(encoding="utf-8")
         assert "<img src=x" not in content.replace(r"\<", "").replace("&lt;", "")
         assert not set(UNSEEN) & set(content)
 
 
+def begun(folder, name="qat"):
+    """The folder of a study that has trained a victim."""
+    row = released(0, name, "qat", 0.9)
+    fake_evaluation(released=[row], cells=[]).save(folder / "evaluation.json")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["../../outside", "x/../../../outside"])
 def test_a_report_reads_what_is_in_its_folder(tmp_path, name):
     pytest.importorskip("matplotlib")
-    bare = VictimResult(seed=0, name=name, method="qat", settings={}, accuracy_fp=0.9)
-    fake_result(victims=[bare]).save(tmp_path / "run" / "result.json")
+    folder = begun(tmp_path / "run", name)
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "metrics.csv").write_text("epoch,ce\n1,2\n")
     with pytest.raises(ValueError, match="wanted the name of a folder"):
-        evaluate.write_report(tmp_path / "run")
+        write_report(folder)
 
 
 def test_a_table_of_epochs_that_is_none(tmp_path):
     pytest.importorskip("matplotlib")
-    folder = tmp_path / "seed0" / "qat"
+    folder = begun(tmp_path) / "seed0" / "qat"
     folder.mkdir(parents=True)
-    bare = VictimResult(seed=0, name="qat", method="qat", settings={}, accuracy_fp=0.9)
-    fake_result(victims=[bare]).save(tmp_path / "result.json")
     for content in ("epoch,ce\n1,many\n", "ce\n1\n", f"epoch,ce\n1,{'1' * 200_000}\n"):
         (folder / "metrics.csv").write_text(content)
         with pytest.raises(ValueError, match=r"metrics\.csv is no table of epochs"):
-            evaluate.write_report(tmp_path)
+            write_report(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +125,11 @@ def test_a_table_of_epochs_that_is_none(tmp_path):
 )
 def test_a_summary_of_layers_that_is_none(tmp_path, content):
     pytest.importorskip("matplotlib")
-    bare = VictimResult(seed=0, name="qat", method="qat", settings={}, accuracy_fp=0.9)
-    fake_result(victims=[bare]).save(tmp_path / "result.json")
-    write_json(tmp_path / "seed0" / "qat" / "layers.json", content)
+    write_json(begun(tmp_path) / "seed0" / "qat" / "layers.json", content)
     with pytest.raises(
         ValueError, match=r"layers\.json(?: is no summary of layers|: there is no 'rows')"
     ):
-        evaluate.write_report(tmp_path)
+        write_report(tmp_path)
 
 
 def test_errors_show_names_of_files_and_are_not_endless(tmp_path, capsys):
@@ -169,24 +171,22 @@ def test_warnings_show_names_of_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
+    ("rows", "field", "value", "message"),
     [
-        ("accuracy_fp", "9" * 1000, "accuracy_fp: wanted float, got str"),
-        ("accuracy_fp", 10**400, "accuracy_fp: wanted float, got int"),
-        ("accuracy_fp", True, "accuracy_fp: wanted float, got bool"),
-        ("argmax_agreement", [1], r"argmax_agreement: wanted float \| None, got list"),
-        ("seed", "../..", "seed: wanted int, got str"),
-        ("name", 7, "name: wanted str, got int"),
-        ("settings", "x", "settings: wanted dict"),
-        ("attacks", "x", "attribute"),
-        ("attacks", {"probs": {"accuracy": "x", "fidelity": 1, "queries": 1}}, "accuracy: wanted"),
-        ("test", {"top_probability": 1, "entropy": 1, "histogram": ["x"]}, "histogram: wanted"),
+        ("released", "accuracy", "9" * 1000, r"accuracy: wanted float \| None, got str"),
+        ("released", "accuracy", 10**400, r"accuracy: wanted float \| None, got int"),
+        ("released", "accuracy", True, r"accuracy: wanted float \| None, got bool"),
+        ("released", "agreement", [1], r"agreement: wanted float \| None, got list"),
+        ("released", "seed", "../..", "seed: wanted int, got str"),
+        ("released", "victim", 7, "victim: wanted str, got int"),
+        ("released", "test", {"top_probability": 1, "entropy": 1, "histogram": ["x"]}, "histogram"),
+        ("cells", "accuracy", "x", "accuracy: wanted float, got str"),
+        ("cells", "curve", ["x"], "curve: wanted list"),
     ],
 )
-def test_numbers_of_a_result_are_numbers(field, value, message):
-    bare = VictimResult(seed=0, name="qat", method="qat", settings={}, accuracy_fp=0.9)
-    result = fake_result(victims=[bare]).to_dict()
-    assert evaluate.Result.from_dict(result).victims == [bare]
-    result["victims"][0][field] = value
-    with pytest.raises(ValueError, match=rf"not a divqat result: .*{message}"):
-        evaluate.Result.from_dict(result)
+def test_numbers_of_an_evaluation_are_numbers(tmp_path, rows, field, value, message):
+    result = fake_evaluation(seeds=1).to_dict()
+    result[rows][0][field] = value
+    write_json(tmp_path / "evaluation.json", result)
+    with pytest.raises(ValueError, match=rf"not a divqat evaluation: .*{message}"):
+        Evaluation.load(tmp_path / "evaluation.json")

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from divqat import cli, commands, progress, side_by_side, streams
+from divqat import cli
+from divqat._util import progress, streams
+from divqat.cli import commands
+from divqat.experiments import side_by_side
 
 ROOT = Path(__file__).parent.parent
 LINE = "93.0 ± 0.1 → ✓"
@@ -135,7 +138,7 @@ def test_python_ends_with_0(tmp_path):
     program = tmp_path / "run.py"
     program.write_text(
         "from importlib.util import module_from_spec, spec_from_file_location\n"
-        f"spec = spec_from_file_location('streams', {str(ROOT / 'divqat' / 'streams.py')!r})\n"
+        f"spec = spec_from_file_location('streams', {str(ROOT / 'divqat/_util/streams.py')!r})\n"
         "streams = module_from_spec(spec); spec.loader.exec_module(streams)\n"
         f"with streams.lenient(): print(10000 * {LINE!r}); print('a')\n"
         f"with streams.lenient(): print('short')\n"

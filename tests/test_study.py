@@ -3,11 +3,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from divqat import cli, study
-from divqat.evaluate.grid import Evaluation
-from divqat.evaluate.grid.tables import side_effects_table
-from divqat.options import ConfigError
-from divqat.study import Study
+from divqat import cli
+from divqat._util.settings import ConfigError
+from divqat.evaluate import Evaluation
+from divqat.evaluate.tables import side_effects_table
+from divqat.experiments import study
+from divqat.experiments.study import Study
 
 pytestmark = pytest.mark.slow
 
@@ -120,12 +121,13 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
         ({"evaluate": {"epoch": 3}}, r"evaluate 'epoch' \(did you mean 'epochs'"),
         ({"evaluate": {"attacks": ["alien"]}}, "unknown attack 'alien'"),
         ({"evaluate": {"defenses": ["alien"]}}, "unknown defense 'alien'"),
-        ({"attack": {}}, "unknown key 'attack'"),
+        ({"attack": {}}, "attack: wanted it or evaluate, whose short form it is"),
+        ({"attacks": {}}, "unknown key 'attacks'"),
         (
             {"victims": {"divqat": {**BUDGETED, "reference": "qat"}, "qat": {"method": "qat"}}},
             "divqat: reference: wanted a qat victim further up, got 'qat'",
         ),
-        ({"common": {"reference": "qat"}}, "common: the job sets reference itself"),
+        ({"common": {"reference": "qat"}}, "common: the study sets reference itself"),
     ],
 )
 def test_mistakes_are_named(change, message):

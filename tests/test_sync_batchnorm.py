@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import divqat
+from divqat._util.settings import ConfigError
 from divqat.data import shard_rows
-from divqat.options import ConfigError
 from divqat.quantize import freeze_batchnorm, observe_first
 from divqat.train import TrainConfig, train
 from divqat.train.batchnorm import synchronize_batchnorm, whole_batch

@@ -4,13 +4,15 @@ import pytest
 import torch
 from trainings import trained
 
+from divqat._util.files import load_checkpoint
+from divqat._util.settings import ConfigError
 from divqat.data import Decoder, ImageSet, StreamedSet, batches
-from divqat.files import load_checkpoint
-from divqat.options import ConfigError
+from divqat.data.digest import digest
 from divqat.train import TrainConfig, answers, load_run
-from divqat.train.answers import digest, teacher_logits
+from divqat.train.answers import teacher_logits
 
 
+@pytest.mark.slow
 def test_the_teacher_is_asked_once(vgg_teacher, vgg_divqat, tmp_path, monkeypatch):
     trained(vgg_teacher, tmp_path, cache_teacher=True)
     kept = load_checkpoint(tmp_path / answers.FILE)

@@ -123,6 +123,7 @@ def test_a_mask_outlives_its_backend():
         assert 0 < grad.sum() < 15 and torch.equal(grad, (grad != 0).float())
 
 
+@pytest.mark.slow
 def test_a_change_of_backend_compiles_again_and_back_does_not():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

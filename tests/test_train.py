@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from divqat.files import load_checkpoint, read_json
+from divqat._util.files import load_checkpoint, read_json
+from divqat._util.seeds import derived_seed
 from divqat.nn import FakeQuantize
-from divqat.seeds import derived_seed
-from divqat.train import TrainConfig, load_run, step, train, trainer
+from divqat.train import TrainConfig, load_run, objective, train, trainer
 
 QUIET = dict(log=lambda line: None)
 FP = dict(dataset="digits", model="lenet", batch_size=128, epochs=2, threads=1, pad=1)
@@ -90,6 +90,7 @@ def test_quantized_runs_start_from_the_teacher_and_move(teacher, qat):
     assert read_json(qat / "summary.json")["test_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_defense_without_weight_is_plain_qat_bit_for_bit(teacher, qat, tmp_path):
     train(config(teacher, **{**DIVQAT, "weight": 0.0, "grad_clip": None}), tmp_path, **QUIET)
     ours, theirs = (load_checkpoint(f / "checkpoint.pt")["model"] for f in (tmp_path, qat))
@@ -103,6 +104,7 @@ def test_defense_diverges_from_the_teacher(divqat, qat):
     assert load_run(divqat).fingerprint != load_run(qat).fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_interrupted_run_ends_with_the_same_bits(teacher, divqat, tmp_path, monkeypatch, epoch):
     def log(line):
@@ -119,8 +121,9 @@ def test_interrupted_run_ends_with_the_same_bits(teacher, divqat, tmp_path, monk
     assert_same(tmp_path, divqat)
 
 
+@pytest.mark.slow
 def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path, monkeypatch):
-    steps, check = [], step.Step.losses
+    steps, check = [], objective.Objective.of_images
 
     def interrupted(self, *args):
         steps.append(1)
@@ -129,7 +132,7 @@ def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path
         return check(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step.Step, "losses", interrupted)
+        patch.setattr(objective.Objective, "of_images", interrupted)
         train(config(teacher, **DIVQAT), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
     train(config(teacher, **DIVQAT), tmp_path, **QUIET)
@@ -138,8 +141,9 @@ def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path
 
 KILLED = """
 import os, signal, sys
-from divqat import cli, files
-from divqat.train import loop
+from divqat import cli
+from divqat._util import files
+from divqat.train import run as loop
 
 def write(folder, state, write=loop.write_checkpoint):
     if state["epoch"] == 2:
@@ -151,6 +155,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_same_bits(teacher, divqat, tmp_path):
     """Killed while it writes the checkpoint of its second epoch."""
     command = [sys.executable, "-c", KILLED, "train", "--out", str(tmp_path)]
@@ -235,12 +240,12 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
     tmp_path, monkeypatch, where, cause
 ):
     calls = []
-    batches, original_loss = trainer.batches, step.F.cross_entropy
+    batches, original_loss = trainer.batches, objective.F.cross_entropy
 
     def spoil(value, name):
         calls.append(name) if name == where else None
-        # Epoch 2, step 3 of 11; one batch before shows what memory is needed.
-        at = 11 + 3 + (where != "loss")
+        # Epoch 2, step 3 of 11; one forward pass before shows what memory is needed.
+        at = 11 + 3 + (where == "logits")
         return value * float("nan") if name == where and len(calls) == at else value
 
     def spoiled_batches(*args, **kwargs):
@@ -261,7 +266,7 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
 
     begin = trainer.begin
     monkeypatch.setattr(trainer, "batches", spoiled_batches)
-    monkeypatch.setattr(step.F, "cross_entropy", spoiled_loss)
+    monkeypatch.setattr(objective.F, "cross_entropy", spoiled_loss)
     monkeypatch.setattr(trainer, "begin", lambda *args: Spoiled(begin(*args)))
     with pytest.raises(FloatingPointError, match=f"epoch 2, step 3: the {cause}"):
         train(TrainConfig(**FP), tmp_path, **QUIET)
@@ -284,6 +289,7 @@ def test_unknown_device_is_said(tmp_path):
         train(TrainConfig(device="abacus"), tmp_path, **QUIET)
 
 
+@pytest.mark.slow
 def test_frozen_ranges_stay(teacher, tmp_path):
     ranges = {}
 
@@ -303,6 +309,7 @@ def test_frozen_ranges_stay(teacher, tmp_path):
         assert torch.equal(ranges[2][key], ranges[3][key]), key
 
 
+@pytest.mark.slow
 def test_seed_decides_everything(tmp_path):
     one = {**FP, "epochs": 1}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -6,13 +6,13 @@ from test_train import QUIET, assert_equal, assert_same
 from torch.nn import functional as F
 from trainings import train_interrupted
 
+from divqat._util.files import load_checkpoint
+from divqat._util.seeds import derived_seed
+from divqat._util.settings import ConfigError
 from divqat.data import batches
-from divqat.evaluate import predict
-from divqat.files import load_checkpoint
+from divqat.experiments.deploy import export_run
+from divqat.metrics import predict
 from divqat.nn import FakeQuantize
-from divqat.options import ConfigError
-from divqat.seeds import derived_seed
-from divqat.steps import export_run
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.network import build_model
 

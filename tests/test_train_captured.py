@@ -7,8 +7,8 @@ from test_train import QUIET, assert_same
 from testing import no_waiting
 from trainings import TINY, teach, trained
 
-from divqat.files import load_checkpoint
-from divqat.options import ConfigError
+from divqat._util.files import load_checkpoint
+from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, budget, step, train
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,6 @@
 import pytest
 
-from divqat.options import ConfigError
+from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig
 
 

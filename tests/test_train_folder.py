@@ -9,8 +9,8 @@ import pytest
 from networks import quantized
 from test_train import FP, QUIET, assert_same
 
-from divqat import files
-from divqat.files import load_checkpoint, save_checkpoint
+from divqat._util import files
+from divqat._util.files import load_checkpoint, save_checkpoint
 from divqat.train import TrainConfig, folder, train
 from divqat.train.network import build_model
 
@@ -34,6 +34,7 @@ def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatc
     assert (tmp_path / "plots" / "training.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_training_which_then_goes_on(tmp_path, monkeypatch):
     settings, fsync = TrainConfig(**FP), files.os.fsync
     path = tmp_path / "run" / "checkpoint.pt"
@@ -63,6 +64,7 @@ INT8 = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "idle"), [("fp", {**LOSS, **INT8}), ("qat", LOSS)])
 def test_what_a_method_does_not_use_changes_no_bit_and_may_change(
     lenet_teacher, tmp_path, method, idle

@@ -7,21 +7,22 @@ import torch
 from test_train import QUIET, assert_same, config
 from trainings import PLAIN, train_interrupted, trained
 
-from divqat.files import load_checkpoint
-from divqat.train import TrainConfig, memory, step, train
+from divqat._util import memory as system
+from divqat._util.files import load_checkpoint
+from divqat.train import TrainConfig, memory, objective, train
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_path, monkeypatch):
     each = []
-    check = memory.Need.check
+    check = memory.StepMemory.check
 
     def noted(need):
         each.append(need.each)
         check(need)
 
-    monkeypatch.setattr(memory.Need, "check", noted)
+    monkeypatch.setattr(memory.StepMemory, "check", noted)
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
     trained(vgg_teacher, tmp_path / "a", batch_size=1000, accumulate=4, epochs=2)
     # vgg_small on 8x8 images keeps between 100 KB and 1 MB of each
@@ -36,16 +37,16 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_pat
 
 
 def test_what_a_container_has_in_its_page_cache_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    free = memory.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(system, "CGROUP", tmp_path)
+    free = system.free_memory(torch.device("cpu"))
     limit = min(free // 2, 2**30)  # less than the machine has
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{limit - 20}\n")
-    assert memory.free_memory(torch.device("cpu")) == 20
+    assert system.free_memory(torch.device("cpu")) == 20
     (tmp_path / "memory.stat").write_text("anon 7\nfile 900\ninactive_file 500\nactive_file 400\n")
-    assert memory.free_memory(torch.device("cpu")) == 520
+    assert system.free_memory(torch.device("cpu")) == 520
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory(torch.device("cpu")) > limit
+    assert system.free_memory(torch.device("cpu")) > limit
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_running_out_of_memory_says_what_fits(vgg_teacher, tmp_path, monkeypatch
     def full(self, *args):
         raise error
 
-    monkeypatch.setattr(step.Step, "losses", full)
+    monkeypatch.setattr(objective.Objective, "of_images", full)
     with pytest.raises(MemoryError, match=r"256 images at a time do not fit.*enough for at most"):
         trained(vgg_teacher, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
@@ -114,11 +115,11 @@ def test_a_run_tells_its_memory_and_its_wait(vgg_teacher, tmp_path):
 
 def test_the_peak_is_that_of_the_run():
     device = torch.device("cpu")
-    memory.reset_peak(device)
-    low = memory.peak_memory(device)
+    system.reset_peak(device)
+    low = system.peak_memory(device)
     with mmap.mmap(-1, 256 * 2**20) as pages:  # those of a freed tensor may stay with the allocator
         for start in range(0, len(pages), mmap.PAGESIZE):
             pages[start] = 1
-    assert memory.peak_memory(device) > low + 200 * 2**20
-    memory.reset_peak(device)
-    assert memory.peak_memory(device) < low + 100 * 2**20
+    assert system.peak_memory(device) > low + 200 * 2**20
+    system.reset_peak(device)
+    assert system.peak_memory(device) < low + 100 * 2**20

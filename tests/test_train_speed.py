@@ -7,8 +7,8 @@ from torch import nn
 from trainings import PLAIN, teach, train_interrupted, trained
 
 from divqat import trust
-from divqat.files import read_json
-from divqat.options import ConfigError
+from divqat._util.files import read_json
+from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.optimizer import build_optimizer
 

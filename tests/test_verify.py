@@ -63,6 +63,7 @@ def test_numbers_worked_by_hand(flatten, batch_size):
     assert "75.00%" in str(report) and report.runtime in str(report)
 
 
+@pytest.mark.slow
 def test_an_export_agrees_and_that_of_another_model_does_not(tmp_path):
     prepared = settle(divqat.prepare(build("residual"), "x86", images()), 10)
     prepared.conv1.bn.eval()

@@ -3,8 +3,8 @@ import torch
 from testing import randn
 from torch import nn
 
-from divqat.logits import logits_function
 from divqat.victim import QueryBudgetExceeded, Victim
+from divqat.victim.runners import logits_function
 
 IMAGES = randn(5, 1, 2, 2)
 

@@ -4,7 +4,7 @@ import pytest
 from test_train import DIVQAT, QUIET, config
 from torch import nn
 
-from divqat.files import load_checkpoint
+from divqat._util.files import load_checkpoint
 from divqat.train import TrainConfig, train
 
 PLAIN = {**DIVQAT, "pad": 0, "epochs": 3, "model": "vgg_small"}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from divqat.options import ConfigError
-from divqat.shown import distributions, keep_top, label_only
+from divqat._util.settings import ConfigError
+from divqat.victim.answers import distributions, keep_top, label_only
 
 READINGS = "as_given, label, temperature<T>, standardized<s>, top<k>, rounded<decimals> or shuffled"
 LEAST = 1e-12  # a probability that is 0 counts as this in a logarithm

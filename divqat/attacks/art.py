@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from divqat.errors import require
+from divqat._util.errors import require
 from divqat.victim import Victim
 
 

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from divqat._util.progress import progress
+from divqat._util.settings import Options, option
 from divqat.attacks.folder import Folder
 from divqat.data.batches import to_float
-from divqat.options import Options, option
-from divqat.progress import progress
 from divqat.victim import QueryBudgetExceeded, Victim
 
 PRECISIONS = ("float32", "bfloat16")

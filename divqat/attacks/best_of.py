@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from divqat._util.names import check_name
 from divqat.attacks.attack import Attack, Extraction, Watch
 from divqat.data.sets import ImageSet
-from divqat.evaluate.metrics import accuracy, predict
-from divqat.names import check_name
+from divqat.metrics import accuracy, predict
 from divqat.victim import Victim
 
 

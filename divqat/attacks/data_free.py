@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from divqat._util.progress import progress
+from divqat._util.settings import ConfigError, option
 from divqat.attacks.attack import Attack, Extraction, Task
 from divqat.attacks.generator import Generator
 from divqat.attacks.memory import Memory
 from divqat.attacks.training import autocast, set_lr
 from divqat.attacks.zeroth_order import zeroth_order
 from divqat.data.batches import to_uint8
-from divqat.options import ConfigError, option
-from divqat.progress import progress
 
 # After so many rounds everything is stored and the clone shown: what a killed run repeats at most.
 ROUNDS_PER_SAVE = 50
@@ -224,25 +224,25 @@ class Duel:
         raw = self._generate()
         images, answers = self._ask(raw.detach().tanh())
         here = self._finite(distance(images, answers))
-        told = []
+        answers_around = []
 
         def probe(x: Tensor) -> Tensor:
-            moved, shown = self._ask(x.tanh())
-            told.append(shown)
-            return distance(moved, shown)
+            moved, answers_there = self._ask(x.tanh())
+            answers_around.append(answers_there)
+            return distance(moved, answers_there)
 
         gradient = zeroth_order(probe, raw.detach(), here, attack.directions, attack.smoothing)
         if self.round == 0:
-            self._look(answers, torch.stack(told))
+            self._warn_of_same_answers(answers, torch.stack(answers_around))
         self.generator_optimizer.zero_grad()
         raw.backward(-gradient / len(raw))  # the optimizer descends, the mean of d shall grow
         self.generator_optimizer.step()
         return images, answers
 
-    def _look(self, answers: Tensor, told: Tensor) -> None:
+    def _warn_of_same_answers(self, answers: Tensor, answers_around: Tensor) -> None:
         """Warn of a victim whose answers do not show so small a step: [N, classes], and
         [directions, N, classes] after it."""
-        same = float((told == answers).all(2).float().mean())
+        same = float((answers_around == answers).all(2).float().mean())
         if same >= SAME_ANSWERS:
             pixels = math.prod(self.learned[0].shape[1:])
             warnings.warn(

@@ -11,12 +11,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from divqat._util.progress import progress
+from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.recovery import Recovery
 from divqat.attacks.training import Training
-from divqat.evaluate.metrics import predict, softmax
-from divqat.options import option
-from divqat.progress import progress
+from divqat.metrics import predict, softmax
 
 BATCH = 1024
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.answers import distributions
 from divqat.attacks.data_free import DataFree
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from divqat._util.settings import option
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.labeled import LabeledAttack, learn_labels
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

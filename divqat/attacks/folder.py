@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from divqat.files import load_checkpoint, save_checkpoint
-from divqat.names import check_folder
+from divqat._util.files import load_checkpoint, save_checkpoint
+from divqat._util.names import check_folder
 
 
 class Folder:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from divqat._util.settings import ConfigError, option
 from divqat.attacks.answers import distributions
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.labeled import LabeledAttack
 from divqat.attacks.training import Training, TransferAttack
 from divqat.data.batches import to_float, to_uint8
-from divqat.options import ConfigError, option
 
 STARTS = ("query_set", "owned")
 

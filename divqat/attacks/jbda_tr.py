@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.jbda import JBDA, ascent
-from divqat.options import option
 
 STRIDE = 1.85  # the steps together, in units of epsilon
 

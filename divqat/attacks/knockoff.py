@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.answers import READINGS, reading
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.training import Loss, Training, TransferAttack, soft_cross_entropy
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from divqat._util.progress import progress
+from divqat._util.settings import option
 from divqat.attacks.answers import distributions
 from divqat.attacks.attack import Task
 from divqat.attacks.bandit import GradientBandit, advantages, certainty, diversity
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.training import autocast, sgd
 from divqat.data.batches import to_float
-from divqat.options import option
-from divqat.progress import progress
 
 REWARDS = ("certainty", "diversity", "loss")
 TRANSFER = "transfer.pt"

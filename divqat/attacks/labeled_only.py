@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from divqat._util.settings import option
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.labeled import LabeledAttack, learn_labels
 from divqat.attacks.training import TransferAttack
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

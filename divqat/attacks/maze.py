@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.answers import distributions
 from divqat.attacks.data_free import DataFree
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from divqat._util.progress import progress
+from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.recovery import Recovery
-from divqat.options import option
-from divqat.progress import progress
 
 DISTANCES = 2**24  # held in memory at once
 

@@ -16,12 +16,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from divqat._util.progress import progress
+from divqat._util.settings import option
 from divqat.attacks.answers import distributions, reading
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
-from divqat.options import option
-from divqat.progress import progress
 from divqat.victim import Defense, Victim, defense_text
 
 R = TypeVar("R", bound="Recovery")

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from divqat._util.errors import require
+from divqat._util.settings import option
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.labeled import LabeledAttack
-from divqat.errors import require
-from divqat.evaluate.metrics import predict
-from divqat.options import option
+from divqat.metrics import predict
 
 MAPS = ("permutation", "any")
 NEVER = -1e9  # logit of a class that no class of the clone means: finite, and below any other

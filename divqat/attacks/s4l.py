@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.inner import trace
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.training import Loss
 from divqat.data.batches import augment, to_float
-from divqat.options import option
 
 TURNS = 4  # by 0, 90, 180 and 270 degrees
 

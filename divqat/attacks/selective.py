@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
-from divqat.options import option
-from divqat.shown import label_only
+from divqat.victim.answers import label_only
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.answers import READINGS, reading
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.ddae import renewed, restorer, train
@@ -17,9 +18,8 @@ from divqat.attacks.training import Loss
 from divqat.data.batches import to_float, to_uint8
 from divqat.data.proxies import PROXIES, proxy_batch
 from divqat.data.sets import ImageSet
-from divqat.evaluate.metrics import predict, softmax
+from divqat.metrics import predict, softmax
 from divqat.nn.decoy import Decoy, Sample, coarse
-from divqat.options import option
 
 USUAL, CONTROL = "standardized2", "shuffled"  # of an answer's readings
 PARTS, PART = 8, 256  # of the proxies that a decoy is fitted to: as many as a victim's
@@ -29,7 +29,7 @@ PARTS, PART = 8, 256  # of the proxies that a decoy is fitted to: as many as a v
 class Shadow(LabeledAttack, KnockoffNets):
     """KnockoffNets whose clone learns answers from which a misdirection is taken back.
 
-    Ours, against :class:`divqat.train.misdirection.Misdirection` with a decoy, by a thief who knows
+    Ours, against :class:`divqat.nn.MisdirectionLoss`, by a thief who knows
     all of it but its seed; shadow models are those of D-DAE, see :class:`divqat.attacks.DDAE`. Each
     shadow victim, the clone's architecture with new weights, learns the labeled images, and its
     answers to the queries are the *clean* ones. Then it is trained on as the victim was,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
 from divqat.nn.decoy import coarse
-from divqat.options import option
-from divqat.shown import label_only
+from divqat.victim.answers import label_only
 
 DECAY = 1e-4  # of the regression's weights, beside a mean cross-entropy
 ITERATIONS = 100

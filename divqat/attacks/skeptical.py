@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.attacks.answers import distributions
 from divqat.attacks.attack import Task
 from divqat.attacks.inner import trace
@@ -16,7 +17,6 @@ from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.training import Loss
 from divqat.data.batches import to_float
 from divqat.models.blocks import conv_bn, initialize
-from divqat.options import option
 
 SEQUENCES = ("features", "blocks")  # where the networks of divqat.models keep their sections
 

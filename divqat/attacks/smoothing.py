@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
-from divqat.options import option
 
 CHUNK = 4096  # images that are altered at once, for the sake of memory
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from divqat._util.progress import progress
+from divqat._util.settings import option
 from divqat.attacks.attack import Attack, Task
 from divqat.data.batches import augment, batches, steps_of
 from divqat.data.sets import ImageSet
-from divqat.options import option
-from divqat.progress import progress
 
 # loss(clone, images [B, C, H, W], targets [B, num_classes], share of the training done) -> []
 Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from divqat.bounds import check_inside
+from divqat._util.bounds import check_inside
+from divqat._util.errors import require, unknown_name
 from divqat.data import formats, pictures
 from divqat.data.pictures import STREAM, Reading
 from divqat.data.sets import DataNotFound, ImageSet, LabeledImages, Splits, hold_out
-from divqat.errors import require, unknown_name
 
 TEST_FRACTION = 0.2  # of a data set that comes without a test split
 PICTURES = ("gtsrb", "folder")  # of picture files, which can be streamed

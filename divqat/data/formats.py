@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divqat.bounds import MAX_IMAGES, MAX_TABLE, check_file
+from divqat._util.bounds import MAX_IMAGES, MAX_TABLE, check_file
+from divqat._util.errors import require
 from divqat.data.plain_pickle import load_plain_pickle
 from divqat.data.sets import ImageSet
-from divqat.errors import require
 
 
 def read_idx(path: str | Path) -> Tensor:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divqat.bounds import MAX_PIXELS, MAX_TABLE, check_file, check_inside, check_tree
+from divqat._util.bounds import MAX_PIXELS, MAX_TABLE, check_file, check_inside, check_tree
+from divqat._util.errors import require
+from divqat._util.progress import progress
+from divqat._util.text import printable
 from divqat.data import streaming
 from divqat.data.modes import GREY, UnknownScale, to_rgba
 from divqat.data.sets import ImageSet, LabeledImages
-from divqat.errors import require
-from divqat.progress import progress
-from divqat.text import printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 # Theirs, whatever a file's name: Pillow knows others, and gives EPS to Ghostscript to run.

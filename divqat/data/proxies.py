@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
+from divqat._util.errors import unknown_name
 from divqat.data.distortions import (
     choose,
     collage,
@@ -34,7 +35,6 @@ from divqat.data.distortions import (
 from divqat.data.glyphs import glyphs
 from divqat.data.leaves import leaves
 from divqat.data.transfer import transfer_set
-from divqat.errors import unknown_name
 
 POOL, POOL_BYTES = 10_000, 2**28  # images of a kind that are read from files, at most
 DRAWINGS, DRAWN_BYTES = 4096, 2**26  # that are drawn, at most

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from divqat._util.errors import require, unknown_name
+from divqat._util.progress import progress
 from divqat.data.modes import on_white, to_rgba
 from divqat.data.pictures import check_pixels, decode, list_pictures, open_picture
 from divqat.data.sets import DataNotFound
-from divqat.errors import require, unknown_name
-from divqat.progress import progress
 
 CLIPART_ROOT = "/usr/share/openclipart/png"
 CLIPART_VARIANTS = 4  # 6,885 readable files give 27,540 queries

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense, Owner
 from divqat.defenses.network import train_network
-from divqat.logits import logits_function
-from divqat.options import option
+from divqat.victim.runners import logits_function
 
 
 def misinformation_loss(logits: Tensor, labels: Tensor) -> Tensor:

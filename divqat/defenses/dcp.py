@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense
 from divqat.defenses.reverse_sigmoid import reverse_sigmoid
-from divqat.options import option
-from divqat.shown import distributions
+from divqat.victim.answers import distributions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from divqat._util.settings import Options
 from divqat.data.sets import LabeledImages
-from divqat.options import Options
 
 D = TypeVar("D", bound="Defense")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
+from divqat._util.settings import option
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.defenses.defense import Owner
 from divqat.defenses.simplex import fill
 from divqat.defenses.surrogate import SurrogateDefense
-from divqat.options import option
 from divqat.victim import Victim
 
 CHUNK = 32  # images whose gradients of all parameters are in memory at once

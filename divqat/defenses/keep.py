@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense
-from divqat.options import option
-from divqat.shown import distributions, keep_top, label_only
+from divqat.victim.answers import distributions, keep_top, label_only
 
 
 @dataclass(frozen=True, kw_only=True)

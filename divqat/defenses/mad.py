@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from divqat._util.settings import option
 from divqat.defenses.surrogate import SurrogateDefense
-from divqat.options import option
 
 MOST_ENUMERATED = 10  # classes up to which all argmax-preserving vertices are tried
 MARGIN = 1e-5  # that the top class of such a vertex is ahead, before it is scaled to sum 1

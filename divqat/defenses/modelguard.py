@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense, Owner
 from divqat.defenses.simplex import fill
-from divqat.options import option
 
 FLOOR = 1e-6  # keeps log y finite
 MARGIN = 1e-4  # that the top class has to be ahead of the others

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from divqat._util.progress import progress
+from divqat._util.seeds import derived_seed
 from divqat.data.batches import batches, steps_of
 from divqat.defenses.defense import Owner
-from divqat.progress import progress
-from divqat.seeds import derived_seed
 
 
 def train_network(

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

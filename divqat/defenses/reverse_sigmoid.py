@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense
-from divqat.options import option
-from divqat.shown import distributions
+from divqat.victim.answers import distributions
 
 LOWEST_ODDS = 1e-12
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from divqat._util.settings import option
 from divqat.defenses.keep import TopK
-from divqat.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

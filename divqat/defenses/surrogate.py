@@ -9,9 +9,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from divqat._util.seeds import derived_seed
+from divqat._util.settings import option
 from divqat.defenses.defense import Defense, Owner
-from divqat.options import option
-from divqat.seeds import derived_seed
 
 S = TypeVar("S", bound="SurrogateDefense")
 

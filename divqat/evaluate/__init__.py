@@ -1,41 +1,15 @@
-"""Metrics, audits and the report. See :mod:`divqat.evaluate.result` for the layout of results."""
+"""How extractable is a model? Victims behind defenses, attacked in every way.
 
-from divqat.evaluate.adversarial import fgsm, pgd
-from divqat.evaluate.calibration import expected_calibration_error
-from divqat.evaluate.metrics import (
-    accuracy,
-    are_distributions,
-    chance,
-    entropy,
-    fidelity,
-    is_deterministic,
-    mean_top_probability,
-    predict,
-    softmax,
-    top_probability_histogram,
-)
+Example:
+    >>> from divqat.evaluate import Grid, Subject, evaluate
+    >>> grid = Grid(attacks=("knockoff", "knockoff:reading=label"), defenses=("none",), seeds=3)
+    >>> evaluate([Subject("mine", "model.onnx")], splits, grid, "runs/mine")  # doctest: +SKIP
+"""
+
+from divqat.evaluate.grid import Grid
 from divqat.evaluate.report import write_report
-from divqat.evaluate.result import AttackResult, Confidence, Result, VictimResult
-from divqat.evaluate.tables import results_table
+from divqat.evaluate.results import Cell, Evaluation, Released
+from divqat.evaluate.run import evaluate
+from divqat.evaluate.subject import Subject
 
-__all__ = [
-    "AttackResult",
-    "Confidence",
-    "Result",
-    "VictimResult",
-    "accuracy",
-    "are_distributions",
-    "chance",
-    "entropy",
-    "expected_calibration_error",
-    "fgsm",
-    "fidelity",
-    "is_deterministic",
-    "mean_top_probability",
-    "pgd",
-    "predict",
-    "results_table",
-    "softmax",
-    "top_probability_histogram",
-    "write_report",
-]
+__all__ = ["Cell", "Evaluation", "Grid", "Released", "Subject", "evaluate", "write_report"]

@@ -1,17 +1,19 @@
-"""Questions that a result has to answer before its numbers mean anything."""
+"""Questions that an evaluation has to answer before its numbers mean anything."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import mean
 
-from divqat.evaluate.result import HARD, SOFT, Result, VictimResult
+from divqat.evaluate.results import HARD, SOFT, Cell, Evaluation, Released, best_of, reads
+from divqat.evaluate.specs import CONTROL, UNDEFENDED, is_control, owns, steals
+from divqat.evaluate.tables import floor
 
 ACCURACY_LOSS = 0.005  # a defense may cost so much accuracy before it is flagged
 AGREEMENT = 0.99  # of the fake-quantized and the exported model
 ABOVE_CHANCE = 0.1  # an attack that gains less on plain QAT is too weak to test a defense
 SEEDS = 3
-UNDEFENDED = ("fp", "ptq", "qat", "kd-qat")
+NEAR_CHANCE = 0.1  # a clone of shuffled answers may be better than chance by so much
 
 
 @dataclass(frozen=True)
@@ -26,91 +28,167 @@ class Audit:
         return f"{'ok   ' if self.ok else 'CHECK'} {self.name}: {self.detail}"
 
 
-def audits(result: Result) -> list[Audit]:
-    """All audits of a result; what was not measured counts as not ok."""
-    found = [_seeds(result), _control(result), _chance(result), _budget(result), _answers(result)]
+def audits(result: Evaluation) -> list[Audit]:
+    """All audits of an evaluation; what was not measured counts as not ok."""
+    done = [row for row in result.released if not row.unreachable]
+    found = [_seeds(result), _control(result), _attacks(result), _works(result), _chance(result)]
+    found += _owned(result)
     for field, name, good in (
-        ("deterministic", "victims are deterministic", "same images, same answers"),
+        ("deterministic", "victims are deterministic, in eval mode", "same images, same answers"),
         ("distributions", "answers are distributions", "non-negative, sum 1"),
     ):
-        bad = [v for v in result.victims if getattr(v, field) is not True]
-        found.append(Audit(name, not bad, f"not shown for {_names(bad)}" if bad else good))
-    found.append(_deployed(result))
-    for name, runs in result.by_victim.items():
-        if runs[0].method not in UNDEFENDED:
-            found += _defense(result, name, runs)
-    return found
+        bad = [row for row in done if getattr(row, field) is not True]
+        found.append(Audit(name, bool(done) and not bad, f"not {_names(bad)}" if bad else good))
+    found += [_deployed(result), _budget(result), _overlap(result), _epochs(result)]
+    return found + _costs(result) + _floors(result)
 
 
-def _seeds(result: Result) -> Audit:
-    done = [seed for seed in result.seeds if any(v.seed == seed for v in result.victims)]
-    detail = f"{len(done)} of {len(result.seeds)} planned; a spread wants at least {SEEDS}"
-    return Audit("seeds", done == result.seeds and len(done) >= SEEDS, detail)
+def _seeds(result: Evaluation) -> Audit:
+    counts = [len(_seeds_of(result, *pair)) for pair in result.pairs()]
+    least = min(counts, default=0)
+    return Audit("seeds", least >= SEEDS, f"at least {least}; a spread wants {SEEDS}")
 
 
-def _control(result: Result) -> Audit:
-    missing = sorted({v.seed for v in result.victims} - {v.seed for v in result.control})
-    if not result.control:
-        return Audit("plain QAT is the control", False, "no victim of method qat")
-    detail = f"missing for seeds {missing}" if missing else "trained with the same seeds"
-    return Audit("plain QAT is the control", not missing, detail)
+def _seeds_of(result: Evaluation, victim: str, defense: str) -> set[int]:
+    return {c.seed for c in result.select(result.cells, victim=victim, defense=defense)}
 
 
-def _chance(result: Result) -> Audit:
-    best = [v.best for v in result.control if v.best is not None]
-    name = "the attack works on plain QAT"
-    if not best:
-        return Audit(name, False, f"not attacked; chance is {result.chance:.1%}")
-    detail = f"best clone {mean(best):.1%}, chance {result.chance:.1%}"
-    return Audit(name, mean(best) >= result.chance + ABOVE_CHANCE, detail)
+def _control(result: Evaluation) -> Audit:
+    found = result.select(result.released, victim=result.control, defense=UNDEFENDED)
+    name = "a control without a defense is in the table"
+    return Audit(name, bool(found), _names(found) if found else "no victim of method qat")
 
 
-def _budget(result: Result) -> Audit:
-    queries = [attack.queries for v in result.victims for attack in v.attacks.values()]
-    most = max(queries, default=0)
-    return Audit(
-        "the query budget is respected",
-        bool(queries) and most <= result.query_budget,
-        f"at most {most} of {result.query_budget} queries",
-    )
-
-
-def _answers(result: Result) -> Audit:
-    attacked = [v for v in result.victims if v.attacks or v.method != "fp"]
-    bad = [v for v in attacked if not {SOFT, HARD} <= v.attacks.keys()]
-    return Audit(
-        "attacked with soft and hard answers",
-        bool(attacked) and not bad,
-        f"not {_names(bad)}" if bad else "probabilities and labels",
-    )
-
-
-def _deployed(result: Result) -> Audit:
-    quantized = [v for v in result.victims if v.method != "fp"]
-    bad = [v for v in quantized if v.argmax_agreement is None or v.argmax_agreement < AGREEMENT]
-    name = "the exported int8 model is what is attacked"
-    if bad or not quantized:
-        return Audit(name, False, f"agreement below {AGREEMENT:.0%} or unknown: {_names(bad)}")
-    least = min(v.argmax_agreement for v in quantized if v.argmax_agreement is not None)
-    return Audit(name, True, f"argmax agreement with the trained one at least {least:.2%}")
-
-
-def _defense(result: Result, name: str, runs: list[VictimResult]) -> list[Audit]:
-    control = {v.seed: v.accuracy for v in result.control}
-    losses = [control[v.seed] - v.accuracy for v in runs if v.seed in control]
-    best = [v.best for v in runs if v.best is not None]
-    found = []
-    if losses:
-        detail = (
-            f"{-100 * mean(losses):+.2f} points beside plain QAT, -{100 * ACCURACY_LOSS} allowed"
+def _attacks(result: Evaluation) -> Audit:
+    bad = [
+        f"{victim} behind {defense}"
+        for victim, defense in result.pairs()
+        if not (
+            result.per_seed(victim, defense, reads(SOFT))
+            and result.per_seed(victim, defense, reads(HARD))
         )
-        found.append(Audit(f"{name} keeps its accuracy", mean(losses) <= ACCURACY_LOSS, detail))
-    if best and result.floor:
-        detail = f"best clone {mean(best):.1%}, floor {mean(result.floor):.1%}"
-        beats = mean(best) < mean(result.floor)
-        found.append(Audit(f"{name} beats showing labels only", beats, detail))
+        and not any(
+            row.unreachable
+            for row in result.select(result.released, victim=victim, defense=defense)
+        )
+    ]
+    detail = f"not {', '.join(bad)}" if bad else "answers as given and their labels"
+    return Audit("attacked from soft and from hard answers", not bad and bool(result.cells), detail)
+
+
+def _works(result: Evaluation) -> Audit:
+    best = [
+        cell
+        for victim in dict.fromkeys(row.victim for row in result.released)
+        for cell in result.per_seed(victim, UNDEFENDED, _best_from_answers)
+    ]
+    name = "the attack works on an undefended victim"
+    if not best:
+        return Audit(name, False, f"not tried; chance is {result.chance:.1%}")
+    accuracy = max(cell.accuracy for cell in best)
+    detail = f"best clone {accuracy:.1%}, chance {result.chance:.1%}"
+    return Audit(name, accuracy >= result.chance + ABOVE_CHANCE, detail)
+
+
+def _best_from_answers(cells: list[Cell]) -> Cell | None:
+    """The best attack that has nothing but answers: others might owe their clone to labels."""
+    return best_of([cell for cell in cells if not owns(cell.attack)])
+
+
+def _owned(result: Evaluation) -> list[Audit]:
+    """Whether it is known how far labels alone get a thief who owns some."""
+    attacks = [attack for attack in result.grid["attacks"] if steals(attack) and owns(attack)]
+    alone = [cell.accuracy for cell in result.cells if not steals(cell.attack)
+             and owns(cell.attack) and not is_control(cell.attack)]  # fmt: skip
+    best = max((c.accuracy for c in result.cells if c.attack in attacks), default=None)
+    if best is None:
+        return []
+    detail = f"{mean(alone):.1%} without a query" if alone else "not tried: add labeled-only"
+    name = "what owned images teach without the victim is known"
+    return [Audit(name, bool(alone), f"{detail}; best clone that starts from them {best:.1%}")]
+
+
+def _chance(result: Evaluation) -> Audit:
+    controls = [cell for cell in result.cells if is_control(cell.attack)]
+    found = [cell.accuracy for cell in controls if not owns(cell.attack)]  # labels do teach
+    name = "answers to other images teach nothing"
+    if not found:
+        detail = f"not tried: add the attack knockoff:reading={CONTROL}"
+        return Audit(name, False, detail)
+    detail = f"clones of shuffled answers {mean(found):.1%}, chance {result.chance:.1%}"
+    return Audit(name, mean(found) <= result.chance + NEAR_CHANCE, detail)
+
+
+def _deployed(result: Evaluation) -> Audit:
+    known = [row.agreement for row in result.released if row.agreement is not None]
+    name = "the deployed model is the trained one"
+    if not known or len(known) < len(result.released):
+        return Audit(name, False, f"attacked: {result.deployed}; agreement not measured for all")
+    detail = f"attacked: {result.deployed}; argmax agreement at least {min(known):.2%}"
+    return Audit(name, min(known) >= AGREEMENT, detail)
+
+
+def _budget(result: Evaluation) -> Audit:
+    over = [cell for cell in result.cells if cell.queries > cell.budget]
+    most = max((cell.queries for cell in result.cells), default=0)
+    detail = f"exceeded in {len(over)} attacks" if over else f"at most {most} queries"
+    return Audit("query budgets are respected", bool(result.cells) and not over, detail)
+
+
+def _overlap(result: Evaluation) -> Audit:
+    detail = ", ".join(f"{count} {name}" for name, count in result.overlap.items()) or "not checked"
+    owned = any(owns(cell.attack) for cell in result.cells)
+    mine = ("queries", "validation") if owned else ("queries",)  # what clones were trained on
+    counts = {name: count for name, count in result.overlap.items() if name.startswith(mine)}
+    unknown = {"queries in train", "queries in test"} - set(result.overlap)
+    if unknown:
+        detail += f"; not compared, as the set is streamed: {', '.join(sorted(unknown))}"
+    ok = not unknown and not any(counts.values())
+    return Audit("queries are not the victim's images", ok, detail)
+
+
+def _epochs(result: Evaluation) -> Audit:
+    if not result.cells:
+        return Audit("clones are those of the last epoch", False, "no clone")
+    gain = 100 * mean(cell.gain for cell in result.cells)
+    detail = f"choosing the best epoch with the test set would add {gain:.1f} points on average"
+    return Audit("clones are those of the last epoch", True, detail)
+
+
+def _costs(result: Evaluation) -> list[Audit]:
+    """Whether each victim and defense keeps the accuracy of the undefended control, by seed."""
+    control = {
+        row.seed: row.accuracy
+        for row in result.select(result.released, victim=result.control, defense=UNDEFENDED)
+        if row.accuracy is not None
+    }
+    found = []
+    for victim, defense in result.pairs():
+        rows = result.select(result.released, victim=victim, defense=defense)
+        losses = [
+            control[row.seed] - row.released_accuracy
+            for row in rows
+            if row.released_accuracy is not None and row.seed in control
+        ]
+        if losses and (victim, defense) != (result.control, UNDEFENDED):
+            detail = f"{-100 * mean(losses):+.2f} points, -{100 * ACCURACY_LOSS} allowed"
+            name = f"{victim} behind {defense} keeps the accuracy of {result.control}"
+            found.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
     return found
 
 
-def _names(victims: list[VictimResult]) -> str:
-    return ", ".join(f"{v.name} (seed {v.seed})" for v in victims) or "any victim"
+def _floors(result: Evaluation) -> list[Audit]:
+    lowest = floor(result)
+    found = []
+    for victim, defense in result.pairs():
+        best = result.per_seed(victim, defense, best_of)
+        if lowest is not None and best and (victim, defense) != (result.control, UNDEFENDED):
+            accuracy = mean(cell.accuracy for cell in best)
+            detail = f"best of all attacks {accuracy:.1%}, floor {lowest:.1%}"
+            name = f"{victim} behind {defense} beats showing labels only"
+            found.append(Audit(name, accuracy < lowest, detail))
+    return found
+
+
+def _names(rows: list[Released]) -> str:
+    return ", ".join(dict.fromkeys(f"{row.victim} behind {row.defense}" for row in rows))

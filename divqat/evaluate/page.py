@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from html import escape as escape_html
 from pathlib import Path
 
+from divqat._util.files import write_text
+from divqat._util.text import markdown, printable
 from divqat.evaluate.audits import Audit
-from divqat.evaluate.tables import Table
-from divqat.files import write_text
-from divqat.text import markdown, printable
+from divqat.evaluate.table import Table
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;

@@ -1,132 +1,125 @@
-"""The report of a whole job: ``report.md``, ``report.html`` and plots.
-
-It reads ``OUT/result.json`` (its schema is :class:`divqat.evaluate.result.Result`) and, where
-they exist, ``OUT/seed<n>/<victim>/metrics.csv`` (columns ``epoch`` and those of
-:data:`divqat.evaluate.plots.CURVES`: ``validation_accuracy`` as a fraction, ``ce``,
-``divergence``, ``top_probability``, ``misled``), ``OUT/seed<n>/<victim>/layers.json``
-(``divqat.summary(...).to_dict()``: ``rows`` with ``layer`` and ``sqnr_db``) and
-``OUT/seed<n>/<victim>/summary.json`` (``warnings``, a list of sentences).
-"""
+"""The report of an evaluation: ``report.md``, ``report.html`` and plots."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from divqat.bounds import check_tree
+from divqat._util.bounds import check_tree
 from divqat.evaluate import plots, tables
 from divqat.evaluate.audits import audits
 from divqat.evaluate.page import Section, write_page
-from divqat.evaluate.result import Result
-from divqat.evaluate.tables import Table
-from divqat.files import read_json
-from divqat.names import check_name
+from divqat.evaluate.results import EVALUATION, Evaluation
+from divqat.evaluate.specs import owns
+from divqat.evaluate.table import Table, settings_text
+from divqat.evaluate.trainings import training_sections, warning_sections
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write the report of a finished (or partly finished) job into its folder.
-
-    Args:
-        run_dir: the folder OUT that ``divqat run`` made.
+def write_report(folder: str | Path) -> Path:
+    """Write the report of an evaluation into its folder.
 
     Returns:
-        ``OUT/report.html``: one file that needs nothing else. ``OUT/report.md`` says the same and
-        shows ``OUT/plots/*.png``.
+        ``folder/report.html``: one file that needs nothing else. ``folder/report.md`` says the same
+        and shows ``folder/plots/*.png``.
 
     Raises:
-        FileNotFoundError: there is no ``result.json``.
-        ValueError: it is not a result, or a file beside it cannot be read.
+        FileNotFoundError, ValueError: there is no ``evaluation.json``, or it is none.
         ImportError: matplotlib is missing.
     """
-    run_dir = Path(run_dir)
-    check_tree(run_dir)
-    result = Result.load(run_dir / "result.json")
-    sections = _sections(result, run_dir)
-    title = f"Extraction of int8 models on {result.dataset}"
-    return write_page(run_dir, title, sections)
+    folder = Path(folder)
+    check_tree(folder)
+    result = Evaluation.load(folder / EVALUATION)
+    title = f"How extractable: {result.dataset}"
+    return write_page(folder, title, _sections(result, folder))
 
 
-def _sections(result: Result, run_dir: Path) -> list[Section]:
-    folder = run_dir / "plots"
-    metrics = _seed_files(run_dir, result, "metrics.csv", extra=("fp",))
-    layers = {
-        name: _sqnr(files[0]) if files else []
-        for name, files in _seed_files(run_dir, result, "layers.json").items()
-    }
+def _measured(grid: Mapping[str, Any]) -> str:
+    if grid.get("split", "test") == "test":
+        return "the test set"
+    return "images of the validation split, which is called the test set below"
+
+
+def _sections(result: Evaluation, folder: Path) -> list[Section]:
+    grid, drawn = result.grid, folder / "plots"
+    training = {name: grid[name] for name in ("epochs", "batch_size", "lr", "precision")}
     main = (
-        f"{result.attack} ({tables.settings_text(result.attack_settings)}) trains a {result.clone} "
-        f"on {result.query_budget} answers to {result.query_set}. Percent on the test set, mean ± "
-        "standard deviation over the seeds. Soft: the clone learns from probabilities; hard: from "
-        "labels; best: the best clone of each seed. Fidelity: same top-1 as the deployed victim. "
-        f"{tables.floor_line(result)}"
+        f"Attacked: {result.deployed}. Percent on {_measured(grid)}, mean ± standard deviation "
+        f"over the seeds, for {result.budget} queries of {grid['query_set']}. Clones "
+        f"({', '.join(grid['clones'])}) train with {settings_text(training)} unless their attack "
+        "says otherwise. Soft: from the answers as they are given; hard: from their largest entry; "
+        f"best of all: of every attack and clone, the one that does best on {grid['holdout']} "
+        f"labeled images of the attacker's own.{_labeled(result)} Fidelity: same top-1 as the "
+        f"released answers. {_floor(result)}"
     )
-    warnings = _warnings(run_dir, result)
-    sections = [Section("Warnings", table=warnings)] if warnings.rows else []
-    sections += [
+    sections = [
+        *warning_sections(result, folder),
         Section("Results", main, tables.main_table(result)),
-        Section("Victims and clones", plot=plots.clone_bars(result, folder / "clones.png")),
+        Section("Trade-off", "Left of the dashed line a clone is worse than what labels alone "
+                "give away; dotted: chance.", plot=plots.front(result, drawn / "front.png")),
+        Section("Clones", plot=plots.bars(result, drawn / "clones.png")),
         Section("Audits", audits=tuple(audits(result))),
-        Section("All attacks", "Percent.", tables.attacks_table(result)),
         Section(
-            "Confidence of the victims",
-            "The victim as it is deployed, on test images and on the attacker's queries.",
-            tables.confidence_table(result),
-            plots.confidence_histograms(result, folder / "confidence.png"),
+            "All attacks",
+            "Clone accuracy by victim; what choosing the best epoch with the test set would add, "
+            "in points; seconds of an attack.",
+            tables.attacks_table(result),
+            plots.attacks(result, drawn / "attacks.png"),
         ),
-        Section("Deployment", "Percent and counts.", tables.deployment_table(result)),
-    ]
-    curves = plots.training_curves(metrics, folder / "training.png")
-    if curves:
-        text = "Mean over the seeds; the band spans the smallest and the largest."
-        sections.append(Section("Training", text, plot=curves))
-    noise = plots.layer_sqnr(layers, folder / "layers.png")
-    if noise:
-        sections.append(Section("Quantization noise per layer", "First seed.", plot=noise))
-    return [*sections, Section("How this was made", table=_provenance(result))]
+        *_beside(result),
+        Section("More queries", plot=plots.budget_curve(result, drawn / "budget.png")),
+        Section(
+            "Answers",
+            "What is released, before any attack.",
+            tables.released_table(result),
+            plots.answers(result, drawn / "answers.png"),
+        ),
+        *training_sections(result, folder),
+    ]  # fmt: skip
+    shown = [section for section in sections if section.table or section.plot or section.audits]
+    return [*shown, Section("How this was made", table=_provenance(result))]
 
 
-def _seed_files(
-    run_dir: Path, result: Result, name: str, *, extra: tuple[str, ...] = ()
-) -> dict[str, list[Path]]:
-    """The files of that name that exist, by victim.
-
-    A victim without any keeps its place, and so its color is the same in all plots.
-    """
-    seeds = dict.fromkeys([*result.seeds, *(v.seed for v in result.victims)])
-    found: dict[str, list[Path]] = {}
-    for victim in dict.fromkeys([*result.by_victim, *extra]):
-        place = check_name("victims", victim)  # which the file may say as it likes
-        files = (run_dir / check_name("seeds", f"seed{seed}") / place / name for seed in seeds)
-        found[victim] = [file for file in files if file.is_file()]
-    return found
-
-
-def _warnings(run_dir: Path, result: Result) -> Table:
-    """What the trainings warned of."""
-    rows = [
-        [name, file.parent.parent.name, str(warning)]
-        for name, files in _seed_files(run_dir, result, "summary.json", extra=("fp",)).items()
-        for file in files
-        for warning in read_json(file).get("warnings", [])
-    ]
-    return Table(["Training", "Folder", "Warning"], rows, text_columns=3)
+def _beside(result: Evaluation) -> list[Section]:
+    if not result.side_effects:
+        return []
+    images = {row.images for run in result.side_effects for row in run.adversarial}
+    text = (
+        "What may have changed in a victim besides: the deployed model on the test set, without a "
+        "defense in front, in percent. ECE: expected calibration error, 15 bins; top prob.: mean "
+        "largest probability. FGSM and PGD: accuracy on "
+        f"{f'the first {max(images)} ' if images else ''}test images that were moved against the "
+        "trained model, each pixel by no more than the given part of its range, along gradients "
+        "that pass straight through its rounding. White-box accuracy is measured by these two "
+        "attacks only: it is an upper bound, and a model whose loss is flat can hide its gradients "
+        "from them and look robust."
+    )
+    if not images:
+        text += " Not measured: no epsilons were given, or there is no model to take gradients of."
+    return [Section("Side effects", text, tables.side_effects_table(result))]
 
 
-def _sqnr(path: Path) -> list[tuple[str, float]]:
-    try:
-        rows = read_json(path)["rows"]
-        known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
-        return [(str(layer), value) for layer, value in known if math.isfinite(value)]
-    except (AttributeError, KeyError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is no summary of layers: {error!r}") from error
+def _labeled(result: Evaluation) -> str:
+    names = [attack for attack in result.grid["attacks"] if owns(attack)]
+    return f" {', '.join(names)}: with {result.grid['labeled']} others." if names else ""
 
 
-def _provenance(result: Result) -> Table:
+def _floor(result: Evaluation) -> str:
+    lowest = tables.floor(result)
+    if lowest is None:
+        return "Label-only floor: unknown, no hard-label attack on an undefended control was run."
+    return f"Label-only floor (hard-label clone of undefended {result.control}): {lowest:.1%}."
+
+
+def _provenance(result: Evaluation) -> Table:
+    seeds = sorted({cell.seed for cell in result.cells})
     rows = [
         ["Command", result.command],
-        ["Date", f"{result.date}, {result.seconds:.0f} s"],
-        ["Seeds", ", ".join(map(str, result.seeds))],
-        ["Data", f"{result.dataset}, {result.num_classes} classes; queries: {result.query_set}"],
+        ["Date", result.date],
+        ["Seeds", ", ".join(map(str, seeds))],
+        ["Time", f"{sum(cell.seconds for cell in result.cells) / 60:.0f} min in attacks"],
+        ["Data", f"{result.dataset}, {result.num_classes} classes"],
+        ["Queries", f"{result.grid['query_set']}, {result.query_images} images"],
         ["Versions", ", ".join(f"{name} {number}" for name, number in result.versions.items())],
         ["Hardware", result.hardware],
     ]

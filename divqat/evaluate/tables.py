@@ -1,178 +1,192 @@
-"""Tables of a result, readable as Markdown and on a terminal."""
+"""Tables of an evaluation, in percent, mean ± standard deviation over the seeds."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from html import escape
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from divqat.evaluate.result import HARD, SOFT, Confidence, Result, VictimResult
-from divqat.text import markdown, printable
+from divqat.evaluate.results import (
+    HARD,
+    SOFT,
+    Cell,
+    Evaluation,
+    Released,
+    best_of,
+    epsilon_text,
+    reads,
+)
+from divqat.evaluate.specs import UNDEFENDED
+from divqat.evaluate.table import ABSENT, Table, percent, spread
 
-ABSENT = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A header and rows of text; the first ``text_columns`` columns are left-aligned."""
-
-    header: list[str]
-    rows: list[list[str]]
-    text_columns: int = 1
-
-    def markdown(self) -> str:
-        """A Markdown table whose columns also line up in a terminal."""
-        lines = [[markdown(cell) for cell in row] for row in [self.header, *self.rows]]
-        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-        rule = [
-            "-" * width if i < self.text_columns else "-" * (width - 1) + ":"
-            for i, width in enumerate(widths)
-        ]
-        lines.insert(1, rule)
-        return "\n".join("| " + " | ".join(self._pad(line, widths)) + " |" for line in lines)
-
-    def html(self) -> str:
-        """An HTML table; numbers carry the class ``n``."""
-        rows = [self._html_row("th", self.header), *(self._html_row("td", r) for r in self.rows)]
-        return (
-            f"<table>\n<thead>{rows[0]}</thead>\n<tbody>" + "\n".join(rows[1:]) + "</tbody></table>"
-        )
-
-    def _html_row(self, tag: str, row: list[str]) -> str:
-        cells = (
-            f"<{tag}>{cell}</{tag}>"
-            if i < self.text_columns
-            else f'<{tag} class="n">{cell}</{tag}>'
-            for i, cell in enumerate(escape(printable(cell)) for cell in row)
-        )
-        return "<tr>" + "".join(cells) + "</tr>"
-
-    def _pad(self, row: list[str], widths: list[int]) -> list[str]:
-        return [
-            cell.ljust(width) if i < self.text_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+NOT_MEASURED = "not measured"
+BESIDE = ("accuracy", "ece", "top_probability")
 
 
-def spread(values: Iterable[float | None], *, scale: float = 1, digits: int = 1) -> str:
-    """Mean ± sample standard deviation of what is there: ``92.5 ± 0.1``; a dash for nothing."""
-    known = [scale * value for value in values if value is not None]
-    if not known:
-        return ABSENT
-    text = f"{mean(known):.{digits}f}"
-    return f"{text} ± {stdev(known):.{digits}f}" if len(known) > 1 else text
-
-
-def percent(values: Iterable[float | None]) -> str:
-    """:func:`spread` of fractions, in percent."""
-    return spread(values, scale=100)
-
-
-def results_table(result: Result) -> str:
-    """The main table and the label-only floor as Markdown, in percent, mean ± std over seeds."""
-    return f"{main_table(result).markdown()}\n\n{floor_line(result)}"
-
-
-def main_table(result: Result) -> Table:
-    """Victim accuracy beside clone accuracy and fidelity, one row per victim."""
-    header = "Victim|Method|FP acc|Deployed acc|Agreement|Clone soft|Clone hard|Best clone"
-    rows = [
-        [
-            name,
-            _method(runs),
-            percent(v.accuracy_fp for v in runs),
-            percent(v.accuracy for v in runs),
-            percent(v.argmax_agreement for v in runs),
-            percent(v.clone(SOFT) for v in runs),
-            percent(v.clone(HARD) for v in runs),
-            percent(v.best for v in runs),
-            percent(v.clone(SOFT, "fidelity") for v in runs),
-            percent(v.clone(HARD, "fidelity") for v in runs),
-        ]
-        for name, runs in result.by_victim.items()
-    ]
-    return Table([*header.split("|"), "Fidelity soft", "Fidelity hard"], rows, text_columns=2)
-
-
-def floor_line(result: Result) -> str:
-    """The accuracy that a victim which shows labels only, and is not defended, gives away."""
-    if not result.floor:
-        return "Label-only floor: unknown, no hard-label attack on plain QAT was run."
-    return f"Label-only floor (hard-label clone of plain QAT): {percent(result.floor)} %"
-
-
-def attacks_table(result: Result) -> Table:
-    """Every attack: one row per victim and answer."""
-    rows = []
-    for name, runs in result.by_victim.items():
-        for answer in dict.fromkeys(answer for v in runs for answer in v.attacks):
-            ratio = [
-                v.attacks[answer].accuracy / v.accuracy
-                for v in runs
-                if answer in v.attacks and v.accuracy
-            ]
-            rows.append(
-                [
-                    name,
-                    answer,
-                    percent(v.clone(answer) for v in runs),
-                    percent(ratio),
-                    percent(v.clone(answer, "fidelity") for v in runs),
-                    spread((v.clone(answer, "queries") for v in runs), digits=0),
-                ]
-            )
-    header = ["Victim", "Answer", "Clone acc", "Clone / victim", "Fidelity", "Queries"]
-    return Table(header, rows, text_columns=2)
-
-
-def deployment_table(result: Result) -> Table:
-    """What quantization and export did to each victim."""
-    header = "Victim|Validation acc|Fake-quant acc|int8 acc|Agreement|int8 layers|Float layers"
-    rows = [
-        [
-            name,
-            percent(v.validation_accuracy for v in runs),
-            percent(v.accuracy_fake for v in runs),
-            percent(v.accuracy_onnx for v in runs),
-            percent(v.argmax_agreement for v in runs),
-            _same(v.int8_layers for v in runs),
-            _same(v.float_layers for v in runs),
-        ]
-        for name, runs in result.by_victim.items()
-    ]
-    return Table(header.split("|"), rows)
-
-
-def confidence_table(result: Result) -> Table:
-    """How sure each victim is on test images and on the attacker's."""
-    header = "Victim|Top prob. test|Top prob. queries|Entropy test (nats)|Entropy queries (nats)"
-    rows = []
-    for name, runs in result.by_victim.items():
-        on_test = [v.test for v in runs if v.test is not None]
-        on_queries = [v.transfer for v in runs if v.transfer is not None]
-        rows.append([name, *(_top(c) for c in (on_test, on_queries))])
-        rows[-1] += [spread((c.entropy for c in cs), digits=2) for cs in (on_test, on_queries)]
-    return Table(header.split("|"), rows)
-
-
-def _top(confidences: list[Confidence]) -> str:
-    return spread((c.top_probability for c in confidences), digits=3)
-
-
-def _method(runs: list[VictimResult]) -> str:
-    return _same(f"{v.method} {settings_text(v.settings)}".strip() for v in runs)
-
-
-def settings_text(settings: dict[str, Any]) -> str:
-    """``weight=0.15, temperature=4``."""
-    return ", ".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in settings.items()
+def main_table(result: Evaluation) -> Table:
+    """One row per victim and defense: what it costs, and what the attackers get."""
+    header = (
+        "Victim|Defense|Victim acc|Released acc|L1 queries|Clone soft|Clone hard|Best of all|"
+        "Fidelity|Best attack"
     )
+    rows = []
+    for victim, defense in result.pairs():
+        released = result.select(result.released, victim=victim, defense=defense)
+        soft, hard, best = (
+            result.per_seed(victim, defense, pick) for pick in (reads(SOFT), reads(HARD), best_of)
+        )
+        unreachable = any(row.unreachable for row in released)
+        rows.append(
+            [
+                victim,
+                f"{defense} (out of reach)" if unreachable else defense,
+                percent(row.accuracy for row in released),
+                percent(row.released_accuracy for row in released),
+                _spread(released, "l1_queries", 2),
+                *(percent(cell.accuracy for cell in cells) for cells in (soft, hard, best)),
+                percent(cell.fidelity for cell in best),
+                _most(cell.attack for cell in best),
+            ]
+        )
+    return Table(header.split("|"), rows, text_columns=2)
 
 
-def _same(values: Iterable[object]) -> str:
-    """The values as text, each only once: all seeds normally agree."""
-    return " / ".join(dict.fromkeys(str(v) for v in values if v is not None)) or ABSENT
+def defenses_table(result: Evaluation) -> Table:
+    """One row per defense, for each victim what is right of its answers and of the best clone's."""
+    victims = list(dict.fromkeys(row.victim for row in result.released))
+    rows = []
+    for defense in dict.fromkeys(row.defense for row in result.released):
+        row = [defense]
+        for victim in victims:
+            released = result.select(result.released, victim=victim, defense=defense)
+            best = result.per_seed(victim, defense, best_of)
+            row += [
+                percent(r.released_accuracy for r in released),
+                percent(r.top1_kept_queries for r in released),
+                percent(cell.accuracy for cell in best),
+            ]
+        rows.append(
+            [*row, _spread(result.select(result.released, defense=defense), "microseconds", 0)]
+        )
+    columns = [
+        f"{v}: {what}" for v in victims for what in ("released acc", "top-1 kept", "best clone")
+    ]
+    return Table(["Defense", *columns, "µs per query"], rows)
+
+
+def budgets_table(result: Evaluation, victim: str) -> Table:
+    """One row per attack on an undefended victim, one column per clone and budget."""
+    cells = result.select(result.cells, victim=victim, defense=UNDEFENDED)
+    columns = list(dict.fromkeys((cell.clone, cell.budget) for cell in cells))
+    rows = []
+    for attack in dict.fromkeys(cell.attack for cell in cells):
+        row = [attack]
+        for clone, budget in columns:
+            some = result.select(cells, attack=attack, clone=clone, budget=budget)
+            row.append(percent(cell.accuracy for cell in some))
+        most = result.select(cells, attack=attack, clone=columns[0][0], budget=result.budget)
+        rows.append([*row, spread((cell.seconds for cell in most), digits=0)])
+    header = [f"{clone}, {budget}" for clone, budget in columns]
+    return Table(["Attack", *header, "Seconds"], rows)
+
+
+def floor(result: Evaluation) -> float | None:
+    """Mean accuracy of hard-label clones of the undefended control: what showing nothing but labels
+    leaves to an attacker; None where it was not measured."""
+    control = result.control
+    cells = [] if control is None else result.per_seed(control, "none", reads(HARD))
+    return mean(cell.accuracy for cell in cells) if cells else None
+
+
+def attacks_table(result: Evaluation) -> Table:
+    """Clone accuracy of every attack, clone and budget: one column for each victim."""
+    victims = list(dict.fromkeys(row.victim for row in result.released))
+    keys = list(dict.fromkeys((c.defense, c.attack, c.clone, c.budget) for c in result.cells))
+    rows = []
+    for defense, attack, clone, budget in keys:
+        same = result.select(
+            result.cells, defense=defense, attack=attack, clone=clone, budget=budget
+        )
+        cells = [result.select(same, victim=victim) for victim in victims]
+        rows.append(
+            [
+                defense,
+                attack,
+                clone,
+                str(max(cell.queries for cell in same)),
+                *(percent(cell.accuracy for cell in some) for some in cells),
+                _gain(same),
+                spread((cell.seconds for cell in same), digits=0),
+            ]
+        )
+    header = ["Defense", "Attack", "Clone", "Queries", *victims, "Best epoch", "Seconds"]
+    return Table(header, rows, text_columns=3)
+
+
+def released_table(result: Evaluation) -> Table:
+    """What each defense does to the answers, and what it costs."""
+    header = (
+        "Victim|Defense|Top-1 kept, test|Top-1 kept, queries|L1 test|L1 queries|Top prob. test|"
+        "Top prob. queries|Entropy test (nats)|Entropy queries (nats)|µs per query"
+    )
+    rows = []
+    for victim, defense in result.pairs():
+        released = result.select(result.released, victim=victim, defense=defense)
+        answers = [[getattr(row, name) for row in released] for name in ("test", "queries")]
+        answers = [[c for c in confidences if c is not None] for confidences in answers]
+        rows.append(
+            [
+                victim,
+                _settings(released) or defense,
+                percent(row.top1_kept for row in released),
+                percent(row.top1_kept_queries for row in released),
+                _spread(released, "l1_test", 2),
+                _spread(released, "l1_queries", 2),
+                *(spread((c.top_probability for c in some), digits=3) for some in answers),
+                *(spread((c.entropy for c in some), digits=2) for some in answers),
+                _spread(released, "microseconds", 1),
+            ]
+        )
+    return Table(header.split("|"), rows, text_columns=2)
+
+
+def side_effects_table(result: Evaluation) -> Table:
+    """One row per victim: how calibrated and how robust the deployed model is."""
+    found = result.side_effects
+    epsilons = sorted({row.epsilon for one in found for row in one.adversarial})
+    rows = []
+    for victim in dict.fromkeys(row.victim for row in found):
+        runs = result.select(found, victim=victim)
+        rows.append([victim, *(_measured(getattr(run, name) for run in runs) for name in BESIDE)])
+        for epsilon in epsilons or (None,):
+            moved = [row for run in runs for row in run.adversarial if row.epsilon == epsilon]
+            rows[-1] += [_measured(getattr(row, name) for row in moved) for name in ("fgsm", "pgd")]
+    header = ["Victim", "Accuracy", "ECE", "Top prob."]
+    for text in map(epsilon_text, epsilons) if epsilons else ("",):
+        header += [f"FGSM {text}".strip(), f"PGD {text}".strip()]
+    return Table(header, rows)
+
+
+def _measured(values: Iterable[float]) -> str:
+    known = list(values)
+    return percent(known) if known else NOT_MEASURED
+
+
+def _settings(released: list[Released]) -> str:
+    """The settings of a defense, which a wanted L1 distance decides seed by seed."""
+    return released[0].settings + (" …" if len({row.settings for row in released}) > 1 else "")
+
+
+def _spread(rows: Iterable[Any], name: str, digits: int) -> str:
+    return spread((getattr(row, name) for row in rows), digits=digits)
+
+
+def _gain(cells: list[Cell]) -> str:
+    """How much better the best epoch is than the last, in points."""
+    return f"+{100 * mean(cell.gain for cell in cells):.1f}"
+
+
+def _most(names: Iterable[str]) -> str:
+    counts = Counter(names).most_common()
+    return " / ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts) or ABSENT

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.errors import require
+from divqat._util.errors import require
+from divqat._util.files import write_atomic
 from divqat.export.graph import mend_average_pools, refuse_divisors, separate_constants
 from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, runtime_kernels
 from divqat.export.saturation import Saturating, advice, saturating
-from divqat.files import write_atomic
 from divqat.quantize.convert import convert
 from divqat.quantize.deployed import IntegerLayer
 

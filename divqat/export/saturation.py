@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from divqat.errors import require
+from divqat._util.errors import require
 from divqat.export.graph import module_name
 from divqat.export.runtime import optimized_graph
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from divqat._util.errors import require
 from divqat.data import LabeledImages
-from divqat.errors import require
-from divqat.evaluate.metrics import accuracy, fidelity, predict
 from divqat.export.saturation import Saturating, advice, emulated_session, saturating
-from divqat.logits import open_onnx
+from divqat.metrics import accuracy, fidelity, predict
+from divqat.victim.runners import open_onnx
 
 
 @dataclass(frozen=True)
@@ -146,3 +147,12 @@ def verify(
         precise=deployed(onnx_path) if layers else None,
         emulated=deployed(emulated_session(onnx_path)) if layers else None,
     )
+
+
+def as_attacked(verified: Mapping[str, Any]) -> tuple[float, float]:
+    """Accuracy and agreement, by ``verify.json``, of the file as a victim runs it: the same on
+    every CPU, see :func:`divqat.victim.runners.open_onnx`."""
+    precise = verified.get("precise")
+    if precise is None:
+        return verified["accuracy_onnx"], verified["argmax_agreement"]
+    return precise["accuracy"], precise["argmax_agreement"]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from divqat.errors import unknown_name
-from divqat.foreign import foreign, is_foreign
+from divqat._util.errors import unknown_name
+from divqat._util.foreign import foreign, is_foreign
 from divqat.models.lenet import LeNet
 from divqat.models.mobilenetv2_small import MobileNetV2Small
 from divqat.models.resnet20 import ResNet20
@@ -38,7 +38,7 @@ def build(
     Args:
         name: one of :func:`names`, or ``module:function``: a function (or class) that takes the
             three settings below by name, ``image_size`` as (H, W), and returns the network; see
-            :func:`divqat.foreign.foreign`.
+            :func:`divqat._util.foreign.foreign`.
         in_channels: channels of the images, at least 1.
         num_classes: number of logits, at least 1.
         image_size: (H, W), or one number for both; at least 8. Only ``lenet`` depends on it.

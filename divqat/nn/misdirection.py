@@ -1,29 +1,34 @@
-"""Misdirection for a training loop of one's own: answer a thief's images by a decoy."""
+"""Misdirection: foreign images are to be answered by a decoy, not by the task."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
-from divqat.data.batches import to_float
-from divqat.data.proxies import PROXIES, proxy_batch, proxy_pools
+from divqat._util.seeds import derived_seed
+from divqat.data.batches import to_float, to_uint8
+from divqat.data.proxies import PROXIES
 from divqat.nn.decoy import Decoy, Sample
+from divqat.nn.misdirection_targets import TARGETS, MisdirectionTargets, MisdirectionTerms
+from divqat.nn.proxies import ProxySource
+from divqat.ops._check import check_choice
 
-SAMPLE = 2048  # training images that the decoy gets to know, and as many proxies
-PART = 256  # of them at once, as large ones take memory
+# Training images that the decoy gets to know, and proxies at least; large ones in parts of so many
+# bytes.
+SAMPLE, SAMPLE_BYTES = 2048, 2**26
 SLACK = 0.02  # of a shade from 0 to 1: what rounding and interpolation add
 
 
 class MisdirectionLoss(nn.Module):
     """mean CE(q(x~), t(x~)): foreign images x~ are to be answered by a decoy t, not by the task.
 
-    What ``--misdirect`` adds to the loss of ``divqat train``, see
-    :class:`divqat.train.misdirection.Misdirection`; ours. Proxies x~ of what a thief may ask about
-    are made from a batch and learned beside it, in one forward pass, so that batch norm and
+    What ``--misdirect`` adds to the loss of ``divqat train``. Proxies x~ of what a thief may ask
+    about are made from a batch and learned beside it, in one forward pass, so that batch norm and
     activation ranges are of both:
 
         misdirection = MisdirectionLoss(loader, num_classes=10, seed=secret)
@@ -32,7 +37,8 @@ class MisdirectionLoss(nn.Module):
             logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
             loss = loss_fn(logits, labels) + 0.8 * misdirection(foreign, proxies)
 
-    It is made on the CPU, in some seconds; move it to the device of the model. After a call
+    Hard labels of foreign images are wrong then, too, which a loss on training images does not see
+    to. It is made on the CPU, in some seconds; move it to the device of the model. After a call
     ``misled`` holds the share of the proxies whose top class is that of t(x~), [], detached and on
     the device. The state is the decoy: keep it in your checkpoints, and where many processes train,
     load that of one in all of them.
@@ -40,6 +46,11 @@ class MisdirectionLoss(nn.Module):
     Images outside of the range that ``mean`` and ``std`` say are refused: among those of
     ``batches``, and in the first batch that ``draw`` and that the call is given. Later ones are not
     looked at, as that would wait for a GPU.
+
+    Our own; near it are Kariyappa and Qureshi, "Defending against model stealing attacks with
+    adaptive misinformation", CVPR 2020, arXiv 1911.07100, §4, whose service mixes in the answers
+    of a second network, trained on outliers to be wrong, where an input looks foreign. Here one
+    network, of int8 weights, does both, and nothing is computed when it is asked.
 
     Args:
         batches: of the training set, as from its ``DataLoader``: float images [N, C, H, W] and
@@ -52,6 +63,9 @@ class MisdirectionLoss(nn.Module):
         folder: pictures for the kind ``folder``.
         mean, std: your images are (x - mean) / std, x from 0 to 1; of all channels or of each. The
             defaults are images from -1 to 1.
+        target, confidence: t, and proxies that count less, see :class:`MisdirectionTargets`; where
+            these need a teacher, calls need its logits.
+        generator: of the proxies that the decoy is fitted to, on the CPU; None: one from ``seed``.
 
     Raises:
         ValueError: fewer classes, no image, labels of others, images of several shapes or outside
@@ -72,26 +86,43 @@ class MisdirectionLoss(nn.Module):
         folder: str | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        target: str = "decoy",
+        confidence: float | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__()
+        check_choice("target", target, TARGETS)
         if num_classes < 2:
             raise ValueError(f"num_classes: wanted at least 2, got {num_classes}")
-        self.kinds = tuple(kinds)
         for name, value in (("mean", mean), ("std", std)):
             column = torch.tensor(value, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, column, persistent=False)
         if not (self.std > 0).all():
             raise ValueError(f"std: wanted above 0, got {std}")
+        # Images from -1 to 1 are what the decoy and the proxies know: they keep their bits.
+        self._is_standard = bool((self.mean == 0.5).all() and (self.std == 0.5).all())
         self._looked_at: set[str] = set()
         images, labels = self._read(batches, num_classes)
         shape = tuple(images.shape[1:])
-        pools = proxy_pools(self.kinds, shape, images.device, folder=folder, seed=seed)  # type: ignore[arg-type]
-        for name, pool in pools.items():
-            self.register_buffer(f"pool_{name}", pool, persistent=False)
-        self.pools = tuple(pools)
-        self.decoy = Decoy(num_classes, shape[0], seed)
-        self.decoy.fit(self._sample(images, labels, seed))
+        self.source = ProxySource(kinds, shape, folder=folder, seed=seed)  # type: ignore[arg-type]
+        self.targets = MisdirectionTargets(target, num_classes, shape, seed, confidence)  # type: ignore[arg-type]
+        if self.targets.decoy is not None:
+            if generator is None:
+                generator = Generator().manual_seed(derived_seed(seed, "proxies"))
+            self.targets.decoy.fit(self._sample(images, labels, generator))
         self.misled: Tensor | None = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("mean", "directions"):  # as version 0.1.0 called them first
+            if f"{prefix}decoy.{name}" in state_dict:
+                value = state_dict.pop(f"{prefix}decoy.{name}")
+                state_dict[f"{prefix}targets.decoy.{name}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def decoy(self) -> Decoy | None:
+        """The decoy, for that target."""
+        return self.targets.decoy
 
     def draw(
         self,
@@ -99,35 +130,55 @@ class MisdirectionLoss(nn.Module):
         labels: Tensor | None = None,  # int64 [N]
         *,
         share: float = 0.5,
+        generator: Generator | None = None,
     ) -> Tensor:  # like images, [M, C, H, W]
         """Proxies of a batch: ``share`` · N of them, at least one.
 
-        Chance is torch's global generator on the CPU; no GPU is waited for. ``labels`` are used by
-        the kind ``mixed``.
+        Chance is ``generator``, on the device of the images; None: one whose seed is of torch's
+        global generator on the CPU. No GPU is waited for. ``labels`` are used by the kind
+        ``mixed``.
         """
         self._check(images)
         self._look_once("images", images)
         if not share > 0:
             raise ValueError(f"share: wanted above 0, got {share}")
         count = max(1, round(share * len(images)))
-        generator = Generator(images.device).manual_seed(int(torch.randint(2**62, ())))
-        made = self._made(self._to_bytes(images), generator, count, labels)
+        if generator is None:
+            generator = Generator(images.device).manual_seed(int(torch.randint(2**62, ())))
+        made = self.source(self._to_bytes(images), generator, count, labels)
+        if self._is_standard:
+            return to_float(made).to(images.dtype)
         return ((made / 255 - self.mean) / self.std).to(images.dtype)
 
     def forward(
         self,
         logits: Tensor,  # float [M, num_classes]
         proxies: Tensor,  # float [M, C, H, W], of :meth:`draw`
+        teacher_logits: Tensor | None = None,  # float [M, num_classes], if the target needs them
     ) -> Tensor:
         """The loss, []; its gradient goes to ``logits`` only."""
         self._check(proxies)
         self._look_once("proxies", proxies)
-        targets = self.decoy(self._shades(proxies))
-        if logits.shape != targets.shape:
-            raise ValueError(f"logits: wanted {list(targets.shape)}, got {list(logits.shape)}")
-        logits = logits.float()
-        self.misled = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
-        return F.cross_entropy(logits, targets)
+        wanted = [len(proxies), len(self.targets.permutation)]
+        if list(logits.shape) != wanted:
+            raise ValueError(f"logits: wanted {wanted}, got {list(logits.shape)}")
+        if self.targets.needs_teacher and teacher_logits is None:
+            raise ValueError(
+                f"teacher_logits: wanted {wanted} with target {self.targets.target} and "
+                f"confidence {self.targets.confidence}, got None"
+            )
+        terms = self.terms(logits.float(), self._standard(proxies), teacher_logits)
+        self.misled = (terms.misled / len(proxies)).float()
+        return terms.loss / len(proxies)
+
+    def terms(
+        self,
+        logits: Tensor,  # float32 [M, num_classes]
+        proxies: Tensor,  # float32 [M, C, H, W], from -1 to 1
+        teacher_logits: Tensor | None = None,  # float32 [M, num_classes]
+    ) -> MisdirectionTerms:
+        """The sums behind the loss, of arguments that are known to be right."""
+        return self.targets.terms(logits, teacher_logits, proxies)
 
     def _read(self, batches: Iterable[Sequence[Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
         """uint8 images and labels, on the CPU."""
@@ -158,24 +209,23 @@ class MisdirectionLoss(nn.Module):
             )
         return torch.cat(read)[:SAMPLE], labels[:SAMPLE]
 
-    def _sample(self, images: Tensor, labels: Tensor, seed: int) -> Iterator[Sample]:
-        generator = Generator().manual_seed(seed)
-        for own, of in zip(images.split(PART), labels.split(PART), strict=True):
-            made = self._made(own, generator, len(own), of)
+    def _sample(self, images: Tensor, labels: Tensor, generator: Generator) -> Iterator[Sample]:
+        at_once = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * math.prod(images.shape[1:]))))
+        for own, of in zip(images.split(at_once), labels.split(at_once), strict=True):
+            made = self.source(own, generator, at_once, of)
             yield Sample(to_float(made), to_float(own), of)
 
-    def _made(
-        self, images: Tensor, generator: Generator, count: int, labels: Tensor | None
-    ) -> Tensor:  # uint8 [count, C, H, W]
-        pools = {name: self.get_buffer(f"pool_{name}") for name in self.pools}
-        return proxy_batch(self.kinds, images, generator, count, labels=labels, pools=pools)
+    def _standard(self, images: Tensor) -> Tensor:
+        """From -1 to 1, float32."""
+        images = images.detach().float()
+        return images if self._is_standard else 2 * (images * self.std + self.mean) - 1
 
     def _shades(self, images: Tensor) -> Tensor:
         """Values from 0 to 1, float32."""
-        return images.detach().float() * self.std + self.mean
+        return (self._standard(images) + 1) / 2
 
     def _to_bytes(self, images: Tensor) -> Tensor:
-        return (255 * self._shades(images)).round_().clamp_(0, 255).to(torch.uint8)
+        return to_uint8(self._standard(images))
 
     def _look_once(self, name: str, images: Tensor) -> None:
         if name not in self._looked_at and not torch.compiler.is_compiling():

@@ -114,39 +114,8 @@ def divergence_loss_terms(
         The loss, the mean CE and the mean D (after bound and guard, before weight and T²), each
         []; only the loss has a gradient. With a float weight of 0, D is not computed: 0.
     """
-    check_float("logits", logits)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits: wanted [N, C], got {list(logits.shape)}")
-    check_tensor("teacher_logits", teacher_logits)
-    if teacher_logits.shape != logits.shape or teacher_logits.dtype != logits.dtype:
-        raise ValueError(
-            f"teacher_logits: wanted {list(logits.shape)} {logits.dtype} like logits, "
-            f"got {list(teacher_logits.shape)} {teacher_logits.dtype}"
-        )
-    check_device("teacher_logits", teacher_logits, logits.device, "logits")
-    check_tensor("target", target)
-    if target.dtype != torch.int64 or target.shape != logits.shape[:1]:
-        raise ValueError(
-            f"target: wanted int64 [{logits.shape[0]}], got {target.dtype} {list(target.shape)}"
-        )
-    check_device("target", target, logits.device, "logits")
-    check_integer("ignore_index", ignore_index)
-    _check_classes(target, logits.shape[1], ignore_index)
-    check_choice("direction", direction, DIRECTIONS)
-    check_choice("classes", classes, CLASSES)
-    check_number("temperature", temperature)
-    if not temperature > 0:
-        raise ValueError(f"temperature: wanted > 0, got {temperature}")
-    if not 1e-18 <= temperature <= 1e18:
-        raise ValueError(f"temperature: wanted 1e-18 to 1e18, got {temperature}")
-    if bound is not None:
-        check_number("bound", bound)
-        if not bound > 0:
-            raise ValueError(f"bound: wanted > 0 or None, got {bound}")
-    check_flags(guard=guard)
-    check_number("label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: wanted a value in [0, 1), got {label_smoothing}")
+    _check_tensors(logits, teacher_logits, target, ignore_index)
+    _check_options(temperature, direction, classes, bound, guard, label_smoothing)
     if isinstance(weight, Tensor):
         if weight.dtype != torch.float32 or list(weight.shape) not in ([], [1]):
             raise ValueError(f"weight: wanted float32 [], got {weight.dtype} {list(weight.shape)}")
@@ -183,6 +152,54 @@ def divergence_loss_terms(
         float(label_smoothing),
         ignore_index,
     )
+
+
+def _check_tensors(
+    logits: Tensor, teacher_logits: Tensor, target: Tensor, ignore_index: int
+) -> None:
+    check_float("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: wanted [N, C], got {list(logits.shape)}")
+    check_tensor("teacher_logits", teacher_logits)
+    if teacher_logits.shape != logits.shape or teacher_logits.dtype != logits.dtype:
+        raise ValueError(
+            f"teacher_logits: wanted {list(logits.shape)} {logits.dtype} like logits, "
+            f"got {list(teacher_logits.shape)} {teacher_logits.dtype}"
+        )
+    check_device("teacher_logits", teacher_logits, logits.device, "logits")
+    check_tensor("target", target)
+    if target.dtype != torch.int64 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"target: wanted int64 [{logits.shape[0]}], got {target.dtype} {list(target.shape)}"
+        )
+    check_device("target", target, logits.device, "logits")
+    check_integer("ignore_index", ignore_index)
+    _check_classes(target, logits.shape[1], ignore_index)
+
+
+def _check_options(
+    temperature: float,
+    direction: str,
+    classes: str,
+    bound: float | None,
+    guard: bool,
+    label_smoothing: float,
+) -> None:
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("classes", classes, CLASSES)
+    check_number("temperature", temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature: wanted > 0, got {temperature}")
+    if not 1e-18 <= temperature <= 1e18:
+        raise ValueError(f"temperature: wanted 1e-18 to 1e18, got {temperature}")
+    if bound is not None:
+        check_number("bound", bound)
+        if not bound > 0:
+            raise ValueError(f"bound: wanted > 0 or None, got {bound}")
+    check_flags(guard=guard)
+    check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: wanted a value in [0, 1), got {label_smoothing}")
 
 
 def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:

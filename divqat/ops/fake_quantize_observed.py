@@ -106,15 +106,7 @@ def fake_quantize_observed(
 
     buffers = (running_min, running_max, scale, zero_point)
     options = (quant_min, quant_max, axis, averaging_constant, symmetric)
-    if not observe:
-        mode = "frozen"
-    elif mode != "frozen" and recomputing():
-        if fake_quant and mode == "delayed":
-            raise RuntimeError(
-                "mode: wanted 'exact' where torch.utils.checkpoint runs a forward again, "
-                "got 'delayed'"
-            )
-        mode = "frozen"
+    mode = _mode_here(mode if observe else "frozen", fake_quant)
     if not fake_quant:
         if mode != "frozen" and x.numel():
             check_untransformed("fake_quantize_observed")
@@ -128,6 +120,17 @@ def fake_quantize_observed(
     if inplace:
         check_overwritable("x", x)
     return FakeQuantizeObserved.apply(x, inplace, *buffers, *options, mode, relu)
+
+
+def _mode_here(mode: str, fake_quant: bool) -> str:
+    """A forward that is run again observes nothing again."""
+    if mode == "frozen" or not recomputing():
+        return mode
+    if fake_quant and mode == "delayed":
+        raise RuntimeError(
+            "mode: wanted 'exact' where torch.utils.checkpoint runs a forward again, got 'delayed'"
+        )
+    return "frozen"
 
 
 class FakeQuantizeObserved(FakeQuantize):

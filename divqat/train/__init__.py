@@ -8,6 +8,6 @@ Example:
 
 from divqat.train.config import TrainConfig
 from divqat.train.folder import Run, load_run
-from divqat.train.loop import train
+from divqat.train.run import train
 
 __all__ = ["Run", "TrainConfig", "load_run", "train"]

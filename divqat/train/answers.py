@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divqat.data import LabeledImages, StreamedSet, batches
-from divqat.files import load_checkpoint, save_checkpoint
+from divqat._util.files import load_checkpoint, save_checkpoint
+from divqat.data import LabeledImages, batches
+from divqat.data.digest import digest
 
 FILE = "teacher_logits.pt"
 BATCH = 512
@@ -50,19 +49,6 @@ def teacher_logits(
     if keep:
         save_checkpoint(folder / FILE, {"key": wanted, "logits": logits.cpu()})
     return logits
-
-
-def digest(data: LabeledImages) -> str:
-    """16 hexadecimal digits that identify the images: their pixels; of files names, sizes and times
-    of change."""
-    found = hashlib.sha256(repr((len(data), data.image_shape)).encode())
-    if isinstance(data, StreamedSet):
-        for path in data.paths:
-            state = os.stat(path)
-            found.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
-    else:
-        found.update(data.images.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _load(file: Path) -> dict[str, Any] | None:

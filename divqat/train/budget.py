@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divqat._util.devices import fingerprint
 from divqat.data import LabeledImages
-from divqat.evaluate import accuracy, predict
+from divqat.metrics import accuracy, predict
 from divqat.train.config import QUANTIZATION, SHARED, TrainConfig
-from divqat.train.folder import Run, fingerprint, load_run
+from divqat.train.folder import Run, load_run
 from divqat.train.network import build_model
 
 STEPS = 20  # on the whole way
@@ -96,8 +97,8 @@ class Budget:
         Args:
             found: as of ``measure`` in :meth:`settle`. seconds: what is lost with it.
         """
-        told = {"weaker": self.weaker, "seconds": seconds, "points_below": self._below(found)}
-        self.attempts.append(told | found)
+        given_up = {"weaker": self.weaker, "seconds": seconds, "points_below": self._below(found)}
+        self.attempts.append(given_up | found)
 
     def settle(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
         """Give ``model``, which is trained, the weights that are the result.
@@ -131,8 +132,8 @@ class Budget:
         """What to tell at the end."""
         found = {name: self.chosen[name] for name in ("share", "points_below")}
         inside = _within(self.chosen["points_below"], self.points)
-        told = {"points": self.points, "reference": self.reference, **found, "inside": inside}
-        return {**told, "weaker": self.weaker, "attempts": self.attempts, "path": self.path}
+        outcome = {"points": self.points, "reference": self.reference, **found, "inside": inside}
+        return {**outcome, "weaker": self.weaker, "attempts": self.attempts, "path": self.path}
 
     def line(self) -> str:
         """A line for the log."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from divqat.options import ConfigError
+from divqat._util.settings import ConfigError
 
 if TYPE_CHECKING:
     from divqat.train.config import TrainConfig
@@ -44,6 +44,20 @@ def check_settings(config: TrainConfig) -> None:
             f"itself what to keep, got method {config.method}, compile = "
             f"{str(config.compile).lower()}"
         )
+    _check_defense(config)
+    if config.cuda_graph and config.optimizer != "sgd":
+        raise ConfigError(
+            f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"
+        )
+    for name in ("lr_warmup_epochs", "warmup_epochs"):
+        if getattr(config, name) > config.epochs:
+            raise ConfigError(
+                f"{name}: wanted at most epochs = {config.epochs}, got {getattr(config, name):g}"
+            )
+
+
+def _check_defense(config: TrainConfig) -> None:
+    """Misdirection, InI, the budget and the reference."""
     if config.misdirect and config.method != "divqat":
         raise ConfigError(
             f"misdirect: wanted 0 with a method other than divqat, got {config.misdirect:g} with "
@@ -82,15 +96,6 @@ def check_settings(config: TrainConfig) -> None:
             "reference pulls by KL(reference‖student), without a limit, got "
             f"{config.direction} and {config.bound}"
         )
-    if config.cuda_graph and config.optimizer != "sgd":
-        raise ConfigError(
-            f"cuda_graph: wanted optimizer sgd, which keeps lr on the GPU, got {config.optimizer}"
-        )
-    for name in ("lr_warmup_epochs", "warmup_epochs"):
-        if getattr(config, name) > config.epochs:
-            raise ConfigError(
-                f"{name}: wanted at most epochs = {config.epochs}, got {getattr(config, name):g}"
-            )
 
 
 def check_divergence(config: TrainConfig, num_classes: int) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from divqat.options import option
-from divqat.quantize.config import PRESETS, default_weight_bits, narrow
+from divqat.quantize.config import default_weight_bits, narrow
 from divqat.train import checks
-from divqat.train.learning import DISTILL, LR_SCALING, MISDIRECT, Learning
-from divqat.train.methods import METHODS, Method
+from divqat.train.settings import (
+    DataSettings,
+    LossSettings,
+    MisdirectionSettings,
+    OptimizerSettings,
+    QuantizationSettings,
+    RunningSettings,
+)
+from divqat.train.settings.misdirection import DISTILL, MISDIRECT
+from divqat.train.settings.optimizer import LR_SCALING
 
-PRECISIONS = ("float32", "bfloat16", "float16")
 # What a run has to share with its teacher.
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 QUANTIZATION = (  # and with a reference
@@ -26,94 +32,21 @@ MISDIRECTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Learning):
+class TrainConfig(
+    # the last one's fields come first
+    RunningSettings,
+    QuantizationSettings,
+    MisdirectionSettings,
+    LossSettings,
+    OptimizerSettings,
+    DataSettings,
+):
     """What :func:`divqat.train.train` does; each field is a flag of ``divqat train`` and a key of
     its YAML files.
 
     Raises:
         ConfigError: a value of a wrong type or out of range, or values that contradict each other.
     """
-
-    preset: str = option(
-        "x86", "Runtime whose int8 scheme is trained for.", group="quantization", choices=PRESETS
-    )
-    weight_bits: int | None = option(
-        None,
-        "Bits of a weight. None: 7, with which no CPU saturates; 8 with preset tensorrt.",
-        group="quantization", least=2, most=8,
-    )  # fmt: skip
-    activation_bits: int = option(
-        8, "Bits of an activation.", group="quantization", least=2, most=8
-    )
-    first_last_bits: int = option(
-        7, "Least bits of the first and the last layer's weights, where others have fewer than 7.",
-        group="quantization", least=2, most=8,
-    )  # fmt: skip
-    ranges: str = option(
-        "auto",
-        "Activations of a batch are quantized with the range that includes it (exact) or the one "
-        "before it (delayed); auto: exact, but delayed with several processes or parts.",
-        group="quantization",
-        choices=("auto", "exact", "delayed"),
-    )
-    freeze_observers_epoch: int | None = option(
-        None,
-        "Epoch (from 1) from which activation ranges stay fixed; beyond the last: never. "
-        "None: the last third of the epochs.",
-        group="quantization",
-        least=2,
-    )
-    freeze_batchnorm_epoch: int | None = option(
-        None, "Epoch from which BatchNorm statistics stay fixed; as above, but the last one with "
-        "misdirect and in kd-qat.",
-        group="quantization", least=1,
-    )  # fmt: skip
-
-    precision: str = option(
-        "float32",
-        "Autocast of forward and backward; scales, loss and weights stay in float32. With float16 "
-        "the loss is scaled, and a step whose gradients overflow is skipped.",
-        group="speed",
-        choices=PRECISIONS,
-    )
-    compile: bool = option(
-        False, "torch.compile the model, whole; the first steps take minutes.", group="speed"
-    )
-    cuda_graph: bool = option(
-        False, "Capture the whole step once and replay it: same bits, no launches one by one.",
-        group="speed",
-    )  # fmt: skip
-    cache_teacher: bool = option(
-        False,
-        "Ask the teacher about every training image once, and keep its answers in the run folder; "
-        "without pad and flip, as they belong to the images as they are.",
-        group="speed",
-    )
-
-    sync_batchnorm: bool = option(
-        False, "With several processes: BatchNorm's statistics are those of all their images (of a "
-        "part, with accumulate), not of each process's own; two collectives per BatchNorm and "
-        "step until it freezes; without compile.",
-        group="speed",
-    )  # fmt: skip
-    save_as_codes: bool = option(
-        False, "Keep quantized activations for the backward pass as 8-bit codes: less memory, more "
-        "time, same bits.",
-        group="speed",
-    )  # fmt: skip
-
-    seed: int = option(
-        0, "Everything random follows from it: initial weights, order of the images, shifts.",
-        group="running", least=0,
-    )  # fmt: skip
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there.", group="running")
-    threads: int | None = option(
-        None, "CPU threads; None: all. The last bits of a result can depend on it.",
-        group="running", least=1,
-    )  # fmt: skip
-    deterministic: bool = option(
-        False, "Slower algorithms that give the same bits on a GPU every time.", group="running"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,11 +65,6 @@ class TrainConfig(Learning):
             object.__setattr__(self, name, value)
 
     @property
-    def kind(self) -> Method:
-        """What the method is like."""
-        return METHODS[self.method]
-
-    @property
     def shows_proxies(self) -> bool:
         """Whether proxies of a thief's images go with the training images."""
         asks = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
@@ -145,7 +73,7 @@ class TrainConfig(Learning):
     @property
     def compares(self) -> bool:
         """Whether the loss has a divergence from another network's answers to training images."""
-        return bool(self.kind.sign and (self.weight or self.distill))
+        return bool(self.kind.divergence_sign and (self.weight or self.distill))
 
     @property
     def idle(self) -> set[str]:

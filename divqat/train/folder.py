@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from divqat.bounds import check_tree
+from divqat._util.bounds import check_tree
+from divqat._util.devices import fingerprint
+from divqat._util.files import load_checkpoint, save_checkpoint, write_text
+from divqat._util.settings import differences
 from divqat.data import Splits, load
-from divqat.files import load_checkpoint, save_checkpoint, write_text
-from divqat.options import differences
 from divqat.train.config import TrainConfig
 from divqat.train.network import build_model, check_size, example
 
@@ -154,15 +154,3 @@ def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
             f"{config.validation_fraction:g}, of {len(splits.train)} images none"
         )
     return splits
-
-
-def fingerprint(state: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that identify a state dict."""
-    digest = hashlib.sha256()
-    for key, value in state.items():
-        digest.update(key.encode())
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]

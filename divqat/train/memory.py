@@ -4,55 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def reset_peak(device: torch.device) -> None:
-    """Measure the peak from now on; where the system cannot (not Linux), it stays unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif STATUS.is_file():
-        with suppress(OSError):  # then it is the peak of the process, an upper bound
-            CLEAR.write_text("5")
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """The most bytes in use since :func:`reset_peak`: of tensors on a GPU, of the whole process on
-    the CPU; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _kilobytes(STATUS, "VmHWM")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had; None where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    available = _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-    swap = _kilobytes(Path("/proc/meminfo"), "SwapFree")
-    if available is None:
-        return None
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit
-        return available + (swap or 0)
-    # Files that were read a while ago are given up where memory is short.
-    cached = _number(CGROUP / "memory.stat", "inactive_file") or 0
-    return min(available + (swap or 0), limit - used + cached)
+from divqat._util.memory import free_memory
+from divqat.data import LabeledImages
+from divqat.data.batches import batches
+from divqat.train.step import Step
 
 
 @dataclass(frozen=True)
-class Need:
+class StepMemory:
     """What a step needs at least.
 
     Attributes:
@@ -67,7 +32,7 @@ class Need:
     @classmethod
     def of(
         cls, forward: Callable[[nn.Module], Tensor], model: nn.Module, sample: int, images: int
-    ) -> Need:
+    ) -> StepMemory:
         """Measured on a copy of ``model`` with ``forward(copy)``, of ``sample`` images."""
         trial = copy.deepcopy(model).train()
         device = next(model.parameters()).device
@@ -98,7 +63,7 @@ class Need:
         )
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
         """A block in which running out of memory becomes :meth:`error`."""
         try:
             yield
@@ -127,20 +92,17 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
-def _kilobytes(file: Path, name: str) -> int | None:
-    """The value of ``name`` in a file of lines ``name: 123 kB``, in bytes."""
-    value = _number(file, f"{name}:")
-    return None if value is None else 1024 * value
+def step_memory(step: Step, train_set: LabeledImages) -> StepMemory:
+    """What a step takes, from two of its images in a copy of the model."""
+    images, _ = next(batches(train_set.subset(slice(2)), 2))
 
+    def forward(model: nn.Module) -> Tensor:
+        return step.forward(model, images.contiguous(memory_format=torch.channels_last))
 
-def _number(file: Path, name: str) -> int | None:
-    """The number after ``name`` at the begin of a line."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        words = line.split()
-        if words and words[0] == name:
-            return int(words[1])
-    return None
+    config, team = step.config, step.team
+    # Codes are a quarter of float32; what else is kept is at least as much.
+    share = 4 if config.save_as_codes else 1
+    at_once = min(config.batch_size, len(train_set))
+    at_once += config.proxy_count(at_once)
+    parts = team.size * config.accumulate
+    return StepMemory.of(forward, step.model, share * len(images), -(-at_once // parts))

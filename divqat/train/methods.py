@@ -13,21 +13,21 @@ class Method:
         help: one line of the command line's help.
         quantized: gives an int8 model, from the teacher's weights; else a full-precision one, from
             new weights.
-        sign: L = CE − sign · λ T² D(model, teacher): 1 moves away from the teacher's answers, −1
-            towards them, 0 does not ask for them.
+        divergence_sign: s of L = CE − s · λ T² D(model, teacher): 1 moves away from the teacher's
+            answers, −1 towards them, 0 does not ask for them.
         weight, direction: λ and D where the settings leave them open.
     """
 
     help: str
     quantized: bool
-    sign: int = 0
+    divergence_sign: int = 0
     weight: float = 0.15
     direction: str = "student_teacher"
 
     @property
     def taught(self) -> bool:
         """Whether it starts or learns from a teacher."""
-        return self.quantized or self.sign != 0
+        return self.quantized or self.divergence_sign != 0
 
 
 # nasty: Nasty Teacher (Ma et al., "Undistillable: Making a nasty teacher that cannot teach
@@ -49,7 +49,7 @@ METHODS = {
         "full precision and hard to distill, a Nasty Teacher: from new weights, away from the "
         "teacher's answers",
         quantized=False,
-        sign=1,
+        divergence_sign=1,
         weight=0.04,
     ),
     "ini": Method(
@@ -63,9 +63,11 @@ METHODS = {
     "kd-qat": Method(
         "quantization-aware training towards the teacher's answers, the defense's mirror image",
         quantized=True,
-        sign=-1,
+        divergence_sign=-1,
         weight=1.0,
         direction="teacher_student",
     ),
-    "divqat": Method("quantization-aware training with the defense", quantized=True, sign=1),
+    "divqat": Method(
+        "quantization-aware training with the defense", quantized=True, divergence_sign=1
+    ),
 }

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from divqat import models
-from divqat.bounds import MAX_INPUT
-from divqat.files import load_checkpoint
-from divqat.foreign import is_foreign
+from divqat._util.bounds import MAX_INPUT
+from divqat._util.files import load_checkpoint
+from divqat._util.foreign import is_foreign
+from divqat._util.seeds import derived_seed
+from divqat.data import Splits
 from divqat.nn import FakeQuantize
-from divqat.outputs import LastOperation
 from divqat.quantize import prepare, preset
-from divqat.seeds import derived_seed
 from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
+from divqat.victim.outputs import LastOperation
 
 
 def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
@@ -90,6 +91,15 @@ def load_weights(model: nn.Module, path: str) -> None:
         raise ValueError(
             f"weights: wanted a state dict of the network in {path}: {' '.join(str(error).split())}"
         ) from error
+
+
+def shape_of(splits: Splits) -> dict[str, Any]:
+    """in_channels, num_classes and image_size of the networks that learn a data set."""
+    return {
+        "in_channels": splits.channels,
+        "num_classes": splits.num_classes,
+        "image_size": list(splits.image_size),
+    }
 
 
 def example(shape: Mapping[str, Any]) -> Tensor:

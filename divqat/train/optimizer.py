@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from divqat.errors import require
+from divqat._util.errors import require
 from divqat.train.config import TrainConfig
 
 EXTRA = "large-batch"

@@ -8,14 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from divqat.nn import DivQATLoss
 from divqat.quantize import save_as_codes
-from divqat.train.config import LOSS, TrainConfig
+from divqat.train.config import TrainConfig
 from divqat.train.distributed import Part, Team
-from divqat.train.ini import InI, without_conflicts
-from divqat.train.misdirection import Misdirection
+from divqat.train.objective import Objective
 from divqat.train.optimizer import build_optimizer
 
 
@@ -32,9 +29,7 @@ class Step:
             with ``distill`` the reference.
         labels: int64 [number of training images], on the device.
         team: the processes that do the step together.
-        warmup_steps: in which λ rises.
-        misdirection: the loss of proxies, which may ask the teacher, too.
-        ini: what method ini adds to the loss; of whole batches, in one part.
+        objective: the loss.
     """
 
     def __init__(
@@ -44,12 +39,10 @@ class Step:
         teacher: nn.Module | None,
         labels: Tensor,
         team: Team,
-        warmup_steps: int,
-        misdirection: Misdirection | None = None,
-        ini: InI | None = None,
+        objective: Objective,
     ) -> None:
         self.config, self.model, self.team = config, model, team
-        self.labels, self.misdirection, self.ini = labels, misdirection, ini
+        self.labels, self.objective = labels, objective
         self.answers: Tensor | None = None  # float32 [number of images, num_classes], if kept
         self.teacher: Callable[[Tensor], Tensor] | None = teacher
         self.net = model
@@ -61,21 +54,6 @@ class Step:
         # Small gradients are 0 in float16 unless the loss is scaled up.
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=config.precision == "float16")
         self.optimizer = build_optimizer(config, model.parameters(), team.device)
-        self.loss: DivQATLoss | None = None
-        if config.kind.sign:
-            settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
-            if config.distill:
-                settings |= {"weight": -config.distill, "direction": "teacher_student"}
-            self.loss = DivQATLoss(
-                **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
-            ).to(team.device)
-        self.weaken(1.0)
-
-    def weaken(self, share: float) -> None:
-        """From here on the defense has this share of its weights in the loss, λ and w."""
-        self.share = share
-        if self.loss is not None and not self.config.distill:
-            self.loss.set_weight(share * self.config.kind.sign * float(self.config.weight or 0))
 
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
@@ -135,24 +113,8 @@ class Step:
             batch = part.images.contiguous(memory_format=torch.channels_last)
             with self._saving():
                 logits = self.forward(self.net, batch)
-            loss, ce, divergence = self.losses(
-                logits[:n], self.labels[part.index], self._answers(batch[:n], part.index)
-            )
-            objective = loss * part.weight
-            sums[:3] += part.count * torch.stack([loss.detach(), ce, divergence])
-            if self.misdirection is not None and len(batch) > n:
-                theirs = self._ask(batch[n:]) if self.misdirection.asks else None
-                astray = self.misdirection(logits[n:], theirs, batch[n:])
-                # the sum over the parts and the mean over the processes is w · mean
-                weight = self.share * float(self.config.misdirect or 0)
-                mean = weight * astray.loss / self.config.proxy_count(total)
-                objective = objective + mean * self.team.size
-                sums[0] += total * mean.detach()
-                sums[3:] += torch.stack([astray.loss.detach(), astray.misled])
-            if self.ini is not None:
-                terms = self.ini(logits, self.labels[part.index], batch)
-                sums[0] += total * sum(term.detach() for term in terms)
-                objective = without_conflicts([objective, *terms], list(self.model.parameters()))
+            labels, answers = self.labels[part.index], self._answers(batch[:n], part.index)
+            objective = self.objective(logits, labels, batch, answers, self._ask, part, total, sums)
             self.backward(objective)
             finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, objective)])
         self.update()
@@ -170,28 +132,18 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def losses(
-        self, logits: Tensor, labels: Tensor, answers: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, cross-entropy and divergence of a batch, each []; only the first has a gradient."""
-        if self.loss is None:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-            return loss, loss.detach(), torch.zeros_like(loss)
-        loss = self.loss(logits, labels, answers)
-        assert self.loss.ce is not None and self.loss.divergence is not None
-        return loss, self.loss.ce, self.loss.divergence
-
     @torch.inference_mode()
     def misled(self, parts: Iterable[Tensor]) -> float:
         """The share of proxies, float32 [M, C, H, W] each, that the model, in eval mode, misleads
         about."""
-        assert self.misdirection is not None
+        misdirection = self.objective.misdirection
+        assert misdirection is not None
         counts = []
         for images in parts:
             batch = images.to(self.team.device, memory_format=torch.channels_last)
-            theirs = self._ask(batch) if self.misdirection.asks else None
+            theirs = self._ask(batch) if misdirection.targets.needs_teacher else None
             logits = self.forward(self.model, batch)
-            counts.append((self.misdirection(logits, theirs, batch).misled, len(images)))
+            counts.append((misdirection.terms(logits, batch, theirs).misled, len(images)))
         return float(sum(misled for misled, _ in counts)) / sum(n for _, n in counts)
 
     def _answers(self, images: Tensor, index: Tensor) -> Tensor | None:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from divqat._util.memory import reset_peak
+from divqat._util.progress import progress
+from divqat._util.seeds import derived_seed
 from divqat.data import Splits, augment, batches
 from divqat.data.batches import steps_of
-from divqat.evaluate import accuracy, mean_top_probability, predict, softmax
-from divqat.progress import progress
+from divqat.metrics import accuracy, mean_top_probability, predict, softmax
+from divqat.nn import MisdirectionLoss
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
-from divqat.seeds import derived_seed
 from divqat.train.answers import teacher_logits
 from divqat.train.budget import Budget, load_reference
 from divqat.train.config import TrainConfig
@@ -25,11 +27,12 @@ from divqat.train.distributed import Team
 from divqat.train.folder import Run
 from divqat.train.graph import Captured, own_stream
 from divqat.train.ini import InI
-from divqat.train.memory import Need, reset_peak
-from divqat.train.misdirection import Misdirection, Proxies
-from divqat.train.network import begin
+from divqat.train.memory import step_memory
+from divqat.train.network import begin, shape_of
+from divqat.train.objective import Objective
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
+from divqat.train.proxies import Proxies, fitted_misdirection
 from divqat.train.step import Step, check_finite
 
 CHECK_EVERY = 50  # steps between two looks at whether all numbers are finite
@@ -61,11 +64,7 @@ class Trainer:
         numbers = torch.arange(len(train_set), device=device)
         self.train_set = replace(train_set, labels=numbers)  # type: ignore[type-var]
         self.validation = splits.validation
-        self.shape = {
-            "in_channels": splits.channels,
-            "num_classes": splits.num_classes,
-            "image_size": list(splits.image_size),
-        }
+        self.shape = shape_of(splits)
         if teacher is not None and teacher.shape != self.shape:
             raise ValueError(
                 f"teacher: wanted a model of {self.shape} like the data, got {teacher.shape}"
@@ -73,24 +72,28 @@ class Trainer:
         self.model = begin(config, self.shape, None if teacher is None else teacher.model, team)
         self.steps, self.drop_last = steps_of(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
-        self.proxies: Proxies | None = None
-        misdirection: Misdirection | None = None
-        if config.shows_proxies:
-            self.proxies = Proxies(config, train_set.image_shape, team)
-            if config.misdirect:
-                classes = splits.num_classes
-                misdirection = Misdirection.fitted(config, classes, train_set, self.proxies)
-                misdirection.to(device)
+        misdirection: MisdirectionLoss | None = None
+        if config.misdirect:
+            classes = splits.num_classes
+            misdirection = fitted_misdirection(config, config.seed, classes, train_set).to(device)
+        self.proxies = Proxies.of(config, misdirection, train_set.image_shape, team)
         reference = load_reference(config, teacher)
         known = reference if config.distill else teacher
         asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
-        if known is not None and (config.compares or (misdirection and misdirection.asks)):
+        needs_teacher = misdirection is not None and misdirection.targets.needs_teacher
+        if known is not None and (config.compares or needs_teacher):
             asked = known.model.requires_grad_(False)
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        warmup = round(config.warmup_epochs * self.steps)
+        self.objective = Objective(
+            config,
+            team,
+            list(self.model.parameters()),
+            round(config.warmup_epochs * self.steps),
+            misdirection,
+            InI.of(config, self.shape, device),
+        )
         kind = Observation if config.method == "ptq" else Step
-        terms = misdirection, InI.of(config, self.shape, device)
-        self.step = kind(config, self.model, asked, train_set.labels, team, warmup, *terms)
+        self.step = kind(config, self.model, asked, train_set.labels, team, self.objective)
         if known is not None and config.cache_teacher and config.compares:
             key = {"teacher": known.fingerprint, "precision": config.precision}
             with self.step.autocast():
@@ -98,7 +101,7 @@ class Trainer:
                     folder, known.model, self.train_set, key, keep=team.rank == 0
                 )
         self.budget = Budget.of(config, reference, self.validation)
-        self.need = self._need()
+        self.need = step_memory(self.step, self.train_set)
         self.need.check()
         self.frozen: tuple[bool, bool] | None = None  # what was in the last epoch
         self.stream: torch.cuda.Stream | None = None
@@ -125,7 +128,7 @@ class Trainer:
         self.epoch, self.rows, self.kept = state["epoch"], state["rows"], state.get("kept")
         if self.budget is not None:
             self.budget.load(state["budget"])
-            self.step.weaken(self.budget.weaker)
+            self.objective.weaken(self.budget.weaker)
 
     def _learned(self) -> dict[str, Any]:
         return {
@@ -164,7 +167,7 @@ class Trainer:
             "loss": loss,
             "ce": ce,
             "divergence": divergence if config.compares else None,
-            **self._worth(logits),
+            **self._validated(logits),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
             "ms_per_step": 1000 * seconds / self.steps,
             "waiting": waited / seconds,
@@ -179,14 +182,14 @@ class Trainer:
             row["seconds"] = time.perf_counter() - start
         return row
 
-    def look(self) -> None:
+    def measure_untrained(self) -> None:
         """A row for weights that are taken as they are."""
         start, logits = time.perf_counter(), self._validate(0, 0)
-        row = {"epoch": 0, "loss": None, "ce": None, "divergence": None, **self._worth(logits)}
+        row = {"epoch": 0, "loss": None, "ce": None, "divergence": None, **self._validated(logits)}
         row |= {"lr": None, "ms_per_step": 0.0, "waiting": 0.0}
         self.rows.append(row | {"seconds": time.perf_counter() - start})
 
-    def _worth(self, logits: Tensor) -> dict[str, float]:
+    def _validated(self, logits: Tensor) -> dict[str, float]:
         """What logits of the validation images say of the model."""
         return {
             "validation_accuracy": accuracy(logits, self.validation.labels),
@@ -205,7 +208,7 @@ class Trainer:
             lost = sum(row["seconds"] for row in self.rows[first:])
             budget.give_up(self._measure(self.epoch), lost)
             self._load_learned(deepcopy(kept))
-            self.step.weaken(budget.weaker)
+            self.objective.weaken(budget.weaker)
             self.epoch, self.rows, self.frozen = first, self.rows[:first], None
             return
         if inside is not None:
@@ -230,23 +233,8 @@ class Trainer:
         found = {"epoch": epoch, "validation_accuracy": accuracy(logits, self.validation.labels)}
         if self.proxies is not None:
             train_set = replace(self.train_set, labels=self.step.labels)  # type: ignore[type-var]
-            parts = self.proxies.sample(train_set)
-            found["misled"] = self.step.misled(part.proxies for part in parts)
+            found["misled"] = self.step.misled(self.proxies.sample(train_set))
         return self.team.broadcast(found)
-
-    def _need(self) -> Need:
-        """The memory of a step, from two images in a copy of the model."""
-        images, _ = next(batches(self.train_set.subset(slice(2)), 2))
-
-        def forward(model: nn.Module) -> Tensor:
-            return self.step.forward(model, images.contiguous(memory_format=torch.channels_last))
-
-        # Codes are a quarter of float32; what else is kept is at least as much.
-        share = 4 if self.config.save_as_codes else 1
-        at_once = min(self.config.batch_size, len(self.train_set))
-        at_once += self.config.proxy_count(at_once)
-        parts = self.team.size * self.config.accumulate
-        return Need.of(forward, self.model, share * len(images), -(-at_once // parts))
 
     def _freeze(self, epoch: int) -> None:
         """Freeze what is frozen from ``epoch`` on."""
@@ -289,16 +277,16 @@ class Trainer:
             total = min(config.batch_size, len(self.train_set) - count)
             lr = config.learning_rate(done + step - 1, self.steps)
             set_learning_rate(self.step.optimizer, lr)
-            if self.step.loss is not None:
-                self.step.loss.steps.fill_(done + step - 1)
+            self.objective.start_step(done + step - 1)
             inputs = [images, index]
             if self.proxies is not None:
-                inputs.append(self.proxies(images, self.step.labels[index], total))
-                proxies += config.proxy_count(total)
+                count_proxies = config.proxy_count(total)
+                inputs.append(self.proxies(images, self.step.labels[index], count_proxies))
+                proxies += count_proxies
             if step == 1 and self.delayed:
                 parts = self.step.parts(*inputs, total=total)
                 observe_first(self.model, (part.images for part in parts))
-            with self.need.told():
+            with self.need.explained():
                 result = self.do_step(*inputs, total=total)
             sums += result[:5]
             finite.append(result[5:].clone())

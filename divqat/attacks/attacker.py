@@ -1,0 +1,57 @@
+"""What every attacker on a query set owns and does: settings that commands and jobs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from divqat._util.settings import Options, option
+from divqat.data import Splits, transfer_names, transfer_set
+
+OWN = "own"  # not a transfer set: it comes with the victim's data
+FOLDER = "folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacker(Options):
+    """Queries, and how a clone trains on the answers.
+
+    Raises:
+        ConfigError: a value of a wrong type or out of range.
+    """
+
+    query_set: str = option(
+        "photos",
+        f"Images that the attacker asks about; {OWN}: the victim's validation split, for a thief "
+        "who has images of the victim's kind without labels.",
+        group="attacker",
+        choices=(*transfer_names(), OWN),
+    )
+    query_root: str | None = option(
+        None, "Folder with these images, where they are not found by themselves.", group="attacker"
+    )
+    epochs: int = option(10, "Passes over the answers.", group="attacker", least=1)
+    batch_size: int = option(64, "Images per step.", group="attacker", least=1)
+    lr: float = option(0.02, "Highest learning rate.", group="attacker", above=0)
+    pad: int = option(0, "Shift the images at random by so many pixels.", group="attacker", least=0)
+    flip: bool = option(False, "Mirror the images at random.", group="attacker")
+    device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
+    threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
+
+    @property
+    def places(self) -> set[str]:
+        """Settings that say where, not what; a query set that is a folder is what is in it."""
+        return {"device"} if self.query_set == FOLDER else {"device", "query_root"}
+
+    def load_queries(self, splits: Splits, limit: int | None) -> Tensor:
+        """The query set, uint8 [N, C, H, W]; the same for every seed."""
+        if self.query_set == OWN:
+            return splits.validation.subset(slice(limit)).images
+        return transfer_set(
+            self.query_set,
+            channels=splits.channels,
+            image_size=splits.image_size,
+            data_root=self.query_root,
+            limit=limit,
+        )

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from divqat.cli.main import main
+
+__all__ = ["main"]

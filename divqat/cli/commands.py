@@ -1,0 +1,184 @@
+"""What the commands of ``divqat`` do; each takes the parsed flags and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from divqat import train as training
+from divqat._util.settings import ConfigError, given_flags, read_yaml
+from divqat._util.text import printable
+from divqat.evaluate import Evaluation, Grid, write_report
+from divqat.evaluate import evaluate as run_grid
+from divqat.evaluate.audits import audits
+from divqat.evaluate.tables import main_table, side_effects_table
+from divqat.experiments.deploy import (
+    AttackConfig,
+    answer_arguments,
+    attack_run,
+    export_run,
+    verify_run,
+)
+from divqat.experiments.study import Study, run_study
+from divqat.experiments.subjects import load_subjects
+from divqat.train import TrainConfig, load_run
+from divqat.train.config import SHARED
+from divqat.train.distributed import launched
+from divqat.train.folder import read_checkpoint
+
+
+def train(args: argparse.Namespace) -> int:
+    config = _train_config(args)
+    unused = [name for name in given_flags(args, TrainConfig) if name in config.idle]
+    if unused and launched()[0] == 0:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        print(
+            f"divqat: warning: with method {config.method} and its other settings there is no use "
+            f"for {flags}",
+            file=sys.stderr,
+        )
+    training.train(config, args.out)
+    return 0
+
+
+def _train_config(args: argparse.Namespace) -> TrainConfig:
+    """Defaults, then what a teacher shares, then ``--config``, then flags. With ``--resume`` the
+    run folder's own settings take the place of the first three."""
+    flags = given_flags(args, TrainConfig)
+    if args.resume:
+        if args.config is not None:
+            raise ConfigError("--resume takes the settings of the run folder: leave out --config")
+        return TrainConfig.from_dict({**read_checkpoint(Path(args.out))["config"], **flags})
+    file = {} if args.config is None else read_yaml(args.config)
+    given = {**file, **flags}
+    # Before a teacher is looked for: a misspelt key is the more likely mistake.
+    config = TrainConfig.from_dict(given, where=args.config or "")
+    if config.teacher is None:
+        return config
+    teacher = load_run(config.teacher).config
+    return TrainConfig.from_dict({**{name: getattr(teacher, name) for name in SHARED}, **given})
+
+
+def export(args: argparse.Namespace) -> int:
+    run = load_run(args.run)
+    print(printable(export_run(run, run.splits(args.data_root))["text"]))
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    run = load_run(args.run)
+    report = verify_run(run, run.splits(args.data_root))
+    print(printable(report["text"]))
+    if report["least_agreement"] < args.min_agreement:
+        print(
+            f"divqat: error: agreement {report['least_agreement']:.4f} is below "
+            f"{args.min_agreement}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def attack(args: argparse.Namespace) -> int:
+    answer_arguments(args.answer)
+    file = {} if args.config is None else read_yaml(args.config)
+    given = {**file, **given_flags(args, AttackConfig)}
+    config = AttackConfig.from_dict(given, where=args.config or "")
+    run = load_run(args.victim)
+    out = Path(args.out or run.folder / f"attack-{args.answer}")
+    found = attack_run(
+        run, run.splits(args.data_root), config, args.answer, out, fake_quant=args.fake_quant
+    )
+    kind = "the model as trained" if args.fake_quant else "the exported int8 model"
+    print(f"victim           {run.folder}: {kind}, accuracy {found['victim_accuracy']:.2%}")
+    print(f"queries          {found['queries']} of {config.query_set}, answers {args.answer}")
+    print(f"clone accuracy   {found['accuracy']:.2%}")
+    print(f"clone fidelity   {found['fidelity']:.2%} (same class as the victim)")
+    print(f"written to       {out}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    file = {} if args.config is None else read_yaml(args.config)
+    grid = Grid.from_dict({**file, **given_flags(args, Grid)}, where=args.config or "")
+    subjects, splits, deployed = load_subjects(
+        args.victim, dataset=args.dataset, data_root=args.data_root, fake_quant=args.fake_quant
+    )
+    result = run_grid(
+        subjects, splits, grid, args.out, command=args.command_line, deployed=deployed
+    )
+    print(f"{_tables(result)}\n")
+    for audit in audits(result):
+        print(printable(audit))
+    return 0
+
+
+def study(args: argparse.Namespace) -> int:
+    settings = Study.from_dict(_study_file(args))
+    result = run_study(settings, args.out, jobs=args.jobs, command=args.command_line)
+    print(_tables(result))
+    print(f"\n{Path(args.out) / 'report.html'}")
+    return 0
+
+
+def _tables(result: Evaluation) -> str:
+    """What an evaluation found, at the end of a command."""
+    return f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}"
+
+
+def _study_file(args: argparse.Namespace) -> dict[str, Any]:
+    """The YAML file of a study, with what flags override."""
+    data = read_yaml(args.config)
+    if args.seeds is not None:
+        data["seeds"] = args.seeds
+    attacks = "attack" if "attack" in data else "evaluate"  # which have a device of their own
+    for section, flag in (("common", "data_root"), ("common", "device"), (attacks, "device")):
+        if getattr(args, flag) is not None:
+            data[section] = {**(data.get(section) or {}), flag: getattr(args, flag)}
+    return data
+
+
+def report(args: argparse.Namespace) -> int:
+    print(write_report(args.out))
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    info = _collect_info()
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    for key in ("package", "devices", "hardware"):
+        print(f"{key:<12}{info[key] if isinstance(info[key], str) else ', '.join(info[key])}")
+    for name, version in info["versions"].items():
+        print(f"{name:<12}{version}")
+    print("\nnative kernels")
+    for device, line in info["native_kernels"].items():
+        print(f"  {device:<6}{line}")
+    print("\nbackends of the ops")
+    for name, devices in info["backends"].items():
+        for device, (backend, reason) in devices.items():
+            print(f"  {name:<32}{device:<6}{backend:<10}{reason}".rstrip())
+    return 0
+
+
+def _collect_info() -> dict[str, Any]:
+    import torch
+
+    from divqat._util.devices import hardware, versions
+    from divqat.ops import backends, native_kernels
+
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    missing = {"triton", "onnx", "onnxruntime"} - versions().keys()
+    return {
+        "package": str(Path(__file__).parent.parent),
+        "devices": ["cpu", *gpus],
+        "hardware": hardware(),
+        "cpu_threads": torch.get_num_threads(),
+        "versions": versions() | dict.fromkeys(sorted(missing), "not installed"),
+        "native_kernels": native_kernels(),
+        "backends": backends(),
+    }

@@ -1,0 +1,147 @@
+"""A deployed model that is to be evaluated, and its answers, each computed once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat._util.devices import fingerprint
+from divqat._util.files import file_fingerprint
+from divqat._util.names import check_name
+from divqat.data import ImageSet, Splits, to_float
+from divqat.data.digest import digest
+from divqat.metrics import predict
+from divqat.victim.runners import logits_function
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A victim.
+
+    Args:
+        name: in tables; victims of several seeds share it.
+        model: whatever :class:`divqat.victim.Victim` takes: an ``nn.Module`` in eval mode, the path
+            of an ONNX file, an open session, or a function from float images to logits.
+        method: how it was trained; ``qat`` is the undefended control.
+        seed: of its training, and of the attacks on it; None: it is attacked with every seed.
+        agreement: share of test images that the trained and the deployed model put in one class.
+        gradients: the module, in eval mode, whose gradients a white-box attacker of ``model``
+            follows: the fake-quantized model that was exported, or ``model`` itself; None: there is
+            none, and how robust ``model`` is is not measured.
+
+    Raises:
+        TypeError: ``gradients`` is no module. ValueError: ``name`` cannot be that of a folder.
+    """
+
+    name: str
+    model: Any
+    method: str = "unknown"
+    seed: int | None = None
+    agreement: float | None = None
+    gradients: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        check_name("name", self.name)
+        if not isinstance(self.gradients, nn.Module | None):
+            kind = type(self.gradients).__name__
+            raise TypeError(f"gradients: wanted an nn.Module or None, got {kind}")
+
+    def fingerprint(self, images: Tensor) -> str:
+        """What identifies the model: its file or weights, where it has them, and what it answers to
+        uint8 ``images``: not all of a model is there (an ONNX file can keep weights in another)."""
+        found: dict[str, Any] = {"logits": predict(self.model, images)}
+        if isinstance(self.model, (str, Path)):
+            found["file"] = file_fingerprint(Path(self.model))
+        if isinstance(self.model, nn.Module):
+            # Its classes: the last bits of its logits depend on the number of threads.
+            found = {"classes": found["logits"].argmax(1), **self.model.state_dict()}
+        return fingerprint(found)
+
+
+class Remembered:
+    """A model as a function from float images [N, C, H, W] to logits [N, num_classes], which knows
+    those of given images: many attacks ask the same questions, and the model is the slow part.
+
+    Args:
+        model: as of :class:`Subject`.
+        images: uint8 [N, C, H, W].
+    """
+
+    def __init__(self, model: Any, images: Tensor) -> None:
+        self._logits_of = logits_function(model)
+        self.logits = predict(model, images)  # [N, num_classes]
+        self._rows = {key: row for row, key in enumerate(image_keys(to_float(images)))}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        rows = [self._rows.get(key, -1) for key in image_keys(images)]
+        known = torch.tensor(rows)
+        logits = self.logits[known.clamp(min=0)]
+        new = known < 0
+        if new.any():
+            logits[new] = self._logits_of(images[new.to(images.device)])
+        return logits
+
+
+class Deployed:
+    """A subject with what is computed once for all attacks on it.
+
+    Args:
+        subject: the victim.
+        queries: the attacker's images, uint8 [N, C, H, W].
+        test: where victims and clones are measured.
+    """
+
+    def __init__(self, subject: Subject, queries: Tensor, test: ImageSet) -> None:
+        self.subject, self.queries, self.test = subject, queries, test
+        self.source = subject.fingerprint(queries[:256])
+
+    @functools.cached_property  # a finished evaluation asks for neither
+    def model(self) -> Remembered:
+        """The model, which knows its answers to the queries."""
+        return Remembered(self.subject.model, self.queries)
+
+    @functools.cached_property
+    def test_logits(self) -> Tensor:
+        """Its answers to the test images, [N, num_classes]."""
+        return predict(self.subject.model, self.test.images)
+
+
+def image_keys(images: Tensor) -> list[bytes]:
+    """What tells the images of a batch [N, ...] apart."""
+    rows = images.cpu().contiguous().flatten(1).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+def data_fingerprint(splits: Splits, queries: Tensor) -> str:
+    """What identifies the images, and the labels, that all numbers of an evaluation come from."""
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    found: dict[str, Any] = {"queries": queries}
+    for name, images in sets.items():
+        found |= {name: digest(images), f"{name} labels": images.labels}
+    return fingerprint(found)
+
+
+def overlaps(splits: Splits, queries: Tensor) -> dict[str, int]:
+    """How many images of one set are in another, pixel by pixel; sets that are streamed are left
+    out, as reading them all takes too long.
+
+    Args:
+        splits: the victim's data.
+        queries: uint8 [N, C, H, W].
+    """
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    keys = {"queries": image_keys(queries)}
+    keys |= {k: image_keys(s.images) for k, s in sets.items() if isinstance(s, ImageSet)}
+    found = {}
+    for one, other in (("queries", "train"), ("queries", "test"), ("test", "train"),
+                       ("validation", "test")):  # fmt: skip
+        if one in keys and other in keys:
+            there = set(keys[other])
+            found[f"{one} in {other}"] = sum(key in there for key in keys[one])
+    return found

@@ -1,0 +1,113 @@
+"""What lies beside an evaluation in the folder of a study: its trainings and their exports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from divqat._util.files import read_json
+from divqat._util.names import check_name
+from divqat.evaluate.curves import layer_sqnr, training_curves
+from divqat.evaluate.page import Section
+from divqat.evaluate.results import Evaluation
+from divqat.evaluate.table import ABSENT, Table, percent
+from divqat.export.verify import as_attacked
+
+TEACHER = "fp"  # trained in every study, whether it is evaluated or not
+
+
+def training_sections(result: Evaluation, folder: Path) -> list[Section]:
+    """Deployment, curves and quantization noise of the trainings in ``folder``, which are
+    ``folder/seed<n>/<victim>/``; of an evaluation without any, nothing.
+
+    Raises:
+        ValueError: a file there cannot be read, or a name in ``result`` is none of a folder.
+    """
+    plots = folder / "plots"
+    metrics = _files(result, folder, "metrics.csv", TEACHER)
+    layers = {
+        name: _sqnr(files[0]) if files else []
+        for name, files in _files(result, folder, "layers.json").items()
+    }
+    sections = [
+        Section("Deployment", "Percent and counts.", _deployment(result, folder)),
+        Section(
+            "Training",
+            "Mean over the seeds; the band spans the smallest and the largest.",
+            plot=training_curves(metrics, plots / "training.png"),
+        ),
+        Section(
+            "Quantization noise per layer",
+            "First seed.",
+            plot=layer_sqnr(layers, plots / "layers.png"),
+        ),
+    ]
+    return [s for s in sections if s.plot or (s.table and s.table.rows)]
+
+
+def _files(result: Evaluation, folder: Path, name: str, *others: str) -> dict[str, list[Path]]:
+    """The files of that name that exist, by victim.
+
+    A victim without any keeps its place, and so its color is the same in all plots.
+    """
+    seeds = dict.fromkeys(row.seed for row in result.released)
+    found: dict[str, list[Path]] = {}
+    for victim in dict.fromkeys([*(row.victim for row in result.released), *others]):
+        place = check_name("victim", victim)  # which the file may say as it likes
+        files = (folder / check_name("seed", f"seed{seed}") / place / name for seed in seeds)
+        found[victim] = [file for file in files if file.is_file()]
+    return found
+
+
+def warning_sections(result: Evaluation, folder: Path) -> list[Section]:
+    """What the trainings warned of; nothing where they did not."""
+    rows = [
+        [name, file.parent.parent.name, str(warning)]
+        for name, files in _files(result, folder, "summary.json", TEACHER).items()
+        for file in files
+        for warning in read_json(file).get("warnings", [])
+    ]
+    table = Table(["Training", "Folder", "Warning"], rows, text_columns=3)
+    return [Section("Warnings", table=table)] if rows else []
+
+
+def _deployment(result: Evaluation, folder: Path) -> Table:
+    """What quantization and export did to each victim."""
+    rows = []
+    for name, files in _files(result, folder, "verify.json").items():
+        verified = [read_json(file) for file in files]
+        attacked = [as_attacked(report) for report in verified]
+        exports, summaries = (
+            [read_json(file.with_name(part)) for file in files if file.with_name(part).is_file()]
+            for part in ("export.json", "summary.json")
+        )
+        if files:
+            rows.append(
+                [
+                    name,
+                    percent(summary["validation_accuracy"] for summary in summaries),
+                    percent(report["accuracy_fake"] for report in verified),
+                    percent(accuracy for accuracy, _ in attacked),
+                    percent(agreement for _, agreement in attacked),
+                    _same(report["int8_layers"] for report in exports),
+                    _same(report["float_layers"] for report in exports),
+                ]
+            )
+    header = "Victim|Validation acc|Fake-quant acc|int8 acc|Agreement|int8 layers|Float layers"
+    return Table(header.split("|"), rows)
+
+
+def _same(values: Iterable[Any]) -> str:
+    """The values as text, each only once: all seeds normally agree."""
+    return " / ".join(dict.fromkeys(map(str, values))) or ABSENT
+
+
+def _sqnr(path: Path) -> list[tuple[str, float]]:
+    try:
+        rows = read_json(path)["rows"]
+        known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
+        return [(str(layer), value) for layer, value in known if math.isfinite(value)]
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is no summary of layers: {error!r}") from error

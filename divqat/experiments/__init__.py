@@ -1,0 +1,1 @@
+"""Whole jobs: train, deploy and evaluate victims, over seeds."""

@@ -1,0 +1,213 @@
+"""What is done with a finished training: export it, verify the export, attack it.
+
+Each step writes a JSON file beside its results; a step whose file is there, made from the same
+input, is not done again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat import models
+from divqat._util.bounds import check_tree
+from divqat._util.devices import cpu_threads, find_device
+from divqat._util.files import file_fingerprint, load_checkpoint, read_json, step, write_json
+from divqat._util.seeds import derived_seed
+from divqat._util.settings import ConfigError, differences, option
+from divqat.attacks import KnockoffNets
+from divqat.attacks.attack import identity
+from divqat.attacks.attacker import Attacker
+from divqat.data import Splits, to_float
+from divqat.export import export_onnx, verify
+from divqat.metrics import accuracy, fidelity, predict
+from divqat.quantize import summary
+from divqat.train.folder import Run
+from divqat.victim import Victim
+
+ONNX = "model.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(Attacker):
+    """What the attacker owns and does; each field is a flag of ``divqat attack`` and a key of
+    ``attack:`` in the YAML file of a job.
+
+    Raises:
+        ConfigError: a value of a wrong type or out of range.
+    """
+
+    budget: int | None = option(
+        None, "Queries (1 image = 1 query); None: the whole query set.", group="attacker", least=1
+    )
+    clone: str = option(
+        "lenet", "Network that the attacker trains.",
+        group="attacker", choices=models.names(), foreign=True,
+    )  # fmt: skip
+    momentum: float = option(0.9, "Nesterov momentum.", group="attacker", least=0, below=1)
+    weight_decay: float = option(5e-4, "L2 penalty.", group="attacker", least=0)
+    seed: int = option(0, "Clone's initial weights, order of the images.", group="running", least=0)
+
+    def queries(self, splits: Splits) -> Tensor:
+        """The query set, uint8 [N, C, H, W]; the same for every seed."""
+        return self.load_queries(splits, self.budget)
+
+    def knockoff(self) -> KnockoffNets:
+        """The attack itself."""
+        names = ("epochs", "batch_size", "lr", "momentum", "weight_decay", "pad", "flip", "seed")
+        return KnockoffNets(
+            query_budget=self.budget, **{name: getattr(self, name) for name in names}
+        )
+
+
+def answer_arguments(answer: str) -> dict[str, Any]:
+    """``probs``, ``label``, ``top3`` or ``rounded2`` as keyword arguments of :class:`Victim`.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if answer in ("probs", "label"):
+        return {"answer": answer}
+    found = re.fullmatch(r"(top|rounded)(\d+)", answer)
+    if found is None:
+        raise ConfigError(
+            f"answer: wanted probs, label, top<k> or rounded<decimals>, got {answer!r}"
+        )
+    number = int(found[2])
+    if found[1] == "top":
+        return {"answer": "topk", "k": number}
+    return {"answer": "rounded", "decimals": number}
+
+
+def export_run(run: Run, splits: Splits) -> dict[str, Any]:
+    """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``.
+
+    Raises:
+        ValueError: the run is full precision.
+    """
+    _check_quantized(run)
+
+    def make() -> dict[str, Any]:
+        images = to_float(splits.validation.subset(slice(256)).images)
+        write_json(run.folder / "layers.json", summary(run.model, images).to_dict())
+        report = export_onnx(run.model, run.example, run.folder / ONNX)
+        return {**report.to_dict(), "text": str(report)}
+
+    return step(run.folder / "export.json", run.fingerprint, make, product=run.folder / ONNX)
+
+
+def _check_quantized(run: Run) -> None:
+    if not run.config.kind.quantized:
+        raise ValueError(
+            f"{run.folder} is full precision: only quantized runs are exported; divqat attack "
+            "--fake-quant and divqat evaluate take it as it is"
+        )
+
+
+def verify_run(run: Run, splits: Splits) -> dict[str, Any]:
+    """Compare run and ``model.onnx`` on the whole test set; write ``verify.json``.
+
+    Raises:
+        FileNotFoundError: the run was not exported. ValueError: it was trained anew since.
+    """
+    onnx = exported(run)
+
+    def make() -> dict[str, Any]:
+        report = verify(run.model, onnx, splits.test, splits.test.labels)
+        return {**report.to_dict(), "text": str(report)}
+
+    # What was verified before default options came first is not what a user gets.
+    return step(run.folder / "verify.json", f"{file_fingerprint(onnx)}, default options", make)
+
+
+def exported(run: Run) -> Path:
+    """The ONNX file of a run.
+
+    Raises:
+        FileNotFoundError: the run was not exported. ValueError: it was trained anew since, or is
+            full precision.
+    """
+    _check_quantized(run)
+    path, report = run.folder / ONNX, run.folder / "export.json"
+    if not path.is_file() or not report.is_file():
+        raise FileNotFoundError(f"no {ONNX} in {run.folder}: divqat export {run.folder}")
+    if read_json(report)["source"] != run.fingerprint:
+        raise ValueError(f"{path} is of an earlier training: divqat export {run.folder}")
+    return path
+
+
+def attack_run(
+    run: Run,
+    splits: Splits,
+    config: AttackConfig,
+    answer: str,
+    out: Path,
+    *,
+    queries: Tensor | None = None,
+    fake_quant: bool = False,
+) -> dict[str, Any]:
+    """Extract a run's exported model and measure the clone on the test set.
+
+    Args:
+        run: the victim.
+        splits: the data that it learned; the attack sees none of them.
+        config: the attacker.
+        answer: see :func:`answer_arguments`.
+        out: gets ``transfer.pt``, ``clone.pt`` and ``summary.json``.
+        queries: ``config.queries(splits)`` if it is loaded already.
+        fake_quant: attack the model as it was trained instead of its export.
+
+    Raises:
+        FileNotFoundError: the run was not exported, or the query set is not there.
+        ValueError: ``out`` belongs to another victim or to other settings.
+    """
+    check_tree(out)
+    model: Path | nn.Module = run.model if fake_quant else exported(run)
+    source = run.fingerprint if isinstance(model, nn.Module) else file_fingerprint(model)
+    settings = {**config.to_dict(), "answer": answer, "victim": source}
+    for name in config.places:
+        del settings[name]
+    victim = Victim(model, query_budget=config.budget, **answer_arguments(answer))
+    # Stored answers are those of one victim and one query set: no other must go on from them.
+    begun, answers = out / "attack.json", out / "transfer.pt"
+    if begun.is_file() and answers.is_file():
+        different = differences(read_json(begun), settings)
+        if queries is not None:
+            of = load_checkpoint(answers)["settings"]["query_set"]
+            different += differences({"images": of}, {"images": identity(queries)})
+        if different:
+            raise ValueError(
+                f"{out} holds another attack ({'; '.join(different)}): "
+                "choose another --out, or delete it"
+            )
+
+    def make() -> dict[str, Any]:
+        with cpu_threads(config.threads):
+            images = config.queries(splits) if queries is None else queries
+            with torch.random.fork_rng([]):
+                torch.manual_seed(derived_seed(config.seed, "clone"))
+                clone = models.build(
+                    config.clone,
+                    in_channels=splits.channels,
+                    num_classes=splits.num_classes,
+                    image_size=splits.image_size,
+                )
+            clone.to(find_device(config.device))
+            write_json(begun, settings)
+            extraction = config.knockoff()(victim, images, clone, resume_dir=out)
+            test = splits.test
+            theirs, ours = predict(extraction.clone, test), predict(model, test)
+        return {
+            "queries": extraction.queries,
+            "accuracy": accuracy(theirs, test.labels),
+            "fidelity": fidelity(theirs, ours),
+            "victim_accuracy": accuracy(ours, test.labels),
+            "settings": settings,
+        }
+
+    return step(out / "summary.json", source, make)

@@ -1,0 +1,138 @@
+"""What is to be answered to foreign images."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from divqat._util.seeds import derived_seed
+from divqat.nn.decoy import Decoy
+
+TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
+
+
+class MisdirectionTerms(NamedTuple):
+    """What a batch of foreign images comes to, each [], sums over the images.
+
+    Attributes:
+        loss: has the gradient.
+        misled: how often the model's top class is that of t(x~), or, where ``divergence`` has no
+            t, not the teacher's; float64.
+    """
+
+    loss: Tensor
+    misled: Tensor
+
+
+class MisdirectionTargets(nn.Module):
+    """t(x~), a class that has not to do with the teacher's, or an answer of that kind, and the loss
+    CE(q(x~), t(x~)) of each image.
+
+    ``target``, with the teacher's classes in the order of its probabilities p:
+
+    - ``decoy``: an answer that the picture's lights and shades decide, see :class:`Decoy`. A thief
+      cannot undo it, as it can the next, which gives each class another name;
+    - ``permuted``: π(first), π a random permutation that leaves no class where it is;
+    - ``per_image``: a class other than the first, by a keyed hash of the image, so that the same
+      image always has the same;
+    - ``least_likely``: the last;
+    - ``second``: the second;
+    - ``divergence``: none. The loss is log 2 − JS(q, p) instead, at least 0, with
+      JS = KL(p‖m) / 2 + KL(q‖m) / 2, m = (p + q) / 2, at temperature 1. At q = p, where QAT starts,
+      its gradient is 0, and quantization noise has to break the tie.
+
+    Args:
+        target: one of these. num_classes: at least 2. image_shape: (C, H, W).
+        seed: decoy, permutation and key follow from it.
+        confidence: images whose top probability p by the teacher is above it count 1 − p only;
+            None: all count 1.
+
+    Attributes:
+        decoy: for that target; :meth:`Decoy.fit` comes first.
+        needs_teacher: whether the teacher's answers to the images are needed.
+    """
+
+    permutation: Tensor
+    key: Tensor
+
+    def __init__(
+        self,
+        target: str,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        seed: int,
+        confidence: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.target, self.confidence = target, confidence
+        generator = Generator().manual_seed(derived_seed(seed, "misdirection"))
+        own = torch.arange(num_classes)
+        permutation = own
+        while (permutation == own).any():  # e times on average
+            permutation = torch.randperm(num_classes, generator=generator)
+        key = torch.randint(2**62, (math.prod(image_shape),), generator=generator)
+        self.register_buffer("permutation", permutation, persistent=target == "permuted")
+        self.register_buffer("key", 2 * key + 1, persistent=target == "per_image")
+        self.needs_teacher = target != "decoy" or confidence is not None
+        self.decoy: Decoy | None = None
+        if target == "decoy":
+            self.decoy = Decoy(num_classes, image_shape[0], derived_seed(seed, "decoy"))
+
+    def terms(
+        self,
+        logits: Tensor,  # float32 [M, num_classes]
+        teacher_logits: Tensor | None,  # float32 [M, num_classes], if ``needs_teacher``
+        images: Tensor,  # float32 [M, C, H, W], from -1 to 1
+    ) -> MisdirectionTerms:
+        """The loss of foreign images; its gradient goes to ``logits`` only. Nothing is read on the
+        host."""
+        answered = logits.detach().argmax(1)
+        if self.target == "divergence":
+            assert teacher_logits is not None
+            losses = math.log(2) - jensen_shannon(logits, teacher_logits)
+            misled = answered != teacher_logits.argmax(1)
+        else:
+            targets = self(teacher_logits, images)
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            misled = answered == (targets if targets.dim() == 1 else targets.argmax(1))
+        if self.confidence is not None:
+            assert teacher_logits is not None
+            top = teacher_logits.softmax(1).amax(1)
+            losses = losses * torch.where(top > self.confidence, 1 - top, 1.0)
+        return MisdirectionTerms(losses.sum(), misled.double().sum())
+
+    def forward(self, teacher_logits: Tensor | None, images: Tensor) -> Tensor:
+        """t(x~): classes, int64 [M], for ``decoy`` answers, float32 [M, num_classes]; not for
+        ``divergence``."""
+        if self.decoy is not None:
+            return self.decoy(images)
+        assert teacher_logits is not None
+        if self.target == "least_likely":
+            return teacher_logits.argmin(1)
+        if self.target == "second":
+            return teacher_logits.topk(2).indices[:, 1]
+        first = teacher_logits.argmax(1)
+        if self.target == "permuted":
+            return self.permutation[first]
+        # Multiply and add modulo 2^64, and keep the upper bits: as integers, in any order the same
+        # (Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer
+        # arithmetic without primes", STACS 1996).
+        bits = images.flatten(1).contiguous().view(torch.int32).long()  # [M, C · H · W]
+        hashed = ((bits * self.key).sum(1) >> 32) & (2**31 - 1)
+        classes = teacher_logits.shape[1]
+        return (first + 1 + hashed % (classes - 1)) % classes
+
+
+def jensen_shannon(
+    logits: Tensor,  # float [M, num_classes]
+    other: Tensor,  # float [M, num_classes]
+) -> Tensor:  # [M]
+    """Jensen-Shannon divergence of the softmaxes, in nats: from 0 to log 2."""
+    log_q, log_p = logits.log_softmax(1), other.log_softmax(1)
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    # (Σ q (log q − log m) + Σ p (log p − log m)) / 2
+    return (log_q.exp() * (log_q - log_m) + log_p.exp() * (log_p - log_m)).sum(1) / 2

@@ -1,0 +1,176 @@
+"""Any model that can be deployed, as a function from images to logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divqat._util.bounds import MAX_IMAGES
+from divqat._util.files import check_beside
+from divqat._util.text import printable
+from divqat.victim.onnx_file import check_onnx, open_session
+from divqat.victim.outputs import LastOperation, Outputs, onnx_kind
+
+
+def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
+    """Any model that :class:`divqat.victim.Victim` takes, from float images to checked logits.
+
+    Probabilities are taken as they are: the logits are their logarithms, and a warning says so once
+    per function. They are told by the model's last operation where there is a graph that names it
+    (an ONNX file, torch's softmax), else by the rows of its first
+    answer, whatever their resolution: floats of any width, rounded ones, codes of 8 bits.
+
+    Returns:
+        A function from floating-point [N, C, H, W] on any device to float32 logits
+        [N, num_classes] on the CPU. It runs under ``torch.inference_mode`` and raises
+        FloatingPointError when a logit is NaN or Inf, ValueError when the module is in training
+        mode, the shape is not the one the ONNX model takes or what it answers are sigmoids.
+    """
+    run = _runner(model)
+    outputs = Outputs(onnx_kind(Path(model)) if isinstance(model, (str, Path)) else None)
+
+    def logits_of(images: Tensor) -> Tensor:
+        look = outputs.kind is None and isinstance(model, nn.Module) and not _is_compiled(model)
+        with torch.inference_mode(), LastOperation() if look else nullcontext() as last:
+            logits = run(images.float())
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"model: wanted logits as a Tensor, got {type(logits).__name__}")
+        if logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+            raise ValueError(
+                f"model: wanted logits [{len(images)}, num_classes] of at least 2 classes, got "
+                f"{list(logits.shape)}"
+            )
+        logits = outputs.logits(logits.cpu(), last.kind(logits) if last else None)
+        if not logits.isfinite().all():
+            bad = int((~logits.isfinite()).any(1).sum())
+            raise FloatingPointError(f"model: NaN or Inf in the logits of {bad} of {len(images)}")
+        return logits
+
+    return logits_of
+
+
+def _runner(model: Any) -> Callable[[Tensor], Tensor]:
+    if isinstance(model, nn.Module):
+        check_eval(model)
+        return lambda images: _run_module(model, images)
+    if isinstance(model, (str, Path)):
+        model = open_onnx(Path(model))
+    if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an onnxruntime.InferenceSession
+        return _session_runner(model)
+    if callable(model):
+        return model
+    raise TypeError(
+        "model: wanted an nn.Module, an ONNX path, an InferenceSession or a function, "
+        f"got {type(model).__name__}"
+    )
+
+
+def _run_module(model: nn.Module, images: Tensor) -> Tensor:
+    check_eval(model)  # again: the owner may have gone on training since
+    some = next(chain(model.parameters(), model.buffers()), images)
+    return model(images.to(some.device))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has a part of it, and would compile again for what looks on."""
+    return any(
+        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
+        for m in model.modules()
+    )
+
+
+def check_eval(model: nn.Module) -> None:
+    """Refuse a module in training mode, or with a part that is, by ValueError."""
+    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
+    if training:
+        raise ValueError(
+            f"model: wanted eval mode, but {training[0]!r} is in training mode; call model.eval()"
+        )
+
+
+def open_onnx(path: Path, *, precise: bool = True) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU that computes what the file says.
+
+    CPUs without VNNI add products of uint8 activations and weights in 16 bits, which weights beyond
+    ±64 can make saturate, and by default ONNX Runtime takes that for speed: answers change. Its
+    option ``session.x64quantprecision`` keeps such weights from it, so all machines agree. It fails
+    where layers share a weight or its zero point; then a warning says that the default is used.
+
+    Args:
+        path: the file.
+        precise: with that option; False: with default options, as most users open it.
+
+    Raises:
+        FileNotFoundError: there is no such file. ImportError: ONNX Runtime is not installed.
+        ValueError: it is not what ``divqat export`` wrote, or see
+            :func:`divqat.victim.onnx_file.check_onnx`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"model: no ONNX file at {path}")
+    check_beside(path, "export.json", f"divqat export {path.parent} writes it again")
+    check_onnx(path)
+    if not precise:
+        return open_session(path, exact=False)
+    try:
+        return open_session(path, exact=True)
+    except ValueError as error:
+        session = open_session(path, exact=False)
+        warnings.warn(
+            "sums of int8 products may saturate on this CPU, as with session.x64quantprecision "
+            + printable(error),
+            stacklevel=2,
+        )
+        return session
+
+
+def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    found = ", ".join(f"{i.name}: {i.type} {i.shape}" for i in inputs)
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+        raise ValueError(f"model: wanted one ONNX input, float [N, C, H, W], got {found}")
+    if len(outputs) != 1:
+        raise ValueError(f"model: wanted one ONNX output, got {[o.name for o in outputs]}")
+    name, shape = inputs[0].name, inputs[0].shape
+    fixed = shape[0] if isinstance(shape[0], int) else None
+
+    def run(images: Tensor) -> Tensor:
+        for wanted, got in zip(shape[1:], images.shape[1:], strict=True):
+            if isinstance(wanted, int) and wanted != got:
+                raise ValueError(
+                    f"images: the ONNX input {name!r} wants {shape}, got {list(images.shape)}"
+                )
+        if fixed is not None and fixed * images[0].nbytes > MAX_IMAGES:
+            raise ValueError(f"model: the ONNX input {name!r} wants {fixed} images at a time")
+        parts = []
+        for part in images.cpu().split(fixed or len(images)):
+            # A fixed batch is filled up with copies of its last image; their answers are dropped.
+            missing = (fixed or len(part)) - len(part)
+            full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
+            answer = session.run(None, {name: full.numpy()})[0]
+            parts.append(torch.from_numpy(answer)[: len(part)])
+        return torch.cat(parts)
+
+    return run
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse, by TypeError or ValueError, what is no finite float [N, C, H, W] with N >= 1."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: wanted a Tensor, got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images: wanted floats in [-1, 1], got {images.dtype}; divqat.data.to_float makes them"
+        )
+    if images.dim() != 4 or not len(images):
+        raise ValueError(
+            f"images: wanted [N, C, H, W] with N of at least 1, got {list(images.shape)}"
+        )
+    if not images.isfinite().all():
+        raise ValueError("images: wanted finite values, got NaN or Inf")
