@@ -15,6 +15,7 @@ from divqat import ops
 from divqat.ops._backend import PREFERRED, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COPY = "copy"  # a contender that only moves the bytes
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.scale import COPY, SWEEPS, curves
+from bench.case import COPY
+from bench.curves import SWEEPS, curves
 from divqat._util.errors import require
 from divqat._util.figures import COLORS, STYLE, paint
 from divqat._util.files import write_atomic

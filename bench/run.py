@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import activations, losses, weights
-from bench.case import DTYPES, LAYOUTS, Absent, Case, Contender, Plan
+from bench.case import COPY, DTYPES, LAYOUTS, Absent, Case, Contender, Plan
 from bench.command import add_common_arguments, first_line, matches, measured, set_up, status
 from bench.measure import (
     Runner,
@@ -24,8 +24,8 @@ from bench.measure import (
     saved_bytes,
     settle_allocator,
 )
+from bench.plots import plot_rows
 
-COPY = "copy"
 OPS = (*activations.OPS, weights.OP, losses.OP)
 KEY = ("op", "on", "dtype", "layout")  # identifies a case among rows
 
@@ -59,8 +59,6 @@ def main(args: argparse.Namespace) -> None:
         summary,
     )
     if args.plot:
-        from bench.plots import plot_rows
-
         plot_rows(result, args.plot)
 
 

@@ -18,6 +18,7 @@ from bench.case import DTYPES, Absent
 from bench.command import add_common_arguments, first_line, matches, measured, set_up, status
 from bench.measure import Runner, costs, interleaved, settle_allocator
 from bench.nets import NETWORKS
+from bench.plots import plot_steps
 from bench.training import FLOAT, MODES, Recipe, Setup, Step, recipes, set_up_case
 
 FLOAT_EAGER = f"{FLOAT}, eager"
@@ -166,6 +167,4 @@ def main(args: argparse.Namespace) -> None:
         summary,
     )
     if args.plot:
-        from bench.plots import plot_steps
-
         plot_steps(result, args.plot)

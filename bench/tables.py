@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from statistics import geometric_mean, mean, stdev
 from typing import Any
 
-from bench.accuracy import VARIANTS
+from bench.case import COPY
 from bench.command import Row, status
-from bench.run import COPY
-from bench.scale import SWEEPS, curves, exponent
+from bench.curves import SWEEPS, curves, exponent
 from bench.training import FLOAT
+from bench.variants import VARIANTS
 
 # columns of the table of ops: names that are one opponent under another name per op
 ATEN = "ATen's own op"

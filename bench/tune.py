@@ -9,9 +9,9 @@ from typing import Any
 from unittest import mock
 
 from bench import activations
-from bench.case import DTYPES, Plan
+from bench.case import COPY, DTYPES, Plan
 from bench.command import add_common_arguments, measured, set_up
-from bench.run import COPY, measure
+from bench.run import measure
 
 CHOICES = ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8))
 OURS = "divqat triton"

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
 from bench import activations, losses, run, weights
-from bench.case import Absent, Contender, Plan, last_level_cache, rotations
+from bench.case import COPY, Absent, Contender, Plan, last_level_cache, rotations
 from bench.nets import NETWORKS
 from bench.nets import weights as weights_of
 from divqat.ops._backend import best
@@ -60,7 +60,7 @@ def test_every_opponent_takes_part_or_says_why_not(op, dtype, layout):
             t = row["milliseconds"]
             assert 0 < t["p20"] <= t["median"] <= t["p80"] and t["rounds"] >= 7
             assert row["gb_per_s"] == pytest.approx(row["bytes"] / t["median"] / 1e6)
-    assert rows[run.COPY]["share_of_copy"] == 1
+    assert rows[COPY]["share_of_copy"] == 1
 
 
 @pytest.mark.parametrize("op", run.OPS)
@@ -204,7 +204,7 @@ def test_a_contender_that_raises_or_is_absent_is_listed_with_the_reason(monkeypa
     rows = {row["contender"]: row for row in run.measure(measured, "cpu", 0.0, ["absent", "fails"])}
     assert rows["absent"]["absent"] == "it is on holiday"
     assert rows["fails"]["fails"] == "RuntimeError: no such luck"
-    assert "milliseconds" in rows[run.COPY]
+    assert "milliseconds" in rows[COPY]
 
 
 def test_nothing_needs_the_packages_that_are_compared_with(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
-from bench import activations, case, readme, run, scale, step, tables, tune
+from bench import activations, case, curves, readme, run, scale, step, tables, tune
 from bench.__main__ import parser
 from bench.nets import NETWORKS, Network, weights
 from divqat.models.resnet20 import BasicBlock, ResNet20
@@ -164,12 +164,12 @@ def test_bfloat16_is_autocast(network):
 def test_exponents_are_those_of_powers():
     x = [1, 10, 100, 1000, 10000, 100000]
     for k in (0.0, 1.0, 1.5):
-        found, error = scale.exponent(x, [3 * v**k for v in x])
+        found, error = curves.exponent(x, [3 * v**k for v in x])
         assert found == pytest.approx(k, abs=1e-9) and error < 1e-6
     # fixed costs of the small sizes do not count
-    assert scale.exponent(x, [1000 + v for v in x])[0] == pytest.approx(0.95, abs=0.1)
-    assert scale.exponent([1, 2], [4.0, 2.0]) == (pytest.approx(-1), None)
-    assert scale.exponent(x[::-1], [v**2 for v in x[::-1]])[0] == pytest.approx(2)
+    assert curves.exponent(x, [1000 + v for v in x])[0] == pytest.approx(0.95, abs=0.1)
+    assert curves.exponent([1, 2], [4.0, 2.0]) == (pytest.approx(-1), None)
+    assert curves.exponent(x[::-1], [v**2 for v in x[::-1]])[0] == pytest.approx(2)
 
 
 def test_every_sweep_has_points_that_are_measured(tmp_path, monkeypatch):
@@ -188,8 +188,8 @@ def test_every_sweep_has_points_that_are_measured(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     rows += scale.point("threads", 2, "cpu", 0.0)
     assert torch.get_num_threads() == threads
-    assert {row["sweep"] for row in rows} == set(scale.SWEEPS) - {"batch"}
-    memory = scale.curves(rows, "elements", "extra_bytes")
+    assert {row["sweep"] for row in rows} == set(curves.SWEEPS) - {"batch"}
+    memory = curves.curves(rows, "elements", "extra_bytes")
     assert memory[OURS][0] == [64, 256]
     # all weights cost one operator, however many there are
     ours = [r for r in rows if r["sweep"] == "layers" and r["contender"] == OURS]
@@ -199,7 +199,7 @@ def test_every_sweep_has_points_that_are_measured(tmp_path, monkeypatch):
 
     assert plot_scaling(result, str(tmp_path / "s.png")).stat().st_size > 1000
     assert "| divqat" in tables.scaling(result)
-    for sweep in scale.SWEEPS:
+    for sweep in curves.SWEEPS:
         assert sweep == "threads" or len(scale.sizes(sweep, "cpu")) >= 5
         assert sweep == "threads" or len(scale.sizes(sweep, "cuda")) >= 5
 

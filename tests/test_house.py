@@ -1,6 +1,7 @@
 """Rules of the house that no linter knows; who may import whom is import-linter's, in make lint."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -49,3 +50,14 @@ def test_functions_are_short(top):
                 if lines > 60:
                     long[f"{path.relative_to(ROOT)}: {node.name}"] = lines
     assert not long
+
+
+def test_bench_has_no_circle():
+    imports = {}
+    for path in (ROOT / "bench").glob("*.py"):
+        imports[path.stem] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench"):
+                inner = node.module.partition(".")[2]
+                imports[path.stem] |= {inner} if inner else {alias.name for alias in node.names}
+    graphlib.TopologicalSorter(imports).prepare()  # or CycleError, which names it
