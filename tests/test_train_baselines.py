@@ -139,7 +139,8 @@ def test_distillation_pulls_towards_the_teacher(qat, teacher, tmp_path):
     distilled = trained(tmp_path, teacher.folder, "kd-qat")
     for row in rows(distilled):
         assert row["loss"] == pytest.approx(row["ce"] + 1.0 * 4.0**2 * row["divergence"], rel=1e-5)
-    assert divergence(distilled, teacher) < divergence(qat, teacher)
+    # Six starts that differ in the last bit, as on another CPU: 0.44 ± 0.04 of qat's.
+    assert divergence(distilled, teacher) < 0.7 * divergence(qat, teacher)
 
 
 def test_a_nasty_teacher_is_right_and_far_from_the_teacher(nasty, teacher, tmp_path):
@@ -153,7 +154,8 @@ def test_a_nasty_teacher_is_right_and_far_from_the_teacher(nasty, teacher, tmp_p
     # the same training but for the term
     plain = trained(tmp_path, teacher.folder, "nasty", **NASTY, weight=0.0)
     assert rows(plain)[-1]["loss"] == rows(plain)[-1]["ce"]
-    assert divergence(nasty, teacher, 4.0) > divergence(plain, teacher, 4.0)
+    # Six starts that differ in the last bit: 1.287 ± 0.007 times.
+    assert divergence(nasty, teacher, 4.0) > 1.2 * divergence(plain, teacher, 4.0)
     with pytest.raises(ValueError, match="is full precision: only quantized runs"):
         export_run(nasty, splits)
 
