@@ -18,6 +18,7 @@ from divqat._util.settings import differences
 from divqat.data import Splits, load
 from divqat.train.config import TrainConfig
 from divqat.train.network import build_model, check_size, example
+from divqat.train.settings import DataSettings
 
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
 # Where something lies or runs, not what it is: a run may go on with other values. That the teacher
@@ -133,24 +134,24 @@ def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> Non
         )
 
 
-def load_splits(config: TrainConfig, data_root: str | None = None) -> Splits:
-    """The data set of a configuration.
+def load_splits(settings: DataSettings, data_root: str | None = None) -> Splits:
+    """The data set of a training.
 
     Raises:
         ValueError: ``validation_fraction`` leaves nothing to validate on.
         Others: as :func:`divqat.data.load`.
     """
     splits = load(
-        config.dataset,
-        data_root=data_root or config.data_root,
-        validation_fraction=config.validation_fraction,
-        image_size=config.image_size,
-        stream=config.stream,
-        workers=config.workers,
+        settings.dataset,
+        data_root=data_root or settings.data_root,
+        validation_fraction=settings.validation_fraction,
+        image_size=settings.image_size,
+        stream=settings.stream,
+        workers=settings.workers,
     )
     if not len(splits.validation):
         raise ValueError(
             "validation_fraction: wanted one that keeps images aside to validate on, got "
-            f"{config.validation_fraction:g}, of {len(splits.train)} images none"
+            f"{settings.validation_fraction:g}, of {len(splits.train)} images none"
         )
     return splits

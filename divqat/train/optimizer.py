@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from divqat._util.errors import require
-from divqat.train.config import TrainConfig
+from divqat.train.settings import OptimizerSettings
 
 EXTRA = "large-batch"
 
 
 def build_optimizer(
-    config: TrainConfig, parameters: Iterable[nn.Parameter], device: torch.device
+    settings: OptimizerSettings, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> Optimizer:
-    """The optimizer of a configuration, for ``parameters`` on ``device``.
+    """The optimizer of a training, for ``parameters`` on ``device``.
 
     SGD is PyTorch's fused one: one launch for all parameters, and with a gradient scaler no look
     at a number on the host. Its learning rate is a float32 tensor [] on the device. LARS (You et
@@ -27,24 +27,24 @@ def build_optimizer(
     Raises:
         ImportError: pytorch_optimizer is missing.
     """
-    settings: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay)
-    if config.optimizer == "sgd":
+    common: dict[str, Any] = dict(lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.optimizer == "sgd":
         sgd = SGD(
             parameters,
-            **{**settings, "lr": torch.tensor(config.lr, device=device)},
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
+            **{**common, "lr": torch.tensor(settings.lr, device=device)},
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
             fused=True,
         )
         # Its own first step makes the buffers, and leaves garbage in them if a gradient scaler has
         # that step skipped (torch 2.13). From zeros it is the same step, bit for bit.
-        for parameter in sgd.param_groups[0]["params"] if config.momentum else ():
+        for parameter in sgd.param_groups[0]["params"] if settings.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     library = require("pytorch_optimizer", EXTRA)
-    if config.optimizer == "lars":
-        return library.LARS(parameters, **settings, momentum=config.momentum)
-    return library.Lamb(parameters, **settings)
+    if settings.optimizer == "lars":
+        return library.LARS(parameters, **common, momentum=settings.momentum)
+    return library.Lamb(parameters, **common)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
