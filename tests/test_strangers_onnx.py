@@ -150,8 +150,8 @@ def huge(path, gigabytes):
 BOUNDED = """
 import resource, sys, torch
 from divqat.victim import Victim
-import divqat.train.memory as memory
-memory.free_memory = lambda device: 2**29
+from divqat.victim import onnx_file
+onnx_file.free_memory = lambda device: 2**29
 limits = resource.getrlimit(resource.RLIMIT_AS)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for file in sys.argv[1:]:
