@@ -34,7 +34,7 @@ test-triton: .venv/dev $(OLDEST_TRITON)
 	$(MAKE) -j2 --output-sync triton-newest triton-oldest
 
 triton-newest:
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider $(TRITON_TESTS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider -n 2 $(TRITON_TESTS)
 
 triton-oldest:
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(OLDEST_TRITON) \
