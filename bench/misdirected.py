@@ -35,4 +35,6 @@ class Misdirected:
 
     def loss(self, logits: Tensor, proxies: Tensor) -> Tensor:
         """w · mean CE, []; of the model's logits [M, classes] for ``proxies``."""
-        return self.weight * self.misdirection.terms(logits, proxies).loss / len(proxies)
+        return (
+            self.weight * self.misdirection.targets.terms(logits, None, proxies).loss / len(proxies)
+        )

@@ -1,4 +1,4 @@
-"""What a computation runs on: devices, threads, memory, versions; and what identifies weights."""
+"""What a computation runs on: devices, threads, versions; and what identifies weights."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ class Study(Trainings):
         subjects: the trainings that are evaluated, by name, ``fp`` among them if wanted; empty: all
             that are quantized.
         evaluate: keys of :class:`divqat.evaluate.Grid` (in the file, ``attack`` can take its place,
-            see :func:`short_grid`), but ``seeds``: a victim is attacked
-            with the seed that it was trained with.
+            see :func:`short_grid`), but ``seeds``: a victim is attacked with the seed that it was
+            trained with.
         Others: see :class:`Trainings`.
 
     Raises:

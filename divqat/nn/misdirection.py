@@ -14,7 +14,7 @@ from divqat._util.seeds import derived_seed
 from divqat.data.batches import to_float, to_uint8
 from divqat.data.proxies import PROXIES
 from divqat.nn.decoy import Decoy, Sample
-from divqat.nn.misdirection_targets import TARGETS, MisdirectionTargets, MisdirectionTerms
+from divqat.nn.misdirection_targets import TARGETS, MisdirectionTargets
 from divqat.nn.proxies import ProxySource
 from divqat.ops._check import check_choice
 
@@ -22,6 +22,12 @@ from divqat.ops._check import check_choice
 # bytes.
 SAMPLE, SAMPLE_BYTES = 2048, 2**26
 SLACK = 0.02  # of a shade from 0 to 1: what rounding and interpolation add
+
+
+def sample_size(image_shape: Sequence[int]) -> int:
+    """How many images of (C, H, W) a sample of proxies is made from at a time, and how many proxies
+    are made of these."""
+    return max(1, min(SAMPLE, SAMPLE_BYTES // (4 * math.prod(image_shape))))
 
 
 class MisdirectionLoss(nn.Module):
@@ -167,18 +173,9 @@ class MisdirectionLoss(nn.Module):
                 f"teacher_logits: wanted {wanted} with target {self.targets.target} and "
                 f"confidence {self.targets.confidence}, got None"
             )
-        terms = self.terms(logits.float(), self._standard(proxies), teacher_logits)
+        terms = self.targets.terms(logits.float(), teacher_logits, self._standard(proxies))
         self.misled = (terms.misled / len(proxies)).float()
         return terms.loss / len(proxies)
-
-    def terms(
-        self,
-        logits: Tensor,  # float32 [M, num_classes]
-        proxies: Tensor,  # float32 [M, C, H, W], from -1 to 1
-        teacher_logits: Tensor | None = None,  # float32 [M, num_classes]
-    ) -> MisdirectionTerms:
-        """The sums behind the loss, of arguments that are known to be right."""
-        return self.targets.terms(logits, teacher_logits, proxies)
 
     def _read(self, batches: Iterable[Sequence[Tensor]], num_classes: int) -> tuple[Tensor, Tensor]:
         """uint8 images and labels, on the CPU."""
@@ -210,7 +207,7 @@ class MisdirectionLoss(nn.Module):
         return torch.cat(read)[:SAMPLE], labels[:SAMPLE]
 
     def _sample(self, images: Tensor, labels: Tensor, generator: Generator) -> Iterator[Sample]:
-        at_once = max(1, min(SAMPLE, SAMPLE_BYTES // (4 * math.prod(images.shape[1:]))))
+        at_once = sample_size(images.shape[1:])
         for own, of in zip(images.split(at_once), labels.split(at_once), strict=True):
             made = self.source(own, generator, at_once, of)
             yield Sample(to_float(made), to_float(own), of)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from divqat._util.memory import free_memory
 from divqat.data import LabeledImages
@@ -30,14 +30,19 @@ class StepMemory:
     device: torch.device
 
     @classmethod
-    def of(
-        cls, forward: Callable[[nn.Module], Tensor], model: nn.Module, sample: int, images: int
-    ) -> StepMemory:
-        """Measured on a copy of ``model`` with ``forward(copy)``, of ``sample`` images."""
-        trial = copy.deepcopy(model).train()
-        device = next(model.parameters()).device
-        kept = saved_bytes(lambda: forward(trial), trial.parameters())
-        return cls(images, kept // sample, device)
+    def of(cls, step: Step, train_set: LabeledImages) -> StepMemory:
+        """From two training images in a copy of the step's model."""
+        images, _ = next(batches(train_set.subset(slice(2)), 2))
+        batch = images.contiguous(memory_format=torch.channels_last)
+        trial = copy.deepcopy(step.model).train()
+        kept = saved_bytes(lambda: step.forward(trial, batch), trial.parameters())
+        config, team = step.config, step.team
+        # Codes are a quarter of float32; what else is kept is at least as much.
+        share = 4 if config.save_as_codes else 1
+        at_once = min(config.batch_size, len(train_set))
+        at_once += config.proxy_count(at_once)
+        parts = team.size * config.accumulate
+        return cls(-(-at_once // parts), kept // (share * len(images)), team.device)
 
     def check(self) -> None:
         """Refuse what cannot fit, before the system kills the process for trying.
@@ -90,19 +95,3 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         forward()
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-
-
-def step_memory(step: Step, train_set: LabeledImages) -> StepMemory:
-    """What a step takes, from two of its images in a copy of the model."""
-    images, _ = next(batches(train_set.subset(slice(2)), 2))
-
-    def forward(model: nn.Module) -> Tensor:
-        return step.forward(model, images.contiguous(memory_format=torch.channels_last))
-
-    config, team = step.config, step.team
-    # Codes are a quarter of float32; what else is kept is at least as much.
-    share = 4 if config.save_as_codes else 1
-    at_once = min(config.batch_size, len(train_set))
-    at_once += config.proxy_count(at_once)
-    parts = team.size * config.accumulate
-    return StepMemory.of(forward, step.model, share * len(images), -(-at_once // parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Objective:
         self,
         config: TrainConfig,
         team: Team,
-        parameters: Sequence[nn.Parameter],
+        parameters: list[nn.Parameter],
         warmup_steps: int,
         misdirection: MisdirectionLoss | None = None,
         ini: InI | None = None,
@@ -95,7 +95,7 @@ class Objective:
         sums[:3] += part.count * torch.stack([loss.detach(), ce, divergence])
         if self.misdirection is not None and len(images) > n:
             theirs = ask(images[n:]) if self.misdirection.targets.needs_teacher else None
-            astray = self.misdirection.terms(logits[n:], images[n:], theirs)
+            astray = self.misdirection.targets.terms(logits[n:], theirs, images[n:])
             # the sum over the parts and the mean over the processes is w · mean
             weight = self.share * float(self.config.misdirect or 0)
             mean = weight * astray.loss / self.config.proxy_count(total)
@@ -105,7 +105,7 @@ class Objective:
         if self.ini is not None:
             terms = self.ini(logits, labels, images)
             sums[0] += total * sum(term.detach() for term in terms)
-            objective = without_conflicts([objective, *terms], list(self.parameters))
+            objective = without_conflicts([objective, *terms], self.parameters)
         return objective
 
     def of_images(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import islice
@@ -13,7 +12,7 @@ from divqat._util.seeds import derived_seed
 from divqat.data import LabeledImages
 from divqat.data.batches import batches, to_float, to_uint8
 from divqat.nn import MisdirectionLoss
-from divqat.nn.misdirection import SAMPLE, SAMPLE_BYTES
+from divqat.nn.misdirection import SAMPLE, sample_size
 from divqat.nn.proxies import ProxySource
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
@@ -26,8 +25,9 @@ def fitted_misdirection(
     """The misdirection of a training, on the CPU, its decoy fitted to proxies of the training
     images; the same in every process."""
     generator = _sample_generator(seed)
+    at_once = min(sample_size(train_set.image_shape), len(train_set))
     return MisdirectionLoss(
-        batches(train_set, min(_at_once(train_set), len(train_set)), generator=generator),
+        batches(train_set, at_once, generator=generator),
         num_classes,
         seed=seed,
         kinds=settings.proxies,
@@ -40,11 +40,6 @@ def fitted_misdirection(
 
 def _sample_generator(seed: int) -> Generator:
     return Generator().manual_seed(derived_seed(seed, "proxies"))
-
-
-def _at_once(train_set: LabeledImages) -> int:
-    """Images that a sample of proxies is made from at a time."""
-    return max(1, min(SAMPLE, SAMPLE_BYTES // (4 * math.prod(train_set.image_shape))))
 
 
 class Proxies:
@@ -87,7 +82,7 @@ class Proxies:
     def sample(self, train_set: LabeledImages) -> Iterator[Tensor]:
         """About 2048 proxies, float32 [M, C, H, W], in parts on the CPU; the same in every process
         and on every device."""
-        generator, at_once = _sample_generator(self.seed), _at_once(train_set)
+        generator, at_once = _sample_generator(self.seed), sample_size(train_set.image_shape)
         loader = batches(train_set, min(at_once, len(train_set)), generator=generator)
         on_cpu = self.team.device.type == "cpu"
         source = self.source if on_cpu else deepcopy(self.source).cpu()

@@ -143,7 +143,7 @@ class Step:
             batch = images.to(self.team.device, memory_format=torch.channels_last)
             theirs = self._ask(batch) if misdirection.targets.needs_teacher else None
             logits = self.forward(self.model, batch)
-            counts.append((misdirection.terms(logits, batch, theirs).misled, len(images)))
+            counts.append((misdirection.targets.terms(logits, theirs, batch).misled, len(images)))
         return float(sum(misled for misled, _ in counts)) / sum(n for _, n in counts)
 
     def _answers(self, images: Tensor, index: Tensor) -> Tensor | None:

@@ -27,7 +27,7 @@ from divqat.train.distributed import Team
 from divqat.train.folder import Run
 from divqat.train.graph import Captured, own_stream
 from divqat.train.ini import InI
-from divqat.train.memory import step_memory
+from divqat.train.memory import StepMemory
 from divqat.train.network import begin, shape_of
 from divqat.train.objective import Objective
 from divqat.train.observation import Observation
@@ -101,7 +101,7 @@ class Trainer:
                     folder, known.model, self.train_set, key, keep=team.rank == 0
                 )
         self.budget = Budget.of(config, reference, self.validation)
-        self.need = step_memory(self.step, self.train_set)
+        self.need = StepMemory.of(self.step, self.train_set)
         self.need.check()
         self.frozen: tuple[bool, bool] | None = None  # what was in the last epoch
         self.stream: torch.cuda.Stream | None = None
