@@ -15,7 +15,8 @@ from divqat.evaluate.results import best_of
 from divqat.evaluate.specs import make_attack, owns, steals
 from divqat.evaluate.subject import image_keys
 from divqat.evaluate.tables import attacks_table, main_table
-from divqat.experiments.study import Study, run_study
+from divqat.experiments.run import run_study
+from divqat.experiments.study import Study
 
 pytest.importorskip("scipy.optimize")  # scikit-learn brings it
 

@@ -11,7 +11,8 @@ from divqat._util.names import check_folder, check_name
 from divqat._util.settings import ConfigError
 from divqat.attacks.folder import Folder
 from divqat.evaluate import Grid, Subject, evaluate
-from divqat.experiments.study import Study, run_study
+from divqat.experiments.run import run_study
+from divqat.experiments.study import Study
 from divqat.train import TrainConfig, train
 
 AWAY = [

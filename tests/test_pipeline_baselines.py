@@ -6,7 +6,8 @@ from test_train import QUIET
 
 from divqat._util.files import read_json
 from divqat._util.settings import ConfigError
-from divqat.experiments.study import Study, run_study
+from divqat.experiments.run import run_study
+from divqat.experiments.study import Study
 from divqat.train import load_run
 
 pytestmark = pytest.mark.slow

@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from divqat._util.foreign import check_trusted, trusted
 from divqat._util.settings import ConfigError, read_yaml
 from divqat.cli import commands
 from divqat.evaluate import Grid, write_report
-from divqat.experiments import study
+from divqat.experiments import workers
 from divqat.experiments.deploy import AttackConfig
 from divqat.experiments.study import Study
 from divqat.experiments.subjects import load_subjects
@@ -174,24 +175,15 @@ def test_to_say_what_would_be_imported_imports_nothing(tmp_path, monkeypatch):
         check_trusted("nowhere_at_all:net")
 
 
-def test_the_processes_of_a_study_trust_the_same(theirs, monkeypatch):
-    calls, seen = [], []
-    monkeypatch.setattr(study, "side_by_side", lambda part, given, jobs: calls.extend(given))
-    monkeypatch.setattr(study, "_trained", lambda *rest: [])
-    monkeypatch.setattr(study, "evaluate", lambda *rest, **more: seen.append(trusted()))
-    with divqat.trust(theirs):
-        settings = Study.from_dict(
-            {
-                "seeds": [0, 1],
-                "common": {"model": theirs},
-                "victims": {"qat": {"method": "qat"}},
-                "evaluate": {"query_set": "noise", "query_limit": 10},
-            }
-        )
-        study.run_study(settings, "out", jobs=2)
-    for arguments in calls:  # in another process nothing is trusted yet
-        study._seed(*arguments)
-    assert len(calls) == 2 and seen == [(theirs,)] * 3 and trusted() == ()
+def note_trusted(path):
+    path.write_text(" ".join(trusted()))
+
+
+def test_workers_trust_the_same(tmp_path):
+    with divqat.trust("nets:net"), ThreadPoolExecutor() as other:  # a thread trusts nothing yet
+        unit = workers.Unit("unit", note_trusted, (tmp_path / "names",))
+        workers.run_units([unit], other, print)
+    assert (tmp_path / "names").read_text() == "nets:net" and trusted() == ()
 
 
 ALIASES = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]

@@ -11,7 +11,7 @@ import pytest
 from divqat import cli
 from divqat._util import progress, streams
 from divqat.cli import commands
-from divqat.experiments import side_by_side
+from divqat.experiments import workers
 
 ROOT = Path(__file__).parent.parent
 LINE = "93.0 ± 0.1 → ✓"
@@ -113,13 +113,13 @@ def test_streams_that_are_absent_keep_their_numbers(monkeypatch, speaking):
         os.close(kept)
 
 
-def test_parts_in_processes_of_their_own_are_lenient_too(monkeypatch):
+def test_workers_are_lenient_too(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     monkeypatch.setattr(progress, "_hidden", False)
-    monkeypatch.setattr(side_by_side.signal, "signal", lambda *args: None)
-    monkeypatch.setattr(side_by_side.torch, "set_num_threads", lambda threads: None)
-    side_by_side._start(1)
+    monkeypatch.setattr(workers.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(workers.torch, "set_num_threads", lambda threads: None)
+    workers._start(1)
     print("±", flush=True)
     sys.stdout.write("±")
 

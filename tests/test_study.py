@@ -7,7 +7,7 @@ from divqat import cli
 from divqat._util.settings import ConfigError
 from divqat.evaluate import Evaluation
 from divqat.evaluate.tables import side_effects_table
-from divqat.experiments import study
+from divqat.experiments import units
 from divqat.experiments.study import Study
 
 pytestmark = pytest.mark.slow
@@ -63,8 +63,8 @@ def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
     data = {**STUDY, "evaluate": {**STUDY["evaluate"], "budgets": [50, 200]}}
     (done / "more.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     trained = []
-    train = study.train
-    monkeypatch.setattr(study, "train", lambda *a, **k: trained.append(train(*a, **k)))
+    train = units.train
+    monkeypatch.setattr(units, "train", lambda *a, **k: trained.append(train(*a, **k)))
     assert divqat("study", done / "more.yaml", "--out", done / "out") == 0
     after = Evaluation.load(done / "out" / "evaluation.json")
     assert len(after.cells) == 12
@@ -72,7 +72,7 @@ def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
     assert kept == before.cells
 
 
-def test_seeds_side_by_side_find_what_they_find_one_by_one(done, tmp_path, capfd):
+def test_processes_find_what_they_find_one_by_one(done, tmp_path, capfd):
     short = ["fp", "qat"]
     data = {**STUDY, "seeds": [0, 1], "victims": {"qat": STUDY["victims"]["qat"]}}
     data["subjects"] = short

@@ -22,7 +22,8 @@ from divqat.experiments.deploy import (
     export_run,
     verify_run,
 )
-from divqat.experiments.study import Study, run_study
+from divqat.experiments.run import run_study
+from divqat.experiments.study import Study
 from divqat.experiments.subjects import load_subjects
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
@@ -118,7 +119,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def study(args: argparse.Namespace) -> int:
     settings = Study.from_dict(_study_file(args))
-    result = run_study(settings, args.out, jobs=args.jobs, command=args.command_line)
+    result = run_study(
+        settings, args.out, jobs=args.jobs, cluster=args.cluster, command=args.command_line
+    )
     print(_tables(result))
     print(f"\n{Path(args.out) / 'report.html'}")
     return 0

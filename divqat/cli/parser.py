@@ -239,7 +239,14 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=1,
         metavar="N",
-        help="Seeds at a time, each in a process (default: 1). They share the CPU's threads.",
+        help="Trainings and attacks at a time, each in a process (default: 1). They share the "
+        "CPU's threads.",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Train and attack on the workers of this dask scheduler, which see the folder of "
+        "--out under the same path.",
     )
 
 

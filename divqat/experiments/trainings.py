@@ -77,7 +77,7 @@ class Trainings:
                     raise ConfigError(f"{where}: the study sets {key} itself, remove it")
         self._check_methods()
         for seed in self.seeds:
-            for name in ("fp", *self.victims):
+            for name in self.names:
                 self.training(name, seed, Path())
         for name in self.victims:
             self._check_alike(name)
@@ -133,6 +133,11 @@ class Trainings:
                 )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All trainings, each after those that it needs."""
+        return ("fp", *self.victims)
+
+    @property
     def attacked(self) -> list[str]:
         """The names of the victims that are exported and attacked."""
         return [name for name, own in self.victims.items() if METHODS[own["method"]].quantized]
@@ -140,6 +145,13 @@ class Trainings:
     def teacher(self, name: str) -> str:
         """The name of the full-precision training that a victim learns from."""
         return self.victims[name].get("teacher", "fp")
+
+    def needs(self, name: str) -> list[str]:
+        """The names of the trainings that one begins with or counts from."""
+        if name == "fp" or not METHODS[self.victims[name]["method"]].taught:
+            return []
+        others = [self.teacher(name), self.victims[name].get("reference")]
+        return [other for other in others if other is not None]
 
     def training(self, name: str, seed: int, out: Path) -> TrainConfig:
         """The settings of ``fp`` or of a victim."""
