@@ -204,8 +204,8 @@ def test_the_short_form_is_a_grid():
     attack = {"answers": ["probs", "rounded2"], "momentum": 0.5, "budget": 7, "lr": 0.1}
     grid = Study.from_dict({**JOB, "attack": {"query_set": "noise", **attack}}).grid
     own = Grid(
-        attacks=("knockoff:momentum=0.5", "knockoff:reading=rounded2,momentum=0.5"),
-        clones=("lenet",), query_set="noise", query_limit=7, lr=0.1, epsilons=(),
+        attacks=("knockoff", "knockoff:reading=rounded2"), clones=("lenet",), query_set="noise",
+        query_limit=7, lr=0.1, momentum=0.5, epsilons=(),
     )  # fmt: skip
     assert grid == own
     assert grid.attack(grid.attacks[0], 7, 0).momentum == 0.5

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from divqat._util.progress import progress
-from divqat._util.settings import Options, option
+from divqat._util.settings import option
+from divqat.attacks.clone_settings import StepSettings
 from divqat.attacks.folder import Folder
 from divqat.data.batches import to_float
 from divqat.victim import QueryBudgetExceeded, Victim
 
-PRECISIONS = ("float32", "bfloat16")
 # Answers are stored after this many: what a killed run has to ask again at most.
 QUERIES_PER_SAVE = 4096
 # Called with the clone, in eval mode, and a count from 1 whenever the clone is a result: after each
@@ -113,11 +113,11 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Options, ABC):
+class Attack(StepSettings, ABC):
     """An attack is its settings: ``attack(victim, query_set, clone)`` runs it.
 
-    Those below say how every attack trains its clone: SGD with momentum. The clone of the last
-    step is the result, not the best one: choosing would need test data.
+    Every attack trains its clone by SGD with momentum. The clone of the last step is the result,
+    not the best one: choosing would need test data.
 
     Raises:
         ConfigError: (a ValueError) an argument of a wrong type or out of its range.
@@ -129,11 +129,6 @@ class Attack(Options, ABC):
     query_budget: int | None = option(
         None, "Images asked about at most; None: what the attack has by default.", least=1
     )
-    batch_size: int = option(64, "Images per step.", least=1)
-    lr: float = option(0.02, "First learning rate.", above=0)
-    momentum: float = option(0.9, "Momentum.", least=0, below=1)
-    weight_decay: float = option(5e-4, "L2 penalty.", least=0)
-    precision: str = option("float32", "Autocast of what is trained.", choices=PRECISIONS)
     seed: int = option(0, "Everything random follows from it.", least=0)
 
     def __call__(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from divqat._util.settings import Options, option
+from divqat._util.settings import option
+from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits, transfer_names, transfer_set
 
 OWN = "own"  # not a transfer set: it comes with the victim's data
@@ -14,7 +15,7 @@ FOLDER = "folder"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attacker(Options):
+class Attacker(CloneSettings):
     """Queries, and how a clone trains on the answers.
 
     Raises:
@@ -31,11 +32,6 @@ class Attacker(Options):
     query_root: str | None = option(
         None, "Folder with these images, where they are not found by themselves.", group="attacker"
     )
-    epochs: int = option(10, "Passes over the answers.", group="attacker", least=1)
-    batch_size: int = option(64, "Images per step.", group="attacker", least=1)
-    lr: float = option(0.02, "Highest learning rate.", group="attacker", above=0)
-    pad: int = option(0, "Shift the images at random by so many pixels.", group="attacker", least=0)
-    flip: bool = option(False, "Mirror the images at random.", group="attacker")
     device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
     threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from divqat._util.progress import progress
-from divqat._util.settings import option
 from divqat.attacks.attack import Attack, Task
+from divqat.attacks.clone_settings import CloneSettings
 from divqat.data.batches import augment, batches, steps_of
 from divqat.data.sets import ImageSet
 
@@ -28,15 +28,11 @@ def soft_cross_entropy(clone: nn.Module, images: Tensor, targets: Tensor, done: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferAttack(Attack):
+class TransferAttack(CloneSettings, Attack):
     """An attack whose clone learns a transfer set: images and answers that stay as they are.
 
     SGD with Nesterov momentum, the learning rate falling to 0 along a cosine, step by step.
     """
-
-    epochs: int = option(10, "Passes over the transfer set.", least=1)
-    pad: int = option(0, "Shift the images at random by up to so many pixels.", least=0)
-    flip: bool = option(False, "Mirror the images at random.")
 
 
 class Training:

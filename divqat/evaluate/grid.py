@@ -11,8 +11,8 @@ from torch import Tensor
 from divqat import models
 from divqat._util.settings import ConfigError, option
 from divqat.attacks import ATTACKS, Attack
-from divqat.attacks.attack import PRECISIONS
 from divqat.attacks.attacker import Attacker
+from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits
 from divqat.defenses import DEFENSES
 from divqat.evaluate.specs import UNDEFENDED, make_attack, make_defense, owns, steals
@@ -75,9 +75,6 @@ class Grid(Attacker):
         "the validation split.",
         group="attacker", least=1,
     )  # fmt: skip
-    precision: str = option(
-        "float32", "Autocast of the clone's training.", group="attacker", choices=PRECISIONS
-    )
     epsilons: tuple[float, ...] = option(
         (8 / 255,), "How far FGSM and PGD may move each pixel of a test image, in parts of its "
         "range (8/255 = 0.0314 is 8 grey levels); an empty list: robustness is not measured.",
@@ -106,8 +103,7 @@ class Grid(Attacker):
 
     def attack(self, text: str, budget: int, seed: int) -> Attack:
         """The attack of a spec; what the spec leaves out is as :func:`make_attack` says."""
-        names = ("epochs", "batch_size", "lr", "pad", "flip", "precision")
-        usual = {name: getattr(self, name) for name in names}
+        usual = {name: getattr(self, name) for name in CloneSettings.names()}
         return make_attack(text, {**usual, "query_budget": budget, "seed": seed})
 
     def attacker(self, queries: int, defense: str) -> Iterator[tuple[str, int, str]]:

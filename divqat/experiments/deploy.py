@@ -23,6 +23,7 @@ from divqat._util.settings import ConfigError, differences, option
 from divqat.attacks import KnockoffNets
 from divqat.attacks.attack import identity
 from divqat.attacks.attacker import Attacker
+from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits, to_float
 from divqat.export import export_onnx, verify
 from divqat.metrics import accuracy, fidelity, predict
@@ -49,8 +50,6 @@ class AttackConfig(Attacker):
         "lenet", "Network that the attacker trains.",
         group="attacker", choices=models.names(), foreign=True,
     )  # fmt: skip
-    momentum: float = option(0.9, "Nesterov momentum.", group="attacker", least=0, below=1)
-    weight_decay: float = option(5e-4, "L2 penalty.", group="attacker", least=0)
     seed: int = option(0, "Clone's initial weights, order of the images.", group="running", least=0)
 
     def queries(self, splits: Splits) -> Tensor:
@@ -59,10 +58,8 @@ class AttackConfig(Attacker):
 
     def knockoff(self) -> KnockoffNets:
         """The attack itself."""
-        names = ("epochs", "batch_size", "lr", "momentum", "weight_decay", "pad", "flip", "seed")
-        return KnockoffNets(
-            query_budget=self.budget, **{name: getattr(self, name) for name in names}
-        )
+        training = {name: getattr(self, name) for name in CloneSettings.names()}
+        return KnockoffNets(query_budget=self.budget, seed=self.seed, **training)
 
 
 def answer_arguments(answer: str) -> dict[str, Any]:
@@ -176,7 +173,9 @@ def attack_run(
     # Stored answers are those of one victim and one query set: no other must go on from them.
     begun, answers = out / "attack.json", out / "transfer.pt"
     if begun.is_file() and answers.is_file():
-        different = differences(read_json(begun), settings)
+        # From before a setting existed: it had its default.
+        before = {**AttackConfig().to_dict(), **read_json(begun)}
+        different = differences({name: before.get(name) for name in settings}, settings)
         if queries is not None:
             of = load_checkpoint(answers)["settings"]["query_set"]
             different += differences({"images": of}, {"images": identity(queries)})

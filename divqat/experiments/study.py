@@ -85,9 +85,8 @@ def short_grid(attack: Mapping[str, Any]) -> dict[str, Any]:
         answer_arguments(answer)
     given = {key: value for key, value in attack.items() if key != "answers"}
     config = AttackConfig.from_dict(given, where="attack")
-    own = [f"{key}={given[key]}" for key in ("momentum", "weight_decay") if key in given]
     return {
-        "attacks": [_knockoff(answer, own) for answer in answers],
+        "attacks": [_knockoff(answer) for answer in answers],
         "clones": [config.clone],
         "query_limit": config.budget,
         "epsilons": [],
@@ -95,7 +94,6 @@ def short_grid(attack: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _knockoff(answer: str, settings: list[str]) -> str:
+def _knockoff(answer: str) -> str:
     """The spec of KnockoffNets that learns from these answers."""
-    reading = [] if answer == "probs" else [f"reading={answer}"]
-    return ":".join(filter(None, ["knockoff", ",".join(reading + settings)]))
+    return "knockoff" if answer == "probs" else f"knockoff:reading={answer}"
