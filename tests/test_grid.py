@@ -16,7 +16,7 @@ from toys import toy_images, toy_splits, toy_victim
 
 from divqat._util.settings import ConfigError
 from divqat.data import to_float
-from divqat.evaluate import Evaluation, Grid, Subject, evaluate, run
+from divqat.evaluate import Evaluation, Grid, Subject, assessment, evaluate
 from divqat.evaluate.audits import audits
 from divqat.evaluate.cells import Curve
 from divqat.evaluate.results import HARD, SOFT, best_of, reads
@@ -64,8 +64,8 @@ def test_finished_cells_are_kept(model, done, monkeypatch):
     def refuse(*_):
         raise AssertionError("nothing was left to do")
 
-    monkeypatch.setattr(run, "run_attack", refuse)
-    monkeypatch.setattr(run, "defend", refuse)
+    monkeypatch.setattr(assessment, "run_attack", refuse)
+    monkeypatch.setattr(assessment, "defend", refuse)
     again = evaluate([Subject("qat", model, "qat")], toy_splits(), GRID, out, log=lambda line: None)
     assert again.cells == result.cells and again.released == result.released
 
@@ -73,9 +73,9 @@ def test_finished_cells_are_kept(model, done, monkeypatch):
 def test_other_settings_and_other_victims_are_attacked_anew(done, tmp_path, monkeypatch):
     out = shutil.copytree(done[1], tmp_path / "out")
     attacked = []
-    attack = run.run_attack
+    attack = assessment.run_attack
     monkeypatch.setattr(
-        run, "run_attack", lambda a, *x, **k: attacked.append(a) or attack(a, *x, **k)
+        assessment, "run_attack", lambda a, *x, **k: attacked.append(a) or attack(a, *x, **k)
     )
     wider = Grid(attacks=(*ATTACKS, "knockoff:epochs=1"), budgets=(50,), epochs=2, seeds=2, **QUICK)
     same = Subject("qat", toy_victim(), "qat")

@@ -9,7 +9,7 @@ from toys import toy_images, toy_victim
 
 from divqat._util.settings import ConfigError
 from divqat.data import ImageSet, Splits
-from divqat.evaluate import Evaluation, Grid, Subject, evaluate, run
+from divqat.evaluate import Evaluation, Grid, Subject, assessment, evaluate
 from divqat.evaluate.audits import audits
 from divqat.evaluate.results import best_of
 from divqat.evaluate.specs import make_attack, owns, steals
@@ -35,13 +35,13 @@ def model():
 def watched(patch):
     """What labeled images attacks get, and their holdout."""
     seen = []
-    attack = run.run_attack
+    attack = assessment.run_attack
 
     def see(wanted, defended, clone, holdout, work):
         seen.append((type(wanted).__name__, getattr(wanted, "_owned", None), holdout))
         return attack(wanted, defended, clone, holdout, work)
 
-    patch.setattr(run, "run_attack", see)
+    patch.setattr(assessment, "run_attack", see)
     return seen
 
 

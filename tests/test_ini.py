@@ -16,12 +16,12 @@ from divqat._util.files import load_checkpoint, read_json
 from divqat._util.settings import ConfigError
 from divqat.data import to_float
 from divqat.experiments.deploy import export_run, verify_run
+from divqat.nn.ini import InI, without_conflicts
 from divqat.nn.proxies import ProxySource
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import Team
-from divqat.train.ini import InI, without_conflicts
 from divqat.train.network import build_model
-from divqat.train.objective import Objective
+from divqat.train.objective import Objective, ini_terms
 from divqat.train.proxies import Proxies
 from divqat.train.step import Step
 
@@ -207,8 +207,8 @@ def test_a_step_adds_the_terms():
     twin = copy.deepcopy(model).double()
     images, labels, _ = batch()
     ini, team = InI(student, 0.3, 1.0, 5.0), Team()
-    objective = Objective(config(), team, list(model.parameters()), 0, ini=ini)
-    do = Step(config(), model, None, labels, team, objective)
+    objective = Objective(config(), config(), team, list(model.parameters()), 0, ini=ini)
+    do = Step(model, None, labels, team, objective, config(), config())
     torch.manual_seed(3)
     result = do(images[:6].float(), torch.arange(6), images[6:].float(), total=6)
 
@@ -246,14 +246,14 @@ def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
 def test_the_thief_of_its_own_seed_is_not_the_victim():
     shape = dict(in_channels=1, num_classes=10, image_size=[8, 8])
     one, same, other = (
-        InI.of(config(seed=seed), shape, torch.device("cpu")).student for seed in (0, 0, 1)
+        ini_terms(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
     )
     assert_equal(one.state_dict(), same.state_dict())
     assert not torch.equal(one.features[0][0].weight, other.features[0][0].weight)
     assert not torch.equal(
         one.features[0][0].weight, build_model(config(), shape).features[0][0].weight
     )
-    assert InI.of(TrainConfig(), shape, torch.device("cpu")) is None
+    assert ini_terms(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
         images, labels = splits.test.images[:256], splits.test.labels[:256]
         images = torch.cat([to_float(images), foreign])
         logits = run.model(images).detach()
-        student = InI.of(config(), run.shape, torch.device("cpu")).student
+        student = ini_terms(config(), "lenet", 0, run.shape, torch.device("cpu")).student
         found[method] = [
             sum(InI(student, *weights)(logits, labels, images)).item() for weights in torch.eye(3)
         ]
@@ -342,4 +342,4 @@ def test_defaults_are_those_of_the_literature_and_several_processes_are_refused(
     with pytest.raises(ConfigError, match=r"one process and accumulate = 1 with ini, .* got 2 and"):
         found.check_team(2)
     assert found.proxy_count(128) == 64
-    assert config(ini_gamma=0, ini_epsilon=0).proxy_count(128) == 0
+    assert found.shows_proxies and not config(ini_gamma=0, ini_epsilon=0).shows_proxies

@@ -155,8 +155,8 @@ def permuted(images, labels, confidence=None):
 
 
 def stepping(config, model, asked, labels, team, misdirection):
-    objective = Objective(config, team, list(model.parameters()), 0, misdirection)
-    return Step(config, model, asked, labels, team, objective)
+    objective = Objective(config, config, team, list(model.parameters()), 0, misdirection)
+    return Step(model, asked, labels, team, objective, config, config)
 
 
 def gradients(rank, size, accumulate=1):

@@ -16,8 +16,9 @@ import yaml
 from divqat import cli
 from divqat._util.settings import ConfigError
 from divqat.cli import commands
-from divqat.evaluate import Evaluation, Grid, run
-from divqat.experiments import deploy, study
+from divqat.evaluate import Evaluation, Grid, assessment
+from divqat.experiments import deploy
+from divqat.experiments import run as study_run
 from divqat.experiments.study import Study
 
 pytestmark = pytest.mark.slow
@@ -74,7 +75,7 @@ def test_run_does_everything(job, capsys):
 def test_finished_job_trains_and_asks_nothing(job, capsys, monkeypatch):
     for name in ("export_onnx", "verify"):
         monkeypatch.setattr(deploy, name, None)
-    monkeypatch.setattr(run, "run_attack", None)
+    monkeypatch.setattr(assessment, "run_attack", None)
     assert divqat("run", "--config", job / "job.yaml", "--out", job / "out") == 0
     shown = capsys.readouterr().out
     assert "| qat " in shown and "| divqat " in shown
@@ -115,7 +116,7 @@ def test_what_a_kill_left_behind_is_no_result(job, tmp_path, monkeypatch):
     for folder in (out / "seed0", out / "seed0" / "fp", out / "cells" / "seed0" / "qat" / "none"):
         for name in (".divqat-0123abcd-1-0123abcd-xyz.tmp", ".summary-abc.json", "mine.json"):
             (folder / name).write_text("{")
-    monkeypatch.setattr(run, "run_attack", None)
+    monkeypatch.setattr(assessment, "run_attack", None)
     assert divqat("run", "--config", job / "job.yaml", "--out", out) == 0
     assert measured(tmp_path) == measured(job)
 
@@ -148,7 +149,7 @@ def test_a_changed_figure_is_noticed_before_it_is_used(job, tmp_path, capsys, co
 def test_a_job_whose_folder_is_deleted_fails(job, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(job / "out", out)
-    monkeypatch.setattr(study, "evaluate", lambda *args, **more: shutil.rmtree(out, True))
+    monkeypatch.setattr(study_run, "evaluate", lambda *args, **more: shutil.rmtree(out, True))
     assert divqat("run", "--config", job / "job.yaml", "--out", out) == 1
     assert f"{out} was deleted, moved or replaced" in capsys.readouterr().err
     assert not out.exists()
@@ -175,7 +176,7 @@ def test_a_job_of_an_older_divqat_is_not_gone_on_with(job, tmp_path, capsys):
 
 def test_finished_job_may_be_moved(job, tmp_path, monkeypatch):
     (job / "out").rename(job / "moved")
-    monkeypatch.setattr(run, "run_attack", None)
+    monkeypatch.setattr(assessment, "run_attack", None)
     monkeypatch.chdir(job)
     command = ["run", "--config", "job.yaml", "--out", "moved", "--data-root", tmp_path]
     assert divqat(*command, "--device", "cpu") == 0

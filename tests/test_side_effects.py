@@ -10,7 +10,7 @@ from toys import TEST_IMAGES, TEST_LABELS, toy_splits, toy_victim
 from divqat._util.settings import ConfigError
 from divqat.cli.parser import build_parser
 from divqat.data import to_float
-from divqat.evaluate import Evaluation, Grid, Subject, evaluate, run, write_report
+from divqat.evaluate import Evaluation, Grid, Subject, assessment, evaluate, write_report
 from divqat.evaluate.results import Adversarial, SideEffects
 from divqat.evaluate.tables import side_effects_table
 from divqat.metrics import accuracy, expected_calibration_error, fgsm, pgd
@@ -92,8 +92,10 @@ def test_the_deployed_model_is_measured(done):
 @pytest.mark.slow
 def test_what_is_measured_is_kept(subjects, done, monkeypatch):
     result, out, _ = done
-    measured, measure = [], run.measure
-    monkeypatch.setattr(run, "measure", lambda *a: measured.append(a[0].subject) or measure(*a))
+    measured, measure = [], assessment.measure
+    monkeypatch.setattr(
+        assessment, "measure", lambda *a: measured.append(a[0].subject) or measure(*a)
+    )
 
     def again(subjects, grid=GRID):
         measured.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from divqat._util.settings import ConfigError
+from divqat.train.settings import LossSettings
 
 if TYPE_CHECKING:
     from divqat.train.config import TrainConfig
@@ -98,13 +99,13 @@ def _check_defense(config: TrainConfig) -> None:
         )
 
 
-def check_divergence(config: TrainConfig, num_classes: int) -> None:
+def check_divergence(settings: LossSettings, num_classes: int) -> None:
     """Whether the divergence has something to see.
 
     Raises:
         ConfigError: it has not.
     """
-    if config.method == "divqat" and config.classes == "non_label" and num_classes == 2:
+    if (settings.method, settings.classes, num_classes) == ("divqat", "non_label", 2):
         raise ConfigError(
             "classes: wanted all with two classes, got non_label: the other class alone always has "
             "the probability 1, and the divergence would be 0"

@@ -13,27 +13,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from divqat.train.config import TrainConfig
 
-
-def collapse(config: TrainConfig, rows: Sequence[dict[str, Any]], result: float) -> str | None:
+def collapse(
+    rows: Sequence[dict[str, Any]], result: float, frozen_from: float, never: int
+) -> str | None:
     """What to tell of a model that ends with less than half of its best validation accuracy.
 
     No training that went well ends so, whatever its data and its defense; one that did is finite
     and looks finished.
 
     Args:
-        config: the settings. rows: those of ``metrics.csv``, at least one.
+        rows: those of ``metrics.csv``, at least one.
         result: the model's validation accuracy; a budget may have chosen an earlier one.
+        frozen_from: the epoch from which BatchNorm was frozen. never: one that is not reached.
     """
     best = max(rows, key=lambda row: row["validation_accuracy"])
     if 2 * result >= best["validation_accuracy"]:
         return None
     text, advice = "", "a smaller lr, or grad_clip"
-    first = next((row["epoch"] for row in rows if config.frozen("batchnorm", row["epoch"])), None)
-    if config.kind.quantized and first is not None and first > best["epoch"]:
-        text = f"; BatchNorm froze with epoch {first}, and the loss is steeper since"
-        advice = f"a smaller lr, or freeze_batchnorm_epoch = {config.epochs + 1}, which is never"
+    if best["epoch"] < frozen_from <= rows[-1]["epoch"]:
+        text = f"; BatchNorm froze with epoch {frozen_from}, and the loss is steeper since"
+        advice = f"a smaller lr, or freeze_batchnorm_epoch = {never}, which is never"
     return (
         f"validation accuracy fell from {best['validation_accuracy']:.2%} in epoch {best['epoch']} "
         f"to {result:.2%}{text}: try {advice}"

@@ -15,7 +15,8 @@ from divqat.train.settings import (
     QuantizationSettings,
     RunningSettings,
 )
-from divqat.train.settings.misdirection import DISTILL, MISDIRECT
+from divqat.train.settings.loss import DISTILL
+from divqat.train.settings.misdirection import MISDIRECT
 from divqat.train.settings.optimizer import LR_SCALING
 
 # What a run has to share with its teacher.
@@ -71,11 +72,6 @@ class TrainConfig(
         return bool(self.misdirect or asks)
 
     @property
-    def compares(self) -> bool:
-        """Whether the loss has a divergence from another network's answers to training images."""
-        return bool(self.kind.divergence_sign and (self.weight or self.distill))
-
-    @property
     def idle(self) -> set[str]:
         """Settings whose values change nothing in this training."""
         idle = set[str]()
@@ -91,10 +87,6 @@ class TrainConfig(
         if self.method != "ini":
             idle |= {*INI}
         return idle
-
-    def proxy_count(self, images: int) -> int:
-        """How many proxies go with so many training images of a step."""
-        return round(self.proxy_share * images) if self.shows_proxies else 0
 
     def check_team(self, processes: int, device: str = "cuda") -> None:
         """Whether so many processes, on devices of this type, can do the steps.
@@ -112,14 +104,19 @@ class TrainConfig(
 
     def frozen(self, what: str, epoch: int) -> bool:
         """Whether ``what`` ("observers" or "batchnorm") is frozen in ``epoch``, counted from 1."""
+        return epoch >= self.first_frozen(what)
+
+    def first_frozen(self, what: str) -> float:
+        """The epoch from which ``what`` is frozen, counted from 1; inf: never."""
         first = getattr(self, f"freeze_{what}_epoch")
-        if first is None and self.method == "ptq":  # its passes have no other purpose
-            return False
-        if first is None:  # the last third, at least the last; never in a single epoch
-            # A second large term is more than a frozen BatchNorm takes at a high learning rate.
-            few = what == "batchnorm" and (self.misdirect or self.method == "kd-qat")
-            first = max(2, self.epochs if few else self.rewound_epoch + 1)
-        return epoch >= first
+        if first is not None:
+            return first
+        if self.method == "ptq":  # its passes have no other purpose
+            return math.inf
+        # The last third, at least the last; never in a single epoch. A second large term is more
+        # than a frozen BatchNorm takes at a high learning rate.
+        few = what == "batchnorm" and (self.misdirect or self.method == "kd-qat")
+        return max(2, self.epochs if few else self.rewound_epoch + 1)
 
     @property
     def rewound_epoch(self) -> int:

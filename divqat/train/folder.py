@@ -66,7 +66,7 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} has done {state['epoch']} of {config.epochs} epochs: "
             f"divqat train --out {folder} --resume"
         )
-    check_size(config, state["shape"], state["model"], folder / CHECKPOINT)
+    check_size(config.model, state["shape"], state["model"], folder / CHECKPOINT)
     model = build_model(config, state["shape"])
     model.load_state_dict(state["model"])
     rest = state["epoch"], state["shape"], state["teacher"], fingerprint(state["model"])

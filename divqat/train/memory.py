@@ -30,19 +30,17 @@ class StepMemory:
     device: torch.device
 
     @classmethod
-    def of(cls, step: Step, train_set: LabeledImages) -> StepMemory:
-        """From two training images in a copy of the step's model."""
+    def of(cls, step: Step, train_set: LabeledImages, images_of_step: int) -> StepMemory:
+        """From two training images in a copy of the step's model; ``images_of_step`` of the whole
+        step, proxies included."""
         images, _ = next(batches(train_set.subset(slice(2)), 2))
         batch = images.contiguous(memory_format=torch.channels_last)
         trial = copy.deepcopy(step.model).train()
         kept = saved_bytes(lambda: step.forward(trial, batch), trial.parameters())
-        config, team = step.config, step.team
         # Codes are a quarter of float32; what else is kept is at least as much.
-        share = 4 if config.save_as_codes else 1
-        at_once = min(config.batch_size, len(train_set))
-        at_once += config.proxy_count(at_once)
-        parts = team.size * config.accumulate
-        return cls(-(-at_once // parts), kept // (share * len(images)), team.device)
+        share = 4 if step.running.save_as_codes else 1
+        parts = step.team.size * step.accumulate
+        return cls(-(-images_of_step // parts), kept // (share * len(images)), step.team.device)
 
     def check(self) -> None:
         """Refuse what cannot fit, before the system kills the process for trying.

@@ -35,7 +35,7 @@ class Method:
 #   network of the same architecture. τ = 4 and ω = 0.04 are those of the authors' code for
 #   CIFAR-10; it takes τ = 20 and ω = 0.005 for CIFAR-100. Initial weights are not the teacher's
 #   even under the same seed (see build_model).
-# ini: see divqat.train.ini. Of full precision, as its authors have it; ptq takes it as it is, qat
+# ini: see divqat.nn.ini. Of full precision, as its authors have it; ptq takes it as it is, qat
 #   learns on from it without its loss.
 # ptq: ranges as moving averages, over frozen weights with the BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).

@@ -30,7 +30,7 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
     # From its teacher's initial weights a nasty one would follow the teacher's path, on which their
     # divergence is 0 and so is its gradient.
     own = (config.method,) if config.method == "nasty" else ()
-    model = build_float(config, shape, *own)
+    model = build_float(config.model, config.seed, shape, *own)
     if not config.kind.quantized:
         return model
     quantization = preset(
@@ -42,9 +42,7 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
     return prepare(model, quantization, example(shape))
 
 
-def check_size(
-    config: TrainConfig, shape: Mapping[str, Any], state: Mapping[str, Any], path: Path
-) -> None:
+def check_size(name: str, shape: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
     """See that a checkpoint holds as many weights as a network of its shape has, before memory for
     them is taken; of a network of the user's own nothing is known before.
 
@@ -56,9 +54,9 @@ def check_size(
         fits = all(type(size) is int and size > 0 for size in (*sizes, shape["num_classes"]))
         if not fits or len(sizes) != 3 or math.prod(sizes) > MAX_INPUT:
             raise ValueError(f"no shape of a network, or one too large: {dict(shape)}")
-        if not is_foreign(config.model):
+        if not is_foreign(name):
             with torch.device("meta"):
-                wanted = sum(p.numel() for p in build_float(config, shape).parameters())
+                wanted = sum(p.numel() for p in build_float(name, 0, shape).parameters())
             held = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
             if held < wanted:
                 raise ValueError(f"{wanted} weights are wanted, it has {held} numbers")
@@ -66,12 +64,12 @@ def check_size(
         raise ValueError(f"{path} is not of a training: {error}") from error
 
 
-def build_float(config: TrainConfig, shape: Mapping[str, Any], *purpose: str) -> nn.Module:
-    """The float network of a configuration, with other weights from its seed for each purpose."""
+def build_float(name: str, seed: int, shape: Mapping[str, Any], *purpose: str) -> nn.Module:
+    """A float network, with other weights from its seed for each purpose."""
     with torch.random.fork_rng([]):
-        torch.manual_seed(derived_seed(config.seed, "init", *purpose))
+        torch.manual_seed(derived_seed(seed, "init", *purpose))
         return models.build(
-            config.model,
+            name,
             in_channels=shape["in_channels"],
             num_classes=shape["num_classes"],
             image_size=tuple(shape["image_size"]),

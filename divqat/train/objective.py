@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from divqat.nn import DivQATLoss, MisdirectionLoss
-from divqat.train.config import LOSS, TrainConfig
+from divqat.nn.ini import InI, without_conflicts
+from divqat.train.config import LOSS
 from divqat.train.distributed import Part, Team
-from divqat.train.ini import InI, without_conflicts
+from divqat.train.network import build_float
+from divqat.train.settings import LossSettings, MisdirectionSettings
 
 # Float32 images [M, C, H, W] to a frozen network's logits, float32 [M, num_classes].
 Ask = Callable[[Tensor], Tensor]
@@ -24,11 +27,12 @@ class Objective:
     one is asked; x~ are proxies of a thief's images (:mod:`divqat.data.proxies`) and t the
     misdirection's targets. λ is ``weight``, κ ``distill``, w ``misdirect``. The first two terms are
     :class:`divqat.nn.DivQATLoss` (κ: its mirror image, of weight −κ), the next is
-    :class:`divqat.nn.MisdirectionLoss`, the last :class:`divqat.train.ini.InI`: here they are only
+    :class:`divqat.nn.MisdirectionLoss`, the last :class:`divqat.nn.ini.InI`: here they are only
     weighed and added, over the parts of a step and the processes of a team.
 
     Args:
-        config: the settings. team: the processes that do a step together.
+        settings, proxies: of the divergence, and of the misdirection.
+        team: the processes that do a step together.
         parameters: of the model; InI compares gradients.
         warmup_steps: in which λ rises.
         misdirection, ini: those terms, where the loss has them.
@@ -36,32 +40,33 @@ class Objective:
 
     def __init__(
         self,
-        config: TrainConfig,
+        settings: LossSettings,
+        proxies: MisdirectionSettings,
         team: Team,
         parameters: list[nn.Parameter],
         warmup_steps: int,
         misdirection: MisdirectionLoss | None = None,
         ini: InI | None = None,
     ) -> None:
-        self.config, self.team, self.parameters = config, team, parameters
-        self.misdirection, self.ini = misdirection, ini
+        self.settings, self.proxies, self.team = settings, proxies, team
+        self.parameters = parameters
+        self.misdirection = None if misdirection is None else misdirection.to(team.device)
+        self.ini = ini
         self.divergence: DivQATLoss | None = None
-        if config.kind.divergence_sign:
-            settings = {name: getattr(config, name) for name in LOSS if name != "warmup_epochs"}
-            if config.distill:
-                settings |= {"weight": -config.distill, "direction": "teacher_student"}
-            self.divergence = DivQATLoss(
-                **settings, warmup_steps=warmup_steps, label_smoothing=config.label_smoothing
-            ).to(team.device)
+        if settings.kind.divergence_sign:
+            names = [name for name in LOSS if name != "warmup_epochs"]
+            arguments = {name: getattr(settings, name) for name in (*names, "label_smoothing")}
+            if settings.distill:
+                arguments |= {"weight": -settings.distill, "direction": "teacher_student"}
+            self.divergence = DivQATLoss(**arguments, warmup_steps=warmup_steps).to(team.device)
         self.weaken(1.0)
 
     def weaken(self, share: float) -> None:
         """From here on the defense has this share of its weights in the loss, λ and w."""
         self.share = share
-        if self.divergence is not None and not self.config.distill:
-            self.divergence.set_weight(
-                share * self.config.kind.divergence_sign * float(self.config.weight or 0)
-            )
+        if self.divergence is not None and not self.settings.distill:
+            sign = self.settings.kind.divergence_sign
+            self.divergence.set_weight(share * sign * float(self.settings.weight or 0))
 
     def start_step(self, number: int) -> None:
         """What follows is this step, counted from 0 over the whole training: λ may rise."""
@@ -97,8 +102,8 @@ class Objective:
             theirs = ask(images[n:]) if self.misdirection.targets.needs_teacher else None
             astray = self.misdirection.targets.terms(logits[n:], theirs, images[n:])
             # the sum over the parts and the mean over the processes is w · mean
-            weight = self.share * float(self.config.misdirect or 0)
-            mean = weight * astray.loss / self.config.proxy_count(total)
+            weight = self.share * float(self.proxies.misdirect or 0)
+            mean = weight * astray.loss / self.proxies.proxy_count(total)
             objective = objective + mean * self.team.size
             sums[0] += total * mean.detach()
             sums[3:] += torch.stack([astray.loss.detach(), astray.misled])
@@ -114,8 +119,24 @@ class Objective:
         """Loss, cross-entropy and divergence of training images, each []; only the first has a
         gradient."""
         if self.divergence is None:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
             return loss, loss.detach(), torch.zeros_like(loss)
         loss = self.divergence(logits, labels, answers)
         assert self.divergence.ce is not None and self.divergence.divergence is not None
         return loss, self.divergence.ce, self.divergence.divergence
+
+
+def ini_terms(
+    settings: LossSettings, network: str, seed: int, shape: Mapping[str, Any], device: torch.device
+) -> InI | None:
+    """The terms of InI on ``device``, whose thief has the victim's architecture; of other methods,
+    None.
+
+    Args:
+        network: its name. shape: of :func:`divqat.train.network.shape_of`.
+    """
+    if settings.method != "ini":
+        return None
+    student = build_float(network, seed, shape, "student")
+    student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return InI(student, settings.ini_gamma, settings.ini_delta, settings.ini_epsilon)

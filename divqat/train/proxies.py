@@ -14,7 +14,6 @@ from divqat.data.batches import batches, to_float, to_uint8
 from divqat.nn import MisdirectionLoss
 from divqat.nn.misdirection import SAMPLE, sample_size
 from divqat.nn.proxies import ProxySource
-from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
 from divqat.train.settings import MisdirectionSettings
 
@@ -60,20 +59,19 @@ class Proxies:
     @classmethod
     def of(
         cls,
-        config: TrainConfig,
+        settings: MisdirectionSettings,
+        seed: int,
         misdirection: MisdirectionLoss | None,
-        image_shape: tuple[int, int, int],
+        train_set: LabeledImages,
         team: Team,
-    ) -> Proxies | None:
-        """Those of a training, if it has some; a misdirection has drawn what they come from."""
-        if not config.shows_proxies:
-            return None
+    ) -> Proxies:
+        """Those of a training; a misdirection has drawn what they come from."""
         if misdirection is not None:
             source = misdirection.source
         else:
-            folder = config.proxy_root
-            source = ProxySource(config.proxies, image_shape, folder=folder, seed=config.seed)
-        return cls(source.to(team.device), config.seed, team)
+            shape, folder = train_set.image_shape, settings.proxy_root
+            source = ProxySource(settings.proxies, shape, folder=folder, seed=seed)
+        return cls(source.to(team.device), seed, team)
 
     def start(self, epoch: int) -> None:
         """What follows are the proxies of this epoch."""

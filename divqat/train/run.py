@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -157,7 +158,7 @@ def _finish(
     log(
         f"test accuracy {summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s, "
         f"{summary['waiting']:.1%} of the steps' time waiting for images, "
-        f"peak memory {_peak(summary, config)}: {out}"
+        f"peak memory {_peak(summary, config.teacher)}: {out}"
     )
     _warn(summary, log)
 
@@ -181,7 +182,9 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
     config, budget = trainer.config, trainer.budget
     last = trainer.rows[-1] if budget is None else budget.chosen
     logits = predict(trainer.model.eval(), splits.test)
-    broken = collapse(config, trainer.rows, last["validation_accuracy"])
+    frozen_from = config.first_frozen("batchnorm") if config.kind.quantized else inf
+    result = last["validation_accuracy"]
+    broken = collapse(trainer.rows, result, frozen_from, never=config.epochs + 1)
     warnings = [broken, None if budget is None else budget.warning()]
     lost = 0.0 if budget is None else sum(attempt["seconds"] for attempt in budget.attempts)
     return {
@@ -225,11 +228,11 @@ def _load_teacher(config: TrainConfig) -> Run:
     return teacher
 
 
-def _peak(summary: dict[str, Any], config: TrainConfig) -> str:
+def _peak(summary: dict[str, Any], teacher: str | None) -> str:
     """The peak memory, beside that of the full-precision training."""
     text = _megabytes(summary["peak_memory"])
-    if config.teacher is not None and (Path(config.teacher) / SUMMARY).is_file():
-        before = read_json(Path(config.teacher) / SUMMARY).get("peak_memory")
+    if teacher is not None and (Path(teacher) / SUMMARY).is_file():
+        before = read_json(Path(teacher) / SUMMARY).get("peak_memory")
         text += f" (full precision: {_megabytes(before)})"
     return text
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from divqat.quantize import save_as_codes
-from divqat.train.config import TrainConfig
 from divqat.train.distributed import Part, Team
 from divqat.train.objective import Objective
 from divqat.train.optimizer import build_optimizer
+from divqat.train.settings import OptimizerSettings, RunningSettings
 
 
 class Step:
@@ -23,45 +23,47 @@ class Step:
     place, so that a CUDA graph can hold all of it.
 
     Args:
-        config: the settings.
         model: trained in place.
         teacher: asked for its answers, if the method wants them and none are kept in ``answers``;
             with ``distill`` the reference.
         labels: int64 [number of training images], on the device.
         team: the processes that do the step together.
         objective: the loss.
+        running, optimizer: the settings.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
         model: nn.Module,
         teacher: nn.Module | None,
         labels: Tensor,
         team: Team,
         objective: Objective,
+        running: RunningSettings,
+        optimizer: OptimizerSettings,
     ) -> None:
-        self.config, self.model, self.team = config, model, team
+        self.running, self.model, self.team = running, model, team
+        self.accumulate, self.grad_clip = optimizer.accumulate, optimizer.grad_clip
         self.labels, self.objective = labels, objective
         self.answers: Tensor | None = None  # float32 [number of images, num_classes], if kept
         self.teacher: Callable[[Tensor], Tensor] | None = teacher
         self.net = model
-        if config.compile:
+        if running.compile:
             self.net = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
             if teacher is not None:
                 self.teacher = torch.compile(teacher, fullgraph=True, dynamic=False)
         self.net = team.wrap(self.net)
         # Small gradients are 0 in float16 unless the loss is scaled up.
-        self.scaler = torch.amp.GradScaler(team.device.type, enabled=config.precision == "float16")
-        self.optimizer = build_optimizer(config, model.parameters(), team.device)
+        self.scaler = torch.amp.GradScaler(team.device.type, enabled=running.precision == "float16")
+        self.optimizer = build_optimizer(optimizer, model.parameters(), team.device)
 
     def autocast(self) -> AbstractContextManager[None]:
         """A block that runs in the precision that was asked for."""
-        dtype = getattr(torch, self.config.precision)
+        dtype = getattr(torch, self.running.precision)
         return torch.autocast(self.team.device.type, dtype, enabled=dtype != torch.float32)
 
     def _saving(self) -> AbstractContextManager[None]:
-        return save_as_codes(self.model) if self.config.save_as_codes else nullcontext()
+        return save_as_codes(self.model) if self.running.save_as_codes else nullcontext()
 
     def modes(self) -> AbstractContextManager[None]:
         """A block in which the model's modules are in the modes that the steps want."""
@@ -78,11 +80,11 @@ class Step:
     ) -> Iterator[Part]:
         """Images in the parts that this process runs one after another, the proxies of each after
         its training images; see __call__."""
-        parts = self.team.parts(self.net, images, index, total, self.config.accumulate)
+        parts = self.team.parts(self.net, images, index, total, self.accumulate)
         if proxies is None:
             yield from parts
             return
-        for part, own in zip(parts, proxies.tensor_split(self.config.accumulate), strict=True):
+        for part, own in zip(parts, proxies.tensor_split(self.accumulate), strict=True):
             yield replace(part, images=torch.cat([part.images, own]))
 
     def __call__(
@@ -126,9 +128,9 @@ class Step:
 
     def update(self) -> None:
         """Move the weights by the gradient."""
-        if self.config.grad_clip is not None:
+        if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
@@ -150,7 +152,7 @@ class Step:
         """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
         if self.answers is not None:
             return self.answers[index]
-        if self.teacher is None or not self.config.compares:
+        if self.teacher is None or not self.objective.settings.compares:
             return None
         return self._ask(images)
 

@@ -26,10 +26,9 @@ from divqat.train.config import TrainConfig
 from divqat.train.distributed import Team
 from divqat.train.folder import Run
 from divqat.train.graph import Captured, own_stream
-from divqat.train.ini import InI
 from divqat.train.memory import StepMemory
 from divqat.train.network import begin, shape_of
-from divqat.train.objective import Objective
+from divqat.train.objective import Objective, ini_terms
 from divqat.train.observation import Observation
 from divqat.train.optimizer import load_optimizer, set_learning_rate
 from divqat.train.proxies import Proxies, fitted_misdirection
@@ -74,9 +73,10 @@ class Trainer:
         self.teacher_id = None if teacher is None else teacher.fingerprint
         misdirection: MisdirectionLoss | None = None
         if config.misdirect:
-            classes = splits.num_classes
-            misdirection = fitted_misdirection(config, config.seed, classes, train_set).to(device)
-        self.proxies = Proxies.of(config, misdirection, train_set.image_shape, team)
+            misdirection = fitted_misdirection(config, config.seed, splits.num_classes, train_set)
+        self.proxies: Proxies | None = None
+        if config.shows_proxies:
+            self.proxies = Proxies.of(config, config.seed, misdirection, train_set, team)
         reference = load_reference(config, teacher)
         known = reference if config.distill else teacher
         asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
@@ -86,14 +86,15 @@ class Trainer:
             asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.objective = Objective(
             config,
+            config,
             team,
             list(self.model.parameters()),
             round(config.warmup_epochs * self.steps),
             misdirection,
-            InI.of(config, self.shape, device),
+            ini_terms(config, config.model, config.seed, self.shape, device),
         )
         kind = Observation if config.method == "ptq" else Step
-        self.step = kind(config, self.model, asked, train_set.labels, team, self.objective)
+        self.step = kind(self.model, asked, train_set.labels, team, self.objective, config, config)
         if known is not None and config.cache_teacher and config.compares:
             key = {"teacher": known.fingerprint, "precision": config.precision}
             with self.step.autocast():
@@ -101,13 +102,13 @@ class Trainer:
                     folder, known.model, self.train_set, key, keep=team.rank == 0
                 )
         self.budget = Budget.of(config, reference, self.validation)
-        self.need = StepMemory.of(self.step, self.train_set)
+        images = min(config.batch_size, len(self.train_set))
+        images += 0 if self.proxies is None else config.proxy_count(images)
+        self.need = StepMemory.of(self.step, self.train_set, images)
         self.need.check()
-        self.frozen: tuple[bool, bool] | None = None  # what was in the last epoch
-        self.stream: torch.cuda.Stream | None = None
-        self.do_step: Step | Captured = self.step
-        if config.cuda_graph:
-            self.stream, self.do_step = torch.cuda.Stream(device), Captured(self.step)
+        self.frozen: tuple[bool, ...] | None = None  # what was in the last epoch
+        self.stream = torch.cuda.Stream(device) if config.cuda_graph else None
+        self.do_step = Captured(self.step) if config.cuda_graph else self.step
 
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on. Generators and the learning rate are functions of
@@ -238,8 +239,7 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Freeze what is frozen from ``epoch`` on."""
-        config = self.config
-        frozen = config.frozen("observers", epoch), config.frozen("batchnorm", epoch)
+        frozen = tuple(self.config.frozen(what, epoch) for what in ("observers", "batchnorm"))
         if frozen[0]:
             freeze_observers(self.model)
         if frozen[1]:
@@ -262,8 +262,8 @@ class Trainer:
             shard=(self.team.rank, self.team.size),
         )
         # Read once per epoch: a number on the host would make every step wait for the device.
-        sums, count = torch.zeros(5, dtype=torch.float64, device=self.device), 0
-        proxies = 0
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        count = proxies = 0
         if self.proxies is not None:
             self.proxies.start(epoch)
         finite: list[Tensor] = []

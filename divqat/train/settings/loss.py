@@ -8,6 +8,8 @@ from divqat._util.settings import Options, option
 from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
 from divqat.train.methods import METHODS, Method
 
+DISTILL = 1.0  # with misdirect and a reference
+
 
 def _defaults(setting: str) -> str:
     """What a setting is if it is left open, by method."""
@@ -67,6 +69,12 @@ class LossSettings(Options):
     warmup_epochs: float = option(
         0.0, "Epochs in which λ rises from 0.", group="divergence loss", least=0
     )
+    distill: float | None = option(
+        None, "How strongly the reference's answers to training images pull (kd-qat's loss) beside "
+        "misdirect, which costs less accuracy then; without weight. None: "
+        f"{DISTILL:g} with misdirect and a reference, else 0.",
+        group="misdirection", least=0,
+    )  # fmt: skip
     ini_gamma: float = option(
         0.3, "γ: draws answers to proxies of a thief's images to those of an untrained network.",
         group="InI (method ini)", least=0,
@@ -97,3 +105,8 @@ class LossSettings(Options):
     def kind(self) -> Method:
         """What the method is like."""
         return METHODS[self.method]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss has a divergence from another network's answers to training images."""
+        return bool(self.kind.divergence_sign and (self.weight or self.distill))

@@ -8,7 +8,7 @@ from divqat._util.settings import Options, option
 from divqat.data.proxies import NAMES, PROXIES
 from divqat.nn.misdirection_targets import TARGETS
 
-MISDIRECT, DISTILL = 0.8, 1.0  # with an accuracy budget; beside that, with a reference
+MISDIRECT = 0.8  # with an accuracy budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,6 @@ class MisdirectionSettings(Options):
     misdirect: float | None = option(
         None, "Weight of the misdirection: on proxies of a thief's images the int8 model learns to "
         f"answer unlike the teacher; 0: none. None: {MISDIRECT} with an accuracy budget, else 0.",
-        group="misdirection", least=0,
-    )  # fmt: skip
-    distill: float | None = option(
-        None, "How strongly the reference's answers to training images pull (kd-qat's loss) beside "
-        "misdirect, which costs less accuracy then; without weight. None: "
-        f"{DISTILL:g} with misdirect and a reference, else 0.",
         group="misdirection", least=0,
     )  # fmt: skip
     proxies: tuple[str, ...] = option(
@@ -53,3 +47,7 @@ class MisdirectionSettings(Options):
         "could be training images. None: all count 1.",
         group="misdirection", above=0, below=1,
     )  # fmt: skip
+
+    def proxy_count(self, images: int) -> int:
+        """How many proxies go with so many training images of a step."""
+        return round(self.proxy_share * images)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from divqat.train.config import TrainConfig
-from divqat.train.network import build_float
 
 
 class InI:
@@ -46,16 +42,6 @@ class InI:
     def __init__(self, student: nn.Module, gamma: float, delta: float, epsilon: float) -> None:
         self.student = student.eval()
         self.gamma, self.delta, self.epsilon = gamma, delta, epsilon
-
-    @classmethod
-    def of(cls, config: TrainConfig, shape: Mapping[str, Any], device: torch.device) -> InI | None:
-        """The terms of a training on ``device``; of methods other than ini, None. ``shape`` is that
-        of :func:`divqat.train.network.build_model`."""
-        if config.method != "ini":
-            return None
-        student = build_float(config, shape, "student")
-        student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(student, config.ini_gamma, config.ini_delta, config.ini_epsilon)
 
     def __call__(
         self,
