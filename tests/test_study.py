@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,13 @@ def test_study_trains_deploys_and_evaluates(done):
     assert "int8" in result.deployed and "full-precision" in result.deployed
     assert (done / "out" / "seed0" / "nasty-ptq" / "model.onnx").is_file()
     assert not (done / "out" / "seed0" / "teacher" / "model.onnx").exists()
+
+
+def test_the_report_says_how_each_was_trained(done):
+    text = (done / "out" / "report.md").read_text()
+    rows = dict(re.findall(r"^\| (\S+) +\| (?:fp|qat|ptq) +\| (\S.*?) *\|$", text, re.M))
+    assert rows == {"fp": "epochs=2", "qat": "lr=0.01"}  # the last one's are those of most
+    assert re.search(r"^\| nasty-ptq \| ptq +\| +\|$", text, re.M)
 
 
 def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):

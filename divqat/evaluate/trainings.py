@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from divqat._util.files import read_json
 from divqat._util.names import check_name
+from divqat._util.settings import read_yaml
 from divqat.evaluate.curves import layer_sqnr, training_curves
 from divqat.evaluate.page import Section
 from divqat.evaluate.results import Evaluation
-from divqat.evaluate.table import ABSENT, Table, percent
+from divqat.evaluate.table import ABSENT, Table, percent, settings_text
 from divqat.export.verify import as_attacked
 
+PLACES = ("teacher", "reference")  # folders
 TEACHER = "fp"  # trained in every study, whether it is evaluated or not
 
 
@@ -35,8 +39,10 @@ def training_sections(result: Evaluation, folder: Path) -> list[Section]:
         Section("Deployment", "Percent and counts.", _deployment(result, folder)),
         Section(
             "Training",
-            "Mean over the seeds; the band spans the smallest and the largest.",
-            plot=training_curves(metrics, plots / "training.png"),
+            "Settings: where they are not those of most trainings. Curves: mean over the seeds; "
+            "the band spans the smallest and the largest.",
+            _own_settings(result, folder),
+            training_curves(metrics, plots / "training.png"),
         ),
         Section(
             "Quantization noise per layer",
@@ -71,6 +77,32 @@ def warning_sections(result: Evaluation, folder: Path) -> list[Section]:
     ]
     table = Table(["Training", "Folder", "Warning"], rows, text_columns=3)
     return [Section("Warnings", table=table)] if rows else []
+
+
+def _own_settings(result: Evaluation, folder: Path) -> Table:
+    """Of each training, first seed, the settings that are not those of most."""
+    files = _files(result, folder, "config.yaml", TEACHER)
+    settings = {name: read_yaml(found[0]) for name, found in files.items() if found}
+    keys = [key for key in dict.fromkeys(chain(*settings.values())) if key not in PLACES]
+    usual = {
+        key: Counter(str(own.get(key)) for own in settings.values()).most_common(1)[0][0]
+        for key in keys
+    }
+    rows = [
+        [
+            name,
+            str(own.get("method")),
+            settings_text(
+                {
+                    key: own[key]
+                    for key in keys
+                    if key in own and key != "method" and str(own[key]) != usual[key]
+                }
+            ),
+        ]
+        for name, own in settings.items()
+    ]
+    return Table(["Training", "Method", "Settings"], rows, text_columns=3)
 
 
 def _deployment(result: Evaluation, folder: Path) -> Table:
