@@ -1,6 +1,7 @@
 """Let the tests import their vocabulary, tests/testing.py, and what several files share."""
 
 import functools
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ def trainings_are_quick():
         patch.setattr(
             figures, "write_atomic", lambda path, _: write(path, lambda f: f.write_bytes(BLANK))
         )
+        patch.setitem(figures.STYLE, "axes.grid", False)  # half of what is drawn are its ticks
         registry = _onnx_registry()
         if registry is not None:
             known = staticmethod(functools.cache(registry.from_torchlib))
@@ -61,6 +63,7 @@ def painted():
     """The module's pictures are those that a user sees."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "write_atomic", files.write_atomic)
+        patch.setitem(figures.STYLE, "axes.grid", True)
         yield
 
 
@@ -79,6 +82,14 @@ def pytest_collection_modifyitems(config, items):
     kept = set(first.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish():
+    """Tracing makes millions of objects, and collecting garbage goes through those of torch and of
+    all tests each time. They stay, so it need not; cycles of new ones are looked for less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_make_parametrize_id(val):
