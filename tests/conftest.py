@@ -22,6 +22,9 @@ from divqat.data import ImageSet, catalog
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any")
 
+# Imports and traces make millions of objects, few of them garbage in cycles.
+gc.set_threshold(20_000, 10, 10)
+
 BLANK = b"\x89PNG\r\n\x1a\n"
 
 
@@ -85,11 +88,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Tracing makes millions of objects, and collecting garbage goes through those of torch and of
-    all tests each time. They stay, so it need not; cycles of new ones are looked for less often."""
+    """What torch and all tests are made of stays: garbage is looked for elsewhere."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_make_parametrize_id(val):
@@ -121,6 +122,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def new_garbage_only():
+    """Every measurement collects, which takes longer than it does where packages fill the heap."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
