@@ -3,6 +3,7 @@
 import functools
 import gc
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,9 +76,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Files with slow tests begin first, so that no worker waits long for the last one."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+    if config.getoption("quick"):
+        keep_the_core(config, items)
+
+
+def keep_the_core(config, items):
     """Of a test that is run over many cases and backends, the first is its core."""
-    if not config.getoption("quick"):
-        return
     first = {}
     for item in items:
         if not item.get_closest_marker("slow"):
