@@ -71,8 +71,9 @@ install: .venv/installed
 	@$(BIN)/python -c 'import divqat; [print("native kernels,", *item) for item in divqat.ops.native_kernels().items()]'
 	@touch $@
 
-# The CUDA kernels, for the CPU and where there is nvcc for GPUs: compiled once, they are set-up.
-.venv/kernels: .venv/dev $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
+# The CUDA kernels, for the CPU and where there is nvcc for GPUs: compiled and taken apart once, they
+# are set-up.
+.venv/kernels: .venv/dev tests/cubins.py $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
 	tests/cuda_emulator/include/*/*.*)
 	PYTHONPATH=tests $(BIN)/python -m cuda_emulator.build
 	PYTHONPATH=tests $(BIN)/python -m cubins

@@ -20,7 +20,7 @@ from bench.nets import NETWORKS, Network, weights
 from divqat.models.resnet20 import BasicBlock, ResNet20
 from divqat.ops._backend import best
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "new_garbage_only")]
 ROOT = Path(__file__).parent.parent
 
 
