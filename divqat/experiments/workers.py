@@ -170,7 +170,12 @@ class _Processes(Executor):
             self._idle.put(pool)
 
     def _new(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # a fork has torch's locks without threads
+        # A fork of this process has torch's locks without its threads. One of a server has neither,
+        # and need not import everything again.
+        methods = multiprocessing.get_all_start_methods()
+        method = "forkserver" if "forkserver" in methods else "spawn"
+        multiprocessing.set_forkserver_preload(["divqat.experiments.units"])
+        context = multiprocessing.get_context(method)
         return ProcessPoolExecutor(1, context, _start, (self._share,))
 
     def terminate(self) -> None:
