@@ -32,6 +32,10 @@ from divqat._util import progress, streams
 from divqat._util.errors import require
 from divqat._util.foreign import trust, trusted
 
+# What a server of processes imports, as far as it is installed: what units need, and takes seconds.
+IMPORTED = [
+    "divqat.experiments.units", "matplotlib.figure", "onnxscript", "onnxruntime", "sklearn.datasets",
+]  # fmt: skip
 ATTEMPTS = 3  # at a unit whose process dies each time
 _alone = threading.Lock()  # the number of threads and the random state belong to a whole process
 
@@ -174,7 +178,7 @@ class _Processes(Executor):
         # and need not import everything again.
         methods = multiprocessing.get_all_start_methods()
         method = "forkserver" if "forkserver" in methods else "spawn"
-        multiprocessing.set_forkserver_preload(["divqat.experiments.units"])
+        multiprocessing.set_forkserver_preload(IMPORTED)
         context = multiprocessing.get_context(method)
         return ProcessPoolExecutor(1, context, _start, (self._share,))
 
