@@ -33,7 +33,7 @@ def tiles(block: int, warps: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "block_of", lambda *_: choice))
-        for name in ("fake_quantize_observed", "fake_quantize_lsq"):
+        for name in ("observe", "fake_quantize_lsq"):
             stack.enter_context(mock.patch(f"divqat.kernels.{name}.plan", other))
         yield
 

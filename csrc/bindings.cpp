@@ -12,9 +12,9 @@
 #include <set>
 #include <thread>
 
+#include "cpu/fake_quantize_weights_plan.h"
 #include "cpu/instruction_set.h"
 #include "register.h"
-#include "weights_plan.h"
 #ifdef DIVQAT_CUDA
 #include "cuda/launchers.h"
 #endif

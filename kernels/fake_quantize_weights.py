@@ -18,7 +18,7 @@ import triton.language as tl
 from divqat.kernels._launch import channels_of, check_same, dense, empty_mask, laid_out_as, launch
 from divqat.kernels._math import cast, clamp, compute, round_to_code, symmetric_scale
 from divqat.kernels.fake_quantize import mask_grad, quantize
-from divqat.kernels.fake_quantize_observed import observe_dense
+from divqat.kernels.observe import observe_dense
 from torch import Tensor
 
 # A kernel's parameters may take 4 KB: three addresses for each of these.

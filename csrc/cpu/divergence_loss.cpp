@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "../loss_checks.h"
+#include "../divergence_loss_checks.h"
 #include "grid.h"
 #include "ops.h"
 

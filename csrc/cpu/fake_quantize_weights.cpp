@@ -3,8 +3,9 @@
 #include <cstring>
 
 #include "../qparams.h"
-#include "../weights_plan.h"
+#include "fake_quantize_weights_plan.h"
 #include "grid.h"
+#include "min_max.h"
 #include "ops.h"
 
 namespace divqat {

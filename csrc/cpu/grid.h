@@ -98,7 +98,4 @@ inline void quantize_all(const Tensor& x, const Tensor& y, const Tensor& mask, G
 // grad_x = grad_y where the mask is set, else 0; all dense in the same memory order.
 void masked_grad_all(const Tensor& grad_y, const Tensor& mask, const Tensor& grad_x);
 
-// Minimum and maximum of each channel of a dense x with at least one element, NaN if there is one.
-void min_max_all(const Tensor& x, Channels channels, float* low, float* high);
-
 }  // namespace divqat

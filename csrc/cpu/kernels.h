@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "../loss_direction.h"
+#include "../divergence_loss_direction.h"
 #include "storage.h"
 
 namespace divqat {

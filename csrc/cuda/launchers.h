@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../loss_direction.h"
+#include "../divergence_loss_direction.h"
 #include "../qparams.h"
 
 namespace divqat::cuda {

@@ -1,10 +1,12 @@
-// From tensors to what the launchers take.
+// What the *_ops.cpp share: device guard, stream, and launch arguments from tensors.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../checks.h"
+#include "../observer_buffers.h"
 #include "launchers.h"
 
 namespace divqat::cuda {
@@ -43,6 +45,15 @@ inline QuantizeGrid grid_of(const at::Tensor& dense_x, const float* scale,
   grid.channels = channels.count;
   grid.inner = channels.inner;
   return grid;
+}
+
+inline ObserverState state_of(const ObserverBuffers& buffers, const ObserverOptions& options) {
+  return {buffers.running_min(), buffers.running_max(), buffers.scale(), buffers.zero_point(),
+          options, false};
+}
+
+inline at::Tensor observer_scratch(const at::Tensor& x) {
+  return at::empty({kObserverScratch}, x.options().dtype(at::kFloat));
 }
 
 }  // namespace divqat::cuda

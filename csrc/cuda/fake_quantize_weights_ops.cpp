@@ -4,7 +4,7 @@
 #include <map>
 
 #include "../checks.h"
-#include "device.h"
+#include "ops_common.h"
 #include "ops.h"
 
 namespace divqat::cuda {

@@ -4,7 +4,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "../checks.h"
-#include "device.h"
+#include "ops_common.h"
 #include "launchers.h"
 #include "ops.h"
 

@@ -2,8 +2,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "../loss_checks.h"
-#include "device.h"
+#include "../divergence_loss_checks.h"
+#include "ops_common.h"
 #include "launchers.h"
 #include "ops.h"
 
