@@ -20,9 +20,9 @@ OURS = "divqat triton"
 @contextlib.contextmanager
 def tiles(block: int, warps: int) -> Iterator[None]:
     """Every launch inside the block has this tile and this many warps."""
-    from divqat.kernels import _channels, fake_quantize, fake_quantize_observed
+    from divqat.kernels import _channel_reduction, fake_quantize, fake_quantize_observed
 
-    plan = _channels.plan
+    plan = _channel_reduction.plan
 
     def other(*args: Any) -> Any:
         grid, meta = plan(*args)

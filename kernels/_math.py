@@ -11,8 +11,6 @@ from triton import knobs
 from triton.language.extra import libdevice
 
 INTERPRETED: bool = knobs.runtime.interpret
-EPS = tl.constexpr(1.1920928955078125e-07)  # of float32
-MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 if INTERPRETED:
 
@@ -78,50 +76,6 @@ def clamp(x, low, high):
     """NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
-
-
-@triton.jit
-def round_to_code(x, scale, zero_point):
-    """nearbyint(x · (1/scale)) + zero_point, before it is clamped, and x · (1/scale)."""
-    inv_scale = tl.div_rn(1.0, scale)
-    v = x * inv_scale.to(x.dtype)
-    return rint(v) + zero_point.to(x.dtype), v
-
-
-@triton.jit
-def dequantize(level, scale, PER_TENSOR: tl.constexpr):
-    """(q − zero_point) · scale; float64 with one scale in float32, as ATen has it."""
-    if PER_TENSOR and level.dtype == tl.float64:
-        return (level.to(tl.float32) * scale).to(tl.float64)
-    else:
-        return level * scale.to(level.dtype)
-
-
-@triton.jit
-def round_zero_point(zero_point, quant_min, quant_max):
-    """A learned zero point as the forward and the backward of LSQ take it."""
-    return clamp(rint(zero_point.to(tl.float32)), quant_min, quant_max)
-
-
-@triton.jit
-def positive(scale):
-    """max(scale, ε), the smallest scale there is; NaN stays NaN."""
-    return tl.where(scale < EPS, EPS, scale)
-
-
-@triton.jit
-def as_scale(step, levels):
-    """The width of a range over its levels; one level may be too wide for a float."""
-    most = tl.where(levels == 1, MOST, float("inf"))
-    return positive(tl.where(step > most, most, step))
-
-
-@triton.jit
-def symmetric_scale(low, high, quant_min, quant_max):
-    """2 · max|·| / (quant_max − quant_min), at least ε; NaN where low is."""
-    amax = tl.where((-low > high) | (low != low), -low, high)
-    levels = quant_max - quant_min
-    return as_scale(tl.div_rn(amax, levels) * 2.0, levels)  # twice amax may be too large
 
 
 @triton.jit

@@ -12,6 +12,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from divqat.kernels._divergence_loss_math import (
+    divergence,
+    gradient,
+    load_rows,
+    log_softmax,
+    statistics,
+)
 from divqat.kernels._launch import (
     WIDE,
     block_of,
@@ -22,7 +29,6 @@ from divqat.kernels._launch import (
     launch,
     resident,
 )
-from divqat.kernels._loss_rows import divergence, gradient, load_rows, log_softmax, statistics
 from divqat.kernels._math import cast, compute, divide, is_last, log
 from divqat.kernels.fake_quantize import offsets
 from torch import Tensor

@@ -18,17 +18,8 @@ from divqat.kernels._launch import (
     empty_mask,
     launch,
 )
-from divqat.kernels._math import (
-    cast,
-    clamp,
-    compute,
-    dequantize,
-    pack_mask,
-    positive,
-    round_to_code,
-    round_zero_point,
-    unpack_mask,
-)
+from divqat.kernels._math import cast, clamp, compute, pack_mask, unpack_mask
+from divqat.kernels._qparams import dequantize, positive, round_to_code, round_zero_point
 from torch import Tensor
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channels import at_channel, hand_in, handed_in, plan
+from divqat.kernels._channel_reduction import at_channel, hand_in, handed_in, plan
 from divqat.kernels._launch import (
     channels_of,
     check_same,
@@ -19,15 +19,8 @@ from divqat.kernels._launch import (
     laid_out_as,
     launch,
 )
-from divqat.kernels._math import (
-    EPS,
-    clamp,
-    compute,
-    is_last,
-    positive,
-    round_to_code,
-    round_zero_point,
-)
+from divqat.kernels._math import clamp, compute, is_last
+from divqat.kernels._qparams import EPS, positive, round_to_code, round_zero_point
 from divqat.kernels.fake_quantize import quantize
 from torch import Tensor
 

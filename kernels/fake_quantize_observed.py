@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channels import hand_in
+from divqat.kernels._channel_reduction import hand_in
 from divqat.kernels._launch import (
     WIDE,
     block_of,
@@ -27,9 +27,10 @@ from divqat.kernels._launch import (
     resident,
 )
 from divqat.kernels._math import is_last
-from divqat.kernels._observer import add_to_range, finish, range_of_parts, total_range
+from divqat.kernels._min_max import add_to_range, range_of_parts, total_range
+from divqat.kernels._qparams import finish, symmetric_zero_point
 from divqat.kernels.fake_quantize import offsets, quantize, quantize_tile
-from divqat.kernels.observe import BUFFERS, contiguous_buffers, observe_dense, symmetric_zero_point
+from divqat.kernels.observe import BUFFERS, contiguous_buffers, observe_dense
 from torch import Tensor
 
 

@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from divqat.kernels._launch import channels_of, check_same, dense, empty_mask, laid_out_as, launch
-from divqat.kernels._math import cast, clamp, compute, round_to_code, symmetric_scale
+from divqat.kernels._math import cast, clamp, compute
+from divqat.kernels._qparams import round_to_code, symmetric_scale
 from divqat.kernels.fake_quantize import mask_grad, quantize
 from divqat.kernels.observe import observe_dense
 from torch import Tensor

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channels import at_channel, hand_in, plan
+from divqat.kernels._channel_reduction import at_channel, hand_in, plan
 from divqat.kernels._launch import channels_of, check_values, counters, dense, launch
 from divqat.kernels._math import is_last
-from divqat.kernels._observer import add_to_range, finish, range_of_parts, total_range
+from divqat.kernels._min_max import add_to_range, range_of_parts, total_range
+from divqat.kernels._qparams import finish, symmetric_zero_point
 from torch import Tensor
 
 from divqat.ops._check import check_buffers
@@ -65,10 +66,6 @@ def _observe(
                 least, most, running_min, running_max, scale, zero_point, c, channels,
                 quant_min, quant_max, averaging_constant, WEIGHTS, SYMMETRIC, MIDDLE, RELU,
             )  # fmt: skip
-
-
-def symmetric_zero_point(quant_min: int, quant_max: int) -> int:
-    return 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
 
 
 def observe_dense(

@@ -61,7 +61,7 @@ ONE_BY_ONE = re.compile(r"(I[fd]|__half|__nv_bfloat16)Li1E|observe_runs|observe_
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", [name for name in KERNELS if name != "counters.cu"])
+@pytest.mark.parametrize("source", [name for name in KERNELS if name != "launch.cu"])
 def test_kernels_read_and_write_16_bytes_at_once(source, architecture):
     kernels = instructions(cubin(source, architecture)[0])
     assert kernels

@@ -25,7 +25,7 @@ if not _triton.interpreted() or _triton.missing("cpu"):
     pytest.skip("runs with TRITON_INTERPRET=1: make test-triton", allow_module_level=True)
 
 from divqat.kernels import (
-    _channels,
+    _channel_reduction,
     _launch,
     divergence_loss,
     fake_quantize,
@@ -208,7 +208,7 @@ def test_many_samples_are_counted_by_a_launch_of_its_own():
 
 
 def test_large_tensors_and_many_parts(monkeypatch):
-    for module in (_launch, _channels):
+    for module in (_launch, _channel_reduction):
         monkeypatch.setattr(module, "SMALL", 1 << 13)
     x = randn((1 << 14) + 4321)  # runs of 4096, more than there are parts
     start = [INF, -INF, 1.0]
@@ -246,7 +246,7 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
         return [y, mask, masked, *buffers, *observed, *single, *delayed, *lsq, grad]
 
     narrow = everything()
-    for module in (_channels, divergence_loss, fake_quantize, fake_quantize_observed):
+    for module in (_channel_reduction, divergence_loss, fake_quantize, fake_quantize_observed):
         monkeypatch.setattr(module, "WIDE", 0)
     same(narrow, everything())
 

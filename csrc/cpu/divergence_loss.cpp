@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "../divergence_loss_checks.h"
-#include "grid.h"
+#include "parallel.h"
 #include "ops.h"
 
 namespace divqat {

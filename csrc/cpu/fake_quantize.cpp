@@ -1,5 +1,5 @@
 // fake_quantize and its backward on the CPU.
-#include "grid.h"
+#include "fake_quantize_common.h"
 #include "ops.h"
 
 namespace divqat {

@@ -164,15 +164,3 @@ static void masked_grad(const T* grad, const uint8_t* mask, T* out, int64_t begi
     S::store(out + i, S::select(kept, S::load(grad + i, lanes), zero), lanes);
   }
 }
-
-template <class T>
-static void copy(const T* from, T* to, int64_t n) {
-  using S = Register<T>;
-  constexpr int w = S::width;
-  int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-    for (; i + w <= n; i += w) S::stream(to + i, S::load(from + i));
-  }
-  for (; i < n; ++i) to[i] = from[i];
-  S::fence();
-}

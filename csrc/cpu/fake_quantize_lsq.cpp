@@ -3,7 +3,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "../qparams.h"
-#include "grid.h"
+#include "fake_quantize_common.h"
 #include "ops.h"
 
 namespace divqat {

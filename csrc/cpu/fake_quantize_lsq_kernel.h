@@ -1,4 +1,4 @@
-// Gradients of a learned scale and offset, and the clipped gradient without a stored mask.
+// The gradients of x, of a learned scale and of a learned zero point.
 
 // One register of the backward pass: stores grad_x, adds to the sums of scale and zero point.
 template <class S, class T>
@@ -77,25 +77,5 @@ static void lsq_backward_columns(const T* grad, const T* x, T* grad_x, int64_t r
       sums[2 * (c + i)] += double(scale_lanes[i]);
       sums[2 * (c + i) + 1] += double(outside_lanes[i]);
     }
-  }
-}
-
-template <class T>
-static void clipped_grad(const T* x, const T* grad, T* out, int64_t n, const Grid& g) {
-  using S = Register<T>;
-  constexpr int w = S::width;
-  const Quantizer<S, Rule::kPropagateNan> quantize(g);
-  const auto step = Steps<S>::all(g, 0);
-  const auto zero = S::set(0);
-  typename S::reg value;
-  int64_t i = 0;
-  for (; i + w <= n; i += w) {
-    const auto inside = S::from_bits(quantize(S::load(x + i), step, value));
-    S::store(out + i, S::select(inside, S::load(grad + i), zero));
-  }
-  if (i < n) {
-    const int lanes = int(n - i);
-    const auto inside = S::from_bits(quantize(S::load(x + i, lanes), step, value));
-    S::store(out + i, S::select(inside, S::load(grad + i, lanes), zero), lanes);
   }
 }

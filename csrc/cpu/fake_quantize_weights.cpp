@@ -4,7 +4,7 @@
 
 #include "../qparams.h"
 #include "fake_quantize_weights_plan.h"
-#include "grid.h"
+#include "fake_quantize_common.h"
 #include "min_max.h"
 #include "ops.h"
 

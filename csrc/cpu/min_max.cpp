@@ -4,7 +4,7 @@
 #include <limits>
 #include <mutex>
 
-#include "grid.h"
+#include "parallel.h"
 
 namespace divqat {
 namespace {

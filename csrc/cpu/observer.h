@@ -1,7 +1,7 @@
 // An observer's step on the CPU: the batch's range, then running range, scale and zero point.
 #pragma once
 #include "../observer_buffers.h"
-#include "grid.h"
+#include "fake_quantize_common.h"
 #include "min_max.h"
 
 namespace divqat {

@@ -1,5 +1,10 @@
 // A copy by 16 bytes, four independent loads in flight per thread.
-#include "common.cuh"
+#include <algorithm>
+
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 namespace {

@@ -11,9 +11,14 @@
 // cooperative launch count a share each and meet at a grid barrier (8 bytes per target once).
 #include <cooperative_groups.h>
 
-#include "common.cuh"
-#include "divergence_loss.cuh"
+#include <algorithm>
+
+#include "divergence_loss_math.cuh"
+#include "divergence_loss_rows.cuh"
+#include "launch.cuh"
 #include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 namespace {

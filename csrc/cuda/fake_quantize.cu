@@ -1,5 +1,5 @@
 // fake_quantize and its backward: one launch each, 8.125 bytes per float32 element.
-#include "quantize.cuh"
+#include "fake_quantize_common.cuh"
 
 namespace divqat::cuda {
 namespace {

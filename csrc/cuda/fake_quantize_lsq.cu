@@ -6,6 +6,8 @@
 //   columns  inner == 1: a thread walks down a pack of columns of x as [rows, channels]
 // Sums are float32 over a few elements and float64 beyond; the shares of a channel ("parts") meet
 // in the last block, in a fixed order.
+#include <algorithm>
+
 #include "fake_quantize_lsq.cuh"
 
 namespace divqat::cuda {

@@ -1,6 +1,9 @@
 // What the kernels of fake_quantize_lsq share: the grid of a channel, and the backward's sums.
 #pragma once
-#include "common.cuh"
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 

@@ -8,7 +8,8 @@
 // Per channel, which activations hardly use: one launch to observe, one to quantize.
 #include <cooperative_groups.h>
 
-#include "range.cuh"
+#include "min_max.cuh"
+#include "observer.cuh"
 
 namespace divqat::cuda {
 namespace {

@@ -4,7 +4,12 @@
 // uploaded and nothing can go stale in a captured graph. A row belongs to a warp, or to a block
 // where it is long; it is read for its largest magnitude, then again, from L1 or L2, to be
 // quantized.
-#include "common.cuh"
+#include <algorithm>
+
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 namespace {
@@ -41,16 +46,11 @@ struct Extremes {
   bool nan;
 };
 
-__device__ float smaller(float a, float b) { return fminf(a, b); }
-__device__ double smaller(double a, double b) { return fmin(a, b); }
-__device__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ double larger(double a, double b) { return fmax(a, b); }
-
 template <int kTeam, class A>
 __device__ Extremes<A> team_extremes(Extremes<A> e) {
   for (int offset = 16; offset > 0; offset /= 2) {
-    e.low = smaller(e.low, __shfl_xor_sync(0xffffffffu, e.low, offset));
-    e.high = larger(e.high, __shfl_xor_sync(0xffffffffu, e.high, offset));
+    e.low = min_of(e.low, __shfl_xor_sync(0xffffffffu, e.low, offset));
+    e.high = max_of(e.high, __shfl_xor_sync(0xffffffffu, e.high, offset));
     e.nan |= __shfl_xor_sync(0xffffffffu, int(e.nan), offset) != 0;
   }
   if constexpr (kTeam > 32) {
@@ -58,8 +58,8 @@ __device__ Extremes<A> team_extremes(Extremes<A> e) {
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = e;
     __syncthreads();
     for (int warp = 0; warp < kWarps; ++warp) {
-      e.low = smaller(e.low, warps[warp].low);
-      e.high = larger(e.high, warps[warp].high);
+      e.low = min_of(e.low, warps[warp].low);
+      e.high = max_of(e.high, warps[warp].high);
       e.nan |= warps[warp].nan;
     }
   }
@@ -94,8 +94,8 @@ __device__ void quantize_row(const Table& table, const T* row, const T* grad, T*
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const A x = to_compute(pack.at[w]);
-      e.low = smaller(e.low, x);
-      e.high = larger(e.high, x);
+      e.low = min_of(e.low, x);
+      e.high = max_of(e.high, x);
       e.nan |= x != x;
     }
   });

@@ -1,5 +1,6 @@
 // observe, and the scales of weights whose rows are not contiguous: one launch.
-#include "range.cuh"
+#include "min_max.cuh"
+#include "observer.cuh"
 
 namespace divqat::cuda {
 namespace {

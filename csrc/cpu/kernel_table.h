@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include "../divergence_loss_direction.h"
-#include "storage.h"
+#include "element_types.h"
 
 namespace divqat {
 

@@ -4,7 +4,8 @@
 #include <mutex>
 #include <tuple>
 
-#include "common.cuh"
+#include "launch.cuh"
+#include "launchers.h"
 
 namespace divqat::cuda {
 namespace {

@@ -1,62 +1,17 @@
-// What all kernels share: element types, 16-byte packs, launches, and the last block of a grid.
-// No torch header in device code, so that nvcc compiles it without a CUDA torch.
+// Launches: the kernel of a dtype, the number of blocks, and the last block of a grid.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <utility>
 
 #include "launchers.h"
 
 namespace divqat::cuda {
-
-// Element types compute in float, but double in double.
-template <class T>
-using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-__device__ inline float to_compute(float x) { return x; }
-__device__ inline double to_compute(double x) { return x; }
-__device__ inline float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_compute(__half x) { return __half2float(x); }
-
-template <class T>
-__device__ inline T from_compute(compute_t<T> x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return x;
-  }
-}
-
-// Half to even, as nearbyint in the default rounding mode.
-__device__ inline float nearest(float x) { return rintf(x); }
-__device__ inline double nearest(double x) { return rint(x); }
-
-// W elements that are read and written at once. Global memory wants them aligned to their size.
-template <class T, int W>
-struct alignas(sizeof(T) * W) Pack {
-  T at[W];
-};
-
-// Elements of a 16-byte load, the widest there is.
-template <class T>
-constexpr int kWidth = 16 / int(sizeof(T));
-
-inline bool on_16_bytes(const void* a, const void* b = nullptr, const void* c = nullptr) {
-  return (uintptr_t(a) | uintptr_t(b) | uintptr_t(c)) % 16 == 0;
-}
-
-__host__ __device__ constexpr int64_t divided_up(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
 
 // Calls f(a null pointer to the element type).
 template <class F>

@@ -1,9 +1,8 @@
-// One row of divergence_loss: its logits in registers or memory, and the four passes over them.
+// One row of divergence_loss: four passes over its logits, with a reduction between each two.
 #pragma once
-#include <string.h>
-
-#include "common.cuh"
-#include "launchers.h"
+#include "../divergence_loss_direction.h"
+#include "divergence_loss_rows.cuh"
+#include "math.cuh"
 
 namespace divqat::cuda {
 
@@ -20,17 +19,6 @@ template <class A>
 struct RowTerms {
   A ce, divergence;
 };
-
-__device__ inline float exp_of(float x) { return expf(x); }
-__device__ inline double exp_of(double x) { return exp(x); }
-__device__ inline float log_of(float x) { return logf(x); }
-__device__ inline double log_of(double x) { return log(x); }
-__device__ inline float log1p_of(float x) { return log1pf(x); }
-__device__ inline double log1p_of(double x) { return log1p(x); }
-__device__ inline float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ inline double fma_of(double a, double b, double c) { return fma(a, b, c); }
-__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
-__device__ inline double larger(double a, double b) { return fmax(a, b); }
 
 // Room for the three reductions of a row over a block. Each has its own, so that one barrier per
 // reduction is enough: who writes a slot again has passed the barriers of the other two since.
@@ -66,117 +54,6 @@ __device__ void group_reduce(A (&values)[kValues], Exchange<A, kGroup>& exchange
   }
 }
 
-// A row in packs of 16 bytes on the grid of the whole matrix, so that rows of any length are read
-// and written in aligned packs but for their two ends. Elements of a pack that belong to the
-// neighbours read as -inf: classes without probability, in no need of a test. kPacks per thread
-// are kept in registers; with 0, every pass reads the row again.
-template <class T, int kGroup, int kPacks>
-class LossRow {
- public:
-  using A = compute_t<T>;
-  static constexpr int W = kWidth<T>, kThreads = kGroup;
-
-  __device__ LossRow(const T* logits, const T* teacher, T* grad, int64_t index, int classes,
-                 bool present, bool aligned)
-      : classes_(classes), aligned_(aligned) {
-    const int64_t begin = index * classes;
-    start_ = -int(begin % W);
-    packs_ = present ? int(divided_up(classes - start_, W)) : 0;
-    logits_ = logits + begin;
-    teacher_ = teacher + begin;
-    grad_ = grad + begin;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      z_[i] = load(logits_, thread() + i * kGroup);
-      t_[i] = load(teacher_, thread() + i * kGroup);
-    }
-  }
-
-  __device__ int classes() const { return classes_; }
-  __device__ A logit(int column) const { return to_compute(logits_[column]); }
-
-  // f(column, logit, teacher logit) for this thread's elements; the column is outside of
-  // [0, classes) for those of a neighbour.
-  template <class F>
-  __device__ void each(F&& f) const {
-    each_pack([&](int pack, const Pack<T, W>& z, const Pack<T, W>& t) {
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        f(start_ + pack * W + w, to_compute(z.at[w]), to_compute(t.at[w]));
-      }
-    });
-  }
-
-  // gradient ← f(column, logit, teacher logit)
-  template <class F>
-  __device__ void store_each(F&& f) const {
-    each_pack([&](int pack, const Pack<T, W>& z, const Pack<T, W>& t) {
-      const int column = start_ + pack * W;
-      Pack<T, W> result;
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        result.at[w] = from_compute<T>(f(column + w, to_compute(z.at[w]), to_compute(t.at[w])));
-      }
-      if (whole(column)) {
-        // As one word: the compiler would share the stores of the two branches, one by one.
-        uint4 word;
-        memcpy(&word, &result, sizeof(word));
-        __stcg(reinterpret_cast<uint4*>(grad_ + column), word);
-        return;
-      }
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        if (inside(column + w)) grad_[column + w] = result.at[w];
-      }
-    });
-  }
-
-  __device__ bool inside(int column) const { return column >= 0 && column < classes_; }
-
- private:
-  __device__ static int thread() { return int(threadIdx.x) % kGroup; }
-
-  __device__ bool whole(int column) const {
-    return aligned_ && column >= 0 && column + W <= classes_;
-  }
-
-  __device__ Pack<T, W> load(const T* row, int pack) const {
-    const int column = start_ + pack * W;
-    if (pack < packs_ && whole(column)) {
-      return *reinterpret_cast<const Pack<T, W>*>(row + column);
-    }
-    Pack<T, W> result;
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      const bool mine = pack < packs_ && inside(column + w);
-      result.at[w] = mine ? row[column + w] : from_compute<T>(-A(INFINITY));
-    }
-    return result;
-  }
-
-  template <class F>
-  __device__ void each_pack(F&& f) const {
-    if constexpr (kPacks > 0) {
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        if (i * kGroup < packs_) f(thread() + i * kGroup, z_[i], t_[i]);
-      }
-    } else {
-#pragma unroll(sizeof(T) == 8 ? 1 : 2)
-      for (int pack = thread(); pack < packs_; pack += kGroup) {
-        f(pack, load(logits_, pack), load(teacher_, pack));
-      }
-    }
-  }
-
-  const T* logits_;
-  const T* teacher_;
-  T* grad_;
-  int classes_, start_, packs_;  // start_: column of the first pack's first element, <= 0
-  bool aligned_;
-  Pack<T, W> z_[kPacks > 0 ? kPacks : 1], t_[kPacks > 0 ? kPacks : 1];
-};
-
 // Whether torch.argmax takes the logit z of class k before the label's: the larger, NaN above all,
 // the first among equals.
 template <class A>
@@ -190,7 +67,7 @@ __device__ bool beats(A z, int k, A label_logit, int label) {
 template <class A>
 __device__ A log_mean(A log_q, A log_p) {
   const A gap = log_q > log_p ? log_p - log_q : log_q - log_p;
-  return larger(log_q, log_p) + log1p_of(exp_of(gap)) - A(0.693147180559945309417);
+  return max_of(log_q, log_p) + log1p_of(exp_of(gap)) - A(0.693147180559945309417);
 }
 
 // weight · value with 0 · anything = 0, and NaN where the weight is
@@ -219,11 +96,11 @@ __device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_
   row.each([&](int k, A z, A t) {
     if (o.guard && row.inside(k) && beats(z, k, label_logit, label)) top[2] = A(1);
     if (k == skipped) return;
-    top[0] = larger(top[0], z);
-    top[1] = larger(top[1], t);
+    top[0] = max_of(top[0], z);
+    top[1] = max_of(top[1], t);
   });
-  group_reduce<0, kGroup>(top, exchange, [](A a, A b) { return larger(a, b); });
-  const A z_top = o.non_label && known ? larger(top[0], label_logit) : top[0];
+  group_reduce<0, kGroup>(top, exchange, [](A a, A b) { return max_of(a, b); });
+  const A z_top = o.non_label && known ? max_of(top[0], label_logit) : top[0];
   const A u_top = top[0], v_top = top[1];
 
   // 2. Sums of exponentials: of CE, of q and of p; and the sum of the logits for label smoothing.

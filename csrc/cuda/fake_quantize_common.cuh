@@ -1,6 +1,11 @@
 // Quantize-dequantize of packs of elements, and masks of one bit per element.
 #pragma once
-#include "common.cuh"
+#include <algorithm>
+
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 
@@ -33,34 +38,6 @@ __device__ void for_each_tile(int64_t n, bool reverse, F&& f) {
       f(first, std::false_type());
     }
   }
-}
-
-// The pack at element i of x [n]; past the end, zeros.
-template <bool kWhole, int W, class T>
-__device__ Pack<T, W> load_pack(const T* x, int64_t i, int64_t n) {
-  if constexpr (!kWhole) {
-    if (i + W > n) {
-      Pack<T, W> pack;
-#pragma unroll
-      for (int w = 0; w < W; ++w) pack.at[w] = i + w < n ? x[i + w] : from_compute<T>(0);
-      return pack;
-    }
-  }
-  return *reinterpret_cast<const Pack<T, W>*>(x + i);
-}
-
-template <bool kWhole, int W, class T>
-__device__ void store_pack(T* y, int64_t i, int64_t n, const Pack<T, W>& pack) {
-  if constexpr (!kWhole) {
-    if (i + W > n) {
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        if (i + w < n) y[i + w] = pack.at[w];
-      }
-      return;
-    }
-  }
-  *reinterpret_cast<Pack<T, W>*>(y + i) = pack;
 }
 
 // What holds for all channels, as values to select with instead of branches.

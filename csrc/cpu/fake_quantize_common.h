@@ -1,42 +1,17 @@
-// From tensors to the pointers and tables that the vectorised loops take.
+// What the ops that quantize share: per-channel tables, and loops over whole tensors.
 #pragma once
-#include <ATen/Parallel.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
 
 #include "../checks.h"
-#include "instruction_set.h"
+#include "parallel.h"
 
 namespace divqat {
-
-// Elements per thread below which another thread costs more than it saves.
-constexpr int64_t kGrain = 32768;
 
 // An activation of more bytes than this is written past the cache: most of it would be gone before
 // anything reads it, and what it overwrites need not be read first.
 constexpr size_t kStreamBytes = 8 << 20;
-
-// Calls f(kernels of the dtype, pointer of its element type).
-template <class F>
-void with_kernels(at::ScalarType dtype, F&& f) {
-  const InstructionSet& set = instruction_set();
-  switch (dtype) {
-    case at::kFloat: return f(set.f32, (float*)nullptr);
-    case at::kDouble: return f(set.f64, (double*)nullptr);
-    case at::kBFloat16: return f(set.b16, (bf16*)nullptr);
-    default: return f(set.h16, (f16*)nullptr);  // check_float() let nothing else through
-  }
-}
-
-template <class T>
-const T* data(const Tensor& x, T*) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& x, T*) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 // Per-channel tables as Grid wants them: reciprocals, and the wrapped-around end.
 class GridTables {
@@ -65,21 +40,6 @@ class GridTables {
   c10::SmallVector<float, 3 * (8 + kMaxLanes)> table_;
   Grid grid_;
 };
-
-// Calls f(begin, end) on parts of n elements that start at a multiple of kMaskWord, in all threads,
-// each from the end of its share to the beginning: what was written or read before is in the cache
-// at its end, and what is read next will begin where this stopped.
-template <class F>
-void in_parallel(int64_t n, const F& f) {
-  const int64_t words = (n + kMaskWord - 1) / kMaskWord;
-  at::parallel_for(0, words, kGrain / kMaskWord, [&](int64_t begin, int64_t end) {
-    for (int64_t stop = std::min(end * kMaskWord, n); stop > begin * kMaskWord;) {
-      const int64_t start = std::max((stop - 1) / kGrain * kGrain, begin * kMaskWord);
-      f(start, stop);
-      stop = start;
-    }
-  });
-}
 
 // y and, unless it is undefined, mask from x; all dense in the same memory order.
 inline void quantize_all(const Tensor& x, const Tensor& y, const Tensor& mask, Grid grid,

@@ -1,6 +1,6 @@
-// Minimum and maximum over a block and a grid, and what becomes of them: an observer's next state.
+// Minimum and maximum of a tensor: over threads, the block and the grid.
 #pragma once
-#include "quantize.cuh"
+#include "fake_quantize_common.cuh"
 
 namespace divqat::cuda {
 
@@ -58,42 +58,6 @@ __device__ inline void hand_in(float* partial, const Range& range) {
   if (threadIdx.x != 0) return;
   partial[2 * blockIdx.x] = range.least();
   partial[2 * blockIdx.x + 1] = range.most();
-}
-
-// One channel's buffers after a batch, or its scale alone.
-struct Updated {
-  float running_min = 0, running_max = 0, scale = 1;
-  int32_t zero_point = 0;
-
-  __device__ Updated(const ObserverState& s, int64_t channel) {
-    if (s.weights) return;
-    running_min = s.running_min[channel];
-    running_max = s.running_max[channel];
-    scale = s.scale[channel];
-    zero_point = s.zero_point[channel];
-  }
-  __device__ void observe(const ObserverState& s, const Range& range) {
-    const float low = range.least(), high = range.most();
-    if (s.weights) {
-      scale = symmetric_scale(low, high, s.options.quant_min, s.options.quant_max);
-    } else {
-      observe_channel(low, high, s.options, &running_min, &running_max, &scale, &zero_point);
-    }
-  }
-  __device__ void store(const ObserverState& s, int64_t channel) const {
-    if (!s.weights) {
-      s.running_min[channel] = running_min;
-      s.running_max[channel] = running_max;
-    }
-    s.scale[channel] = scale;
-    s.zero_point[channel] = zero_point;
-  }
-};
-
-__device__ inline void update(const ObserverState& s, int64_t channel, const Range& range) {
-  Updated updated(s, channel);
-  updated.observe(s, range);
-  updated.store(s, channel);
 }
 
 // The range of this block's tiles.

@@ -1,32 +1,64 @@
-"""Minimum and maximum, and what becomes of them: an observer's next state."""
+"""Scales and zero points: the arithmetic of csrc/qparams.h, and one step of an observer."""
 
 import triton
 import triton.language as tl
-from divqat.kernels._channels import handed_in
-from divqat.kernels._math import as_scale, clamp, rint, symmetric_scale
+from divqat.kernels._math import clamp, rint
+
+EPS = tl.constexpr(1.1920928955078125e-07)  # of float32
+MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
+
+
+@triton.jit
+def round_to_code(x, scale, zero_point):
+    """nearbyint(x · (1/scale)) + zero_point, before it is clamped, and x · (1/scale)."""
+    inv_scale = tl.div_rn(1.0, scale)
+    v = x * inv_scale.to(x.dtype)
+    return rint(v) + zero_point.to(x.dtype), v
+
+
+@triton.jit
+def dequantize(level, scale, PER_TENSOR: tl.constexpr):
+    """(q − zero_point) · scale; float64 with one scale in float32, as ATen has it."""
+    if PER_TENSOR and level.dtype == tl.float64:
+        return (level.to(tl.float32) * scale).to(tl.float64)
+    else:
+        return level * scale.to(level.dtype)
+
+
+@triton.jit
+def round_zero_point(zero_point, quant_min, quant_max):
+    """A learned zero point as the forward and the backward of LSQ take it."""
+    return clamp(rint(zero_point.to(tl.float32)), quant_min, quant_max)
+
+
+@triton.jit
+def positive(scale):
+    """max(scale, ε), the smallest scale there is; NaN stays NaN."""
+    return tl.where(scale < EPS, EPS, scale)
+
+
+@triton.jit
+def as_scale(step, levels):
+    """The width of a range over its levels; one level may be too wide for a float."""
+    most = tl.where(levels == 1, MOST, float("inf"))
+    return positive(tl.where(step > most, most, step))
+
+
+@triton.jit
+def symmetric_scale(low, high, quant_min, quant_max):
+    """2 · max|·| / (quant_max − quant_min), at least ε; NaN where low is."""
+    amax = tl.where((-low > high) | (low != low), -low, high)
+    levels = quant_max - quant_min
+    return as_scale(tl.div_rn(amax, levels) * 2.0, levels)  # twice amax may be too large
+
+
+def symmetric_zero_point(quant_min: int, quant_max: int) -> int:
+    return 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
 
 
 @triton.jit
 def _is_finite(x):
     return (x - x) == 0.0
-
-
-@triton.jit
-def add_to_range(low, high, least, most, inside):
-    """Elementwise minimum, which keeps NaN, and maximum."""
-    least = tl.where(inside, least.to(tl.float32), float("inf"))
-    most = tl.where(inside, most.to(tl.float32), float("-inf"))
-    return tl.minimum(low, least, propagate_nan=tl.PropagateNan.ALL), tl.maximum(high, most)
-
-
-@triton.jit
-def total_range(low, high, axis: tl.constexpr):
-    """Minimum and maximum along an axis; NaN in both after a NaN."""
-    nan = low != low
-    any_nan = tl.max(nan.to(tl.int32), axis) > 0
-    least = tl.min(tl.where(nan, float("inf"), low), axis)
-    most = tl.max(tl.where(nan, float("-inf"), high), axis)
-    return tl.where(any_nan, float("nan"), least), tl.where(any_nan, float("nan"), most)
 
 
 @triton.jit
@@ -111,16 +143,3 @@ def finish(
             low, high, running_min, running_max, scale, zero_point, c, c < channels, quant_min,
             quant_max, averaging_constant, SYMMETRIC, MIDDLE, RELU,
         )  # fmt: skip
-
-
-@triton.jit
-def range_of_parts(partial, parts, channels, c, BLOCK_C: tl.constexpr):
-    BLOCK_P: tl.constexpr = 512 // BLOCK_C
-    low = tl.full([BLOCK_C, BLOCK_P], float("inf"), tl.float32)
-    high = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)
-    for first in range(0, parts, BLOCK_P):
-        least, most, there = handed_in(
-            partial, first, parts, channels, c, float("inf"), float("-inf"), BLOCK_P
-        )
-        low, high = add_to_range(low, high, least, most, there)
-    return total_range(low, high, 1)

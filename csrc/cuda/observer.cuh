@@ -1,0 +1,43 @@
+// One step of an observer: running range, scale and zero point from the range of a batch.
+#pragma once
+#include "min_max.cuh"
+
+namespace divqat::cuda {
+
+// One channel's buffers after a batch, or its scale alone.
+struct Updated {
+  float running_min = 0, running_max = 0, scale = 1;
+  int32_t zero_point = 0;
+
+  __device__ Updated(const ObserverState& s, int64_t channel) {
+    if (s.weights) return;
+    running_min = s.running_min[channel];
+    running_max = s.running_max[channel];
+    scale = s.scale[channel];
+    zero_point = s.zero_point[channel];
+  }
+  __device__ void observe(const ObserverState& s, const Range& range) {
+    const float low = range.least(), high = range.most();
+    if (s.weights) {
+      scale = symmetric_scale(low, high, s.options.quant_min, s.options.quant_max);
+    } else {
+      observe_channel(low, high, s.options, &running_min, &running_max, &scale, &zero_point);
+    }
+  }
+  __device__ void store(const ObserverState& s, int64_t channel) const {
+    if (!s.weights) {
+      s.running_min[channel] = running_min;
+      s.running_max[channel] = running_max;
+    }
+    s.scale[channel] = scale;
+    s.zero_point[channel] = zero_point;
+  }
+};
+
+__device__ inline void update(const ObserverState& s, int64_t channel, const Range& range) {
+  Updated updated(s, channel);
+  updated.observe(s, range);
+  updated.store(s, channel);
+}
+
+}  // namespace divqat::cuda

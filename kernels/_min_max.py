@@ -1,0 +1,36 @@
+"""Minimum and maximum of a tensor: over a tile, and over the parts of a channel."""
+
+import triton
+import triton.language as tl
+from divqat.kernels._channel_reduction import handed_in
+
+
+@triton.jit
+def add_to_range(low, high, least, most, inside):
+    """Elementwise minimum, which keeps NaN, and maximum."""
+    least = tl.where(inside, least.to(tl.float32), float("inf"))
+    most = tl.where(inside, most.to(tl.float32), float("-inf"))
+    return tl.minimum(low, least, propagate_nan=tl.PropagateNan.ALL), tl.maximum(high, most)
+
+
+@triton.jit
+def total_range(low, high, axis: tl.constexpr):
+    """Minimum and maximum along an axis; NaN in both after a NaN."""
+    nan = low != low
+    any_nan = tl.max(nan.to(tl.int32), axis) > 0
+    least = tl.min(tl.where(nan, float("inf"), low), axis)
+    most = tl.max(tl.where(nan, float("-inf"), high), axis)
+    return tl.where(any_nan, float("nan"), least), tl.where(any_nan, float("nan"), most)
+
+
+@triton.jit
+def range_of_parts(partial, parts, channels, c, BLOCK_C: tl.constexpr):
+    BLOCK_P: tl.constexpr = 512 // BLOCK_C
+    low = tl.full([BLOCK_C, BLOCK_P], float("inf"), tl.float32)
+    high = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        least, most, there = handed_in(
+            partial, first, parts, channels, c, float("inf"), float("-inf"), BLOCK_P
+        )
+        low, high = add_to_range(low, high, least, most, there)
+    return total_range(low, high, 1)
