@@ -72,11 +72,11 @@ void bench_fake_quantize(uintptr_t x, uintptr_t y, uintptr_t mask, int64_t n, fl
                        float zero_point, float quant_min, float quant_max) {
   py::gil_scoped_release release;
   const float inv_scale = 1.0f / scale;
-  const Grid grid{&scale, &inv_scale, &zero_point, 1, n, quant_min, quant_max, true};
+  const QuantizeParams params{&scale, &inv_scale, &zero_point, 1, n, quant_min, quant_max, true};
   const auto kernel = instruction_set().f32.fake_quantize;
   at::parallel_for(0, (n + kMaskWord - 1) / kMaskWord, 256, [&](int64_t begin, int64_t end) {
     kernel((const float*)x, (float*)y, (uint8_t*)mask, begin * kMaskWord,
-           std::min(end * kMaskWord, n), grid, Rule::kPropagateNan);
+           std::min(end * kMaskWord, n), params, QuantizeMode::kPropagateNan);
   });
 }
 

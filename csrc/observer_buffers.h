@@ -29,8 +29,7 @@ inline void check_updatable(const char* name, const Tensor& value) {
 // not, as copy_() may throw.
 class ContiguousBuffer {
  public:
-  explicit ContiguousBuffer(const Tensor& buffer)
-      : buffer_(buffer), memory_(buffer.contiguous()) {}
+  explicit ContiguousBuffer(const Tensor& buffer) : buffer_(buffer), memory_(buffer.contiguous()) {}
   ContiguousBuffer(const ContiguousBuffer&) = delete;
   void write_back() const {
     if (!memory_.is_same(buffer_)) buffer_.copy_(memory_);

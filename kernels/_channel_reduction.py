@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from divqat.kernels._launch import SMALL, WIDE, resident
+from divqat.kernels._launch import SMALL, WIDE, resident_programs
 from torch import Tensor
 
 
@@ -24,9 +24,9 @@ def plan(x: Tensor, channels: int, inner: int) -> tuple[tuple[int, int], dict[st
     block_c = min(64, triton.next_power_of_2(channels)) if inner == 1 and channels > 1 else 1
     block_k = block // block_c
     tiles = triton.cdiv(channels, block_c)
-    parts = min(triton.cdiv(length, block_k), max(1, resident(x.device) // tiles))
+    parts = min(triton.cdiv(length, block_k), max(1, resident_programs(x.device) // tiles))
     return (tiles, parts), {
-        "FLAT": channels == 1,
+        "ONE_CHANNEL": channels == 1,
         "WIDE": x.numel() > WIDE,
         "BLOCK_C": block_c,
         "BLOCK_K": block_k,
@@ -35,13 +35,13 @@ def plan(x: Tensor, channels: int, inner: int) -> tuple[tuple[int, int], dict[st
 
 
 @triton.jit
-def at_channel(
+def channel_offsets(
     run,  # the run's number
     c,  # [BLOCK_C] channels
     channels,
     inner,
     length,
-    FLAT: tl.constexpr,  # there is one channel
+    ONE_CHANNEL: tl.constexpr,  # there is one channel
     WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -50,7 +50,7 @@ def at_channel(
         run, c = tl.full([1], 0, tl.int64) + run, c.to(tl.int64)
     k = run * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (k < length)[None, :]
-    if FLAT:
+    if ONE_CHANNEL:
         at = k[None, :]
     else:
         inside = inside & (c < channels)[:, None]
@@ -60,7 +60,7 @@ def at_channel(
 
 
 @triton.jit
-def hand_in(partial, part, channels, c, a, b):
+def write_partial(partial, part, channels, c, a, b):
     """Store a part's two values per channel: partial is [parts, channels, 2]."""
     at = partial + 2 * (part * channels + c)
     tl.store(at, a, c < channels)
@@ -68,7 +68,7 @@ def hand_in(partial, part, channels, c, a, b):
 
 
 @triton.jit
-def handed_in(partial, first, parts, channels, c, empty_a, empty_b, BLOCK_P: tl.constexpr):
+def read_partials(partial, first, parts, channels, c, empty_a, empty_b, BLOCK_P: tl.constexpr):
     """The two values of parts first … first + BLOCK_P − 1, [BLOCK_C, BLOCK_P] each."""
     p = first + tl.arange(0, BLOCK_P)
     there = (c < channels)[:, None] & (p < parts)[None, :]

@@ -6,19 +6,21 @@ from divqat.kernels._math import compute, exp, log1p
 
 
 @triton.jit
-def online(top, total, x, counted):
+def online_softmax(row_max, total, x, counted):
     """The running maximum [R] and Σ exp(x − maximum) [R], with a tile [R, B] more."""
     x = tl.where(counted, x, float("-inf"))
     # NaN must not hide in the maximum; it is in the sum.
-    new = tl.maximum(top, tl.max(tl.where(x != x, float("-inf"), x), 1))
+    new = tl.maximum(row_max, tl.max(tl.where(x != x, float("-inf"), x), 1))
     # A row of -inf so far has no sum; with the maximum itself its terms would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
-    total = total * exp(tl.where(total == 0, 0.0, top - base)) + tl.sum(exp(x - base[:, None]), 1)
+    total = total * exp(tl.where(total == 0, 0.0, row_max - base)) + tl.sum(
+        exp(x - base[:, None]), 1
+    )
     return new, total
 
 
 @triton.jit
-def beats(z, k, label_logit, label):
+def argmax_prefers(z, k, label_logit, label):
     """Whether torch.argmax takes z of class k before the label's: NaN, then the first of equals."""
     nan, label_nan = z != z, label_logit != label_logit
     larger = (z > label_logit) | ((z == label_logit) & (k < label))
@@ -29,12 +31,12 @@ def beats(z, k, label_logit, label):
 def _log_mean(log_q, log_p):
     """log((q + p) / 2)"""
     gap = tl.where(log_q > log_p, log_p - log_q, log_q - log_p)
-    top = tl.where(log_q > log_p, log_q, log_p)
-    return top + log1p(exp(gap)) - 0.6931471805599453
+    larger = tl.where(log_q > log_p, log_q, log_p)
+    return larger + log1p(exp(gap)) - 0.6931471805599453
 
 
 @triton.jit
-def expected(weight, value, counted):
+def weighted_sum(weight, value, counted):
     """Σ weight · value with 0 · anything = 0, and NaN where a weight is."""
     return tl.sum(tl.where(counted & (weight != 0), weight * value, 0.0), 1)
 
@@ -44,18 +46,18 @@ def divergence(log_q, log_p, counted, DIRECTION: tl.constexpr):
     """This tile's share of D [R], and for JS of KL(p‖m) beside KL(q‖m)."""
     q, p = exp(log_q), exp(log_p)
     if DIRECTION == 0:
-        d = expected(q, log_q - log_p, counted)
+        d = weighted_sum(q, log_q - log_p, counted)
         return d, d
     elif DIRECTION == 1:
-        d = expected(p, log_p - log_q, counted)
+        d = weighted_sum(p, log_p - log_q, counted)
         return d, d
     else:
         log_m = _log_mean(log_q, log_p)
-        return expected(q, log_q - log_m, counted), expected(p, log_p - log_m, counted)
+        return weighted_sum(q, log_q - log_m, counted), weighted_sum(p, log_p - log_m, counted)
 
 
 @triton.jit
-def gradient(log_prob, at_class, log_q, log_p, student, pull, DIRECTION: tl.constexpr):
+def gradient(log_prob, at_class, log_q, log_p, student, d_factor, DIRECTION: tl.constexpr):
     """softmax(z) − target − λ T dD/du, [R, B]; pull [R, 1] is λ T, or 0."""
     q = exp(log_q)
     if DIRECTION == 0:
@@ -65,7 +67,7 @@ def gradient(log_prob, at_class, log_q, log_p, student, pull, DIRECTION: tl.cons
     else:
         grad_u = tl.where(q == 0, 0.0, 0.5 * q * (log_q - _log_mean(log_q, log_p) - student))
     # a row without D may have an infinite one
-    return exp(log_prob) - at_class - tl.where(pull == 0, 0.0, pull * grad_u)
+    return exp(log_prob) - at_class - tl.where(d_factor == 0, 0.0, d_factor * grad_u)
 
 
 @triton.jit
@@ -76,27 +78,29 @@ def load_rows(logits, begin, k, present, C: tl.constexpr):
 
 
 @triton.jit
-def statistics(
-    z, t, k, label, label_logit, inv_t, top, total, beaten, logit_sum,
+def softmax_statistics(
+    z, t, k, label, label_logit, inv_t, maxima, total, misclassified, logit_sum,
     C: tl.constexpr, NON_LABEL: tl.constexpr, GUARD: tl.constexpr, SMOOTHED: tl.constexpr,
-    OWN: tl.constexpr,
+    OWN_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """One tile more: maxima and sums of exponentials, of CE (z), q (u = z / T) and p (v = t / T);
     whether a class beats the label; the sum of the logits.
     """
     inside = k < C
     counted = inside & (k != label) if NON_LABEL else inside
-    z_top, z_sum = online(top[0], total[0], z, inside)
-    u_top, u_sum = online(top[1], total[1], z * inv_t, counted) if OWN else (z_top, z_sum)
-    v_top, v_sum = online(top[2], total[2], t * inv_t, counted)
+    z_max, z_sum = online_softmax(maxima[0], total[0], z, inside)
+    u_max, u_sum = (
+        online_softmax(maxima[1], total[1], z * inv_t, counted) if OWN_SOFTMAX else (z_max, z_sum)
+    )
+    v_max, v_sum = online_softmax(maxima[2], total[2], t * inv_t, counted)
     if GUARD:
-        beating = inside & beats(z, k, label_logit, label)
-        beaten = tl.maximum(beaten, tl.max(beating.to(tl.int32), 1))
+        preferred = inside & argmax_prefers(z, k, label_logit, label)
+        misclassified = tl.maximum(misclassified, tl.max(preferred.to(tl.int32), 1))
     if SMOOTHED:
         logit_sum += tl.sum(tl.where(inside, z, 0.0), 1)
-    return (z_top, u_top, v_top), (z_sum, u_sum, v_sum), beaten, logit_sum
+    return (z_max, u_max, v_max), (z_sum, u_sum, v_sum), misclassified, logit_sum
 
 
 @triton.jit
-def log_softmax(x, top, log_sum):
-    return (x - top[:, None]) - log_sum[:, None]
+def log_softmax(x, row_max, log_sum):
+    return (x - row_max[:, None]) - log_sum[:, None]

@@ -88,7 +88,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def resident(device: torch.device) -> int:
+def resident_programs(device: torch.device) -> int:
     """Programs of a launch with a reduction: one wave at 128 registers for each of 256 threads."""
     return 2 * processors(device)
 

@@ -93,7 +93,7 @@ def unpack_mask(packed, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_last(counter, programs):
+def is_last_program(counter, programs):
     """Whether this is the last of ``programs`` programs to arrive; the counter is left at 0.
 
     What the others stored before they arrived, the last one may load (with ".cg", past L1).

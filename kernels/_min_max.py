@@ -2,11 +2,11 @@
 
 import triton
 import triton.language as tl
-from divqat.kernels._channel_reduction import handed_in
+from divqat.kernels._channel_reduction import read_partials
 
 
 @triton.jit
-def add_to_range(low, high, least, most, inside):
+def update_min_max(low, high, least, most, inside):
     """Elementwise minimum, which keeps NaN, and maximum."""
     least = tl.where(inside, least.to(tl.float32), float("inf"))
     most = tl.where(inside, most.to(tl.float32), float("-inf"))
@@ -14,7 +14,7 @@ def add_to_range(low, high, least, most, inside):
 
 
 @triton.jit
-def total_range(low, high, axis: tl.constexpr):
+def reduce_min_max(low, high, axis: tl.constexpr):
     """Minimum and maximum along an axis; NaN in both after a NaN."""
     nan = low != low
     any_nan = tl.max(nan.to(tl.int32), axis) > 0
@@ -24,13 +24,13 @@ def total_range(low, high, axis: tl.constexpr):
 
 
 @triton.jit
-def range_of_parts(partial, parts, channels, c, BLOCK_C: tl.constexpr):
+def reduce_partials(partial, parts, channels, c, BLOCK_C: tl.constexpr):
     BLOCK_P: tl.constexpr = 512 // BLOCK_C
     low = tl.full([BLOCK_C, BLOCK_P], float("inf"), tl.float32)
     high = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)
     for first in range(0, parts, BLOCK_P):
-        least, most, there = handed_in(
+        least, most, there = read_partials(
             partial, first, parts, channels, c, float("inf"), float("-inf"), BLOCK_P
         )
-        low, high = add_to_range(low, high, least, most, there)
-    return total_range(low, high, 1)
+        low, high = update_min_max(low, high, least, most, there)
+    return reduce_min_max(low, high, 1)

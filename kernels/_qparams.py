@@ -73,7 +73,7 @@ def _moved(running, batch, weight):
 
 
 @triton.jit
-def update(
+def observe_channels(
     low,  # [C] the batch's range; NaN in both: not observed
     high,
     running_min,  # pointers
@@ -86,7 +86,7 @@ def update(
     quant_max,
     averaging_constant,
     SYMMETRIC: tl.constexpr,
-    MIDDLE: tl.constexpr,  # the zero point if symmetric
+    ZERO_POINT: tl.constexpr,  # the zero point if symmetric
     RELU: tl.constexpr,
 ):
     """One step of the moving average, then scale and zero point: observe_ref."""
@@ -104,7 +104,7 @@ def update(
     top = tl.where(new_max < 0, 0.0, new_max)
     if SYMMETRIC:
         step = symmetric_scale(bottom, top, quant_min, quant_max)
-        offset = tl.full(c.shape, MIDDLE, tl.int32)
+        offset = tl.full(c.shape, ZERO_POINT, tl.int32)
     else:
         # scale = (high − low) / levels; zero_point = quant_min − nearbyint(low / scale). high − low
         # may be too large for a float.
@@ -118,7 +118,7 @@ def update(
 
 
 @triton.jit
-def finish(
+def update_qparams(
     low,
     high,
     running_min,
@@ -130,16 +130,16 @@ def finish(
     quant_min,
     quant_max,
     averaging_constant,
-    WEIGHTS: tl.constexpr,  # there is no observer, only a scale
+    SCALE_ONLY: tl.constexpr,  # there is no observer, only a scale
     SYMMETRIC: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    if WEIGHTS:
+    if SCALE_ONLY:
         tl.store(scale + c, symmetric_scale(low, high, quant_min, quant_max), c < channels)
         tl.store(zero_point + c, tl.full(c.shape, 0, tl.int32), c < channels)
     else:
-        update(
+        observe_channels(
             low, high, running_min, running_max, scale, zero_point, c, c < channels, quant_min,
-            quant_max, averaging_constant, SYMMETRIC, MIDDLE, RELU,
+            quant_max, averaging_constant, SYMMETRIC, ZERO_POINT, RELU,
         )  # fmt: skip

@@ -163,7 +163,7 @@ def _masked_grad(grad_y, mask, grad_x, n, WIDE: tl.constexpr, BLOCK: tl.constexp
     tl.store(grad_x + i, tl.where(kept, grad, 0.0).to(grad.dtype), i < n)
 
 
-def mask_grad(grad_y: Tensor, mask: Tensor, grad_x: Tensor) -> None:
+def masked_grad(grad_y: Tensor, mask: Tensor, grad_x: Tensor) -> None:
     """grad_x ← grad_y where the mask is set, else 0; all dense in one memory order."""
     n = grad_y.numel()
     if n == 0:
@@ -183,5 +183,5 @@ def fake_quantize_backward(grad_y: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != torch.uint8:
         raise TypeError(f"mask: wanted uint8, got {mask.dtype}")
     check_values(grad_y, (n + 7) // 8, mask=mask)
-    mask_grad(grad_y, mask, grad_x)
+    masked_grad(grad_y, mask, grad_x)
     return grad_x

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channel_reduction import hand_in
+from divqat.kernels._channel_reduction import write_partial
 from divqat.kernels._launch import (
     WIDE,
     block_of,
@@ -24,11 +24,11 @@ from divqat.kernels._launch import (
     dense,
     empty_mask,
     launch,
-    resident,
+    resident_programs,
 )
-from divqat.kernels._math import is_last
-from divqat.kernels._min_max import add_to_range, range_of_parts, total_range
-from divqat.kernels._qparams import finish, symmetric_zero_point
+from divqat.kernels._math import is_last_program
+from divqat.kernels._min_max import reduce_min_max, reduce_partials, update_min_max
+from divqat.kernels._qparams import symmetric_zero_point, update_qparams
 from divqat.kernels.fake_quantize import offsets, quantize, quantize_tile
 from divqat.kernels.observe import BUFFERS, contiguous_buffers, observe_dense
 from torch import Tensor
@@ -50,7 +50,7 @@ def _delayed(
     quant_max: tl.float32,
     averaging_constant: tl.float32,
     SYMMETRIC: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,16 +63,16 @@ def _delayed(
         value = quantize_tile(
             x, y, mask, tile, i, n, s, z, quant_min, quant_max, True, True, RELU, BLOCK
         )
-        low, high = add_to_range(low, high, value, value, i < n)
-    lowest, highest = total_range(low, high, 0)
+        low, high = update_min_max(low, high, value, value, i < n)
+    lowest, highest = reduce_min_max(low, high, 0)
     c = tl.arange(0, 1)
     # The last program writes the buffers, which the others have read by then.
-    hand_in(partial, tl.program_id(0), 1, c, lowest, highest)
-    if is_last(counters, tl.num_programs(0)):
-        least, most = range_of_parts(partial, tl.num_programs(0), 1, c, 1)
-        finish(
+    write_partial(partial, tl.program_id(0), 1, c, lowest, highest)
+    if is_last_program(counters, tl.num_programs(0)):
+        least, most = reduce_partials(partial, tl.num_programs(0), 1, c, 1)
+        update_qparams(
             least, most, running_min, running_max, scale, zero_point, c, 1, quant_min,
-            quant_max, averaging_constant, False, SYMMETRIC, MIDDLE, RELU,
+            quant_max, averaging_constant, False, SYMMETRIC, ZERO_POINT, RELU,
         )  # fmt: skip
 
 
@@ -91,12 +91,12 @@ def _quantize_delayed(
     check_values(x, 1, **dict(zip(BUFFERS, buffers, strict=True)))
     n = x.numel()
     meta = block_of(n, x.element_size())
-    programs = min(triton.cdiv(n, meta["BLOCK"]), resident(x.device))
+    programs = min(triton.cdiv(n, meta["BLOCK"]), resident_programs(x.device))
     partial = x.new_empty(2 * programs, dtype=torch.float32)
     launch(
         _delayed, (programs,), x.device, x, y, mask, *buffers, partial, counters(x.device), n,
         float(quant_min), float(quant_max), float(averaging_constant), SYMMETRIC=symmetric,
-        MIDDLE=symmetric_zero_point(quant_min, quant_max), RELU=relu, WIDE=n > WIDE, **meta,
+        ZERO_POINT=symmetric_zero_point(quant_min, quant_max), RELU=relu, WIDE=n > WIDE, **meta,
     )  # fmt: skip
 
 

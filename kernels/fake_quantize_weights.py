@@ -18,12 +18,12 @@ import triton.language as tl
 from divqat.kernels._launch import channels_of, check_same, dense, empty_mask, laid_out_as, launch
 from divqat.kernels._math import cast, clamp, compute
 from divqat.kernels._qparams import round_to_code, symmetric_scale
-from divqat.kernels.fake_quantize import mask_grad, quantize
+from divqat.kernels.fake_quantize import masked_grad, quantize
 from divqat.kernels.observe import observe_dense
 from torch import Tensor
 
 # A kernel's parameters may take 4 KB: three addresses for each of these.
-PER_LAUNCH = 128
+WEIGHTS_PER_LAUNCH = 128
 
 
 @triton.jit
@@ -112,7 +112,7 @@ _DTYPES = {
 }
 
 
-class _Rows(NamedTuple):
+class _WeightRows(NamedTuple):
     """A weight whose rows follow each other in memory: addresses (grad's is 0 in the forward)."""
 
     weight: int
@@ -125,7 +125,7 @@ class _Rows(NamedTuple):
 def _launch_rows(
     device: torch.device,
     dtype: torch.dtype,
-    group: list[_Rows],
+    group: list[_WeightRows],
     quant_min: int,
     quant_max: int,
     backward: bool,
@@ -140,7 +140,7 @@ def _launch_rows(
     )  # fmt: skip
 
 
-def _one_by_one(
+def _quantize_weight(
     w: Tensor, grad: Tensor | None, y: Tensor, quant_min: int, quant_max: int, ch_axis: int | None
 ) -> None:
     """One scale for the whole weight, or rows that are not contiguous: a launch for the scales, one
@@ -151,7 +151,7 @@ def _one_by_one(
     mask = None if grad is None else empty_mask(w)
     quantize(w, y, mask, scale, zero_point, quant_min, quant_max, ch_axis)
     if grad is not None and mask is not None:
-        mask_grad(grad, mask, y)
+        masked_grad(grad, mask, y)
 
 
 def _run(
@@ -165,7 +165,7 @@ def _run(
         return []
     device = weights[0].device
     outputs, alive = [], []  # dense copies live until the launches
-    groups: dict[torch.dtype, list[_Rows]] = defaultdict(list)
+    groups: dict[torch.dtype, list[_WeightRows]] = defaultdict(list)
     for i, given in enumerate(weights):
         if given.device != device:
             raise ValueError(f"weights: wanted all on {device}, got one on {given.device}")
@@ -182,13 +182,15 @@ def _run(
         # the axis is the outermost of the memory: its rows follow each other
         if axis is not None and (rows := w.shape[axis]) * w.stride(axis) == n:
             address = 0 if grad is None else grad.data_ptr()
-            groups[w.dtype].append(_Rows(w.data_ptr(), address, y.data_ptr(), rows, n // rows))
+            groups[w.dtype].append(
+                _WeightRows(w.data_ptr(), address, y.data_ptr(), rows, n // rows)
+            )
             alive.append((w, grad))
         else:
-            _one_by_one(w, grad, y, quant_min, quant_max, axis)
+            _quantize_weight(w, grad, y, quant_min, quant_max, axis)
     for dtype, group in groups.items():
-        for first in range(0, len(group), PER_LAUNCH):
-            part = group[first : first + PER_LAUNCH]
+        for first in range(0, len(group), WEIGHTS_PER_LAUNCH):
+            part = group[first : first + WEIGHTS_PER_LAUNCH]
             _launch_rows(device, dtype, part, quant_min, quant_max, grads is not None)
     return outputs
 

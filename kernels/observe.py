@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channel_reduction import at_channel, hand_in, plan
+from divqat.kernels._channel_reduction import channel_offsets, plan, write_partial
 from divqat.kernels._launch import channels_of, check_values, counters, dense, launch
-from divqat.kernels._math import is_last
-from divqat.kernels._min_max import add_to_range, range_of_parts, total_range
-from divqat.kernels._qparams import finish, symmetric_zero_point
+from divqat.kernels._math import is_last_program
+from divqat.kernels._min_max import reduce_min_max, reduce_partials, update_min_max
+from divqat.kernels._qparams import symmetric_zero_point, update_qparams
 from torch import Tensor
 
 from divqat.ops._check import check_buffers
@@ -35,11 +35,11 @@ def _observe(
     quant_min: tl.float32,
     quant_max: tl.float32,
     averaging_constant: tl.float32,
-    WEIGHTS: tl.constexpr,  # there is no observer, only a scale
+    SCALE_ONLY: tl.constexpr,  # there is no observer, only a scale
     SYMMETRIC: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     RELU: tl.constexpr,
-    FLAT: tl.constexpr,
+    ONE_CHANNEL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,22 +49,22 @@ def _observe(
     low = tl.full([BLOCK_C, BLOCK_K], float("inf"), tl.float32)
     high = tl.full([BLOCK_C, BLOCK_K], float("-inf"), tl.float32)
     for k in range(part, tl.cdiv(length, BLOCK_K), parts):
-        at, inside = at_channel(k, c, channels, inner, length, FLAT, WIDE, BLOCK_K)
+        at, inside = channel_offsets(k, c, channels, inner, length, ONE_CHANNEL, WIDE, BLOCK_K)
         value = tl.load(x + at, inside, other=0.0)
-        low, high = add_to_range(low, high, value, value, inside)
-    lowest, highest = total_range(low, high, 1)
+        low, high = update_min_max(low, high, value, value, inside)
+    lowest, highest = reduce_min_max(low, high, 1)
     if parts == 1:
-        finish(
+        update_qparams(
             lowest, highest, running_min, running_max, scale, zero_point, c, channels, quant_min,
-            quant_max, averaging_constant, WEIGHTS, SYMMETRIC, MIDDLE, RELU,
+            quant_max, averaging_constant, SCALE_ONLY, SYMMETRIC, ZERO_POINT, RELU,
         )  # fmt: skip
     else:
-        hand_in(partial, part, channels, c, lowest, highest)
-        if is_last(counters + tl.program_id(0), parts):
-            least, most = range_of_parts(partial, parts, channels, c, BLOCK_C)
-            finish(
+        write_partial(partial, part, channels, c, lowest, highest)
+        if is_last_program(counters + tl.program_id(0), parts):
+            least, most = reduce_partials(partial, parts, channels, c, BLOCK_C)
+            update_qparams(
                 least, most, running_min, running_max, scale, zero_point, c, channels,
-                quant_min, quant_max, averaging_constant, WEIGHTS, SYMMETRIC, MIDDLE, RELU,
+                quant_min, quant_max, averaging_constant, SCALE_ONLY, SYMMETRIC, ZERO_POINT, RELU,
             )  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def observe_dense(
     launch(
         _observe, grid, x.device, x, *buffers, partial, counters(x.device, grid[0]), channels,
         inner, x.numel() // channels, float(quant_min), float(quant_max), float(averaging_constant),
-        WEIGHTS=buffers[0] is None, SYMMETRIC=symmetric,
-        MIDDLE=symmetric_zero_point(quant_min, quant_max), RELU=relu, **meta,
+        SCALE_ONLY=buffers[0] is None, SYMMETRIC=symmetric,
+        ZERO_POINT=symmetric_zero_point(quant_min, quant_max), RELU=relu, **meta,
     )  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def test_a_target_that_is_no_class_gives_nan_as_no_error_can_be_raised():
 
 
 def test_many_samples_are_counted_by_a_launch_of_its_own():
-    n = divergence_loss.COUNTED_ALONE + 5
+    n = divergence_loss.MAX_REDUNDANT_COUNT + 5
     target = torch.arange(n) % 2
     target[::3] = -1
     args = (target, tensor(0.2), 4.0, "student_teacher", "all", None, False, 0.0, -1)

@@ -4,8 +4,8 @@
 #include <memory>
 
 #include "../divergence_loss_checks.h"
-#include "parallel.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace divqat {
 
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
                       ") or ignore_index ", ignore_index, ", got ", label[i], " at ", i);
     ++count;
   }
-  LossRule options;
+  LossOptions options;
   options.direction = Direction(choice("direction", direction, kDirections));
   options.non_label = choice("classes", classes, kClasses) == 1;
   options.guard = guard;
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
   options.temperature = temperature;
   options.bound = bound.value_or(std::numeric_limits<double>::infinity());
   options.label_smoothing = label_smoothing;
-  options.share = 1.0 / double(count);
+  options.inv_count = 1.0 / double(count);
 
   Tensor grad = at::empty_like(z);
   // A row each, summed in order afterwards: the same bits for any number of threads.

@@ -14,12 +14,12 @@ namespace divqat {
 constexpr size_t kStreamBytes = 8 << 20;
 
 // Per-channel tables as Grid wants them: reciprocals, and the wrapped-around end.
-class GridTables {
+class ChannelTables {
  public:
   // zero_point(i) is the i-th channel's, a float.
   template <class ZeroPoint>
-  GridTables(const float* scale, ZeroPoint zero_point, Channels channels, int64_t quant_min,
-             int64_t quant_max, bool per_tensor) {
+  ChannelTables(const float* scale, ZeroPoint zero_point, Channels channels, int64_t quant_min,
+                int64_t quant_max, bool per_tensor) {
     const int64_t length = channels.count + kMaxLanes;
     table_.resize(size_t(3 * length));
     float* scales = table_.data();
@@ -29,33 +29,39 @@ class GridTables {
       scales[length + i] = 1.0f / scale[c];
       scales[2 * length + i] = zero_point(c);
     }
-    grid_ = {scales,           scales + length,  scales + 2 * length, channels.count,
-             std::max<int64_t>(channels.inner, 1), float(quant_min), float(quant_max), per_tensor};
+    params_ = {scales,
+               scales + length,
+               scales + 2 * length,
+               channels.count,
+               std::max<int64_t>(channels.inner, 1),
+               float(quant_min),
+               float(quant_max),
+               per_tensor};
   }
-  GridTables(const GridTables&) = delete;
+  ChannelTables(const ChannelTables&) = delete;
 
-  const Grid& operator*() const { return grid_; }
+  const QuantizeParams& operator*() const { return params_; }
 
  private:
   c10::SmallVector<float, 3 * (8 + kMaxLanes)> table_;
-  Grid grid_;
+  QuantizeParams params_;
 };
 
 // y and, unless it is undefined, mask from x; all dense in the same memory order.
-inline void quantize_all(const Tensor& x, const Tensor& y, const Tensor& mask, Grid grid,
-                         Rule rule) {
-  grid.stream = y.nbytes() > kStreamBytes;
+inline void quantize_tensor(const Tensor& x, const Tensor& y, const Tensor& mask,
+                            QuantizeParams params, QuantizeMode mode) {
+  params.stream = y.nbytes() > kStreamBytes;
   uint8_t* const bits = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   with_kernels(x.scalar_type(), [&](const auto& kernels, auto* type) {
     const auto* from = data(x, type);
     auto* to = mutable_data(y, type);
     in_parallel(x.numel(), [&](int64_t begin, int64_t end) {
-      kernels.fake_quantize(from, to, bits, begin, end, grid, rule);
+      kernels.fake_quantize(from, to, bits, begin, end, params, mode);
     });
   });
 }
 
 // grad_x = grad_y where the mask is set, else 0; all dense in the same memory order.
-void masked_grad_all(const Tensor& grad_y, const Tensor& mask, const Tensor& grad_x);
+void masked_grad_tensor(const Tensor& grad_y, const Tensor& mask, const Tensor& grad_x);
 
 }  // namespace divqat

@@ -16,11 +16,12 @@ Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running
                     options);
   Tensor mask = empty_mask(x);
   if (mode == "exact") observer.observe(x);
-  const GridTables grid = observer.grid(!ch_axis);
+  const ChannelTables tables = observer.tables(!ch_axis);
   if (mode == "delayed") observer.observe(x);
   if (mode != "frozen") observer.write_back();
   if (x.numel() == 0) return mask;
-  quantize_all(x, y, mask, *grid, options.relu ? Rule::kRelu : Rule::kPropagateNan);
+  quantize_tensor(x, y, mask, *tables,
+                  options.relu ? QuantizeMode::kRelu : QuantizeMode::kPropagateNan);
   return mask;
 }
 

@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "../qparams.h"
-#include "fake_quantize_weights_plan.h"
 #include "fake_quantize_common.h"
+#include "fake_quantize_weights_plan.h"
 #include "min_max.h"
 #include "ops.h"
 
@@ -29,17 +29,17 @@ void quantize_row(const Kernels& kernels, const T* from, const T* grad, T* out, 
   kernels.min_max(from, n, &low, &high);
   const float scale = symmetric_scale(low, high, int32_t(quant_min), int32_t(quant_max));
   const float inv_scale = 1.0f / scale, zero_point = 0.0f;
-  const Grid grid{&scale, &inv_scale, &zero_point, 1, n, float(quant_min), float(quant_max),
-                  false,  stream};
+  const QuantizeParams params{&scale,           &inv_scale,       &zero_point, 1,     n,
+                              float(quant_min), float(quant_max), false,       stream};
   if (!grad) {
-    kernels.fake_quantize(from, out, nullptr, 0, n, grid, Rule::kPropagateNan);
-  } else if (sizeof(T) < 8 && rintf(low * inv_scale) >= grid.quant_min &&
-             rintf(high * inv_scale) <= grid.quant_max) {
+    kernels.fake_quantize(from, out, nullptr, 0, n, params, QuantizeMode::kPropagateNan);
+  } else if (sizeof(T) < 8 && rintf(low * inv_scale) >= params.quant_min &&
+             rintf(high * inv_scale) <= params.quant_max) {
     // Rounding is monotonic: with its extremes in range, so is the row. (A float64 row's extremes
     // are known to float32 only, which may hide which side of a tie they are on.)
     stream ? kernels.copy(grad, out, n) : void(std::memcpy(out, grad, size_t(n) * sizeof(T)));
   } else {
-    kernels.clipped_grad(from, grad, out, n, grid);
+    kernels.clipped_grad(from, grad, out, n, params);
   }
 }
 
@@ -47,18 +47,18 @@ void quantize_row(const Kernels& kernels, const T* from, const T* grad, T* out, 
 void quantize_weight(const Weight& w, int64_t quant_min, int64_t quant_max, bool per_tensor) {
   std::vector<float> range(size_t(2 * w.channels.count)), scale(size_t(w.channels.count));
   float *low = range.data(), *high = low + w.channels.count;
-  min_max_all(w.from, w.channels, low, high);
+  min_max_tensor(w.from, w.channels, low, high);
   for (size_t c = 0; c < scale.size(); ++c) {
     scale[c] = symmetric_scale(low[c], high[c], int32_t(quant_min), int32_t(quant_max));
   }
-  const GridTables tables(
+  const ChannelTables tables(
       scale.data(), [](int64_t) { return 0.0f; }, w.channels, quant_min, quant_max, per_tensor);
   if (!w.grad.defined()) {
-    return quantize_all(w.from, w.out, Tensor(), *tables, Rule::kPropagateNan);
+    return quantize_tensor(w.from, w.out, Tensor(), *tables, QuantizeMode::kPropagateNan);
   }
   const Tensor mask = empty_mask(w.from);
-  quantize_all(w.from, w.out, mask, *tables, Rule::kPropagateNan);
-  masked_grad_all(w.grad, mask, w.out);
+  quantize_tensor(w.from, w.out, mask, *tables, QuantizeMode::kPropagateNan);
+  masked_grad_tensor(w.grad, mask, w.out);
 }
 
 std::vector<Tensor> run(const std::vector<Weight>& weights, int64_t quant_min, int64_t quant_max,

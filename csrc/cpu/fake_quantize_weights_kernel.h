@@ -1,21 +1,22 @@
-// The gradient of a weight's row: clipped without a stored mask, or copied where the row is in range.
+// The gradient of a weight's row: clipped without a stored mask, or copied where the row is in
+// range.
 
 template <class T>
-static void clipped_grad(const T* x, const T* grad, T* out, int64_t n, const Grid& g) {
+static void clipped_grad(const T* x, const T* grad, T* out, int64_t n, const QuantizeParams& p) {
   using S = Register<T>;
   constexpr int w = S::width;
-  const Quantizer<S, Rule::kPropagateNan> quantize(g);
-  const auto step = Steps<S>::all(g, 0);
+  const Quantizer<S, QuantizeMode::kPropagateNan> quantize(p);
+  const auto qparams = QParams<S>::broadcast(p, 0);
   const auto zero = S::set(0);
   typename S::reg value;
   int64_t i = 0;
   for (; i + w <= n; i += w) {
-    const auto inside = S::from_bits(quantize(S::load(x + i), step, value));
+    const auto inside = S::from_bits(quantize(S::load(x + i), qparams, value));
     S::store(out + i, S::select(inside, S::load(grad + i), zero));
   }
   if (i < n) {
     const int lanes = int(n - i);
-    const auto inside = S::from_bits(quantize(S::load(x + i, lanes), step, value));
+    const auto inside = S::from_bits(quantize(S::load(x + i, lanes), qparams, value));
     S::store(out + i, S::select(inside, S::load(grad + i, lanes), zero), lanes);
   }
 }

@@ -14,7 +14,7 @@ constexpr int64_t kMaskWord = 64;
 constexpr int64_t kMaxLanes = 16;
 
 // How elements are quantized. Element i of the memory belongs to channel (i / inner) % channels.
-struct Grid {
+struct QuantizeParams {
   const float* scale;      // [channels + kMaxLanes], as are the next two
   const float* inv_scale;  // 1 / scale
   const float* zero_point;
@@ -26,10 +26,10 @@ struct Grid {
   bool stream = false;  // write past the cache: for more than it holds
 };
 
-enum class Rule { kPropagateNan, kLowestForNan, kRelu };
+enum class QuantizeMode { kPropagateNan, kLowestForNan, kRelu };
 
 // One row of divergence_loss; what is the same for all rows.
-struct LossRule {
+struct LossOptions {
   Direction direction;
   bool non_label;  // the distributions over the classes that are not the label
   bool guard;
@@ -37,26 +37,26 @@ struct LossRule {
   double temperature;
   double bound;  // infinity: none
   double label_smoothing;
-  double share;  // of a sample in the mean: 1 / count
+  double inv_count;  // of a sample in the mean: 1 / count
 };
 
 template <class T>
 struct Kernels {
   // Elements [begin, end) of x; begin is a multiple of kMaskWord. No mask is written to nullptr.
-  void (*fake_quantize)(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const Grid&,
-                        Rule);
+  void (*fake_quantize)(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
+                        const QuantizeParams&, QuantizeMode);
   // out = grad where the mask is set, else 0.
   void (*masked_grad)(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end,
                       bool stream);
   // grad_x as above, and for n elements of one channel the sums of
   // grad · (level − x/scale inside, level outside) and of grad outside, added to sums [2].
-  void (*lsq_backward)(const T* grad, const T* x, T* grad_x, int64_t n, const Grid&,
+  void (*lsq_backward)(const T* grad, const T* x, T* grad_x, int64_t n, const QuantizeParams&,
                        int64_t channel, double* sums);
   // The same for rows of one element per channel; sums [channels, 2].
-  void (*lsq_backward_columns)(const T* grad, const T* x, T* grad_x, int64_t rows, const Grid&,
-                               double* sums);
+  void (*lsq_backward_columns)(const T* grad, const T* x, T* grad_x, int64_t rows,
+                               const QuantizeParams&, double* sums);
   // out = grad where x [n], of one channel, is in range, else 0.
-  void (*clipped_grad)(const T* x, const T* grad, T* out, int64_t n, const Grid&);
+  void (*clipped_grad)(const T* x, const T* grad, T* out, int64_t n, const QuantizeParams&);
   // A copy that is written past the cache.
   void (*copy)(const T* from, T* to, int64_t n);
   // Minimum and maximum of x [n], n > 0; both NaN if there is a NaN.
@@ -66,7 +66,7 @@ struct Kernels {
   // Cross-entropy and divergence of one sample, and the gradient of the mean loss.
   // z, t, grad [classes]; scratch [4 * classes].
   void (*divergence_row)(const T* z, const T* t, T* grad, int64_t classes, int64_t label,
-                         const LossRule&, double* scratch, double* ce, double* divergence);
+                         const LossOptions&, double* scratch, double* ce, double* divergence);
 };
 
 struct InstructionSet {

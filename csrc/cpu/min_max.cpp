@@ -10,13 +10,13 @@ namespace divqat {
 namespace {
 
 // NaN once there was one.
-float lower(float a, float b) { return b < a || b != b ? b : a; }
-float higher(float a, float b) { return b > a || b != b ? b : a; }
+float nan_min(float a, float b) { return b < a || b != b ? b : a; }
+float nan_max(float a, float b) { return b > a || b != b ? b : a; }
 
 }  // namespace
 
 // Minimum and maximum do not depend on the order, so threads merge theirs as they finish.
-void min_max_all(const Tensor& x, Channels channels, float* low, float* high) {
+void min_max_tensor(const Tensor& x, Channels channels, float* low, float* high) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   std::fill_n(low, channels.count, infinity);
   std::fill_n(high, channels.count, -infinity);
@@ -28,8 +28,8 @@ void min_max_all(const Tensor& x, Channels channels, float* low, float* high) {
         float least, most;
         kernels.min_max(from + begin, end - begin, &least, &most);
         const std::lock_guard<std::mutex> lock(mutex);
-        *low = lower(*low, least);
-        *high = higher(*high, most);
+        *low = nan_min(*low, least);
+        *high = nan_max(*high, most);
       });
       return;
     }
@@ -49,14 +49,14 @@ void min_max_all(const Tensor& x, Channels channels, float* low, float* high) {
           const int64_t c = run % channels.count;
           float run_low, run_high;
           kernels.min_max(from + run * unit, unit, &run_low, &run_high);
-          least[c] = lower(least[c], run_low);
-          most[c] = higher(most[c], run_high);
+          least[c] = nan_min(least[c], run_low);
+          most[c] = nan_max(most[c], run_high);
         }
       }
       const std::lock_guard<std::mutex> lock(mutex);
       for (int64_t c = 0; c < channels.count; ++c) {
-        low[c] = lower(low[c], least[c]);
-        high[c] = higher(high[c], most[c]);
+        low[c] = nan_min(low[c], least[c]);
+        high[c] = nan_max(high[c], most[c]);
       }
     });
   });

@@ -5,6 +5,6 @@
 namespace divqat {
 
 // Of a dense x with at least one element; both NaN where a channel has one. low, high [channels].
-void min_max_all(const Tensor& x, Channels channels, float* low, float* high);
+void min_max_tensor(const Tensor& x, Channels channels, float* low, float* high);
 
 }  // namespace divqat

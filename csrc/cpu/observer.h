@@ -19,22 +19,21 @@ class Observer {
     if (dense_x.numel() == 0) return;
     c10::SmallVector<float, 16> range(size_t(2 * channels_.count));
     float *low = range.data(), *high = low + channels_.count;
-    min_max_all(dense_x, channels_, low, high);
+    min_max_tensor(dense_x, channels_, low, high);
     for (int64_t c = 0; c < channels_.count; ++c) {
       observe_channel(low[c], high[c], options_, buffers_.running_min() + c,
-                      buffers_.running_max() + c, buffers_.scale() + c,
-                      buffers_.zero_point() + c);
+                      buffers_.running_max() + c, buffers_.scale() + c, buffers_.zero_point() + c);
     }
   }
 
   void write_back() const { buffers_.write_back(); }
 
   // A copy of the scales and zero points of this moment.
-  GridTables grid(bool per_tensor) const {
+  ChannelTables tables(bool per_tensor) const {
     const int32_t* zero = buffers_.zero_point();
-    return GridTables(
-        buffers_.scale(), [&](int64_t c) { return float(zero[c]); }, channels_,
-        options_.quant_min, options_.quant_max, per_tensor);
+    return ChannelTables(
+        buffers_.scale(), [&](int64_t c) { return float(zero[c]); }, channels_, options_.quant_min,
+        options_.quant_max, per_tensor);
   }
 
  private:

@@ -19,10 +19,14 @@ template <class F>
 void with_kernels(at::ScalarType dtype, F&& f) {
   const InstructionSet& set = instruction_set();
   switch (dtype) {
-    case at::kFloat: return f(set.f32, (float*)nullptr);
-    case at::kDouble: return f(set.f64, (double*)nullptr);
-    case at::kBFloat16: return f(set.b16, (bf16*)nullptr);
-    default: return f(set.h16, (f16*)nullptr);  // check_float() let nothing else through
+    case at::kFloat:
+      return f(set.f32, (float*)nullptr);
+    case at::kDouble:
+      return f(set.f64, (double*)nullptr);
+    case at::kBFloat16:
+      return f(set.b16, (bf16*)nullptr);
+    default:
+      return f(set.h16, (f16*)nullptr);  // check_float() let nothing else through
   }
 }
 

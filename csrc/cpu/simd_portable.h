@@ -1,8 +1,8 @@
 // A vector register of N lanes in plain C++; what the intrinsics in simd_avx2.h and simd_avx512.h
 // do, spelt out. It serves float64 everywhere and every type where no vector unit is known.
 //
-// Included inside the namespace of an instruction set (see instruction_set_portable.cpp): no function here may be shared
-// by translation units that are compiled for different machines.
+// Included inside the namespace of an instruction set (see instruction_set_portable.cpp): no
+// function here may be shared by translation units that are compiled for different machines.
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;

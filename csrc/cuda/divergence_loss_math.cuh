@@ -23,14 +23,15 @@ struct RowTerms {
 // Room for the three reductions of a row over a block. Each has its own, so that one barrier per
 // reduction is enough: who writes a slot again has passed the barriers of the other two since.
 template <class A, int kGroup>
-struct Exchange {
+struct ReduceBuffer {
   A at[3][kGroup > 32 ? kGroup / 32 : 1][4];
 };
 
 // Reduces kValues values over the group, to the same bits in each thread. All lanes of a warp, and
 // all threads of a block-wide group, take part.
 template <int kSlot, int kGroup, int kValues, class A, class Combine>
-__device__ void group_reduce(A (&values)[kValues], Exchange<A, kGroup>& exchange, Combine combine) {
+__device__ void group_reduce(A (&values)[kValues], ReduceBuffer<A, kGroup>& buffer,
+                             Combine combine) {
 #pragma unroll
   for (int offset = (kGroup < 32 ? kGroup : 32) / 2; offset > 0; offset /= 2) {
 #pragma unroll
@@ -39,7 +40,7 @@ __device__ void group_reduce(A (&values)[kValues], Exchange<A, kGroup>& exchange
     }
   }
   if constexpr (kGroup > 32) {
-    auto& slot = exchange.at[kSlot];
+    auto& slot = buffer.at[kSlot];
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) slot[threadIdx.x / 32][i] = values[i];
@@ -57,7 +58,7 @@ __device__ void group_reduce(A (&values)[kValues], Exchange<A, kGroup>& exchange
 // Whether torch.argmax takes the logit z of class k before the label's: the larger, NaN above all,
 // the first among equals.
 template <class A>
-__device__ bool beats(A z, int k, A label_logit, int label) {
+__device__ bool argmax_prefers(A z, int k, A label_logit, int label) {
   const bool nan = z != z, label_nan = label_logit != label_logit;
   if (nan || label_nan) return nan && (!label_nan || k < label);
   return z > label_logit || (z == label_logit && k < label);
@@ -72,17 +73,16 @@ __device__ A log_mean(A log_q, A log_p) {
 
 // weight · value with 0 · anything = 0, and NaN where the weight is
 template <class A>
-__device__ A expected(A weight, A value) {
+__device__ A weighted(A weight, A value) {
   return weight == 0 ? A(0) : weight * value;
 }
 
 // Writes the row's gradient of the mean loss and returns CE and D. A target that is no class gives
 // NaN: there is no error to raise from here.
 template <Direction kDirection, class Row>
-__device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_t target,
-                                              typename Row::A share,
-                                              const RowOptions<typename Row::A>& o,
-                                              Exchange<typename Row::A, Row::kThreads>& exchange) {
+__device__ RowTerms<typename Row::A> row_loss(
+    const Row& row, bool valid, int64_t target, typename Row::A inv_count,
+    const RowOptions<typename Row::A>& o, ReduceBuffer<typename Row::A, Row::kThreads>& buffer) {
   using A = typename Row::A;
   constexpr int kGroup = Row::kThreads;
   const A nan = A(NAN);
@@ -92,34 +92,34 @@ __device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_
   const A label_logit = known ? row.logit(label) : A(0);
 
   // 1. Maxima of the classes in D, and whether a class beats the label.
-  A top[3] = {-A(INFINITY), -A(INFINITY), A(0)};
+  A maxima[3] = {-A(INFINITY), -A(INFINITY), A(0)};
   row.each([&](int k, A z, A t) {
-    if (o.guard && row.inside(k) && beats(z, k, label_logit, label)) top[2] = A(1);
+    if (o.guard && row.inside(k) && argmax_prefers(z, k, label_logit, label)) maxima[2] = A(1);
     if (k == skipped) return;
-    top[0] = max_of(top[0], z);
-    top[1] = max_of(top[1], t);
+    maxima[0] = max_of(maxima[0], z);
+    maxima[1] = max_of(maxima[1], t);
   });
-  group_reduce<0, kGroup>(top, exchange, [](A a, A b) { return max_of(a, b); });
-  const A z_top = o.non_label && known ? max_of(top[0], label_logit) : top[0];
-  const A u_top = top[0], v_top = top[1];
+  group_reduce<0, kGroup>(maxima, buffer, [](A a, A b) { return max_of(a, b); });
+  const A z_max = o.non_label && known ? max_of(maxima[0], label_logit) : maxima[0];
+  const A u_max = maxima[0], v_max = maxima[1];
 
   // 2. Sums of exponentials: of CE, of q and of p; and the sum of the logits for label smoothing.
   const bool own_softmax = o.non_label || o.temperature != 1;  // q is not softmax(z)
   A sums[4] = {};
   row.each([&](int k, A z, A t) {
-    sums[0] += exp_of(z - z_top);
-    if (o.smoothing > 0 && row.inside(k)) sums[3] += z - z_top;
+    sums[0] += exp_of(z - z_max);
+    if (o.smoothing > 0 && row.inside(k)) sums[3] += z - z_max;
     if (k == skipped) return;
-    if (own_softmax) sums[1] += exp_of((z - u_top) * o.inv_temperature);
-    sums[2] += exp_of((t - v_top) * o.inv_temperature);
+    if (own_softmax) sums[1] += exp_of((z - u_max) * o.inv_temperature);
+    sums[2] += exp_of((t - v_max) * o.inv_temperature);
   });
-  group_reduce<1, kGroup>(sums, exchange, [](A a, A b) { return a + b; });
+  group_reduce<1, kGroup>(sums, buffer, [](A a, A b) { return a + b; });
   const A log_z = log_of(sums[0]);
   const A log_u = own_softmax ? log_of(sums[1]) : log_z;
   const A log_v = log_of(sums[2]);
   // CE = − Σ_k target_k · log softmax(z)_k, target = (1 − ε) onehot + ε / C
   RowTerms<A> terms;
-  terms.ce = -((label_logit - z_top) - log_z);
+  terms.ce = -((label_logit - z_max) - log_z);
   const A smooth = o.smoothing / A(row.classes());
   if (o.smoothing > 0) {
     terms.ce = (1 - o.smoothing) * terms.ce - (smooth * sums[3] - o.smoothing * log_z);
@@ -127,8 +127,8 @@ __device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_
   if (!known) terms.ce = nan;
 
   // log q = (u − max u) − log Σ exp(u − max u), and log p from v likewise
-  const auto log_q_of = [&](A z) { return fma_of(z - u_top, o.inv_temperature, -log_u); };
-  const auto log_p_of = [&](A t) { return fma_of(t - v_top, o.inv_temperature, -log_v); };
+  const auto log_q_of = [&](A z) { return fma_of(z - u_max, o.inv_temperature, -log_u); };
+  const auto log_p_of = [&](A t) { return fma_of(t - v_max, o.inv_temperature, -log_v); };
 
   // 3. D, and for JS KL(q‖m) beside KL(p‖m)
   A d[2] = {};
@@ -136,41 +136,41 @@ __device__ RowTerms<typename Row::A> row_loss(const Row& row, bool valid, int64_
     if (k == skipped) return;
     const A log_q = log_q_of(z), log_p = log_p_of(t);
     if constexpr (kDirection == Direction::kStudentTeacher) {
-      d[0] += expected(exp_of(log_q), log_q - log_p);
+      d[0] += weighted(exp_of(log_q), log_q - log_p);
     } else if constexpr (kDirection == Direction::kTeacherStudent) {
-      d[0] += expected(exp_of(log_p), log_p - log_q);
+      d[0] += weighted(exp_of(log_p), log_p - log_q);
     } else {
       const A log_m = log_mean(log_q, log_p);
-      d[0] += expected(exp_of(log_q), log_q - log_m);
-      d[1] += expected(exp_of(log_p), log_p - log_m);
+      d[0] += weighted(exp_of(log_q), log_q - log_m);
+      d[1] += weighted(exp_of(log_p), log_p - log_m);
     }
   });
-  group_reduce<2, kGroup>(d, exchange, [](A a, A b) { return a + b; });
+  group_reduce<2, kGroup>(d, buffer, [](A a, A b) { return a + b; });
   const A student = d[0];
   terms.divergence = kDirection == Direction::kJs ? A(0.5) * (d[0] + d[1]) : d[0];
   // Without a class in D, or where guard holds it back, there is no D.
-  const bool active = !(o.guard && top[2] > 0) && !(o.non_label && row.classes() == 1);
-  const bool pulls = active && !(o.bounded && !(terms.divergence < o.bound)) && o.weight != 0;
+  const bool active = !(o.guard && maxima[2] > 0) && !(o.non_label && row.classes() == 1);
+  const bool d_has_grad = active && !(o.bounded && !(terms.divergence < o.bound)) && o.weight != 0;
   if (o.bounded && terms.divergence > o.bound) terms.divergence = o.bound;
   if (!active) terms.divergence = A(0);
 
   // 4. From L = CE − λ T² D and du/dz = 1 / T:
   // dL/dz = share · (softmax(z) − target − λ T dD/du)
-  const A pull = o.weight * o.temperature, at_label = 1 - o.smoothing + smooth;
+  const A d_factor = o.weight * o.temperature, at_label = 1 - o.smoothing + smooth;
   row.store_each([&](int k, A z, A t) {
     if (!known) return valid ? nan : A(0);
-    const A grad = exp_of((z - z_top) - log_z) - (k == label ? at_label : smooth);
-    if (!pulls || k == skipped) return share * grad;
+    const A grad = exp_of((z - z_max) - log_z) - (k == label ? at_label : smooth);
+    if (!d_has_grad || k == skipped) return inv_count * grad;
     const A log_q = log_q_of(z), log_p = log_p_of(t), q = exp_of(log_q);
     A grad_u;
     if constexpr (kDirection == Direction::kStudentTeacher) {
-      grad_u = expected(q, log_q - log_p - student);
+      grad_u = weighted(q, log_q - log_p - student);
     } else if constexpr (kDirection == Direction::kTeacherStudent) {
       grad_u = q - exp_of(log_p);
     } else {
-      grad_u = expected(A(0.5) * q, log_q - log_mean(log_q, log_p) - student);
+      grad_u = weighted(A(0.5) * q, log_q - log_mean(log_q, log_p) - student);
     }
-    return share * (grad - pull * grad_u);
+    return inv_count * (grad - d_factor * grad_u);
   });
   return terms;
 }

@@ -3,9 +3,9 @@
 #include <ATen/ops/empty_like.h>
 
 #include "../divergence_loss_checks.h"
-#include "ops_common.h"
 #include "launchers.h"
 #include "ops.h"
+#include "ops_common.h"
 
 namespace divqat::cuda {
 

@@ -18,11 +18,11 @@ class LossRow {
   static constexpr int W = kWidth<T>, kThreads = kGroup;
 
   __device__ LossRow(const T* logits, const T* teacher, T* grad, int64_t index, int classes,
-                 bool present, bool aligned)
+                     bool present, bool aligned)
       : classes_(classes), aligned_(aligned) {
     const int64_t begin = index * classes;
     start_ = -int(begin % W);
-    packs_ = present ? int(divided_up(classes - start_, W)) : 0;
+    packs_ = present ? int(ceil_div(classes - start_, W)) : 0;
     logits_ = logits + begin;
     teacher_ = teacher + begin;
     grad_ = grad + begin;

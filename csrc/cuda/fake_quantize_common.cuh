@@ -18,8 +18,8 @@ constexpr int kQuantizeUnroll = 4;
 // Packs that a block takes at a time, all of them at once.
 constexpr int64_t kQuantizeTile = kQuantizeThreads * kQuantizeUnroll;
 
-inline int64_t quantize_tiles_of(int64_t n, int width) {
-  return divided_up(divided_up(n, width), kQuantizeTile);
+inline int64_t tile_count(int64_t n, int width) {
+  return ceil_div(ceil_div(n, width), kQuantizeTile);
 }
 
 // Calls f(first pack, whole) for each tile of x that falls to this block, the last one first where
@@ -27,7 +27,7 @@ inline int64_t quantize_tiles_of(int64_t n, int width) {
 // so that whole tiles need no test per pack; only the last one of x may not be whole.
 template <int W, class F>
 __device__ void for_each_tile(int64_t n, bool reverse, F&& f) {
-  const int64_t tiles = divided_up(divided_up(n, W), kQuantizeTile);
+  const int64_t tiles = ceil_div(ceil_div(n, W), kQuantizeTile);
   const int64_t mine = tiles > blockIdx.x ? (tiles - blockIdx.x - 1) / gridDim.x + 1 : 0;
   for (int64_t round = 0; round < mine; ++round) {
     const int64_t tile = blockIdx.x + (reverse ? mine - 1 - round : round) * gridDim.x;
@@ -47,32 +47,32 @@ struct Limits {
   A floor;     // 0 with relu, else -inf
   A nan_code;  // what NaN becomes
 
-  __device__ explicit Limits(const QuantizeGrid& g)
-      : low(A(g.quant_min)),
-        high(A(g.quant_max)),
-        floor(g.relu ? A(0) : -A(INFINITY)),
-        nan_code(g.propagate_nan ? A(NAN) : low) {}
+  __device__ explicit Limits(const QuantizeParams& p)
+      : low(A(p.quant_min)),
+        high(A(p.quant_max)),
+        floor(p.relu ? A(0) : -A(INFINITY)),
+        nan_code(p.propagate_nan ? A(NAN) : low) {}
 };
 
 // The scale and zero point of one channel.
 template <class T>
-struct Step {
+struct Quantizer {
   using A = compute_t<T>;
   float scale;
   A inv_scale, zero_point;
 
-  Step() = default;
-  __device__ Step(float scale, int32_t zero_point)
+  Quantizer() = default;
+  __device__ Quantizer(float scale, int32_t zero_point)
       : scale(scale), inv_scale(A(1.0f / scale)), zero_point(A(zero_point)) {}
-  __device__ Step(const QuantizeGrid& g, int64_t channel)
-      : Step(g.scale[channel], g.zero_point[channel]) {}
+  __device__ Quantizer(const QuantizeParams& p, int64_t channel)
+      : Quantizer(p.scale[channel], p.zero_point[channel]) {}
 
   // Returns whether the value was in range.
   __device__ bool operator()(T x, const Limits<A>& limits, bool per_tensor, T* y) const {
     const A given = to_compute(x);
     const A value = given < limits.floor ? limits.floor : given;  // NaN stays
     // q = clamp(nearbyint(x · (1/scale)) + zero_point)
-    const A rounded = nearest(value * inv_scale) + zero_point;
+    const A rounded = rint_of(value * inv_scale) + zero_point;
     A q = rounded < limits.low ? limits.low : rounded;
     q = q > limits.high ? limits.high : q;
     q = rounded != rounded ? limits.nan_code : q;
@@ -88,55 +88,56 @@ struct Step {
 };
 
 // How the elements of a pack find their channel.
-enum class Spread { kOne, kPerPack, kPerElement };
+enum class ScaleLookup { kOnce, kPerPack, kPerElement };
 
 // The channel of an element, and of those that follow.
-class ChannelWalk {
+class ChannelIterator {
  public:
-  __device__ ChannelWalk(const QuantizeGrid& g, int64_t i) : g_(g) {
+  __device__ ChannelIterator(const QuantizeParams& p, int64_t i) : p_(p) {
     // 32-bit division where it reaches: the other is many times slower
-    if (g.n <= 0x7fffffff) {
-      const uint32_t run = uint32_t(i) / uint32_t(g.inner);
-      offset_ = int64_t(uint32_t(i) - run * uint32_t(g.inner));
-      channel_ = int64_t(run % uint32_t(g.channels));
+    if (p.n <= 0x7fffffff) {
+      const uint32_t run = uint32_t(i) / uint32_t(p.inner);
+      offset_ = int64_t(uint32_t(i) - run * uint32_t(p.inner));
+      channel_ = int64_t(run % uint32_t(p.channels));
     } else {
-      const int64_t run = i / g.inner;
-      offset_ = i - run * g.inner;
-      channel_ = run % g.channels;
+      const int64_t run = i / p.inner;
+      offset_ = i - run * p.inner;
+      channel_ = run % p.channels;
     }
   }
   __device__ int64_t channel() const { return channel_; }
   // On to the next element; whether it is of another channel.
   __device__ bool next() {
-    if (++offset_ < g_.inner) return false;
+    if (++offset_ < p_.inner) return false;
     offset_ = 0;
-    if (++channel_ == g_.channels) channel_ = 0;
+    if (++channel_ == p_.channels) channel_ = 0;
     return true;
   }
 
  private:
-  const QuantizeGrid& g_;
+  const QuantizeParams& p_;
   int64_t offset_, channel_;
 };
 
 // Quantizes one pack that starts at element i; returns a bit per element.
-template <class T, int W, Spread kSpread>
-__device__ uint32_t quantize_pack(const Pack<T, W>& x, const QuantizeGrid& g,
-                                  const Limits<compute_t<T>>& limits, const Step<T>& step,
+template <class T, int W, ScaleLookup kLookup>
+__device__ uint32_t quantize_pack(const Pack<T, W>& x, const QuantizeParams& p,
+                                  const Limits<compute_t<T>>& limits, const Quantizer<T>& quantizer,
                                   int64_t i, Pack<T, W>* y) {
   uint32_t bits = 0;
-  if constexpr (kSpread == Spread::kOne) {
+  if constexpr (kLookup == ScaleLookup::kOnce) {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      bits |= uint32_t(step(x.at[w], limits, g.per_tensor, &y->at[w])) << w;
+      bits |= uint32_t(quantizer(x.at[w], limits, p.per_tensor, &y->at[w])) << w;
     }
   } else {
-    ChannelWalk walk(g, i);
-    Step<T> own(g, walk.channel());
+    ChannelIterator it(p, i);
+    Quantizer<T> channel_quantizer(p, it.channel());
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (kSpread == Spread::kPerElement && w > 0 && walk.next()) own = Step<T>(g, walk.channel());
-      bits |= uint32_t(own(x.at[w], limits, g.per_tensor, &y->at[w])) << w;
+      if (kLookup == ScaleLookup::kPerElement && w > 0 && it.next())
+        channel_quantizer = Quantizer<T>(p, it.channel());
+      bits |= uint32_t(channel_quantizer(x.at[w], limits, p.per_tensor, &y->at[w])) << w;
     }
   }
   return bits;
@@ -144,7 +145,7 @@ __device__ uint32_t quantize_pack(const Pack<T, W>& x, const QuantizeGrid& g,
 
 // Stores the W bits of each lane's pack, the lanes' packs adjacent: words of 32 bits, whole where
 // the mask goes on that far. `pack` is this lane's; all lanes of the warp take part.
-template <bool kWhole, int W>
+template <bool kFull, int W>
 __device__ void store_mask(uint8_t* mask, uint32_t bits, int64_t pack, int64_t n) {
   constexpr int kLanes = 32 / W;  // that fill a word
   uint32_t word;
@@ -157,7 +158,7 @@ __device__ void store_mask(uint8_t* mask, uint32_t bits, int64_t pack, int64_t n
   }
   const int64_t first = pack * W;  // element of bit 0, in the first lane of the word
   if (!mask || threadIdx.x % kLanes != 0) return;
-  if (kWhole || n - first > 24) {
+  if (kFull || n - first > 24) {
     *reinterpret_cast<uint32_t*>(mask + first / 8) = word;
   } else {
 #pragma unroll 1
@@ -166,35 +167,35 @@ __device__ void store_mask(uint8_t* mask, uint32_t bits, int64_t pack, int64_t n
 }
 
 // All of x's tiles that fall to this block. `seen` is shown every element that is read.
-template <class T, int W, Spread kSpread, class Seen>
-__device__ void quantize_tiles(const QuantizeGrid& g, const Step<T>& step, const T* x, T* y,
-                               uint8_t* mask, bool reverse, Seen&& seen) {
-  const Limits<compute_t<T>> limits(g);
-  for_each_tile<W>(g.n, reverse, [&](int64_t first, auto whole) {
-    constexpr bool kWhole = decltype(whole)::value;
+template <class T, int W, ScaleLookup kLookup, class Visit>
+__device__ void quantize_tiles(const QuantizeParams& p, const Quantizer<T>& quantizer, const T* x,
+                               T* y, uint8_t* mask, bool reverse, Visit&& visit) {
+  const Limits<compute_t<T>> limits(p);
+  for_each_tile<W>(p.n, reverse, [&](int64_t first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
     Pack<T, W> values[kQuantizeUnroll];
 #pragma unroll
     for (int u = 0; u < kQuantizeUnroll; ++u) {
-      values[u] = load_pack<kWhole, W>(x, (first + u * kQuantizeThreads) * W, g.n);
+      values[u] = load_pack<kFull, W>(x, (first + u * kQuantizeThreads) * W, p.n);
     }
 #pragma unroll
     for (int u = 0; u < kQuantizeUnroll; ++u) {
       const int64_t pack = first + u * kQuantizeThreads, i = pack * W;
       uint32_t bits = 0;
       Pack<T, W> out;
-      if (kWhole || i < g.n) {
-        bits = quantize_pack<T, W, kSpread>(values[u], g, limits, step, i, &out);
-        store_pack<kWhole>(y, i, g.n, out);
+      if (kFull || i < p.n) {
+        bits = quantize_pack<T, W, kLookup>(values[u], p, limits, quantizer, i, &out);
+        store_pack<kFull>(y, i, p.n, out);
 #pragma unroll
         for (int w = 0; w < W; ++w) {
-          if (kWhole || i + w < g.n) {
-            seen(values[u].at[w]);
+          if (kFull || i + w < p.n) {
+            visit(values[u].at[w]);
           } else {
             bits &= ~(1u << w);
           }
         }
       }
-      store_mask<kWhole, W>(mask, bits, pack, g.n);
+      store_mask<kFull, W>(mask, bits, pack, p.n);
     }
   });
 }

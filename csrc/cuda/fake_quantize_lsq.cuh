@@ -15,8 +15,8 @@ constexpr int kLsqUnroll = W > 4 || sizeof(T) == 8 ? 2 : 4;
 constexpr int64_t kLsqMaxPartials = kLsqScratch / 2;
 
 template <class T>
-struct LsqTask {
-  LsqGrid grid;
+struct LsqArguments {
+  LsqParams params;
   int64_t parts;  // shares of a channel (runs) or of a tile of columns
   const T* x;
   const T* grad_y;  // backward only, as is all below
@@ -30,43 +30,43 @@ struct LsqTask {
 
 // The grid of one channel.
 template <class T>
-struct LsqLevel {
+struct LsqQuantizer {
   using A = compute_t<T>;
   float scale;
   A inv_scale, zero_point;
 
-  LsqLevel() = default;
-  __device__ LsqLevel(const LsqGrid& g, int64_t channel) {
-    scale = at_least(g.scale[channel], kMinScale);
+  LsqQuantizer() = default;
+  __device__ LsqQuantizer(const LsqParams& p, int64_t channel) {
+    scale = at_least(p.scale[channel], kMinScale);
     inv_scale = A(1.0f / scale);
-    const float exact = g.learned ? static_cast<const float*>(g.zero_point)[channel]
-                                  : float(static_cast<const int32_t*>(g.zero_point)[channel]);
+    const float exact = p.learned ? static_cast<const float*>(p.zero_point)[channel]
+                                  : float(static_cast<const int32_t*>(p.zero_point)[channel]);
     // zero_point = clamp(nearbyint(zero_point))
-    zero_point = A(at_most(at_least(rintf(exact), g.quant_min), g.quant_max));
+    zero_point = A(at_most(at_least(rintf(exact), p.quant_min), p.quant_max));
   }
 
   // v = x / scale, r = nearbyint(v) + zero_point; returns q = clamp(r). NaN stays NaN.
-  __device__ A code(T x, const LsqGrid& g, A* v, A* rounded) const {
-    const A low = A(g.quant_min), high = A(g.quant_max);
+  __device__ A quantize(T x, const LsqParams& p, A* v, A* rounded) const {
+    const A low = A(p.quant_min), high = A(p.quant_max);
     *v = to_compute(x) * inv_scale;
-    *rounded = nearest(*v) + zero_point;
+    *rounded = rint_of(*v) + zero_point;
     const A at_least_low = *rounded < low ? low : *rounded;
     return at_least_low > high ? high : at_least_low;
   }
 
-  __device__ T forward(T x, const LsqGrid& g) const {
+  __device__ T forward(T x, const LsqParams& p) const {
     A v, rounded;
-    const A level = code(x, g, &v, &rounded) - zero_point;
+    const A level = quantize(x, p, &v, &rounded) - zero_point;
     // y = (q − zero_point) · scale; one scale for a float64 tensor multiplies in float32
-    if (g.per_tensor) return from_compute<T>(A(float(level) * scale));
+    if (p.per_tensor) return from_compute<T>(A(float(level) * scale));
     return from_compute<T>(level * A(scale));
   }
 
   // Returns grad_x; adds to the sums for the scale and, without its factor −scale, for the zero
   // point.
-  __device__ T backward(T x, T grad_y, const LsqGrid& g, A* scale_sum, A* outside_sum) const {
+  __device__ T backward(T x, T grad_y, const LsqParams& p, A* scale_sum, A* outside_sum) const {
     A v, rounded;
-    const A q = code(x, g, &v, &rounded), grad = to_compute(grad_y);
+    const A q = quantize(x, p, &v, &rounded), grad = to_compute(grad_y);
     const bool inside = rounded == q;
     // dy/dscale = q − zero_point − (v inside, 0 outside)
     *scale_sum += grad * (q - zero_point - (inside ? v : A(0)));
@@ -84,7 +84,7 @@ struct LsqSums {
   }
 };
 
-__device__ inline LsqSums shuffled(const LsqSums& sums, int offset) {
+__device__ inline LsqSums shuffle_xor(const LsqSums& sums, int offset) {
   LsqSums other;
   other.scale = __shfl_xor_sync(0xffffffffu, sums.scale, offset);
   other.outside = __shfl_xor_sync(0xffffffffu, sums.outside, offset);
@@ -94,7 +94,7 @@ __device__ inline LsqSums shuffled(const LsqSums& sums, int offset) {
 // The block's sum, in thread 0. All threads take part.
 __device__ inline LsqSums block_sum(LsqSums sums) {
   __shared__ LsqSums warps[kLsqThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) sums += shuffled(sums, offset);
+  for (int offset = 16; offset > 0; offset /= 2) sums += shuffle_xor(sums, offset);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sums;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -104,21 +104,20 @@ __device__ inline LsqSums block_sum(LsqSums sums) {
 }
 
 template <class T>
-__device__ void finish(const LsqTask<T>& task, int64_t channel, const LsqSums& sums) {
-  const float scale = task.grid.scale[channel];
-  task.grad_scale[channel] = lsq_scale_grad(float(sums.scale * task.grad_factor), scale);
+__device__ void store_grads(const LsqArguments<T>& args, int64_t channel, const LsqSums& sums) {
+  const float scale = args.params.scale[channel];
+  args.grad_scale[channel] = lsq_scale_grad(float(sums.scale * args.grad_factor), scale);
   // dy/dzero_point = −scale outside, 0 inside
-  const double offset =
-      -sums.outside * double(at_least(scale, kMinScale)) * task.grad_factor;
-  task.grad_zero_point[channel] = task.grid.learned ? float(offset) : 0.0f;
+  const double offset = -sums.outside * double(at_least(scale, kMinScale)) * args.grad_factor;
+  args.grad_zero_point[channel] = args.params.learned ? float(offset) : 0.0f;
 }
 
 // A share's sums: final where it is the only one, else for the last block.
 template <class T>
-__device__ void hand_in(const LsqTask<T>& task, int64_t part, int64_t channel,
-                        const LsqSums& sums) {
-  if (task.parts == 1) return finish(task, channel, sums);
-  double* partial = task.partial + 2 * (part * task.grid.channels + channel);
+__device__ void write_partial(const LsqArguments<T>& args, int64_t part, int64_t channel,
+                              const LsqSums& sums) {
+  if (args.parts == 1) return store_grads(args, channel, sums);
+  double* partial = args.partial + 2 * (part * args.params.channels + channel);
   partial[0] = sums.scale;
   partial[1] = sums.outside;
 }
@@ -126,9 +125,9 @@ __device__ void hand_in(const LsqTask<T>& task, int64_t part, int64_t channel,
 // The last block adds up the parts of each channel: `lanes` threads of one warp per channel, as
 // many as keep all threads busy.
 template <class T>
-__device__ void finish_in_last_block(const LsqTask<T>& task) {
-  if (task.parts == 1 || !last_block(task.counter)) return;
-  const int64_t channels = task.grid.channels;
+__device__ void reduce_in_last_block(const LsqArguments<T>& args) {
+  if (args.parts == 1 || !is_last_block(args.counter)) return;
+  const int64_t channels = args.params.channels;
   int lanes = 32;
   while (lanes > 1 && lanes * channels > kLsqThreads) lanes /= 2;
   const int lane = int(threadIdx.x) % lanes;
@@ -137,15 +136,15 @@ __device__ void finish_in_last_block(const LsqTask<T>& task) {
     LsqSums sums = {0, 0};
     if (channel < channels) {
 #pragma unroll 8
-      for (int64_t part = lane; part < task.parts; part += lanes) {
-        const double* partial = task.partial + 2 * (part * channels + channel);
+      for (int64_t part = lane; part < args.parts; part += lanes) {
+        const double* partial = args.partial + 2 * (part * channels + channel);
         // Past L1, which is not coherent: other blocks wrote these.
         sums.scale += __ldcg(partial);
         sums.outside += __ldcg(partial + 1);
       }
     }
-    for (int offset = lanes / 2; offset > 0; offset /= 2) sums += shuffled(sums, offset);
-    if (channel < channels && lane == 0) finish(task, channel, sums);
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sums += shuffle_xor(sums, offset);
+    if (channel < channels && lane == 0) store_grads(args, channel, sums);
   }
 }
 

@@ -23,16 +23,16 @@ Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running
   const Tensor scratch = observer_scratch(x);
   Tensor mask = empty_mask(x);
   if (x.numel() == 0) return mask;
-  QuantizeGrid grid = grid_of(x, buffers.scale(), buffers.zero_point(), quant_min, quant_max,
-                              channels, !ch_axis);
-  grid.relu = relu;
+  QuantizeParams params = quantize_params(x, buffers.scale(), buffers.zero_point(), quant_min,
+                                          quant_max, channels, !ch_axis);
+  params.relu = relu;
   const auto run = mode == "exact" ? fake_quantize_exact : fake_quantize_delayed;
   uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
   if (mode == "frozen") {
-    fake_quantize(dtype_of(x), grid, x.const_data_ptr(), y.mutable_data_ptr(), bits,
+    fake_quantize(dtype_of(x), params, x.const_data_ptr(), y.mutable_data_ptr(), bits,
                   device.stream());
   } else {
-    run(dtype_of(x), state_of(buffers, options), grid, x.const_data_ptr(), y.mutable_data_ptr(),
+    run(dtype_of(x), state_of(buffers, options), params, x.const_data_ptr(), y.mutable_data_ptr(),
         bits, scratch.mutable_data_ptr<float>(), device.stream());
     buffers.write_back();
   }
@@ -53,10 +53,12 @@ std::tuple<Tensor, Tensor> fake_quantize_observed_cuda(
                                quant_max, ch_axis, averaging_constant, symmetric, mode, relu)};
 }
 
-Tensor fake_quantize_observed_inplace_cuda(
-    const Tensor& x, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
-    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
-    double averaging_constant, bool symmetric, std::string_view mode, bool relu) {
+Tensor fake_quantize_observed_inplace_cuda(const Tensor& x, const Tensor& running_min,
+                                           const Tensor& running_max, const Tensor& scale,
+                                           const Tensor& zero_point, int64_t quant_min,
+                                           int64_t quant_max, std::optional<int64_t> ch_axis,
+                                           double averaging_constant, bool symmetric,
+                                           std::string_view mode, bool relu) {
   check_float("x", x);
   check_dense("x", x);
   const OnDevice device(x);

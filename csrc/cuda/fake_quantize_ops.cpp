@@ -2,8 +2,8 @@
 #include <ATen/ops/empty_like.h>
 
 #include "../checks.h"
-#include "ops_common.h"
 #include "ops.h"
+#include "ops_common.h"
 
 namespace divqat::cuda {
 std::tuple<Tensor, Tensor> fake_quantize_cuda(const Tensor& x, const Tensor& scale,
@@ -20,11 +20,11 @@ std::tuple<Tensor, Tensor> fake_quantize_cuda(const Tensor& x, const Tensor& sca
   Tensor y = at::empty_like(from), mask = empty_mask(x);
   if (x.numel() == 0) return {y, mask};
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
-  QuantizeGrid grid =
-      grid_of(from, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(),
-              quant_min, quant_max, channels, !ch_axis);
-  grid.propagate_nan = propagate_nan;
-  fake_quantize(dtype_of(x), grid, from.const_data_ptr(), y.mutable_data_ptr(),
+  QuantizeParams params =
+      quantize_params(from, scales.const_data_ptr<float>(), zero_points.const_data_ptr<int32_t>(),
+                      quant_min, quant_max, channels, !ch_axis);
+  params.propagate_nan = propagate_nan;
+  fake_quantize(dtype_of(x), params, from.const_data_ptr(), y.mutable_data_ptr(),
                 mask.mutable_data_ptr<uint8_t>(), device.stream());
   return {y, mask};
 }

@@ -4,8 +4,8 @@
 #include <map>
 
 #include "../checks.h"
-#include "ops_common.h"
 #include "ops.h"
+#include "ops_common.h"
 
 namespace divqat::cuda {
 namespace {
@@ -22,20 +22,20 @@ void quantize_weight(const Tensor& from, const Tensor& grad, const Tensor& out, 
   state.scale = scale.mutable_data_ptr<float>();
   state.zero_point = zero_point.mutable_data_ptr<int32_t>();
   state.options = {int32_t(quant_min), int32_t(quant_max), 1.0f, true, false};
-  state.weights = true;
+  state.scale_only = true;
   const DType dtype = dtype_of(from);
   const int64_t n = from.numel();
   observe(dtype, state, from.const_data_ptr(), n, channels.count, channels.inner,
           scratch.mutable_data_ptr<float>(), stream);
-  const QuantizeGrid grid = grid_of(from, state.scale, state.zero_point, quant_min, quant_max,
-                                    channels, per_tensor);
+  const QuantizeParams params = quantize_params(from, state.scale, state.zero_point, quant_min,
+                                                quant_max, channels, per_tensor);
   if (!grad.defined()) {
-    return fake_quantize(dtype, grid, from.const_data_ptr(), out.mutable_data_ptr(), nullptr,
+    return fake_quantize(dtype, params, from.const_data_ptr(), out.mutable_data_ptr(), nullptr,
                          stream);
   }
   const Tensor mask = empty_mask(from);
   uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
-  fake_quantize(dtype, grid, from.const_data_ptr(), out.mutable_data_ptr(), bits, stream);
+  fake_quantize(dtype, params, from.const_data_ptr(), out.mutable_data_ptr(), bits, stream);
   fake_quantize_backward(dtype, grad.const_data_ptr(), bits, out.mutable_data_ptr(), n, stream);
 }
 

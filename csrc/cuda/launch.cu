@@ -20,11 +20,11 @@ std::atomic<int64_t> launches{0};
 std::mutex mutex;
 
 // Lets a module or kernel load on its first use even while a graph is being captured.
-class Relaxed {
+class RelaxedCapture {
  public:
-  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  Relaxed(const Relaxed&) = delete;
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
@@ -58,7 +58,7 @@ uint32_t* next_counter(cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex);
   uint32_t*& array = arrays[device];
   if (!array) {
-    const Relaxed relaxed;
+    const RelaxedCapture relaxed_capture;
     void* address = nullptr;
     check(cudaGetSymbolAddress(&address, counters), "cudaGetSymbolAddress");
     array = static_cast<uint32_t*>(address);
@@ -76,7 +76,7 @@ int64_t resident_blocks(const void* kernel, int threads) {
   const std::lock_guard<std::mutex> lock(mutex);
   int64_t& blocks = known[{device, kernel, threads}];
   if (blocks == 0) {
-    const Relaxed relaxed;
+    const RelaxedCapture relaxed_capture;
     int per_multiprocessor = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -86,7 +86,7 @@ int64_t resident_blocks(const void* kernel, int threads) {
   return blocks;
 }
 
-bool cooperates() {
+bool supports_cooperative_launch() {
   return attribute_of(current_device(), cudaDevAttrCooperativeLaunch) != 0;
 }
 

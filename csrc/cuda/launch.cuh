@@ -15,7 +15,7 @@ namespace divqat::cuda {
 
 // Calls f(a null pointer to the element type).
 template <class F>
-void with_type(DType dtype, F&& f) {
+void dispatch_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat: return f(static_cast<float*>(nullptr));
     case DType::kDouble: return f(static_cast<double*>(nullptr));
@@ -42,7 +42,7 @@ int64_t resident_blocks(void (*kernel)(P...), int threads) {
 }
 
 // Whether the current device can run blocks that wait for each other.
-bool cooperates();
+bool supports_cooperative_launch();
 
 void count_launch();
 
@@ -67,7 +67,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stre
 // Whether this is the last block of the grid to arrive here; the same answer in all of its threads,
 // which all take part. What any block wrote before, the last one reads with __ldcg: from L2, as L1
 // is not coherent.
-__device__ inline bool last_block(uint32_t* counter) {
+__device__ inline bool is_last_block(uint32_t* counter) {
   __shared__ bool last;
   __threadfence();  // this thread's results are out before the block counts as arrived
   __syncthreads();

@@ -20,7 +20,7 @@ int64_t launch_count();
 void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 
 // How x is quantized. The element at memory offset i belongs to channel (i / inner) % channels.
-struct QuantizeGrid {
+struct QuantizeParams {
   const float* scale;         // [channels]
   const int32_t* zero_point;  // [channels]
   float quant_min;
@@ -34,7 +34,7 @@ struct QuantizeGrid {
 };
 
 // y [n] and, unless it is nullptr, mask [ceil(n / 8)], on 4 bytes, from x [n]; y may be x.
-void fake_quantize(DType dtype, const QuantizeGrid& grid, const void* x, void* y, uint8_t* mask,
+void fake_quantize(DType dtype, const QuantizeParams& params, const void* x, void* y, uint8_t* mask,
                    cudaStream_t stream);
 // grad_x [n] = grad_y where the mask is set, else 0; in place where they are the same.
 void fake_quantize_backward(DType dtype, const void* grad_y, const uint8_t* mask, void* grad_x,
@@ -47,7 +47,7 @@ struct ObserverState {
   float* scale;
   int32_t* zero_point;
   ObserverOptions options;
-  bool weights;
+  bool scale_only;
 };
 
 // Floats of scratch memory that what follows takes.
@@ -57,10 +57,10 @@ void observe(DType dtype, const ObserverState& state, const void* x, int64_t n, 
              int64_t inner, float* scratch, cudaStream_t stream);
 // Both at once: y and mask with the range after this step (exact) or the one before (delayed). The
 // grid's scale and zero point are the state's. y may be x, but not for several channels delayed.
-void fake_quantize_exact(DType dtype, const ObserverState& state, const QuantizeGrid& grid,
+void fake_quantize_exact(DType dtype, const ObserverState& state, const QuantizeParams& params,
                          const void* x, void* y, uint8_t* mask, float* scratch,
                          cudaStream_t stream);
-void fake_quantize_delayed(DType dtype, const ObserverState& state, const QuantizeGrid& grid,
+void fake_quantize_delayed(DType dtype, const ObserverState& state, const QuantizeParams& params,
                            const void* x, void* y, uint8_t* mask, float* scratch,
                            cudaStream_t stream);
 
@@ -79,7 +79,7 @@ void fake_quantize_weights(DType dtype, const std::vector<WeightRows>& weights, 
                            int32_t quant_max, cudaStream_t stream);
 
 // A learned grid. The element at memory offset i belongs to channel (i / inner) % channels.
-struct LsqGrid {
+struct LsqParams {
   const float* scale;      // [channels]
   const void* zero_point;  // [channels], float if learned, else int32
   bool learned;
@@ -95,10 +95,10 @@ struct LsqGrid {
 constexpr int64_t kLsqScratch = 32768;
 
 // y [n] from x [n].
-void fake_quantize_lsq(DType dtype, const LsqGrid& grid, const void* x, void* y,
+void fake_quantize_lsq(DType dtype, const LsqParams& params, const void* x, void* y,
                        cudaStream_t stream);
 // grad_x [n], grad_scale [channels] and grad_zero_point [channels], 0 where it is not learned.
-void fake_quantize_lsq_backward(DType dtype, const LsqGrid& grid, const void* grad_y,
+void fake_quantize_lsq_backward(DType dtype, const LsqParams& params, const void* grad_y,
                                 const void* x, void* grad_x, double grad_factor, double* scratch,
                                 float* grad_scale, float* grad_zero_point, cudaStream_t stream);
 

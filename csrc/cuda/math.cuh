@@ -9,9 +9,7 @@
 
 namespace divqat::cuda {
 
-__host__ __device__ constexpr int64_t divided_up(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
+__host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Element types compute in float, but double in double.
 template <class T>
@@ -34,8 +32,8 @@ __device__ inline T from_compute(compute_t<T> x) {
 }
 
 // Half to even, as nearbyint in the default rounding mode.
-__device__ inline float nearest(float x) { return rintf(x); }
-__device__ inline double nearest(double x) { return rint(x); }
+__device__ inline float rint_of(float x) { return rintf(x); }
+__device__ inline double rint_of(double x) { return rint(x); }
 
 // Of a number and NaN, the number.
 __device__ inline float min_of(float a, float b) { return fminf(a, b); }

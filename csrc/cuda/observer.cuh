@@ -5,27 +5,27 @@
 namespace divqat::cuda {
 
 // One channel's buffers after a batch, or its scale alone.
-struct Updated {
+struct ObserverChannel {
   float running_min = 0, running_max = 0, scale = 1;
   int32_t zero_point = 0;
 
-  __device__ Updated(const ObserverState& s, int64_t channel) {
-    if (s.weights) return;
+  __device__ ObserverChannel(const ObserverState& s, int64_t channel) {
+    if (s.scale_only) return;
     running_min = s.running_min[channel];
     running_max = s.running_max[channel];
     scale = s.scale[channel];
     zero_point = s.zero_point[channel];
   }
-  __device__ void observe(const ObserverState& s, const Range& range) {
-    const float low = range.least(), high = range.most();
-    if (s.weights) {
+  __device__ void update(const ObserverState& s, const MinMax& min_max) {
+    const float low = min_max.min(), high = min_max.max();
+    if (s.scale_only) {
       scale = symmetric_scale(low, high, s.options.quant_min, s.options.quant_max);
     } else {
       observe_channel(low, high, s.options, &running_min, &running_max, &scale, &zero_point);
     }
   }
   __device__ void store(const ObserverState& s, int64_t channel) const {
-    if (!s.weights) {
+    if (!s.scale_only) {
       s.running_min[channel] = running_min;
       s.running_max[channel] = running_max;
     }
@@ -34,10 +34,11 @@ struct Updated {
   }
 };
 
-__device__ inline void update(const ObserverState& s, int64_t channel, const Range& range) {
-  Updated updated(s, channel);
-  updated.observe(s, range);
-  updated.store(s, channel);
+__device__ inline void update_channel(const ObserverState& s, int64_t channel,
+                                      const MinMax& min_max) {
+  ObserverChannel observer(s, channel);
+  observer.update(s, min_max);
+  observer.store(s, channel);
 }
 
 }  // namespace divqat::cuda

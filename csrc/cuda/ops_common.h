@@ -23,33 +23,41 @@ class OnDevice {
 
 inline DType dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return DType::kFloat;
-    case at::kDouble: return DType::kDouble;
-    case at::kBFloat16: return DType::kBFloat16;
-    default: return DType::kHalf;  // check_float() let nothing else through
+    case at::kFloat:
+      return DType::kFloat;
+    case at::kDouble:
+      return DType::kDouble;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kHalf;  // check_float() let nothing else through
   }
 }
 
 // How a dense x is quantized with `channels` scales and zero points on the device.
-inline QuantizeGrid grid_of(const at::Tensor& dense_x, const float* scale,
-                            const int32_t* zero_point, int64_t quant_min, int64_t quant_max,
-                            Channels channels, bool per_tensor) {
-  QuantizeGrid grid = {};
-  grid.scale = scale;
-  grid.zero_point = zero_point;
-  grid.quant_min = float(quant_min);
-  grid.quant_max = float(quant_max);
-  grid.per_tensor = per_tensor;
-  grid.propagate_nan = true;
-  grid.n = dense_x.numel();
-  grid.channels = channels.count;
-  grid.inner = channels.inner;
-  return grid;
+inline QuantizeParams quantize_params(const at::Tensor& dense_x, const float* scale,
+                                      const int32_t* zero_point, int64_t quant_min,
+                                      int64_t quant_max, Channels channels, bool per_tensor) {
+  QuantizeParams params = {};
+  params.scale = scale;
+  params.zero_point = zero_point;
+  params.quant_min = float(quant_min);
+  params.quant_max = float(quant_max);
+  params.per_tensor = per_tensor;
+  params.propagate_nan = true;
+  params.n = dense_x.numel();
+  params.channels = channels.count;
+  params.inner = channels.inner;
+  return params;
 }
 
 inline ObserverState state_of(const ObserverBuffers& buffers, const ObserverOptions& options) {
-  return {buffers.running_min(), buffers.running_max(), buffers.scale(), buffers.zero_point(),
-          options, false};
+  return {buffers.running_min(),
+          buffers.running_max(),
+          buffers.scale(),
+          buffers.zero_point(),
+          options,
+          false};
 }
 
 inline at::Tensor observer_scratch(const at::Tensor& x) {

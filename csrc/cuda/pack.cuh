@@ -14,14 +14,14 @@ struct alignas(sizeof(T) * W) Pack {
 template <class T>
 constexpr int kWidth = 16 / int(sizeof(T));
 
-inline bool on_16_bytes(const void* a, const void* b = nullptr, const void* c = nullptr) {
+inline bool is_aligned_16(const void* a, const void* b = nullptr, const void* c = nullptr) {
   return (uintptr_t(a) | uintptr_t(b) | uintptr_t(c)) % 16 == 0;
 }
 
 // The pack at element i of x [n]; past the end, zeros.
-template <bool kWhole, int W, class T>
+template <bool kFull, int W, class T>
 __device__ Pack<T, W> load_pack(const T* x, int64_t i, int64_t n) {
-  if constexpr (!kWhole) {
+  if constexpr (!kFull) {
     if (i + W > n) {
       Pack<T, W> pack;
 #pragma unroll
@@ -32,9 +32,9 @@ __device__ Pack<T, W> load_pack(const T* x, int64_t i, int64_t n) {
   return *reinterpret_cast<const Pack<T, W>*>(x + i);
 }
 
-template <bool kWhole, int W, class T>
+template <bool kFull, int W, class T>
 __device__ void store_pack(T* y, int64_t i, int64_t n, const Pack<T, W>& pack) {
-  if constexpr (!kWhole) {
+  if constexpr (!kFull) {
     if (i + W > n) {
 #pragma unroll
       for (int w = 0; w < W; ++w) {
