@@ -13,20 +13,20 @@ namespace divqat {
 
 using at::Tensor;
 
-// value in the memory order of `like`, which is dense.
+// A copy of value with the strides of `like`, which is dense, or value itself.
 inline Tensor laid_out_as(const Tensor& value, const Tensor& like) {
   if (value.strides() == like.strides()) return value;
   const at::NoGradGuard no_grad;
   return at::empty_like(like, value.options()).copy_(value);
 }
 
-// x itself where it is dense in any order of its axes, else a dense copy with the strides of
+// x itself if it is dense, in any order of its axes; else a dense copy with the strides of
 // empty_like(x).
 inline Tensor dense(const Tensor& x) {
   return x.is_non_overlapping_and_dense() ? x : laid_out_as(x, at::empty_like(x));
 }
 
-// x can be written over as a whole.
+// An op that overwrites x needs it dense.
 inline void check_dense(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(x.is_non_overlapping_and_dense(), name,
                     ": wanted dense memory to write over, got ", x.sizes(), " with strides ",
@@ -45,7 +45,7 @@ inline Channels channels_of(const Tensor& dense_x, std::optional<int64_t> ch_axi
                     "ch_axis: wanted an axis of x with ", dense_x.dim(), " dims, got ", *ch_axis);
   const int64_t axis = *ch_axis < 0 ? *ch_axis + dense_x.dim() : *ch_axis;
   const int64_t count = dense_x.size(axis);
-  // The stride of an axis of length 1 means nothing.
+  // The stride of an axis of length 1 is arbitrary.
   return {count, count == 1 ? dense_x.numel() : dense_x.stride(axis)};
 }
 
@@ -67,7 +67,7 @@ inline void check_device(const char* name, const Tensor& value, const Tensor& x)
                     " like x, got ", value.device());
 }
 
-// A scale, zero point or running range: `count` values on x's device.
+// A scale, zero point or running minimum or maximum: `count` values on x's device.
 inline void check_qparam(const char* name, const Tensor& value, const Tensor& x, int64_t count,
                          at::ScalarType dtype) {
   check_device(name, value, x);

@@ -25,8 +25,8 @@ inline void check_updatable(const char* name, const Tensor& value) {
                     " with strides ", value.strides());
 }
 
-// A contiguous view or copy of a buffer. write_back() copies it into the buffer; a destructor must
-// not, as copy_() may throw.
+// The buffer itself if it is contiguous, else a copy, which write_back() copies back. A destructor
+// must not do that, as copy_() may throw.
 class ContiguousBuffer {
  public:
   explicit ContiguousBuffer(const Tensor& buffer) : buffer_(buffer), memory_(buffer.contiguous()) {}

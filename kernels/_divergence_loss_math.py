@@ -1,4 +1,4 @@
-"""The formulas of divergence_loss on a tile [R, B]: those of divqat/ops/reference_loss.py."""
+"""The formulas of divergence_loss on a tile [R, B]; see divqat/ops/reference_loss.py."""
 
 import triton
 import triton.language as tl
@@ -7,11 +7,11 @@ from divqat.kernels._math import compute, exp, log1p
 
 @triton.jit
 def online_softmax(row_max, total, x, counted):
-    """The running maximum [R] and Σ exp(x − maximum) [R], with a tile [R, B] more."""
+    """Adds a tile [R, B] to the running maximum [R] and to Σ exp(x − maximum) [R]."""
     x = tl.where(counted, x, float("-inf"))
-    # NaN must not hide in the maximum; it is in the sum.
+    # The maximum ignores NaN; the sum does not.
     new = tl.maximum(row_max, tl.max(tl.where(x != x, float("-inf"), x), 1))
-    # A row of -inf so far has no sum; with the maximum itself its terms would be NaN.
+    # While all of a row is -inf, subtract 0, as -inf − -inf is NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
     total = total * exp(tl.where(total == 0, 0.0, row_max - base)) + tl.sum(
         exp(x - base[:, None]), 1
@@ -21,7 +21,7 @@ def online_softmax(row_max, total, x, counted):
 
 @triton.jit
 def argmax_prefers(z, k, label_logit, label):
-    """Whether torch.argmax takes z of class k before the label's: NaN, then the first of equals."""
+    """Whether torch.argmax prefers class k to the label: first NaN, then the first of equals."""
     nan, label_nan = z != z, label_logit != label_logit
     larger = (z > label_logit) | ((z == label_logit) & (k < label))
     return tl.where(nan | label_nan, nan & ((label_nan == 0) | (k < label)), larger)
@@ -37,13 +37,13 @@ def _log_mean(log_q, log_p):
 
 @triton.jit
 def weighted_sum(weight, value, counted):
-    """Σ weight · value with 0 · anything = 0, and NaN where a weight is."""
+    """Σ weight · value, without the terms whose weight is 0, whatever their value."""
     return tl.sum(tl.where(counted & (weight != 0), weight * value, 0.0), 1)
 
 
 @triton.jit
 def divergence(log_q, log_p, counted, DIRECTION: tl.constexpr):
-    """This tile's share of D [R], and for JS of KL(p‖m) beside KL(q‖m)."""
+    """D [R] of this tile, twice; for JS, KL(q‖m) and KL(p‖m)."""
     q, p = exp(log_q), exp(log_p)
     if DIRECTION == 0:
         d = weighted_sum(q, log_q - log_p, counted)
@@ -58,7 +58,7 @@ def divergence(log_q, log_p, counted, DIRECTION: tl.constexpr):
 
 @triton.jit
 def gradient(log_prob, at_class, log_q, log_p, student, d_factor, DIRECTION: tl.constexpr):
-    """softmax(z) − target − λ T dD/du, [R, B]; pull [R, 1] is λ T, or 0."""
+    """softmax(z) − target − λ T dD/du, [R, B]; d_factor [R, 1] is λ T, or 0."""
     q = exp(log_q)
     if DIRECTION == 0:
         grad_u = tl.where(q == 0, 0.0, q * (log_q - log_p - student))
@@ -66,13 +66,13 @@ def gradient(log_prob, at_class, log_q, log_p, student, d_factor, DIRECTION: tl.
         grad_u = q - exp(log_p)
     else:
         grad_u = tl.where(q == 0, 0.0, 0.5 * q * (log_q - _log_mean(log_q, log_p) - student))
-    # a row without D may have an infinite one
+    # D may be infinite where d_factor is 0.
     return exp(log_prob) - at_class - tl.where(d_factor == 0, 0.0, d_factor * grad_u)
 
 
 @triton.jit
 def load_rows(logits, begin, k, present, C: tl.constexpr):
-    """[R, B] of the rows that begin at ``begin``; -inf, a class without probability, outside."""
+    """Logits [R, B] of the rows that begin at ``begin``; -inf, of probability 0, outside."""
     there = present[:, None] & (k < C)
     return compute(tl.load(logits + begin[:, None] + k, there, other=float("-inf")))
 
@@ -83,8 +83,8 @@ def softmax_statistics(
     C: tl.constexpr, NON_LABEL: tl.constexpr, GUARD: tl.constexpr, SMOOTHED: tl.constexpr,
     OWN_SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """One tile more: maxima and sums of exponentials, of CE (z), q (u = z / T) and p (v = t / T);
-    whether a class beats the label; the sum of the logits.
+    """Adds a tile to the maxima and sums of exponentials of z (for CE), u = z / T (for q) and
+    v = t / T (for p), to the flag of misclassified rows, and to the sum of the logits.
     """
     inside = k < C
     counted = inside & (k != label) if NON_LABEL else inside

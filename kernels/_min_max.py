@@ -1,4 +1,4 @@
-"""Minimum and maximum of a tensor: over a tile, and over the parts of a channel."""
+"""Minimum and maximum: of a tile, and of the parts of a channel."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from divqat.kernels._channel_reduction import read_partials
 
 @triton.jit
 def update_min_max(low, high, least, most, inside):
-    """Elementwise minimum, which keeps NaN, and maximum."""
+    """Elementwise minimum and maximum with new values; the minimum becomes NaN with a NaN."""
     least = tl.where(inside, least.to(tl.float32), float("inf"))
     most = tl.where(inside, most.to(tl.float32), float("-inf"))
     return tl.minimum(low, least, propagate_nan=tl.PropagateNan.ALL), tl.maximum(high, most)
@@ -15,7 +15,7 @@ def update_min_max(low, high, least, most, inside):
 
 @triton.jit
 def reduce_min_max(low, high, axis: tl.constexpr):
-    """Minimum and maximum along an axis; NaN in both after a NaN."""
+    """Minimum and maximum along an axis; both are NaN if there is a NaN."""
     nan = low != low
     any_nan = tl.max(nan.to(tl.int32), axis) > 0
     least = tl.min(tl.where(nan, float("inf"), low), axis)
@@ -25,6 +25,7 @@ def reduce_min_max(low, high, axis: tl.constexpr):
 
 @triton.jit
 def reduce_partials(partial, parts, channels, c, BLOCK_C: tl.constexpr):
+    """Minimum and maximum [BLOCK_C] over the parts of each channel."""
     BLOCK_P: tl.constexpr = 512 // BLOCK_C
     low = tl.full([BLOCK_C, BLOCK_P], float("inf"), tl.float32)
     high = tl.full([BLOCK_C, BLOCK_P], float("-inf"), tl.float32)

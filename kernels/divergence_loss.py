@@ -1,10 +1,10 @@
-"""divergence_loss: value and gradient in one launch, 12 bytes per float32 logit; a second launch
-scales the gradient, or returns at once where there is nothing to scale.
+"""divergence_loss: loss and gradient in one launch, 12 bytes per float32 logit. The backward scales
+the gradient in a second launch, which returns at once if the factor is 1.
 
-A program keeps whole rows in registers, where up to 4096 classes fit; longer rows are read three
-times, mostly from L2: an online softmax, the divergence, the gradient. The formulas are those of
-divqat/ops/reference_loss.py. The gradient needs the number of valid targets first: up to
-COUNTED_ALONE targets each program counts them all, beyond that a launch of its own does.
+A program keeps rows of up to 4096 classes in registers. It reads longer rows three times, mostly
+from L2: for an online softmax, the divergence and the gradient. The formulas are those of
+divqat/ops/reference_loss.py. The gradient needs the number of valid targets first: for up to
+MAX_REDUNDANT_COUNT targets every program counts all of them, beyond that another launch does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 DIRECTIONS = {"student_teacher": 0, "teacher_student": 1, "js": 2}
 CLASSES = {"all": False, "non_label": True}
 MAX_REDUNDANT_COUNT = 8192
-COUNT_PROGRAMS = 64  # programs of the launch that counts
+COUNT_PROGRAMS = 64  # of the launch that counts the valid targets
 
 
 @triton.jit
@@ -63,10 +63,10 @@ def _divergence_loss(
     target,  # [N]
     weight,  # []
     grad_logits,  # [N, C]
-    loss,  # [] as are the next two
+    loss,  # [], like the next two
     ce_mean,
     divergence_mean,
-    counts,  # [COUNTS], or None
+    counts,  # [COUNT_PROGRAMS], or None
     partial,  # [programs, 2] float64
     counter,
     n,
@@ -80,9 +80,9 @@ def _divergence_loss(
     BOUNDED: tl.constexpr,
     GUARD: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    OWN_SOFTMAX: tl.constexpr,  # q is not softmax(z)
+    OWN_SOFTMAX: tl.constexpr,  # q differs from softmax(z)
     COUNT_PROGRAMS: tl.constexpr,
-    PROGRAMS: tl.constexpr,  # at least as many as there are, a power of two
+    PROGRAMS: tl.constexpr,  # a power of two, at least the number of programs
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -113,7 +113,7 @@ def _divergence_loss(
         label_logit = compute(tl.load(logits + begin + label, known, other=0.0))
         ll, lab = label_logit[:, None], label[:, None]
 
-        # 1. Softmax statistics, and the classes that beat the label.
+        # 1. Softmax statistics, and whether the row is misclassified.
         low, zero = tl.full([ROWS], float("-inf"), A), tl.full([ROWS], 0, A)
         maxima, total = (low, low, low), (zero, zero, zero)
         misclassified, logit_sum = tl.full([ROWS], 0, tl.int32), zero
@@ -138,9 +138,9 @@ def _divergence_loss(
         ce = -((label_logit - maxima[0]) - z_log)
         if SMOOTHED:
             ce = (1 - eps) * ce - (smooth * (logit_sum - C * maxima[0]) - eps * z_log)
-        ce = tl.where(known, ce, float("nan"))  # there is no error to raise from here
+        ce = tl.where(known, ce, float("nan"))  # a kernel cannot raise an error
 
-        # 2. D, and for JS KL(q‖m) beside KL(p‖m)
+        # 2. D; for JS, KL(q‖m) and KL(p‖m)
         student, other = zero, zero
         if IN_REGISTERS:
             student, other = divergence(
@@ -160,7 +160,7 @@ def _divergence_loss(
                 student += a
                 other += b
         d = 0.5 * (student + other) if DIRECTION == 2 else student
-        # Without a class in D, or where guard holds it back, there is no D.
+        # D is off if it has no class, or if guard is set and the row is misclassified.
         active = (misclassified == 0) & ((1 if NON_LABEL else 0) < C)
         d_has_grad = active
         if BOUNDED:
@@ -169,7 +169,8 @@ def _divergence_loss(
             d = tl.where(d > most, most, d)
         d = tl.where(active, d, 0.0)
 
-        # 3. dL/dz = share · (softmax(z) − target − λ T dD/du), from L = CE − λ T² D and du/dz = 1/T
+        # 3. From L = CE − λ T² D and du/dz = 1 / T:
+        # dL/dz = inv_count · (softmax(z) − target − λ T dD/du)
         d_factor = tl.where(d_has_grad[:, None], factor, 0.0)
         for start in range(0, C, BLOCK):
             k = start + columns
@@ -190,7 +191,7 @@ def _divergence_loss(
         ce_total += tl.where(valid, ce, 0.0).to(tl.float64)
         divergence_total += tl.where(valid, d, 0.0).to(tl.float64)
 
-    # The last program adds up the sums of all of them, in their order.
+    # The last program adds the partial sums of all programs in a fixed order.
     program = tl.program_id(0)
     tl.store(partial + 2 * program, tl.sum(ce_total, 0))
     tl.store(partial + 2 * program + 1, tl.sum(divergence_total, 0))
@@ -201,7 +202,7 @@ def _divergence_loss(
         divergences = tl.load(partial + 2 * p + 1, there, other=0.0, cache_modifier=".cg")
         samples = count.to(tl.float64)
         ce_value, d_value = tl.sum(ces, 0) / samples, tl.sum(divergences, 0) / samples
-        # L = CE − λ T² D; λ = 0 switches the term off even where D is infinite.
+        # L = CE − λ T² D; without the term if λ = 0, even if D is infinite.
         strength = weight_value.to(tl.float64) * temperature * temperature
         penalty = tl.where(strength == 0, 0.0, strength * d_value)
         tl.store(loss, (ce_value - penalty).to(A))
@@ -210,9 +211,9 @@ def _divergence_loss(
 
 
 def _tile_config(c: int, itemsize: int) -> dict[str, int]:
-    """Rows of a program, columns at a time, and warps."""
+    """Rows and columns of a tile, and warps."""
     most, per_warp = (4096, 256) if itemsize <= 4 else (1024, 128)
-    if c > most:  # in pieces of half as many per thread, as the loops need registers too
+    if c > most:  # half a tile at a time, as the loops need registers, too
         return {"ROWS": 1, "BLOCK": most // 2, "num_warps": most // per_warp}
     block = triton.next_power_of_2(max(c, 2))
     return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": max(4, block // per_warp)}

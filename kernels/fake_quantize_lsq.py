@@ -1,7 +1,7 @@
 """fake_quantize_lsq, 8 bytes per float32 element, and its backward, 12: one launch each.
 
-The backward adds up gradients in float32 per lane and in float64 between lanes and programs, in a
-fixed order: deterministic.
+The backward sums in float32 per lane, and in float64 over lanes and programs in a fixed order: it
+is deterministic.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _store_grads(
     grad_scale, grad_zero_point, c, channels, given, scale_sum, outside_sum, grad_factor
 ):
     grad = (scale_sum * grad_factor).to(tl.float32)
-    # from ε down the gradient only raises the scale
+    # At ε and below, the gradient may only raise the scale (csrc/qparams.h).
     tl.store(grad_scale + c, tl.where(given <= EPS, -tl.abs(grad), grad), c < channels)
     if grad_zero_point is not None:
         # dy/dzero_point = −scale outside, 0 inside

@@ -1,11 +1,11 @@
 """fake_quantize_observed.
 
-exact     two launches: the new range, then quantize from the last tile back, which L2 still holds;
-          20.25 bytes per float32 element beyond L2. (One launch would need a barrier across the
-          grid, which Triton's interpreter, one program after the other, could not run.)
-delayed   one launch: quantize with the old range while the new one is taken; 16.25 bytes
-frozen    fake_quantize itself
-Per channel, which activations hardly use, delayed takes two launches as well.
+exact     two launches: observe, then quantize from the last tile to the first, as L2 still holds
+          the last ones; 20.25 bytes per float32 element if x does not fit into L2. (One launch
+          would need a grid barrier, and Triton's interpreter runs programs one after another.)
+delayed   one launch: quantizes with the old range while it takes the new one; 16.25 bytes
+frozen    fake_quantize
+Per channel, which is rare for activations, delayed takes two launches, too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _delayed(
         low, high = update_min_max(low, high, value, value, i < n)
     lowest, highest = reduce_min_max(low, high, 0)
     c = tl.arange(0, 1)
-    # The last program writes the buffers, which the others have read by then.
+    # The last program updates the buffers; all others have read them by then.
     write_partial(partial, tl.program_id(0), 1, c, lowest, highest)
     if is_last_program(counters, tl.num_programs(0)):
         least, most = reduce_partials(partial, tl.num_programs(0), 1, c, 1)
@@ -114,14 +114,14 @@ def fake_quantize_observed(
     observer_mode: str,
     relu: bool,
     *,
-    y: Tensor | None = None,  # x, if that is dense, to write over it
+    y: Tensor | None = None,  # x itself, to overwrite it; x is dense then
 ) -> tuple[Tensor, Tensor]:
     if observer_mode not in ("exact", "delayed", "frozen"):
         raise ValueError(f"observer_mode: wanted exact, delayed or frozen, got {observer_mode}")
     if y is None:
         x, y = dense(x)
     elif observer_mode == "delayed" and ch_axis is not None:
-        x = x.clone()  # it is observed when y is there
+        x = x.clone()  # it is observed after y is written
     mask = empty_mask(x)
     options = (averaging_constant, symmetric, relu)
     with contiguous_buffers(running_min, running_max, scale, zero_point) as buffers:
@@ -141,7 +141,7 @@ def fake_quantize_observed(
 
 
 def fake_quantize_observed_inplace(x: Tensor, *args: Any) -> Tensor:
-    """The same over x; returns the mask."""
+    """Overwrites x with y; returns the mask."""
     if x.stride() != torch.empty_like(x, device="meta").stride():
         raise ValueError(
             f"x: wanted dense memory to write over, got {list(x.shape)} with strides {x.stride()}"

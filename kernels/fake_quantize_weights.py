@@ -1,9 +1,9 @@
 """fake_quantize_weights: every row of every weight, one launch forward and one backward.
 
-The addresses travel as arguments of the kernel, the shapes as its constants (one compilation per
-model): nothing is uploaded, and nothing can go stale in a captured graph. A program reads its row
-for the largest magnitude and again, from L1 or L2, to quantize it; 8 bytes per float32 element, in
-the backward 12.
+The addresses are arguments of the kernel and the shapes its constants (one compilation per model):
+there is no copy to the device, and a captured graph keeps its own list. A program reads its row for
+the largest magnitude, then again, from L1 or L2, to quantize it; 8 bytes per float32 element, 12 in
+the backward.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from divqat.kernels.fake_quantize import masked_grad, quantize
 from divqat.kernels.observe import observe_dense
 from torch import Tensor
 
-# A kernel's parameters may take 4 KB: three addresses for each of these.
+# Three addresses each; a kernel's parameters may take 4 KB.
 WEIGHTS_PER_LAUNCH = 128
 
 
 @triton.jit
 def _quantize_row(
-    row,  # addresses of the row's first element
+    row,  # address of the row, like the next two
     grad,
     out,
     groups,
     quant_min,
     quant_max,
-    ALIGN: tl.constexpr,  # columns of a group, and what divides the addresses: 16 or 1
+    ALIGN: tl.constexpr,  # columns of a group, and divisor of the addresses: 16 or 1
     BACKWARD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Triton learns of the alignment here: a hint on an argument is lost where it inlines this.
+    # The hint must be here: one on the argument of an inlined function is lost.
     pointer: tl.constexpr = tl.pointer_type(DTYPE)
     row = tl.multiple_of(row.to(pointer), ALIGN)
     grad = tl.multiple_of(grad.to(pointer), ALIGN)
@@ -70,18 +70,18 @@ def _quantize_row(
 
 @triton.jit
 def _quantize_weights(
-    weights,  # addresses, a tuple each
+    weights,  # tuple of addresses, like the next two
     grads,  # or None in the forward
     outputs,
     quant_min: tl.float32,
     quant_max: tl.float32,
-    FIRST: tl.constexpr,  # the first row of each weight, counted through all of them
+    FIRST: tl.constexpr,  # index of each weight's first row among all rows
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # The last weight whose first row is not beyond this one: scalar selects, no memory.
+    # Find the weight of this row with scalar selects instead of loads.
     weight, out, columns, begin = weights[0], outputs[0], COLUMNS[0], 0
     grad = weights[0] if grads is None else grads[0]
     for j in tl.static_range(1, len(FIRST)):
@@ -91,7 +91,7 @@ def _quantize_weights(
         if grads is not None:
             grad = tl.where(mine, grads[j], grad)
     at = (program - begin).to(tl.int64) * columns * (DTYPE.primitive_bitwidth // 8)
-    # 16-byte accesses where every row begins on 16 bytes
+    # 16-byte accesses if every row is aligned
     if (columns % 16 == 0) & ((weight | out | grad) % 16 == 0):
         _quantize_row(
             weight + at, grad + at, out + at, columns // 16, quant_min, quant_max, 16,
@@ -113,7 +113,7 @@ _DTYPES = {
 
 
 class _WeightRows(NamedTuple):
-    """A weight whose rows follow each other in memory: addresses (grad's is 0 in the forward)."""
+    """A weight with contiguous rows, by its addresses (grad is 0 in the forward)."""
 
     weight: int
     grad: int
@@ -143,7 +143,7 @@ def _launch_rows(
 def _quantize_weight(
     w: Tensor, grad: Tensor | None, y: Tensor, quant_min: int, quant_max: int, ch_axis: int | None
 ) -> None:
-    """One scale for the whole weight, or rows that are not contiguous: a launch for the scales, one
+    """A weight with one scale, or with rows that are not contiguous: a launch for the scales, one
     to quantize, and in the backward one for the gradient."""
     scale = w.new_empty(channels_of(w, ch_axis)[0], dtype=torch.float32)
     zero_point = torch.empty_like(scale, dtype=torch.int32)
@@ -164,7 +164,7 @@ def _run(
     if not weights:
         return []
     device = weights[0].device
-    outputs, alive = [], []  # dense copies live until the launches
+    outputs, alive = [], []  # keeps dense copies alive until the launches
     groups: dict[torch.dtype, list[_WeightRows]] = defaultdict(list)
     for i, given in enumerate(weights):
         if given.device != device:
@@ -179,7 +179,7 @@ def _run(
         if n == 0:
             continue
         axis = None if ch_axis is None else ch_axis % w.dim()
-        # the axis is the outermost of the memory: its rows follow each other
+        # The axis is the outermost in memory: the rows are contiguous.
         if axis is not None and (rows := w.shape[axis]) * w.stride(axis) == n:
             address = 0 if grad is None else grad.data_ptr()
             groups[w.dtype].append(

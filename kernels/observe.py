@@ -35,7 +35,7 @@ def _observe(
     quant_min: tl.float32,
     quant_max: tl.float32,
     averaging_constant: tl.float32,
-    SCALE_ONLY: tl.constexpr,  # there is no observer, only a scale
+    SCALE_ONLY: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     RELU: tl.constexpr,
@@ -78,8 +78,8 @@ def observe_dense(
     symmetric: bool = True,
     relu: bool = False,
 ) -> None:
-    """Update (running_min, running_max, scale, zero_point) from a dense x. With None for the
-    first two, the symmetric scale of x itself is taken: that of a weight.
+    """Update (running_min, running_max, scale, zero_point) from a dense x. If the first two are
+    None, take the symmetric scale of x itself, as for a weight.
     """
     channels, inner = channels_of(x, ch_axis)
     given = {k: b for k, b in zip(BUFFERS, buffers, strict=True) if b is not None}
@@ -98,7 +98,7 @@ def observe_dense(
 
 @contextmanager
 def contiguous_buffers(*buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The buffers as contiguous memory, written back where they were not."""
+    """The buffers as contiguous tensors; copies are written back."""
     check_buffers(**dict(zip(BUFFERS, buffers, strict=True)))
     memory = tuple(buffer.contiguous() for buffer in buffers)
     yield memory

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
   options.inv_count = 1.0 / double(count);
 
   Tensor grad = at::empty_like(z);
-  // A row each, summed in order afterwards: the same bits for any number of threads.
+  // One value per row, summed in order afterwards: the same bits for any number of threads.
   std::vector<double> ce(size_t(n), 0.0), divergence(size_t(n), 0.0);
   with_kernels(z.scalar_type(), [&](const auto& kernels, auto* type) {
     const auto *student = data(z, type), *teacher = data(t, type);
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
     divergence_sum += divergence[size_t(i)];
   }
   const double mean_ce = ce_sum / double(count), mean_d = divergence_sum / double(count);
-  // L = CE − λ T² D. λ = 0 switches the term off even where D is infinite.
+  // L = CE − λ T² D; without the term if λ = 0, even if D is infinite.
   const double penalty =
       options.weight == 0 ? 0.0 : options.weight * temperature * temperature * mean_d;
   const auto dtype = z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -1,7 +1,7 @@
 // One sample of divergence_loss: with u = z/T, v = t/T, q = softmax(u), p = softmax(v),
 // r = log q − log p, m = (q + p)/2, s = log q − log m (divqat/ops/reference_loss.py has the table).
-// A row is small enough to stay in the cache for the passes: maxima, exponentials, log m for JS,
-// gradient. Exponentials are taken once and kept in scratch.
+// The passes are maxima, exponentials, log m for JS, and gradient; a row stays in the cache between
+// them. Each exponential is computed once and kept in scratch.
 
 #include "simd_math.h"
 
@@ -15,30 +15,30 @@ class LossRow {
   static constexpr bool kTeacher = kDirection == Direction::kTeacherStudent;
   static constexpr bool kJs = kDirection == Direction::kJs;
   static constexpr F kInfinity = F(__builtin_inf());
-  // Sums of more terms than this go on in double.
+  // Sums are taken in F over at most this many classes, and in double beyond.
   static constexpr int64_t kSpan = 64 * w;
 
   const T *z, *t;
   T* grad;
   const int64_t classes, label;
   const LossOptions& o;
-  // What D runs over: all classes, or those before and after the label.
+  // The classes of D: all, or those before and after the label.
   const struct Range {
     int64_t begin, end;
   } part[2];
-  // exp(z − max) for CE, exp(u − max u), exp(v − max v), and u − max u − (v − max v), which JS
-  // turns into s; each [classes]. At T = 1 the first is the second, times z_scale.
+  // exp(z − max z) for CE, exp(u − max u), exp(v − max v), and u − max u − (v − max v), which JS
+  // overwrites with s; each [classes]. If T = 1, exp_z is exp_u, to be multiplied by z_scale.
   F *exp_z, *const exp_u, *const exp_v, *const ratio;
   double z_scale = 1;
 
   F max_z, max_u, max_v;  // max_u and max_v before the division by T
   double sum_z = 0, sum_u = 0, sum_v = 0;   // of the exponentials
-  double sum_logits = 0;                    // Σ (z − max z), where labels are smoothed
+  double sum_logits = 0;                    // Σ (z − max z), with label smoothing only
   double centred_label = 0, exp_label = 0;  // z − max z of the label; its exponential (non_label)
   double log_ratio = 0;                     // log Σ exp(u − max u) − log Σ exp(v − max v)
   double divergence = 0, student = 0;       // D, and KL(q‖m) for JS
 
-  // How many lanes of a register are in use: all of them, known when compiling, or an int.
+  // The number of lanes in use, as a constant if it is all of them.
   struct AllLanes {
     constexpr operator int() const { return w; }
   };
@@ -59,13 +59,13 @@ class LossRow {
   static void store(U* p, reg value, int lanes) {
     S::store(p, value, lanes);
   }
-  // `other` in the lanes that are not in use.
+  // value in the lanes in use, `other` in the rest.
   static reg masked(reg value, AllLanes, reg) { return value; }
   static reg masked(reg value, int lanes, reg other) {
     return S::select(S::from_bits((1u << lanes) - 1), value, other);
   }
 
-  // f(i, lanes) for the registers of a range.
+  // Calls f(i, lanes) for each register of a range.
   template <class Function>
   static void for_each(int64_t begin, int64_t end, Function&& f) {
     for (; begin + w <= end; begin += w) f(begin, AllLanes());
@@ -80,7 +80,7 @@ class LossRow {
     }
   }
 
-  // weight · value with 0 · anything = 0, and NaN where the weight is
+  // weight · value, but 0 where the weight is 0, whatever the value
   static reg weighted(reg weight, reg value) {
     const reg zero = S::set(0);
     const auto counts = S::either(S::greater(weight, zero), S::is_nan(weight));
@@ -109,7 +109,7 @@ class LossRow {
     return most;
   }
 
-  // NaN does not show in the maxima: it is for the sums to find.
+  // The maxima ignore NaN; the sums do not.
   void maxima() {
     const reg lowest = S::set(-kInfinity);
     reg u = lowest, v = lowest;
@@ -171,7 +171,7 @@ class LossRow {
       sum_logits += centred_label;
     }
     log_ratio = __builtin_log(sum_u) - __builtin_log(sum_v);
-    // D = Σ q r, D = −Σ p r; 0 where there is no class
+    // D = Σ q r, D = −Σ p r; 0 if D has no class
     if (kStudent && sum_u != 0) divergence = expected / sum_u - log_ratio;
     if (kTeacher && sum_v != 0) divergence = log_ratio - expected / sum_v;
   }
@@ -202,7 +202,7 @@ class LossRow {
     divergence = 0.5 * (student + (sum_v != 0 ? p_sum / sum_v : 0.0));
   }
 
-  // Whether argmax takes the label: NaN is above all, and the first of equal logits wins.
+  // Whether torch.argmax is the label: NaN is largest, and the first of equal logits wins.
   bool argmax_is_label() const {
     const F here = lane(z[label]);
     const reg value = S::set(here);
@@ -222,7 +222,7 @@ class LossRow {
     return !preferred;
   }
 
-  // grad = share · (softmax(z) − target) − share · λ T · dD/du
+  // grad = inv_count · (softmax(z) − target) − inv_count · λ T · dD/du
   template <bool kDiverge>
   void gradient() {
     const double factor = o.weight * o.temperature * o.inv_count;
@@ -258,16 +258,9 @@ class LossRow {
  public:
   LossRow(const T* z, const T* t, T* grad, int64_t classes, int64_t label, const LossOptions& o,
           double* scratch)
-      : z(z),
-        t(t),
-        grad(grad),
-        classes(classes),
-        label(label),
-        o(o),
+      : z(z), t(t), grad(grad), classes(classes), label(label), o(o),
         part{{0, o.non_label ? label : classes}, {o.non_label ? label + 1 : classes, classes}},
-        exp_z(reinterpret_cast<F*>(scratch)),
-        exp_u(exp_z + classes),
-        exp_v(exp_u + classes),
+        exp_z(reinterpret_cast<F*>(scratch)), exp_u(exp_z + classes), exp_v(exp_u + classes),
         ratio(exp_v + classes) {}
 
   void run(double* ce, double* d) {
@@ -281,7 +274,7 @@ class LossRow {
     const bool active = !o.guard || argmax_is_label();
     const bool bounded = o.bound < __builtin_inf() && !(divergence < o.bound);
     *d = !active ? 0.0 : divergence > o.bound ? o.bound : divergence;
-    // where there is no class, nothing is divided by the sums
+    // If D has no class, its sums are 0 and must not divide.
     if (active && !bounded && o.weight != 0 && sum_u != 0) {
       gradient<true>();
     } else {

@@ -9,14 +9,14 @@
 
 namespace divqat {
 
-// An activation of more bytes than this is written past the cache: most of it would be gone before
-// anything reads it, and what it overwrites need not be read first.
+// Outputs of more bytes than this are written with non-temporal stores: most of the output would be
+// evicted before it is read, and the stores need not read the cache lines first.
 constexpr size_t kStreamBytes = 8 << 20;
 
-// Per-channel tables as Grid wants them: reciprocals, and the wrapped-around end.
+// Per-channel tables for QuantizeParams: with reciprocals, and padded by wrapping around.
 class ChannelTables {
  public:
-  // zero_point(i) is the i-th channel's, a float.
+  // zero_point(i) returns the zero point of channel i as a float.
   template <class ZeroPoint>
   ChannelTables(const float* scale, ZeroPoint zero_point, Channels channels, int64_t quant_min,
                 int64_t quant_max, bool per_tensor) {
@@ -47,7 +47,7 @@ class ChannelTables {
   QuantizeParams params_;
 };
 
-// y and, unless it is undefined, mask from x; all dense in the same memory order.
+// Writes y and, unless it is undefined, mask. x and y are dense in the same memory order.
 inline void quantize_tensor(const Tensor& x, const Tensor& y, const Tensor& mask,
                             QuantizeParams params, QuantizeMode mode) {
   params.stream = y.nbytes() > kStreamBytes;

@@ -7,7 +7,7 @@ struct BitWriter {
   int count = 0;
 
   explicit BitWriter(uint8_t* out) : out(out) {}
-  // The low n bits, 1 <= n <= 64; the others are 0.
+  // Appends the low n bits, 1 <= n <= 64; the others must be 0.
   void push(uint64_t bits, int n) {
     word |= bits << count;
     count += n;
@@ -22,7 +22,7 @@ struct BitWriter {
   }
 };
 
-// The values of one register's channels.
+// Scale and zero point of the channels of one register.
 template <class S>
 struct QParams {
   typename S::reg scale, inv_scale, zero_point;
@@ -48,7 +48,7 @@ struct Quantizer {
         zero(S::set(0)),
         per_tensor(p.per_tensor) {}
 
-  // Returns which lanes are in range.
+  // Returns a bit per lane: whether x is in range.
   uint32_t operator()(reg x, const QParams<S>& qparams, reg& y) const {
     typename S::mask positive = S::none();
     if (kMode == QuantizeMode::kRelu) {
@@ -68,7 +68,7 @@ struct Quantizer {
   }
 };
 
-// n elements that share a channel.
+// n elements of one channel.
 template <class S, QuantizeMode kMode, class T>
 static void quantize_run(const T* x, T* y, int64_t n, const Quantizer<S, kMode>& quantize,
                          const QParams<S>& qparams, bool stream, BitWriter& mask) {
@@ -91,7 +91,7 @@ static void quantize_run(const T* x, T* y, int64_t n, const Quantizer<S, kMode>&
   }
 }
 
-// n elements whose channel changes from one to the next, starting at `channel`.
+// inner == 1: n elements of consecutive channels, starting at `channel`.
 template <class S, QuantizeMode kMode, class T>
 static void quantize_columns(const T* x, T* y, int64_t n, const Quantizer<S, kMode>& quantize,
                              const QuantizeParams& p, int64_t channel, BitWriter& mask) {
@@ -158,7 +158,7 @@ static void masked_grad(const T* grad, const uint8_t* mask, T* out, int64_t begi
     }
   }
   if (stream) S::fence();
-  for (; i < end; i += 8) {  // eight at a time: a byte of the mask
+  for (; i < end; i += 8) {  // a byte of the mask at a time
     const int lanes = end - i < 8 ? int(end - i) : 8;
     const auto kept = S::from_bits(mask[i / 8]);
     S::store(out + i, S::select(kept, S::load(grad + i, lanes), zero), lanes);

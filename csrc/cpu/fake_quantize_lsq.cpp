@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_lsq_backward_cpu(
       scales.const_data_ptr<float>(), [&](int64_t c) { return zero[c]; }, channels, quant_min,
       quant_max, !ch_axis);
 
-  // Partial sums of fixed blocks, added in order: the same bits for any number of threads.
+  // Partial sums over blocks of a fixed size, added in order: the same bits for any number of
+  // threads.
   const bool columns = channels.inner == 1 && channels.count > 1;
   const int64_t n = from.numel();
   const int64_t block = columns ? channels.count * std::max<int64_t>(1, kGrain / channels.count)
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_lsq_backward_cpu(
   for (int64_t c = 0; c < channels.count; ++c) {
     scale_out.mutable_data_ptr<float>()[c] = lsq_scale_grad(
         float(sums[size_t(2 * c)] * grad_factor), given.const_data_ptr<float>()[c]);
-    // dy/dzero_point = −scale outside
+    // dy/dzero_point = −scale outside, 0 inside
     zero_out.mutable_data_ptr<float>()[c] =
         float(-sums[size_t(2 * c + 1)] * (*tables).scale[c] * grad_factor);
   }

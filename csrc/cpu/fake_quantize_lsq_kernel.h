@@ -1,6 +1,6 @@
 // The gradients of x, of a learned scale and of a learned zero point.
 
-// One register of the backward pass: stores grad_x, adds to the sums of scale and zero point.
+// The backward of one register: stores grad_x, adds to the sums for scale and zero point.
 template <class S, class T>
 struct LsqBackward {
   typename S::reg quant_min, quant_max, zero;
@@ -11,7 +11,7 @@ struct LsqBackward {
   void operator()(const T* grad_y, const T* x, T* grad_x, int lanes, const QParams<S>& qparams,
                   typename S::reg& scale_sum, typename S::reg& outside_sum) const {
     const auto grad = S::load(grad_y, lanes);
-    // v = x / scale, r = nearbyint(v) + zero_point, q = clamp(r)
+    // v = x / scale, rounded = nearbyint(v) + zero_point, q = clamp(rounded)
     const auto v = S::mul(S::load(x, lanes), qparams.inv_scale);
     const auto rounded = S::add(S::round(v), qparams.zero_point);
     const auto q = S::min(quant_max, S::max(quant_min, rounded));
@@ -41,7 +41,7 @@ static void lsq_backward(const T* grad, const T* x, T* grad_x, int64_t n, const 
   constexpr int w = S::width;
   const LsqBackward<S, T> backward(p);
   const auto qparams = QParams<S>::broadcast(p, channel);
-  // float32 lanes over short spans, float64 across them
+  // Sums are float32 within a span, float64 across spans.
   constexpr int64_t span = 64 * w;
   for (int64_t begin = 0; begin < n; begin += span) {
     const int64_t end = begin + span < n ? begin + span : n;

@@ -5,8 +5,7 @@
 namespace divqat {
 namespace {
 
-// y and the mask, which is returned, from a dense x. y may be x: all that is to be known of x is
-// taken before.
+// Writes y from a dense x and returns the mask. y may be x, as x is observed before y is written.
 Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running_min,
                          const Tensor& running_max, const Tensor& scale, const Tensor& zero_point,
                          std::optional<int64_t> ch_axis, const ObserverOptions& options,

@@ -1,4 +1,4 @@
-// The gradient of a weight's row: clipped without a stored mask, or copied where the row is in
+// The gradient of a row of a weight: clipped without a stored mask, or copied if the row is in
 // range.
 
 template <class T>

@@ -1,5 +1,4 @@
-// The kernels compiled for AVX2, FMA and F16C. What runs on every machine stands above the target,
-// as in instruction_set_avx512.cpp.
+// The kernels compiled for AVX2, FMA and F16C; see instruction_set_avx512.cpp.
 #include "kernel_table.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,6 +1,7 @@
-// The kernels compiled for AVX-512. What runs on every machine stands above the target: runs_here();
-// the table is constexpr, or filling it would be AVX-512 code that runs at load. Nothing with
-// external inline linkage may be instantiated here: the linker could take this file's copy for all.
+// The kernels compiled for AVX-512. runs_here() is called on every machine, so it is defined before
+// the target pragma. The table is constexpr, as its initialization at load time would be AVX-512
+// code. Nothing with external inline linkage may be instantiated here: the linker could keep this
+// file's copy for all files.
 #include "kernel_table.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

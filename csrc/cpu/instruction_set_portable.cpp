@@ -1,4 +1,4 @@
-// The kernels for any machine.
+// The kernels in plain C++, for any machine.
 #include "kernel_table.h"
 
 namespace divqat {

@@ -9,13 +9,13 @@
 namespace divqat {
 namespace {
 
-// NaN once there was one.
+// NaN if one of them is.
 float nan_min(float a, float b) { return b < a || b != b ? b : a; }
 float nan_max(float a, float b) { return b > a || b != b ? b : a; }
 
 }  // namespace
 
-// Minimum and maximum do not depend on the order, so threads merge theirs as they finish.
+// The order does not matter to minimum and maximum, so each thread merges its own when it is done.
 void min_max_tensor(const Tensor& x, Channels channels, float* low, float* high) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   std::fill_n(low, channels.count, infinity);
@@ -33,7 +33,7 @@ void min_max_tensor(const Tensor& x, Channels channels, float* low, float* high)
       });
       return;
     }
-    // Rows of one element per channel, or runs of `inner` elements of one channel.
+    // Either rows of one element per channel, or runs of `inner` elements of one channel.
     const bool columns = channels.inner == 1;
     const int64_t unit = columns ? channels.count : channels.inner;
     const int64_t grain = std::max<int64_t>(1, kGrain / unit);

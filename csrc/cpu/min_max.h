@@ -4,7 +4,8 @@
 
 namespace divqat {
 
-// Of a dense x with at least one element; both NaN where a channel has one. low, high [channels].
+// For a dense x with at least one element; both are NaN if the channel has a NaN. low, high
+// [channels].
 void min_max_tensor(const Tensor& x, Channels channels, float* low, float* high);
 
 }  // namespace divqat

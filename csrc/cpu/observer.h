@@ -1,4 +1,4 @@
-// An observer's step on the CPU: the batch's range, then running range, scale and zero point.
+// One step of an observer: running range, scale and zero point from the range of a batch.
 #pragma once
 #include "../observer_buffers.h"
 #include "fake_quantize_common.h"
@@ -28,7 +28,7 @@ class Observer {
 
   void write_back() const { buffers_.write_back(); }
 
-  // A copy of the scales and zero points of this moment.
+  // Copies of the current scales and zero points.
   ChannelTables tables(bool per_tensor) const {
     const int32_t* zero = buffers_.zero_point();
     return ChannelTables(

@@ -1,4 +1,4 @@
-// Runs the vectorised loops over a tensor: kernels by dtype, ranges by thread.
+// Runs the vectorised loops over a tensor: dispatch by dtype, and ranges for the threads.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -11,10 +11,10 @@ namespace divqat {
 
 using at::Tensor;
 
-// Elements per thread below which another thread costs more than it saves.
+// The fewest elements that are worth a thread.
 constexpr int64_t kGrain = 32768;
 
-// Calls f(kernels of the dtype, pointer of its element type).
+// Calls f with the kernels of the dtype and a null pointer of its element type.
 template <class F>
 void with_kernels(at::ScalarType dtype, F&& f) {
   const InstructionSet& set = instruction_set();
@@ -39,9 +39,9 @@ T* mutable_data(const Tensor& x, T*) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Calls f(begin, end) on parts of n elements that start at a multiple of kMaskWord, in all threads,
-// each from the end of its share to the beginning: what was written or read before is in the cache
-// at its end, and what is read next will begin where this stopped.
+// Calls f(begin, end) in all threads, for ranges of [0, n) that begin at multiples of kMaskWord.
+// Each thread goes from the end of its part to the beginning: the pass before has left the end in
+// the cache, and this one leaves the beginning there for the next.
 template <class F>
 void in_parallel(int64_t n, const F& f) {
   const int64_t words = (n + kMaskWord - 1) / kMaskWord;

@@ -1,4 +1,4 @@
-// A copy by 16 bytes, four independent loads in flight per thread.
+// Copies in 16-byte accesses, with four independent loads in flight per thread.
 #include <algorithm>
 
 #include "launch.cuh"

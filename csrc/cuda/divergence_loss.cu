@@ -1,14 +1,14 @@
-// divergence_loss: value and gradient in one launch, 12 bytes per float32 logit (a second launch
-// scales the gradient, or returns at once where there is nothing to scale).
+// divergence_loss: loss and gradient in one launch, 12 bytes per float32 logit. The backward scales
+// the gradient in a second launch, which returns at once if the factor is 1.
 //
-// A group of threads owns a row: 8 or 32 lanes of a warp, or a block. The row stays in registers
-// where it fits, so device memory is read once; a longer one is read once per pass, from the caches
-// as far as they reach. Four passes, with a reduction between each two: maxima, sums of
-// exponentials, D, gradient. The formulas are those of divqat/ops/reference_loss.py.
+// A group of 8 or 32 lanes, or a block, processes a row in four passes: maxima, sums of
+// exponentials, D, gradient, with a reduction after each of the first three. A row that fits stays
+// in registers, so that device memory is read once. A longer row is read in every pass, mostly from
+// the caches. The formulas are those of divqat/ops/reference_loss.py.
 //
-// The gradient needs the number of valid targets first. Up to kCountedAlone targets every block
-// counts them all (at most 64 KiB from L2 per block, below 1 us); beyond, the blocks of a
-// cooperative launch count a share each and meet at a grid barrier (8 bytes per target once).
+// The gradient needs the number of valid targets first. For up to kMaxRedundantCount targets every
+// block counts all of them (at most 64 KiB from L2 per block, below 1 us). Beyond that the launch
+// is cooperative: each block counts a part, and the counts are added after a grid barrier.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -24,9 +24,10 @@ namespace divqat::cuda {
 namespace {
 
 constexpr int64_t kMaxRedundantCount = 8192;
-// A launch's blocks at most: each takes two sums and a count of scratch memory.
+// Upper bound on the blocks of a launch: each needs two sums and a count in scratch memory.
 constexpr int64_t kLossBlocks = kLossScratch / 3;
-// Rows that do not fit into registers are read four times: as many at once as L2 holds.
+// Rows that do not fit into registers are read four times, so the rows in flight should fit into
+// L2.
 constexpr int64_t kL2Bytes = 32 << 20;
 
 template <class T>
@@ -38,7 +39,7 @@ struct LossArguments {
   const float* weight;
   int64_t rows;
   int classes;
-  bool aligned, cooperative;  // cooperative: the blocks count the valid targets together
+  bool aligned, cooperative;  // cooperative: each block counts a part of the targets
   RowOptions<A> options;
   int64_t ignore_index;
   T* grad;
@@ -48,7 +49,7 @@ struct LossArguments {
   uint32_t* counter;
 };
 
-// Σ over the block, the same in every thread. All threads take part.
+// Sum over the block, returned to every thread. All threads must call it.
 template <int kBlock, class V>
 __device__ V block_sum(V value) {
   __shared__ V warps[kBlock / 32];
@@ -81,7 +82,7 @@ __device__ int64_t count_valid(const LossArguments<T>& args) {
   return block_sum<kBlock>(count);
 }
 
-// The last block adds up the blocks' sums in their order and writes the three means.
+// Writes the three means: the last block adds the blocks' partial sums in a fixed order.
 template <int kBlock, class T>
 __device__ void write_means(const LossArguments<T>& args, double ce, double divergence,
                             int64_t count) {
@@ -95,14 +96,14 @@ __device__ void write_means(const LossArguments<T>& args, double ce, double dive
   if (!is_last_block(args.counter)) return;
   ce = divergence = 0;
   for (int block = threadIdx.x; block < int(gridDim.x); block += kBlock) {
-    // Past L1, which is not coherent: other blocks wrote these.
+    // From L2: other blocks wrote these, and L1 is not coherent.
     ce += __ldcg(args.partial + 2 * block);
     divergence += __ldcg(args.partial + 2 * block + 1);
   }
   ce = block_sum<kBlock>(ce) / double(count);
   divergence = block_sum<kBlock>(divergence) / double(count);
   if (threadIdx.x != 0) return;
-  // L = CE − λ T² D; λ = 0 switches the term off even where D is infinite.
+  // L = CE − λ T² D; without the term if λ = 0, even if D is infinite.
   const double weight = *args.weight, temperature = args.options.temperature;
   const double penalty = weight == 0 ? 0 : weight * temperature * temperature * divergence;
   *args.loss = A(ce - penalty);
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kBlockOf<kGroup>, 1)
   RowOptions<A> options = args.options;
   options.weight = A(*args.weight);
   const A inv_count = A(1) / A(count);
-  double ce = 0, divergence = 0;  // of this thread's rows, in the first thread of a group
-  // The same number of rounds for all groups of a block: reductions need whole warps.
+  double ce = 0, divergence = 0;  // summed over the group's rows, in its first thread
+  // All groups of a block make the same number of iterations: the reductions need full warps.
   for (int64_t first = int64_t(blockIdx.x) * kGroups; first < args.rows;
        first += int64_t(gridDim.x) * kGroups) {
     const int64_t index = first + threadIdx.x / kGroup;
@@ -156,7 +157,7 @@ void launch_rows(LossArguments<T> args, cudaStream_t stream) {
 template <class T, Direction kDirection>
 void launch_for_classes(const LossArguments<T>& args, cudaStream_t stream) {
   constexpr int W = kWidth<T>;
-  // Packs that a row touches, wherever it starts.
+  // The most packs that a row can touch, whatever its alignment.
   const int64_t packs = args.classes % W == 0 ? args.classes / W : (args.classes + W - 2) / W + 1;
   if constexpr (sizeof(T) < 8) {
     if (packs <= 8 * (8 / W)) {

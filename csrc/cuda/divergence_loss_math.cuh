@@ -1,4 +1,4 @@
-// One row of divergence_loss: four passes over its logits, with a reduction between each two.
+// The formulas of divergence_loss for one row: four passes over its logits.
 #pragma once
 #include "../divergence_loss_direction.h"
 #include "divergence_loss_rows.cuh"
@@ -20,15 +20,16 @@ struct RowTerms {
   A ce, divergence;
 };
 
-// Room for the three reductions of a row over a block. Each has its own, so that one barrier per
-// reduction is enough: who writes a slot again has passed the barriers of the other two since.
+// Shared memory for the three reductions of a row over a block. Each reduction has a slot of its
+// own, so it needs only one barrier: before a slot is written again, every thread has passed the
+// barriers of the other two.
 template <class A, int kGroup>
 struct ReduceBuffer {
   A at[3][kGroup > 32 ? kGroup / 32 : 1][4];
 };
 
-// Reduces kValues values over the group, to the same bits in each thread. All lanes of a warp, and
-// all threads of a block-wide group, take part.
+// Reduces kValues values over the group; every thread gets the same bits. All lanes of the warp
+// must call it, and all threads of the block if the group is the block.
 template <int kSlot, int kGroup, int kValues, class A, class Combine>
 __device__ void group_reduce(A (&values)[kValues], ReduceBuffer<A, kGroup>& buffer,
                              Combine combine) {
@@ -55,8 +56,8 @@ __device__ void group_reduce(A (&values)[kValues], ReduceBuffer<A, kGroup>& buff
   }
 }
 
-// Whether torch.argmax takes the logit z of class k before the label's: the larger, NaN above all,
-// the first among equals.
+// Whether torch.argmax prefers class k, with logit z, to the label: NaN is largest, and the first
+// of equal logits wins.
 template <class A>
 __device__ bool argmax_prefers(A z, int k, A label_logit, int label) {
   const bool nan = z != z, label_nan = label_logit != label_logit;
@@ -71,14 +72,14 @@ __device__ A log_mean(A log_q, A log_p) {
   return max_of(log_q, log_p) + log1p_of(exp_of(gap)) - A(0.693147180559945309417);
 }
 
-// weight · value with 0 · anything = 0, and NaN where the weight is
+// weight · value, but 0 where the weight is 0, whatever the value
 template <class A>
 __device__ A weighted(A weight, A value) {
   return weight == 0 ? A(0) : weight * value;
 }
 
-// Writes the row's gradient of the mean loss and returns CE and D. A target that is no class gives
-// NaN: there is no error to raise from here.
+// Writes the gradient of the mean loss for the row, and returns its CE and D. A target that is not
+// a class gives NaN, as a kernel cannot raise an error.
 template <Direction kDirection, class Row>
 __device__ RowTerms<typename Row::A> row_loss(
     const Row& row, bool valid, int64_t target, typename Row::A inv_count,
@@ -88,10 +89,10 @@ __device__ RowTerms<typename Row::A> row_loss(
   const A nan = A(NAN);
   const bool known = valid && target >= 0 && target < row.classes();
   const int label = known ? int(target) : 0;
-  const int skipped = o.non_label ? label : -1;  // the class outside of D
+  const int skipped = o.non_label ? label : -1;  // the class that D leaves out
   const A label_logit = known ? row.logit(label) : A(0);
 
-  // 1. Maxima of the classes in D, and whether a class beats the label.
+  // 1. Maxima of the logits in D; maxima[2] is 1 if argmax is not the label.
   A maxima[3] = {-A(INFINITY), -A(INFINITY), A(0)};
   row.each([&](int k, A z, A t) {
     if (o.guard && row.inside(k) && argmax_prefers(z, k, label_logit, label)) maxima[2] = A(1);
@@ -103,8 +104,8 @@ __device__ RowTerms<typename Row::A> row_loss(
   const A z_max = o.non_label && known ? max_of(maxima[0], label_logit) : maxima[0];
   const A u_max = maxima[0], v_max = maxima[1];
 
-  // 2. Sums of exponentials: of CE, of q and of p; and the sum of the logits for label smoothing.
-  const bool own_softmax = o.non_label || o.temperature != 1;  // q is not softmax(z)
+  // 2. Sums of exponentials for CE, q and p, and the sum of the logits for label smoothing.
+  const bool own_softmax = o.non_label || o.temperature != 1;  // q differs from softmax(z)
   A sums[4] = {};
   row.each([&](int k, A z, A t) {
     sums[0] += exp_of(z - z_max);
@@ -130,7 +131,7 @@ __device__ RowTerms<typename Row::A> row_loss(
   const auto log_q_of = [&](A z) { return fma_of(z - u_max, o.inv_temperature, -log_u); };
   const auto log_p_of = [&](A t) { return fma_of(t - v_max, o.inv_temperature, -log_v); };
 
-  // 3. D, and for JS KL(q‖m) beside KL(p‖m)
+  // 3. D in d[0]; for JS, KL(q‖m) in d[0] and KL(p‖m) in d[1]
   A d[2] = {};
   row.each([&](int k, A z, A t) {
     if (k == skipped) return;
@@ -148,14 +149,14 @@ __device__ RowTerms<typename Row::A> row_loss(
   group_reduce<2, kGroup>(d, buffer, [](A a, A b) { return a + b; });
   const A student = d[0];
   terms.divergence = kDirection == Direction::kJs ? A(0.5) * (d[0] + d[1]) : d[0];
-  // Without a class in D, or where guard holds it back, there is no D.
+  // D is off if it has no class, or if guard is set and the row is misclassified.
   const bool active = !(o.guard && maxima[2] > 0) && !(o.non_label && row.classes() == 1);
   const bool d_has_grad = active && !(o.bounded && !(terms.divergence < o.bound)) && o.weight != 0;
   if (o.bounded && terms.divergence > o.bound) terms.divergence = o.bound;
   if (!active) terms.divergence = A(0);
 
   // 4. From L = CE − λ T² D and du/dz = 1 / T:
-  // dL/dz = share · (softmax(z) − target − λ T dD/du)
+  // dL/dz = inv_count · (softmax(z) − target − λ T dD/du)
   const A d_factor = o.weight * o.temperature, at_label = 1 - o.smoothing + smooth;
   row.store_each([&](int k, A z, A t) {
     if (!known) return valid ? nan : A(0);

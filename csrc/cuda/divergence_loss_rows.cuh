@@ -7,10 +7,10 @@
 
 namespace divqat::cuda {
 
-// A row in packs of 16 bytes on the grid of the whole matrix, so that rows of any length are read
-// and written in aligned packs but for their two ends. Elements of a pack that belong to the
-// neighbours read as -inf: classes without probability, in no need of a test. kPacks per thread
-// are kept in registers; with 0, every pass reads the row again.
+// A row as packs that are aligned to 16 bytes in the whole matrix: a row of any length is read and
+// written in full packs, except at its two ends. Elements that belong to a neighbouring row read as
+// -inf, a class of probability 0, which the passes need not test for. Each thread keeps kPacks
+// packs in registers; if kPacks is 0, every pass loads the row again.
 template <class T, int kGroup, int kPacks>
 class LossRow {
  public:
@@ -36,8 +36,8 @@ class LossRow {
   __device__ int classes() const { return classes_; }
   __device__ A logit(int column) const { return to_compute(logits_[column]); }
 
-  // f(column, logit, teacher logit) for this thread's elements; the column is outside of
-  // [0, classes) for those of a neighbour.
+  // Calls f(column, logit, teacher logit) for this thread's elements. The column of an element of a
+  // neighbouring row is outside of [0, classes).
   template <class F>
   __device__ void each(F&& f) const {
     each_pack([&](int pack, const Pack<T, W>& z, const Pack<T, W>& t) {
@@ -59,7 +59,7 @@ class LossRow {
         result.at[w] = from_compute<T>(f(column + w, to_compute(z.at[w]), to_compute(t.at[w])));
       }
       if (whole(column)) {
-        // As one word: the compiler would share the stores of the two branches, one by one.
+        // Stored as one word: otherwise the compiler merges this store with the scalar ones below.
         uint4 word;
         memcpy(&word, &result, sizeof(word));
         __stcg(reinterpret_cast<uint4*>(grad_ + column), word);
@@ -113,7 +113,7 @@ class LossRow {
   const T* logits_;
   const T* teacher_;
   T* grad_;
-  int classes_, start_, packs_;  // start_: column of the first pack's first element, <= 0
+  int classes_, start_, packs_;  // start_: column of the first element of the first pack, <= 0
   bool aligned_;
   Pack<T, W> z_[kPacks > 0 ? kPacks : 1], t_[kPacks > 0 ? kPacks : 1];
 };

@@ -12,8 +12,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocks)
   quantize_tiles<T, W, kLookup>(p, quantizer, x, y, mask, false, [](T) {});
 }
 
-// grad_x = grad_y where the mask is set, else 0. A lane's pack needs W bits of the mask: a byte, or
-// part of one.
+// grad_x = grad_y where the mask is set, else 0. The W mask bits of a pack are in one byte.
 template <class T, int W>
 __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocks)
     masked_grad_kernel(const T* grad_y, const uint8_t* mask, T* grad_x, int64_t n) {

@@ -1,4 +1,4 @@
-// Quantize-dequantize of packs of elements, and masks of one bit per element.
+// What the ops that quantize share: the tile loop, the quantizer, and masks of one bit per element.
 #pragma once
 #include <algorithm>
 
@@ -10,21 +10,21 @@
 namespace divqat::cuda {
 
 constexpr int kQuantizeThreads = 256;
-// Blocks per multiprocessor that the registers must leave room for: with 64 bytes under way per
-// thread two of them cover the latency of memory, and nothing has to be spilled.
+// Resident blocks per multiprocessor, for __launch_bounds__. With 64 bytes in flight per thread,
+// two blocks hide the latency of memory, and no register is spilled.
 constexpr int kQuantizeBlocks = 2;
 // Independent 16-byte loads in flight per thread.
 constexpr int kQuantizeUnroll = 4;
-// Packs that a block takes at a time, all of them at once.
+// Packs of a tile, which a block loads at once.
 constexpr int64_t kQuantizeTile = kQuantizeThreads * kQuantizeUnroll;
 
 inline int64_t tile_count(int64_t n, int width) {
   return ceil_div(ceil_div(n, width), kQuantizeTile);
 }
 
-// Calls f(first pack, whole) for each tile of x that falls to this block, the last one first where
-// `reverse`: then what the block read last, and L2 still holds, comes first. `whole` is a constant,
-// so that whole tiles need no test per pack; only the last one of x may not be whole.
+// Calls f(first pack, full) for each of this block's tiles. `reverse` starts with the last tile,
+// which L2 may still hold from the pass before. `full` is a constant: a full tile needs no bounds
+// checks, and only the last tile of x may be partial.
 template <int W, class F>
 __device__ void for_each_tile(int64_t n, bool reverse, F&& f) {
   const int64_t tiles = ceil_div(ceil_div(n, W), kQuantizeTile);
@@ -40,7 +40,7 @@ __device__ void for_each_tile(int64_t n, bool reverse, F&& f) {
   }
 }
 
-// What holds for all channels, as values to select with instead of branches.
+// What all channels share, as values for selects instead of branches.
 template <class A>
 struct Limits {
   A low, high;
@@ -54,7 +54,7 @@ struct Limits {
         nan_code(p.propagate_nan ? A(NAN) : low) {}
 };
 
-// The scale and zero point of one channel.
+// Quantizes and dequantizes with the scale and zero point of one channel.
 template <class T>
 struct Quantizer {
   using A = compute_t<T>;
@@ -70,31 +70,31 @@ struct Quantizer {
   // Returns whether the value was in range.
   __device__ bool operator()(T x, const Limits<A>& limits, bool per_tensor, T* y) const {
     const A given = to_compute(x);
-    const A value = given < limits.floor ? limits.floor : given;  // NaN stays
+    const A value = given < limits.floor ? limits.floor : given;  // NaN stays NaN
     // q = clamp(nearbyint(x · (1/scale)) + zero_point)
     const A rounded = rint_of(value * inv_scale) + zero_point;
     A q = rounded < limits.low ? limits.low : rounded;
     q = q > limits.high ? limits.high : q;
     q = rounded != rounded ? limits.nan_code : q;
-    // y = (q − zero_point) · scale; float64 codes with one scale in float32
+    // y = (q − zero_point) · scale; float64 with one scale multiplies in float32
     const A level = q - zero_point;
     A dequantized = level * A(scale);
     if constexpr (std::is_same_v<A, double>) {
       if (per_tensor) dequantized = A(float(level) * scale);
     }
     *y = from_compute<T>(dequantized);
-    return rounded == q && given > limits.floor;  // -inf was out of range anyway
+    return rounded == q && given > limits.floor;  // false for -inf, which is out of range
   }
 };
 
-// How the elements of a pack find their channel.
+// How often a thread looks up the scale.
 enum class ScaleLookup { kOnce, kPerPack, kPerElement };
 
-// The channel of an element, and of those that follow.
+// The channels of consecutive elements.
 class ChannelIterator {
  public:
   __device__ ChannelIterator(const QuantizeParams& p, int64_t i) : p_(p) {
-    // 32-bit division where it reaches: the other is many times slower
+    // 64-bit division is many times slower
     if (p.n <= 0x7fffffff) {
       const uint32_t run = uint32_t(i) / uint32_t(p.inner);
       offset_ = int64_t(uint32_t(i) - run * uint32_t(p.inner));
@@ -106,7 +106,7 @@ class ChannelIterator {
     }
   }
   __device__ int64_t channel() const { return channel_; }
-  // On to the next element; whether it is of another channel.
+  // Moves to the next element; returns whether it belongs to another channel.
   __device__ bool next() {
     if (++offset_ < p_.inner) return false;
     offset_ = 0;
@@ -119,7 +119,7 @@ class ChannelIterator {
   int64_t offset_, channel_;
 };
 
-// Quantizes one pack that starts at element i; returns a bit per element.
+// Quantizes the pack that starts at element i; returns its mask bits.
 template <class T, int W, ScaleLookup kLookup>
 __device__ uint32_t quantize_pack(const Pack<T, W>& x, const QuantizeParams& p,
                                   const Limits<compute_t<T>>& limits, const Quantizer<T>& quantizer,
@@ -135,19 +135,20 @@ __device__ uint32_t quantize_pack(const Pack<T, W>& x, const QuantizeParams& p,
     Quantizer<T> channel_quantizer(p, it.channel());
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (kLookup == ScaleLookup::kPerElement && w > 0 && it.next())
+      if (kLookup == ScaleLookup::kPerElement && w > 0 && it.next()) {
         channel_quantizer = Quantizer<T>(p, it.channel());
+      }
       bits |= uint32_t(channel_quantizer(x.at[w], limits, p.per_tensor, &y->at[w])) << w;
     }
   }
   return bits;
 }
 
-// Stores the W bits of each lane's pack, the lanes' packs adjacent: words of 32 bits, whole where
-// the mask goes on that far. `pack` is this lane's; all lanes of the warp take part.
+// Stores the W mask bits of each lane, whose packs are adjacent, as 32-bit words; bytes at the end
+// of the mask. All lanes of the warp must call it.
 template <bool kFull, int W>
 __device__ void store_mask(uint8_t* mask, uint32_t bits, int64_t pack, int64_t n) {
-  constexpr int kLanes = 32 / W;  // that fill a word
+  constexpr int kLanes = 32 / W;  // per word
   uint32_t word;
   if constexpr (W == 1) {
     word = __ballot_sync(0xffffffffu, bits);
@@ -166,7 +167,7 @@ __device__ void store_mask(uint8_t* mask, uint32_t bits, int64_t pack, int64_t n
   }
 }
 
-// All of x's tiles that fall to this block. `seen` is shown every element that is read.
+// Quantizes this block's tiles of x, and calls visit with every element.
 template <class T, int W, ScaleLookup kLookup, class Visit>
 __device__ void quantize_tiles(const QuantizeParams& p, const Quantizer<T>& quantizer, const T* x,
                                T* y, uint8_t* mask, bool reverse, Visit&& visit) {

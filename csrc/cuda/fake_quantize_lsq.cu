@@ -1,11 +1,11 @@
 // fake_quantize_lsq and its backward: one launch each, 8 and 12 bytes per float32 element.
 //
-// A thread meets one channel, or one pack of adjacent channels, so that the scale is read once and
-// the backward's sums stay in registers:
-//   runs     one channel, or inner > 1: a block walks a share of the runs of one channel
-//   columns  inner == 1: a thread walks down a pack of columns of x as [rows, channels]
-// Sums are float32 over a few elements and float64 beyond; the shares of a channel ("parts") meet
-// in the last block, in a fixed order.
+// Each thread processes one channel, or one pack of adjacent channels, so that it reads the scale
+// once and keeps the sums of the backward in registers:
+//   runs     one channel, or inner > 1: a block processes a part of the runs of one channel
+//   columns  inner == 1: with x as [rows, channels], a thread goes down a pack of columns
+// Sums are float32 over a few elements and float64 beyond. The last block adds the partial sums of
+// a channel's parts in a fixed order.
 #include <algorithm>
 
 #include "fake_quantize_lsq.cuh"
@@ -13,8 +13,9 @@
 namespace divqat::cuda {
 namespace {
 
-// One block per (channel, part): packs part · kLsqThreads + thread, in steps of
-// parts · kLsqThreads, of the channel's runs laid end to end. W divides the length of a run.
+// One block per (channel, part). The packs of the channel's runs are numbered through; a thread
+// takes pack part · kLsqThreads + thread and goes on in steps of parts · kLsqThreads. W divides
+// inner.
 template <class T, int W, bool kBackward>
 __global__ void __launch_bounds__(kLsqThreads, 2)
     lsq_runs(const __grid_constant__ LsqArguments<T> args) {
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kLsqThreads, 2)
     sums.scale += double(scale_sum);
     sums.outside += double(outside_sum);
   }
-  // With one channel, the elements after its last whole pack.
+  // With one channel: the elements after the last full pack.
   const int64_t tail = p.n - runs * p.channels * p.inner;
   if (blockIdx.x == 0 && threadIdx.x < tail) {
     const int64_t i = p.n - tail + threadIdx.x;
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kLsqThreads, 2)
   }
 }
 
-// One block per (tile of `width` packs of columns, part): rows part · height + y, in steps of
-// parts · height.
+// One block per (tile of `width` packs of columns, part). A thread takes row part · height + y and
+// goes on in steps of parts · height.
 template <class T, int W, bool kBackward>
 __global__ void __launch_bounds__(kLsqThreads, 2)
     lsq_columns(const __grid_constant__ LsqArguments<T> args, int width) {
@@ -183,7 +184,7 @@ template <class T, int W, bool kBackward>
 void launch_columns(LsqArguments<T> args, cudaStream_t stream) {
   const LsqParams& p = args.params;
   const auto kernel = lsq_columns<T, W, kBackward>;
-  // Tiles 128 bytes wide: whole cache lines, and few partial sums per row of blocks.
+  // Tiles are 128 bytes wide: full cache lines, and few partial sums.
   constexpr int64_t kTile = 128 / (W * sizeof(T));
   const int64_t packs = p.channels / W, tiles = ceil_div(packs, kTile);
   const int64_t width = ceil_div(packs, tiles), height = kLsqThreads / width;

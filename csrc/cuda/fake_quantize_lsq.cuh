@@ -1,4 +1,4 @@
-// What the kernels of fake_quantize_lsq share: the grid of a channel, and the backward's sums.
+// What the kernels of fake_quantize_lsq share: the quantizer of a channel, and the backward's sums.
 #pragma once
 #include "launch.cuh"
 #include "launchers.h"
@@ -8,18 +8,18 @@
 namespace divqat::cuda {
 
 constexpr int kLsqThreads = 256;
-// Independent loads in flight per thread and tensor, within half the registers of a full block.
+// Independent loads in flight per thread and tensor; two blocks must fit into the registers.
 template <class T, int W>
 constexpr int kLsqUnroll = W > 4 || sizeof(T) == 8 ? 2 : 4;
-// Pairs of partial sums that the last block is given at most: 256 KiB, some microseconds.
+// Upper bound on the pairs of partial sums that the last block adds: 256 KiB, a few microseconds.
 constexpr int64_t kLsqMaxPartials = kLsqScratch / 2;
 
 template <class T>
 struct LsqArguments {
   LsqParams params;
-  int64_t parts;  // shares of a channel (runs) or of a tile of columns
+  int64_t parts;  // of a channel (runs) or of a tile of columns
   const T* x;
-  const T* grad_y;  // backward only, as is all below
+  const T* grad_y;  // for the backward only, like grad_factor and what follows
   T* out;           // y, or grad_x
   double grad_factor;
   double* partial;  // [parts, channels, 2]
@@ -28,7 +28,7 @@ struct LsqArguments {
   float* grad_zero_point;
 };
 
-// The grid of one channel.
+// Quantizes with the scale and zero point of one channel.
 template <class T>
 struct LsqQuantizer {
   using A = compute_t<T>;
@@ -45,7 +45,7 @@ struct LsqQuantizer {
     zero_point = A(at_most(at_least(rintf(exact), p.quant_min), p.quant_max));
   }
 
-  // v = x / scale, r = nearbyint(v) + zero_point; returns q = clamp(r). NaN stays NaN.
+  // v = x / scale, rounded = nearbyint(v) + zero_point; returns q = clamp(rounded). NaN stays NaN.
   __device__ A quantize(T x, const LsqParams& p, A* v, A* rounded) const {
     const A low = A(p.quant_min), high = A(p.quant_max);
     *v = to_compute(x) * inv_scale;
@@ -57,13 +57,13 @@ struct LsqQuantizer {
   __device__ T forward(T x, const LsqParams& p) const {
     A v, rounded;
     const A level = quantize(x, p, &v, &rounded) - zero_point;
-    // y = (q − zero_point) · scale; one scale for a float64 tensor multiplies in float32
+    // y = (q − zero_point) · scale; a float64 tensor with one scale multiplies in float32
     if (p.per_tensor) return from_compute<T>(A(float(level) * scale));
     return from_compute<T>(level * A(scale));
   }
 
-  // Returns grad_x; adds to the sums for the scale and, without its factor −scale, for the zero
-  // point.
+  // Returns grad_x. Adds to the sums of the scale's and the zero point's gradients, the latter
+  // without its factor −scale.
   __device__ T backward(T x, T grad_y, const LsqParams& p, A* scale_sum, A* outside_sum) const {
     A v, rounded;
     const A q = quantize(x, p, &v, &rounded), grad = to_compute(grad_y);
@@ -91,7 +91,7 @@ __device__ inline LsqSums shuffle_xor(const LsqSums& sums, int offset) {
   return other;
 }
 
-// The block's sum, in thread 0. All threads take part.
+// Sum over the block, valid in thread 0. All threads must call it.
 __device__ inline LsqSums block_sum(LsqSums sums) {
   __shared__ LsqSums warps[kLsqThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) sums += shuffle_xor(sums, offset);
@@ -112,7 +112,8 @@ __device__ void store_grads(const LsqArguments<T>& args, int64_t channel, const 
   args.grad_zero_point[channel] = args.params.learned ? float(offset) : 0.0f;
 }
 
-// A share's sums: final where it is the only one, else for the last block.
+// Stores the sums of one part for the last block, or the gradients if the channel has only one
+// part.
 template <class T>
 __device__ void write_partial(const LsqArguments<T>& args, int64_t part, int64_t channel,
                               const LsqSums& sums) {
@@ -122,8 +123,8 @@ __device__ void write_partial(const LsqArguments<T>& args, int64_t part, int64_t
   partial[1] = sums.outside;
 }
 
-// The last block adds up the parts of each channel: `lanes` threads of one warp per channel, as
-// many as keep all threads busy.
+// The last block adds the parts of each channel. `lanes` threads of a warp share a channel, so many
+// that all threads are busy.
 template <class T>
 __device__ void reduce_in_last_block(const LsqArguments<T>& args) {
   if (args.parts == 1 || !is_last_block(args.counter)) return;
@@ -138,7 +139,7 @@ __device__ void reduce_in_last_block(const LsqArguments<T>& args) {
 #pragma unroll 8
       for (int64_t part = lane; part < args.parts; part += lanes) {
         const double* partial = args.partial + 2 * (part * channels + channel);
-        // Past L1, which is not coherent: other blocks wrote these.
+        // From L2: other blocks wrote these, and L1 is not coherent.
         sums.scale += __ldcg(partial);
         sums.outside += __ldcg(partial + 1);
       }

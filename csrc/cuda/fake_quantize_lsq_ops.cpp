@@ -11,7 +11,7 @@
 namespace divqat::cuda {
 namespace {
 
-// Keeps the channels' values, as contiguous memory, alive beside the pointers to them.
+// LsqParams, and the contiguous tensors that they point to.
 class LsqChannels {
  public:
   LsqChannels(const Tensor& x, const Tensor& dense_x, const Tensor& scale, const Tensor& zero_point,

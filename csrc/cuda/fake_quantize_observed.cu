@@ -1,11 +1,11 @@
 // fake_quantize_observed.
 //
-//   exact    one cooperative launch: minimum and maximum, a grid barrier, then quantize, from the
-//            last tile back, which L2 still holds; 20.25 bytes per float32 element beyond L2.
-//            Where the device has no cooperative launches: observe, then fake_quantize.
-//   delayed  one launch: quantize with the old range while the new one is taken; 16.25 bytes
-//   frozen   fake_quantize itself
-// Per channel, which activations hardly use: one launch to observe, one to quantize.
+//   exact    one cooperative launch: minimum and maximum, a grid barrier, then quantization, from the
+//            last tile to the first, as L2 still holds the last ones; 20.25 bytes per float32 element
+//            if x does not fit into L2. Without cooperative launches: observe, then fake_quantize.
+//   delayed  one launch: quantizes with the old range while it takes the new one; 16.25 bytes
+//   frozen   fake_quantize
+// Per channel, which is rare for activations: one launch to observe, one to quantize.
 #include <cooperative_groups.h>
 
 #include "min_max.cuh"
@@ -20,8 +20,8 @@ template <class T, int W>
 __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
     fake_quantize_exact_kernel(ObserverState s, QuantizeParams p, const T* x, T* y, uint8_t* mask,
                                float* partial) {
-  // Every block computes the new range from the old buffers, which all have read before the
-  // barrier; one of them writes it behind it.
+  // Every block reads the old buffers before the barrier and computes the new state from them;
+  // block 0 writes it after the barrier.
   ObserverChannel observer(s, 0);
   write_partial(partial, tiles_min_max<T, W>(x, p.n));
   cooperative_groups::this_grid().sync();
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
   quantize_tiles<T, W, ScaleLookup::kOnce>(p, Quantizer<T>(p, 0), x, y, mask, false,
                                            [&](T value) { min_max.add(float(to_compute(value))); });
   write_partial(partial, block_min_max(min_max));
-  // The last block writes the buffers, which the others have read by then.
+  // The last block updates the buffers; all others have read them by then.
   if (!is_last_block(counter)) return;
   min_max = grid_min_max(partial);
   if (threadIdx.x == 0) update_channel(s, 0, min_max);

@@ -7,8 +7,8 @@
 namespace divqat::cuda {
 namespace {
 
-// y and the mask, which is returned, from a dense x. y may be x, unless ranges are delayed and per
-// channel: then x is observed when y is there.
+// Writes y from a dense x and returns the mask. y may be x, except delayed per channel: then x is
+// observed after y is written.
 Tensor quantize_observed(const Tensor& x, const Tensor& y, const Tensor& running_min,
                          const Tensor& running_max, const Tensor& scale, const Tensor& zero_point,
                          int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,

@@ -1,9 +1,8 @@
 // fake_quantize_weights: every row of every weight, one launch forward and one backward.
 //
-// The table of weights travels as a parameter of the kernel, in constant memory: nothing is
-// uploaded and nothing can go stale in a captured graph. A row belongs to a warp, or to a block
-// where it is long; it is read for its largest magnitude, then again, from L1 or L2, to be
-// quantized.
+// The table of weights is a kernel parameter, in constant memory: there is no copy to the device,
+// and a captured graph keeps its own table. A warp processes a row, or a block if the row is long.
+// It reads the row for minimum and maximum, then again, from L1 or L2, to quantize it.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -16,10 +15,10 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kUnroll = 4;
-// Columns from which a row is worth a whole block.
+// A row of at least this many columns gets a block.
 constexpr int64_t kLongRow = 1024;
-// A parameter may have 4 KB, and 32,764 bytes from CUDA 12.1 on; copying it is part of a launch's
-// price, so short lists take the short table.
+// Kernel parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 on. Every launch copies them, so
+// short lists use a small table.
 constexpr int kFewWeights = 80;
 
 struct Entry {
@@ -39,7 +38,7 @@ struct Table {
 };
 static_assert(sizeof(Table<kFewWeights>) <= 4096 && sizeof(Table<kWeightsPerLaunch>) <= 32764);
 
-// What `kTeam` threads that share a row know of it.
+// Minimum and maximum of the elements of a row that were read; NaN is kept apart.
 template <class A>
 struct RowMinMax {
   A low, high;
@@ -66,8 +65,8 @@ __device__ RowMinMax<A> group_min_max(RowMinMax<A> e) {
   return e;
 }
 
-// Calls f(first element, pack) for this thread's packs of a row, kUnroll loads at a time; the row
-// is a multiple of W long.
+// Calls f(index, pack) for this thread's packs of a row, with kUnroll loads in flight. W divides
+// the length of the row.
 template <int kGroup, int W, class T, class F>
 __device__ void for_each_pack(const T* row, int64_t columns, int thread, const F& f) {
   const auto* packs = reinterpret_cast<const Pack<T, W>*>(row);
@@ -119,8 +118,8 @@ __device__ void quantize_row(const Table& table, const T* row, const T* grad, T*
     });
     return;
   }
-  // Rounding is monotonic: with its extremes in range, so is the row, and need not be read again.
-  // In A: half a step beyond the last code, the last digits of float64 decide.
+  // Rounding is monotonic: if minimum and maximum are in range, so is the row, and it need not be
+  // read again. This is computed in A, as for float64 the last digits decide near a tie.
   const bool inside =
       !e.nan && rint_of(e.low * inv_scale) >= low && rint_of(e.high * inv_scale) <= high;
   for_each_pack<kGroup, W>(grad, columns, thread, [&](int64_t i, const Pack<T, W>& pack) {
@@ -144,7 +143,7 @@ __device__ void quantize_block(const Table& table, const Entry& entry, int32_t b
   auto* out = static_cast<T*>(entry.out);
   const bool long_row = entry.columns >= kLongRow;
   const int64_t row = long_row ? block : int64_t(block) * kWarps + threadIdx.x / 32;
-  if (row >= entry.rows) return;  // a whole warp, and never a part of a long row's block
+  if (row >= entry.rows) return;  // a whole warp, never a part of the block of a long row
   const int64_t at = row * entry.columns;
   if (long_row) {
     quantize_row<kThreads, W>(table, from + at, grad ? grad + at : nullptr, out + at,
@@ -158,7 +157,7 @@ __device__ void quantize_block(const Table& table, const Entry& entry, int32_t b
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     quantize_weights(const __grid_constant__ Table<kCapacity> table) {
-  // The last entry whose first block is not beyond this one.
+  // Binary search for the entry of this block.
   int32_t low = 0, high = table.count - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;

@@ -1,4 +1,4 @@
-// fake_quantize_weights and its backward: from tensors to their launchers.
+// fake_quantize_weights and its backward: from tensors to the launcher of fake_quantize_weights.cu.
 #include <ATen/ops/empty.h>
 
 #include <map>
@@ -10,7 +10,7 @@
 namespace divqat::cuda {
 namespace {
 
-// One scale for the whole weight, or rows that are not contiguous: a launch for the scales, one to
+// A weight with one scale, or with rows that are not contiguous: a launch for the scales, one to
 // quantize, and in the backward one for the gradient.
 void quantize_weight(const Tensor& from, const Tensor& grad, const Tensor& out, Channels channels,
                      int64_t quant_min, int64_t quant_max, bool per_tensor, cudaStream_t stream) {
@@ -39,11 +39,11 @@ void quantize_weight(const Tensor& from, const Tensor& grad, const Tensor& out, 
   fake_quantize_backward(dtype, grad.const_data_ptr(), bits, out.mutable_data_ptr(), n, stream);
 }
 
-// All rows of one dtype and device in one launch. grads is empty in the forward.
+// One launch for all weights of a dtype. grads is empty in the forward.
 std::vector<Tensor> run(at::TensorList weights, at::TensorList grads, int64_t quant_min,
                         int64_t quant_max, std::optional<int64_t> ch_axis) {
   check_range(quant_min, quant_max);
-  std::vector<Tensor> outputs, alive;  // dense copies live until the launches
+  std::vector<Tensor> outputs, alive;  // keeps dense copies alive until the launches
   if (weights.empty()) return outputs;
   const OnDevice device(weights[0]);
   std::map<DType, std::vector<WeightRows>> rows;

@@ -1,4 +1,4 @@
-// What launches need beside the kernels: counters, occupancy, and how many there were.
+// The host side of launches: counters, occupancy, and the launch count.
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -10,16 +10,16 @@
 namespace divqat::cuda {
 namespace {
 
-// Kernels on one stream follow each other, so a stream needs one counter. A captured launch runs
-// whenever its graph does, beside anything, so it keeps a counter of its own; with very many of
-// them the first are handed out again, which only graphs that run at the same time would notice.
+// Kernels on one stream run one after another, so a stream needs only one counter. A captured
+// launch may run at the same time as any other, so it gets a counter of its own. After kCaptured of
+// them the counters are reused, which matters only to graphs that run at the same time.
 constexpr uint32_t kStreams = 4096, kCaptured = 1 << 18;
 __device__ uint32_t counters[kStreams + kCaptured];
 
 std::atomic<int64_t> launches{0};
 std::mutex mutex;
 
-// Lets a module or kernel load on its first use even while a graph is being captured.
+// Allows a module or kernel to be loaded on first use while a graph is being captured.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -48,7 +48,7 @@ int64_t launch_count() { return launches.load(); }
 void count_launch() { ++launches; }
 
 uint32_t* next_counter(cudaStream_t stream) {
-  static std::map<int, uint32_t*> arrays;                                 // of each device
+  static std::map<int, uint32_t*> arrays;                                 // per device
   static std::map<std::pair<int, unsigned long long>, uint32_t> streams;  // (device, id) → slot
   static uint32_t captured = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -64,7 +64,7 @@ uint32_t* next_counter(cudaStream_t stream) {
     array = static_cast<uint32_t*>(address);
   }
   if (status != cudaStreamCaptureStatusNone) return array + kStreams + captured++ % kCaptured;
-  unsigned long long id = 0;  // unlike a handle never given to another stream
+  unsigned long long id = 0;  // unlike a stream handle, an id is never reused
   check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   const auto slot = streams.try_emplace({device, id}, uint32_t(streams.size()) % kStreams).first;
   return array + slot->second;

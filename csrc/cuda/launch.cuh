@@ -13,41 +13,45 @@
 
 namespace divqat::cuda {
 
-// Calls f(a null pointer to the element type).
+// Calls f with a null pointer of the element type.
 template <class F>
 void dispatch_dtype(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat: return f(static_cast<float*>(nullptr));
-    case DType::kDouble: return f(static_cast<double*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
-    case DType::kHalf: return f(static_cast<__half*>(nullptr));
+    case DType::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case DType::kDouble:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::kHalf:
+      return f(static_cast<__half*>(nullptr));
   }
 }
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // taken: it must not surface in the next call of somebody else
+  cudaGetLastError();  // clears the error, which a later call would return again
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// A counter at 0 for a launch on this stream, that no other launch uses at the same time. The
-// launch must leave it at 0: last_block() does.
+// A counter at 0 that no other launch uses at the same time as this one. The launch must leave it
+// at 0, as is_last_block() does.
 uint32_t* next_counter(cudaStream_t stream);
 
-// Blocks of `threads` threads that the device runs at the same time.
+// How many blocks of `threads` threads are resident on the device at the same time.
 int64_t resident_blocks(const void* kernel, int threads);
 template <class... P>
 int64_t resident_blocks(void (*kernel)(P...), int threads) {
   return resident_blocks(reinterpret_cast<const void*>(kernel), threads);
 }
 
-// Whether the current device can run blocks that wait for each other.
+// Whether the current device has cooperative launches.
 bool supports_cooperative_launch();
 
 void count_launch();
 
-// Launches blocks × threads. A cooperative grid is resident as a whole: its blocks may wait for
-// each other.
+// Launches blocks × threads. All blocks of a cooperative launch are resident at the same time, so
+// that they may wait for each other.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream,
             bool cooperative, A&&... args) {
@@ -64,17 +68,17 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stre
   count_launch();
 }
 
-// Whether this is the last block of the grid to arrive here; the same answer in all of its threads,
-// which all take part. What any block wrote before, the last one reads with __ldcg: from L2, as L1
-// is not coherent.
+// Whether this block is the last of the grid to call this. All threads must call it, and all get
+// the same answer. The last block can read what the others wrote before their call, with __ldcg:
+// from L2, as L1 is not coherent.
 __device__ inline bool is_last_block(uint32_t* counter) {
   __shared__ bool last;
-  __threadfence();  // this thread's results are out before the block counts as arrived
+  __threadfence();  // this thread's results are visible before the block is counted
   __syncthreads();
-  // The counter wraps to 0 with the last arrival, ready for the next launch.
+  // The last block wraps the counter to 0, ready for the next launch.
   if (threadIdx.x == 0) last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
-  __threadfence();  // the arrivals were seen before the results are read
+  __threadfence();  // the results are read after the count
   return last;
 }
 

@@ -1,4 +1,4 @@
-// Element types, and arithmetic on float and double under one name.
+// Element types, and functions of float and double under one name.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,7 +11,7 @@ namespace divqat::cuda {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Element types compute in float, but double in double.
+// The type to compute in: double for double, float for all others.
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -31,11 +31,11 @@ __device__ inline T from_compute(compute_t<T> x) {
   }
 }
 
-// Half to even, as nearbyint in the default rounding mode.
+// Rounds half to even, like nearbyint.
 __device__ inline float rint_of(float x) { return rintf(x); }
 __device__ inline double rint_of(double x) { return rint(x); }
 
-// Of a number and NaN, the number.
+// If one operand is NaN, the other one.
 __device__ inline float min_of(float a, float b) { return fminf(a, b); }
 __device__ inline double min_of(double a, double b) { return fmin(a, b); }
 __device__ inline float max_of(float a, float b) { return fmaxf(a, b); }

@@ -1,20 +1,20 @@
-// Minimum and maximum of a tensor: over threads, the block and the grid.
+// Minimum and maximum: of a thread, a block and a grid.
 #pragma once
 #include "fake_quantize_common.cuh"
 
 namespace divqat::cuda {
 
-// Minimum and maximum of what was added; NaN in both after a NaN.
+// Minimum and maximum of what was added; both NaN once a NaN was added.
 struct MinMax {
   float low = INFINITY, high = -INFINITY;
   bool nan = false;
 
   __device__ void add(float x) {
     nan |= x != x;
-    low = fminf(low, x);  // takes the number where the other is NaN
+    low = fminf(low, x);  // fminf ignores NaN
     high = fmaxf(high, x);
   }
-  // What another one gave as its least() and most(); infinities the other way round if it is empty.
+  // Adds another one by its min() and max(), which are +inf and -inf if it is empty.
   __device__ void merge(float other_low, float other_high) {
     nan |= other_low != other_low;
     low = fminf(low, other_low);
@@ -24,7 +24,7 @@ struct MinMax {
   __device__ float max() const { return nan ? NAN : high; }
 };
 
-// The block's range, in every thread. All threads take part.
+// Reduction over the block, returned to every thread. All threads must call it.
 __device__ inline MinMax block_min_max(MinMax min_max) {
   __shared__ float lows[kQuantizeThreads / 32], highs[kQuantizeThreads / 32];
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -42,25 +42,25 @@ __device__ inline MinMax block_min_max(MinMax min_max) {
   return min_max;
 }
 
-// What the blocks found, put together; the same in all blocks as minimum and maximum do not depend
-// on the order. All threads take part.
+// Reduction of the partial results of all blocks. Every block that calls it gets the same, as
+// minimum and maximum do not depend on the order. All threads must call it.
 __device__ inline MinMax grid_min_max(const float* partial) {
   MinMax min_max;
   for (int block = threadIdx.x; block < int(gridDim.x); block += kQuantizeThreads) {
-    // Past L1, which is not coherent: other blocks wrote these.
+    // From L2: other blocks wrote these, and L1 is not coherent.
     min_max.merge(__ldcg(partial + 2 * block), __ldcg(partial + 2 * block + 1));
   }
   return block_min_max(min_max);
 }
 
-// For grid_range(): this block's.
+// Stores this block's result for grid_min_max().
 __device__ inline void write_partial(float* partial, const MinMax& min_max) {
   if (threadIdx.x != 0) return;
   partial[2 * blockIdx.x] = min_max.min();
   partial[2 * blockIdx.x + 1] = min_max.max();
 }
 
-// The range of this block's tiles.
+// Minimum and maximum of this block's tiles.
 template <class T, int W>
 __device__ MinMax tiles_min_max(const T* x, int64_t n) {
   MinMax min_max;
@@ -83,7 +83,7 @@ __device__ MinMax tiles_min_max(const T* x, int64_t n) {
   return block_min_max(min_max);
 }
 
-// Blocks that take the range of n elements, each with its two floats of scratch memory.
+// The number of blocks for n elements: each needs two floats of scratch memory.
 template <class K>
 int64_t min_max_blocks(K kernel, int64_t n, int width) {
   return std::min(

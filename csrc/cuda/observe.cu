@@ -16,14 +16,15 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
   if (threadIdx.x == 0) update_channel(s, 0, min_max);
 }
 
-// How a channel's elements are shared out: `parts` blocks per channel, or tile of 32 channels.
+// How the elements are split between blocks: `parts` blocks per channel, or per tile of 32
+// channels.
 struct ChannelSplit {
   int64_t n, channels, inner, parts;
   float* partial;  // [parts, channels, 2]
   uint32_t* counter;
 };
 
-// A share's range: final where it is the only one, else for the last block.
+// Stores the result of one part for the last block, or updates the channel if it has only one part.
 __device__ void write_partial(const ObserverState& s, const ChannelSplit& split, int64_t part,
                               int64_t channel, const MinMax& min_max) {
   if (split.parts == 1) return update_channel(s, channel, min_max);
@@ -44,7 +45,7 @@ __device__ void reduce_in_last_block(const ObserverState& s, const ChannelSplit&
   }
 }
 
-// A block per channel and part, over the channel's runs of `inner` elements laid end to end.
+// One block per (channel, part). The elements of the channel's runs are numbered through.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
     observe_runs(ObserverState s, ChannelSplit split, const T* x) {
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
     T values[kQuantizeUnroll];
 #pragma unroll
     for (int u = 0; u < kQuantizeUnroll; ++u) {
-      // Past the end, the channel's first element once more: it changes no minimum or maximum.
+      // Past the end, load the channel's first element again, which does not change the result.
       values[u] =
           x[run < runs ? (run * split.channels + channel) * inner + offset : channel * inner];
       run += step_run;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
   reduce_in_last_block(s, split);
 }
 
-// A block per part and 32 channels that follow each other in memory: a warp reads a piece of a row.
+// inner == 1: one block per (tile of 32 channels, part), one warp per row of the tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
     observe_columns(ObserverState s, ChannelSplit split, const T* x) {
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
     T values[kQuantizeUnroll];
 #pragma unroll
     for (int u = 0; u < kQuantizeUnroll; ++u) {
-      // Past the end, the last row once more.
+      // Past the end, load the last row again.
       const int64_t at = row + u * step < rows ? row + u * step : rows - 1;
       values[u] = x[at * channels + column];
     }
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
   reduce_in_last_block(s, split);
 }
 
-// `groups` channels, or tiles of 32; `rounds` of a block's loads make up one of them.
+// `groups`: channels, or tiles of 32. `rounds`: unrolled iterations of a block that cover a group.
 template <class T>
 void observe_channels(void (*kernel)(ObserverState, ChannelSplit, const T*), const ObserverState& s,
                       ChannelSplit split, int64_t groups, int64_t rounds, const T* x,

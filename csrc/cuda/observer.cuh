@@ -4,7 +4,7 @@
 
 namespace divqat::cuda {
 
-// One channel's buffers after a batch, or its scale alone.
+// The observer's state for one channel, in registers; the scale alone if scale_only.
 struct ObserverChannel {
   float running_min = 0, running_max = 0, scale = 1;
   int32_t zero_point = 0;

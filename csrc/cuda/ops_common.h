@@ -1,4 +1,4 @@
-// What the *_ops.cpp share: device guard, stream, and launch arguments from tensors.
+// What the *_ops.cpp share: device guard, stream, and the arguments of the launchers.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,7 +11,7 @@
 
 namespace divqat::cuda {
 
-// The device of x and its current stream, for the kernels launched while this lives.
+// Makes the device of x current; its current stream.
 class OnDevice {
  public:
   explicit OnDevice(const at::Tensor& x) : guard_(x.device()) {}
@@ -34,7 +34,7 @@ inline DType dtype_of(const at::Tensor& x) {
   }
 }
 
-// How a dense x is quantized with `channels` scales and zero points on the device.
+// For a dense x.
 inline QuantizeParams quantize_params(const at::Tensor& dense_x, const float* scale,
                                       const int32_t* zero_point, int64_t quant_min,
                                       int64_t quant_max, Channels channels, bool per_tensor) {

@@ -1,16 +1,16 @@
-// Packs of elements that are read and written by one instruction.
+// Packs of elements that one instruction loads or stores.
 #pragma once
 #include "math.cuh"
 
 namespace divqat::cuda {
 
-// W elements that are read and written at once. Global memory wants them aligned to their size.
+// W elements, aligned to their size, as a vector access to global memory requires.
 template <class T, int W>
 struct alignas(sizeof(T) * W) Pack {
   T at[W];
 };
 
-// Elements of a 16-byte load, the widest there is.
+// Elements of a 16-byte access, the widest there is.
 template <class T>
 constexpr int kWidth = 16 / int(sizeof(T));
 
@@ -18,7 +18,7 @@ inline bool is_aligned_16(const void* a, const void* b = nullptr, const void* c 
   return (uintptr_t(a) | uintptr_t(b) | uintptr_t(c)) % 16 == 0;
 }
 
-// The pack at element i of x [n]; past the end, zeros.
+// The pack that starts at element i of x [n], with zeros past the end. kFull: i + W <= n is known.
 template <bool kFull, int W, class T>
 __device__ Pack<T, W> load_pack(const T* x, int64_t i, int64_t n) {
   if constexpr (!kFull) {
