@@ -20,9 +20,9 @@ OURS = "divqat triton"
 @contextlib.contextmanager
 def tiles(block: int, warps: int) -> Iterator[None]:
     """Every launch inside the block has this tile and this many warps."""
-    from divqat.kernels import _channels, fake_quantize, fake_quantize_observed
+    from divqat.kernels import _channel_reduction, fake_quantize, fake_quantize_observed
 
-    plan = _channels.plan
+    plan = _channel_reduction.plan
 
     def other(*args: Any) -> Any:
         grid, meta = plan(*args)
@@ -33,7 +33,7 @@ def tiles(block: int, warps: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "block_of", lambda *_: choice))
-        for name in ("fake_quantize_observed", "fake_quantize_lsq"):
+        for name in ("observe", "fake_quantize_lsq"):
             stack.enter_context(mock.patch(f"divqat.kernels.{name}.plan", other))
         yield
 

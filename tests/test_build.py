@@ -152,7 +152,9 @@ def test_no_machine_runs_instructions_it_has_not(name, tmp_path):
     """
     unit = tmp_path / f"{name}.o"
     command = ["c++", "-O1", "-std=c++17", "-ffp-contract=off", "-c"]
-    subprocess.run([*command, ROOT / f"csrc/cpu/isa_{name}.cpp", "-o", unit], check=True)
+    subprocess.run(
+        [*command, ROOT / f"csrc/cpu/instruction_set_{name}.cpp", "-o", unit], check=True
+    )
     symbols = subprocess.run(["nm", "-C", unit], check=True, capture_output=True, text=True).stdout
     assert f"divqat::{name}::" in symbols
     assert "_GLOBAL__" not in symbols

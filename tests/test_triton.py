@@ -25,7 +25,7 @@ if not _triton.interpreted() or _triton.missing("cpu"):
     pytest.skip("runs with TRITON_INTERPRET=1: make test-triton", allow_module_level=True)
 
 from divqat.kernels import (
-    _channels,
+    _channel_reduction,
     _launch,
     divergence_loss,
     fake_quantize,
@@ -202,7 +202,7 @@ def test_a_target_that_is_no_class_gives_nan_as_no_error_can_be_raised():
 
 
 def test_many_samples_are_counted_by_a_launch_of_its_own():
-    n = divergence_loss.COUNTED_ALONE + 5
+    n = divergence_loss.MAX_REDUNDANT_COUNT + 5
     target = torch.arange(n) % 2
     target[::3] = -1
     args = (target, tensor(0.2), 4.0, "student_teacher", "all", None, False, 0.0, -1)
@@ -211,7 +211,7 @@ def test_many_samples_are_counted_by_a_launch_of_its_own():
 
 
 def test_large_tensors_and_many_parts(monkeypatch):
-    for module in (_launch, _channels):
+    for module in (_launch, _channel_reduction):
         monkeypatch.setattr(module, "SMALL", 1 << 13)
     x = randn((1 << 14) + 4321)  # runs of 4096, more than there are parts
     start = [INF, -INF, 1.0]
@@ -249,7 +249,7 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
         return [y, mask, masked, *buffers, *observed, *single, *delayed, *lsq, grad]
 
     narrow = everything()
-    for module in (_channels, divergence_loss, fake_quantize, fake_quantize_observed):
+    for module in (_channel_reduction, divergence_loss, fake_quantize, fake_quantize_observed):
         monkeypatch.setattr(module, "WIDE", 0)
     same(narrow, everything())
 

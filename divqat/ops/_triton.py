@@ -35,7 +35,7 @@ def missing(device: str) -> str:
 
 def module_of(name: str) -> str:
     """The file in kernels/ that has an op."""
-    return "fake_quantize_observed" if "observe" in name else name.removesuffix("_backward")
+    return name.removesuffix("_backward").removesuffix("_inplace")
 
 
 @functools.cache
