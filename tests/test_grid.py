@@ -211,7 +211,7 @@ def test_attacks_by_name():
         make_attack("knockof", {})
     with pytest.raises(ConfigError, match=r"knockoff:epoch=3 'epoch' \(did you mean 'epochs'"):
         make_attack("knockoff:epoch=3", {})
-    with pytest.raises(ConfigError, match="attacks: wanted each only once"):
+    with pytest.raises(ConfigError, match="attacks: wanted no duplicates"):
         Grid(attacks=("knockoff", "knockoff"))
 
 

@@ -142,7 +142,7 @@ def test_copies_of_labeled_images_in_the_test_set_are_a_leak(done):
 
 def test_too_few_validation_images_are_known_before_any_work(model, tmp_path, monkeypatch):
     grid = Grid.from_dict({**GRID.to_dict(), "labeled": 61})
-    message = "holdout, labeled: wanted together at most 100, the validation .* got 40 and 61"
+    message = "holdout, labeled: wanted at most 100 together, the validation .* got 40 and 61"
     with pytest.raises(ConfigError, match=message):
         evaluate([Subject("qat", model)], toy_splits(), grid, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -157,7 +157,7 @@ def test_too_few_validation_images_are_known_before_any_work(model, tmp_path, mo
             "evaluate": {"attacks": ["relabel"], "query_set": "noise"},
         }
     )
-    with pytest.raises(ConfigError, match="holdout, labeled: wanted together at most"):
+    with pytest.raises(ConfigError, match="holdout, labeled: wanted at most"):
         run_study(study, tmp_path / "study")
     assert not (tmp_path / "study").exists()
 

@@ -171,7 +171,7 @@ def test_flags_and_mistakes():
         ((0.0,), "epsilons: wanted a number above 0 at most 1, got 0"),
         ((1.5,), "epsilons: wanted a number above 0 at most 1, got 1.5"),
         (0.1, "epsilons: wanted a list, got 0.1"),
-        ((0.1, 0.1), "epsilons: wanted each only once"),
+        ((0.1, 0.1), "epsilons: wanted no duplicates"),
     ]:
         with pytest.raises(ConfigError, match=message):
             Grid(epsilons=epsilons)

@@ -1,8 +1,8 @@
-"""Run an evaluation: every victim behind every defense, attacked in every way.
+"""Run an evaluation: attack every victim, behind every defense, with every attack.
 
 OUT/evaluation.json, report.html, report.md, plots/
 OUT/cells/seed<n>/<victim>/side-effects.json                         calibration, robustness
-OUT/cells/seed<n>/<victim>/<defense>/released.json                   answers, before any attack
+OUT/cells/seed<n>/<victim>/<defense>/released.json                   released answers
 OUT/cells/seed<n>/<victim>/<defense>/<attack>-<budget>-<clone>.json  one attack
 """
 
@@ -66,37 +66,38 @@ def evaluate(
     deployed: str = "the model as it was given",
     log: Log = print,
 ) -> Evaluation:
-    """Run what is left of an evaluation, and write its report.
+    """Run the unfinished part of an evaluation, and write its report.
 
-    What is finished in ``out`` is kept as long as victim, images and settings are the same; a
-    killed attack goes on where it was.
+    Finished cells in ``out`` are kept as long as victim, images and settings are the same; a killed
+    attack resumes.
 
     Args:
         subjects: the victims.
-        splits: their data, of which :meth:`Grid.measured` says what is measured on. Attacks see
-            none of it but ``grid.holdout`` images of the validation split, which choose the best
-            clone, and ``grid.labeled`` others, for the attacks that train on some; defenses that
-            train see the training images.
-        grid: what is tried.
-        out: the folder of the evaluation; made if it does not exist.
-        queries: ``grid.queries(splits)`` if it is loaded already.
-        report: else ``out`` gets the cells only, of some victims beside those of other processes.
-        command: what the report says made it.
-        deployed: what the report says the victims are.
-        log: takes a line per attack.
+        splits: their data; accuracies are measured on ``grid.measured(splits).test``. Attacks see
+            only ``grid.holdout`` images of the validation split, which choose the best clone, and
+            ``grid.labeled`` others, for the attacks that train on some. Defenses that train see the
+            training images.
+        grid: attacks, defenses, query budgets and clones.
+        out: the folder of the evaluation; created if it does not exist.
+        queries: ``grid.queries(splits)``, if already loaded.
+        report: write ``evaluation.json`` and the report; False writes only the cells, for one of
+            several processes that share ``out``.
+        command: the command, for the report.
+        deployed: a description of the victims, for the report.
+        log: receives one line per attack.
 
     Returns:
-        The content of ``OUT/evaluation.json``, written or not.
+        The content of ``OUT/evaluation.json``, whether it was written or not.
 
     Raises:
-        TypeError: ``subjects`` is one.
-        ValueError: two victims of one name and seed, no victim, or too few validation images.
-        Others: as the attacks and defenses.
+        TypeError: ``subjects`` is a single Subject.
+        ValueError: two victims have the same name and seed; no victim; too few validation images.
+        Others: see the attacks and defenses.
     """
     check_tree(check_folder("out", out))
     if isinstance(subjects, Subject):
         raise TypeError("subjects: wanted a sequence of Subject, got one")
-    # As folders, also where capitals make no difference.
+    # Names become folders, and some file systems ignore case.
     names = Counter((_file_name(subject.name).lower(), subject.seed) for subject in subjects)
     if not subjects or max(names.values()) > 1:
         got = [(subject.name, subject.seed) for subject in subjects]
@@ -108,7 +109,7 @@ def evaluate(
         runner = _Runner(splits, queries, grid, folder, log)
         log(f"{len(runner.queries)} queries of {grid.query_set}, {len(subjects)} victims")
         for subject in subjects:
-            runner.subject(subject)
+            runner.run_subject(subject)
             result = runner.result(command, deployed)
             if report:
                 result.save(runner.out / EVALUATION)
@@ -118,52 +119,52 @@ def evaluate(
 
 
 class _Runner:
-    """The cells of an evaluation, on the data that they share."""
+    """Runs the cells of an evaluation on the data that they share."""
 
     def __init__(self, splits: Splits, queries: Tensor, grid: Grid, out: Path, log: Log) -> None:
         self.splits, self.grid, self.out, self.log = splits, grid, out, log
         self.test = ImageSet(splits.test.images, splits.test.labels)
         self.queries = queries
         self.overlap = overlaps(splits, self.queries)
-        self.data = data_fingerprint(splits, self.queries)  # of every part's identity
+        self.data = data_fingerprint(splits, self.queries)  # part of every cell's identity
         self.device = find_device(grid.device)
         self.released: list[Released] = []
         self.cells: list[Cell] = []
         self.side_effects: list[SideEffects] = []
 
-    def subject(self, subject: Subject) -> None:
-        """Everything about one victim."""
+    def run_subject(self, subject: Subject) -> None:
+        """All cells of one victim."""
         deployed = Deployed(subject, self.queries, self.test)
         seeds = range(self.grid.seeds) if subject.seed is None else (subject.seed,)
         for seed in seeds:
-            self.beside(deployed, seed)
+            self.measure_side_effects(deployed, seed)
             fitted: dict[str, Defense] = {}
             for spec in self.grid.defenses:
-                # When something is left to do, and then only once.
+                # Fitted only if a cell is unfinished, and then only once.
                 defended = functools.cache(
                     functools.partial(
                         defend, spec, deployed, self.splits.train, self._surrogate, seed, fitted
                     )
                 )
-                self.defended(subject, deployed.source, defended, seed, spec)
+                self.run_defense(subject, deployed.source, defended, seed, spec)
 
-    def beside(self, deployed: Deployed, seed: int) -> None:
-        """What may have changed in a victim besides."""
+    def measure_side_effects(self, deployed: Deployed, seed: int) -> None:
+        """Calibration and robustness of one victim."""
         subject, grid = deployed.subject, self.grid
-        here: dict[str, Any] = {"victim": deployed.source, "seed": seed, "data": self.data}
+        key: dict[str, Any] = {"victim": deployed.source, "seed": seed, "data": self.data}
         if subject.gradients is not None:
-            here |= {"gradients": fingerprint(subject.gradients.state_dict())}
-            here |= {"epsilons": grid.epsilons, "images": grid.adversarial_images}
+            key |= {"gradients": fingerprint(subject.gradients.state_dict())}
+            key |= {"epsilons": grid.epsilons, "images": grid.adversarial_images}
         file = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / "side-effects.json"
 
         def make() -> dict[str, Any]:
             return {"row": measure(deployed, grid.epsilons, grid.adversarial_images, seed)}
 
-        row = step(file, _digest(here), make)["row"]
+        row = step(file, _digest(key), make)["row"]
         self.side_effects.append(side_effects({"seed": seed, "victim": subject.name, **row}))
         self.log(f"[seed {seed} {subject.name}] {self.side_effects[-1]}")
 
-    def defended(
+    def run_defense(
         self,
         subject: Subject,
         source: str,
@@ -171,10 +172,10 @@ class _Runner:
         seed: int,
         spec: str,
     ) -> None:
-        """Everything about one victim behind one defense."""
+        """All cells of one victim behind one defense."""
         folder = self.out / "cells" / f"seed{seed}" / _file_name(subject.name) / _file_name(spec)
-        here = {"victim": source, "defense": spec, "surrogate": self.grid.surrogate, "seed": seed}
-        here |= {"data": self.data, "holdout": self.grid.holdout}
+        base = {"victim": source, "defense": spec, "surrogate": self.grid.surrogate, "seed": seed}
+        base |= {"data": self.data, "holdout": self.grid.holdout}
         common: dict[str, Any] = {"seed": seed, "victim": subject.name, "defense": spec}
 
         def release() -> dict[str, Any]:
@@ -183,9 +184,9 @@ class _Runner:
             except OutOfReach as error:
                 return {"row": {"settings": spec, "unreachable": str(error)}}
 
-        row = step(folder / "released.json", _digest(here), release)["row"]
-        found = {**common, "method": subject.method, "agreement": subject.agreement, **row}
-        self.released.append(released(found))
+        row = step(folder / "released.json", _digest(base), release)["row"]
+        training = {"method": subject.method, "agreement": subject.agreement}
+        self.released.append(released({**common, **training, **row}))
         if row.get("unreachable"):
             self.log(f"[seed {seed} {subject.name}] {spec}: {row['unreachable']}")
             return
@@ -194,7 +195,7 @@ class _Runner:
             identity = {"attack": type(attack).__name__, **attack.to_dict(), "clone": clone}
             if owns(text):
                 identity["labeled"] = self.grid.labeled
-            key = _digest({**here, **identity})
+            key = _digest({**base, **identity})
             work = folder / _file_name(f"{text}-{budget}-{clone}")
 
             about = {"attack": text, "budget": budget, "clone": clone}
@@ -218,15 +219,15 @@ class _Runner:
             )
 
     def result(self, command: str, deployed: str) -> Evaluation:
-        """What has been found so far."""
-        known = self.splits.validation  # which may be fewer than the attacker is to own
+        """The results so far."""
+        available = len(self.splits.validation)  # may be fewer than the attacker is to own
         return Evaluation(
             dataset=self.splits.name,
             num_classes=self.splits.num_classes,
             chance=chance(self.test.labels),
             query_images=len(self.queries),
             overlap=self.overlap,
-            grid=self.grid.to_dict() | {"holdout": min(self.grid.holdout, len(known))},
+            grid=self.grid.to_dict() | {"holdout": min(self.grid.holdout, available)},
             deployed=deployed,
             command=command,
             date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -247,8 +248,8 @@ class _Runner:
     def _owned(self, seed: int, part: slice) -> ImageSet:
         validation = self.splits.validation
         generator = torch.Generator().manual_seed(derived_seed(seed, "holdout"))
-        some = validation.subset(torch.randperm(len(validation), generator=generator)[part])
-        return ImageSet(some.images, some.labels)
+        owned = validation.subset(torch.randperm(len(validation), generator=generator)[part])
+        return ImageSet(owned.images, owned.labels)
 
     def _clone(self, name: str, seed: int) -> nn.Module:
         with torch.random.fork_rng([]):
