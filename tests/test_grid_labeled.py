@@ -89,7 +89,7 @@ def test_yardstick_is_reported_and_never_the_best(done):
     (row,) = [row for row in attacks_table(result).rows if row[1] == alone.attack]
     assert row[3] == "0"
     assert "labeled-only" not in main_table(result).markdown()
-    assert "labeled-only:epochs=20: with 60 others." in (out / "report.md").read_text()
+    assert "labeled-only:epochs=20: 60 others." in (out / "report.md").read_text()
     by_name = {audit.name: audit for audit in audits(result)}
     assert by_name["query budgets are respected"].ok
     assert not by_name["answers to other images teach nothing"].ok  # it is no control

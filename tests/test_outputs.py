@@ -168,7 +168,7 @@ def test_a_torch_module_that_ends_in_something_else():
     model = Ends(nn.LogSoftmax(1)).eval()
     torch.testing.assert_close(Victim(model)(SHARP), model(SHARP).exp())
     for end in (nn.Sigmoid(), torch.sigmoid):
-        with pytest.raises(ValueError, match=r"got sigmoids.*give what comes before the sigmoid"):
+        with pytest.raises(ValueError, match=r"got sigmoids.*return the inputs of the sigmoid"):
             Victim(Ends(end).eval())(SHARP)
 
 

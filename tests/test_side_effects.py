@@ -121,7 +121,7 @@ def test_table_and_report(done):
     assert table.rows[1][0] == "bare" and table.rows[1][4:] == ["not measured"] * 4
     page = (out / "report.md").read_text()
     assert table.markdown() in page and "## Side effects" in page
-    assert "the first 100 test images" in page and "by these two attacks only" in page
+    assert "the first 100 test images" in page and "Only these two attacks" in page
 
 
 def test_table_by_hand(done):

@@ -18,7 +18,7 @@ from divqat.attacks.attack import Attack, Task
 from divqat.data.batches import augment, batches, steps_of
 from divqat.data.sets import ImageSet
 
-# loss(clone, images [B, C, H, W], targets [B, num_classes], share of the training done) -> []
+# loss(clone, images [B, C, H, W], targets [B, num_classes], finished share of the training) -> []
 Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
@@ -29,26 +29,26 @@ def soft_cross_entropy(clone: nn.Module, images: Tensor, targets: Tensor, done: 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferAttack(Attack):
-    """An attack whose clone learns a transfer set: images and answers that stay as they are.
+    """An attack whose clone learns a fixed transfer set of images and answers.
 
-    SGD with Nesterov momentum, the learning rate falling to 0 along a cosine, step by step.
+    SGD with Nesterov momentum; in every step the learning rate follows a cosine to 0.
     """
 
     epochs: int = option(10, "Passes over the transfer set.", least=1)
-    pad: int = option(0, "Shift the images at random by up to so many pixels.", least=0)
+    pad: int = option(0, "Largest random shift of the images, in pixels.", least=0)
     flip: bool = option(False, "Mirror the images at random.")
 
 
 class Training:
-    """The training of the task's clone; made before the first query, so that a resumed run starts
-    from the same weights.
+    """The training of the task's clone. Create it before the first query, so that a resumed run
+    starts from the same weights.
 
     Args:
         attack: epochs, learning rate and so on.
-        task: the clone, and the folder that keeps it.
-        seeds: one per epoch: the order of the batches, the augmentation and dropout.
+        task: the clone, and the folder of its checkpoint.
+        seeds: one per epoch, for the order of the batches, augmentation and dropout.
         name: of the checkpoint.
-        head: a module that the loss uses beside the clone and that trains with it.
+        head: a module of the loss that trains together with the clone.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Training:
         targets: Tensor,  # float32 [N, num_classes], rows of sum 1
         loss: Loss = soft_cross_entropy,
     ) -> nn.Module:
-        """The epochs that are left; returns the clone in eval mode.
+        """Run the remaining epochs; returns the clone in eval mode.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -146,12 +146,13 @@ def sgd(modules: nn.Module, attack: Attack) -> torch.optim.SGD:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate from now on."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def autocast(attack: Attack, device: torch.device) -> Any:
-    """The context in which the clone computes."""
-    on = attack.precision != "float32"
-    return torch.autocast(device.type, getattr(torch, attack.precision) if on else None, on)
+    """The autocast context of the attack's precision; disabled for float32."""
+    enabled = attack.precision != "float32"
+    dtype = getattr(torch, attack.precision) if enabled else None
+    return torch.autocast(device.type, dtype, enabled)

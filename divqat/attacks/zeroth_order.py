@@ -15,12 +15,12 @@ def zeroth_order(
     directions: int,
     smoothing: float,
 ) -> Tensor:  # like x
-    """An estimate of the gradient of d(x_n) by x_n, for all images x_n of D pixels at once.
+    """A forward-difference estimate of the gradient of d(x_n) by x_n, for images x_n of D pixels.
 
         (D/m) Σ_i [d(x + ε u_i) - d(x)] / ε · u_i,    u_i uniform on the unit sphere of R^D
 
-    Its mean is the gradient up to terms that vanish with ε. d is called m times (``directions``)
-    under ``no_grad``. u comes from torch's global generator.
+    Its expectation is the gradient up to terms that vanish with ε (``smoothing``). d is called m
+    times (``directions``) under ``no_grad``. u comes from torch's global generator.
     """
     total = torch.zeros_like(x)
     with torch.no_grad():

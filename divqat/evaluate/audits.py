@@ -110,7 +110,7 @@ def _labels_alone(result: Evaluation) -> list[Audit]:
     if best is None:
         return []
     detail = f"{mean(alone):.1%} without a query" if alone else "not tried: add labeled-only"
-    name = "what owned images teach without the victim is known"
+    name = "the baseline without the victim is known"
     return [Audit(name, bool(alone), f"{detail}; best clone that starts from them {best:.1%}")]
 
 
