@@ -198,7 +198,7 @@ class TestCifar:
     def test_damaged_binary(self, tmp_path, size):
         path = tmp_path / "test_batch.bin"
         path.write_bytes(bytes(size))
-        with pytest.raises(ValueError, match=f"{path} is truncated or no CIFAR"):
+        with pytest.raises(ValueError, match=f"{path} is truncated or not a CIFAR"):
             formats.read_cifar_binary([path], label_bytes=1)
 
     def test_incomplete_folder_names_the_file(self, tmp_path):

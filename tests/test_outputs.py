@@ -125,7 +125,7 @@ def test_an_answer_that_contradicts_those_before_is_refused():
 
 def test_codes_of_logits_are_refused():
     rows = torch.randint(-128, 128, (4, 5), generator=torch.Generator().manual_seed(0))
-    message = r"model: wanted floats, got torch.int8 codes: give \(codes - zero_point\) \* scale"
+    message = r"model: wanted floats, got torch.int8 codes: return \(codes - zero_point\) \* scale"
     with pytest.raises(ValueError, match=message):
         Victim(answering(rows.to(torch.int8)))(numbered(4))
 

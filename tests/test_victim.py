@@ -151,7 +151,7 @@ def test_images_are_checked(images, error, message):
     ("arguments", "message"),
     [
         ({"answer": "prob"}, "did you mean 'probs'"),
-        ({"answer": "topk"}, "k: answer='topk' wants"),
+        ({"answer": "topk"}, "k: answer='topk' needs"),
         ({"answer": "topk", "k": 0}, "k: "),
         ({"answer": "rounded"}, "decimals: "),
         ({"k": 3}, "k: only answer='topk'"),

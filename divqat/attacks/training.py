@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from divqat._util.progress import progress
 from divqat._util.settings import option
 from divqat.attacks.attack import Attack, Task
-from divqat.data.batches import augment, batches, steps_of
+from divqat.data.batches import augment, batches, steps_per_epoch
 from divqat.data.sets import ImageSet
 
 # loss(clone, images [B, C, H, W], targets [B, num_classes], finished share of the training) -> []
@@ -96,7 +96,7 @@ class Training:
     def _run_epoch(self, data: ImageSet, targets: Tensor, loss: Loss) -> None:
         attack, seed, clone = self.attack, self.seeds[self.epoch], self.task.clone
         torch.manual_seed(seed)  # dropout
-        steps, drop_last = steps_of(len(data), attack.batch_size)
+        steps, drop_last = steps_per_epoch(len(data), attack.batch_size)
         loader = batches(
             data,
             attack.batch_size,
