@@ -120,7 +120,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, quick, monkeypatch, capsys):
         assert result[key]
     assert {"torchao", "brevitas", "liger-kernel"} <= result["versions"].keys()
     other = arguments(*ASK, "--json", file, "--seconds", "3")
-    with pytest.raises(SystemExit, match="holds a run with other seconds"):
+    with pytest.raises(SystemExit, match="has a run with other seconds"):
         other.main(other)
 
 

@@ -109,7 +109,9 @@ def test_class_folders_without_a_picture(tmp_path, stream):
     (root / "train" / "bird").mkdir()
     (root / "train" / "fish").mkdir()
     (root / "train" / "fish" / "readme.txt").touch()
-    with pytest.raises(ValueError, match="class folders without a picture: bird, fish; fill them"):
+    with pytest.raises(
+        ValueError, match="class folders without a picture: bird, fish; fill or delete them"
+    ):
         load(root, stream)
 
 

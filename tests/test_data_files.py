@@ -83,7 +83,7 @@ class TestIdx:
     def test_pair_must_fit(self, tmp_path):
         for name, array in (("images", pixels(5, 2, 2)), ("four", pixels(4)), ("flat", pixels(5))):
             (tmp_path / name).write_bytes(idx(array))
-        with pytest.raises(ValueError, match=r"four must hold 5 labels .* got \[4\]"):
+        with pytest.raises(ValueError, match=r"four must hold 5 labels, .* got \[4\]"):
             formats.read_idx_pair(tmp_path / "images", tmp_path / "four")
         with pytest.raises(ValueError, match=r"flat must hold \[N, H, W\] images, got \[5\]"):
             formats.read_idx_pair(tmp_path / "flat", tmp_path / "flat")
