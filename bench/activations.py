@@ -205,10 +205,8 @@ def _learned_peers(device: str) -> dict[str, Make]:
         )
 
     def brevitas() -> Contender:
-        nn_, quant = (
-            import_peer("brevitas.nn", "brevitas"),
-            import_peer("brevitas.quant", "brevitas"),
-        )
+        layers = import_peer("brevitas.nn", "brevitas")
+        quant = import_peer("brevitas.quant", "brevitas")
         # its scale is a statistic of the first batches (300 by default), afterwards a parameter
         quantizer = quant.Int8ActPerTensorFloat.let(collect_stats_steps=1)
         module = layers.QuantIdentity(act_quant=quantizer).to(device)
