@@ -37,15 +37,15 @@ def curves(
     rows: list[dict[str, Any]], sweep: str, value: str = "milliseconds"
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Contender → (sizes, values): median milliseconds, or another column."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    by_contender: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         if row["sweep"] != sweep or "milliseconds" not in row:
             continue
         y = row["milliseconds"]["median"] if value == "milliseconds" else row[value]
-        xs, ys = found.setdefault(row["contender"], ([], []))
+        xs, ys = by_contender.setdefault(row["contender"], ([], []))
         xs.append(row["size"])
         ys.append(y)
-    return found
+    return by_contender
 
 
 def exponent(x: list[float], y: list[float]) -> tuple[float, float | None]:

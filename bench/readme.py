@@ -91,11 +91,11 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: with ``--check``, a file is out of date.
     """
-    wanted = {
+    pages = {
         PAGE: filled(PAGE.read_text(encoding="utf-8")),
         RESULTS / "README.md": details(),
     }
-    for file, text in wanted.items():
+    for file, text in pages.items():
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             continue
         if args.check:

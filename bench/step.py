@@ -95,8 +95,8 @@ def _chosen(
     chosen = [(FLOAT, "eager")]
     for mode in modes:
         for name, recipe in contenders.items():
-            wanted = name == FLOAT or matches(name, names)
-            if wanted and mode in recipe.modes and (name, mode) not in chosen:
+            selected = name == FLOAT or matches(name, names)
+            if selected and mode in recipe.modes and (name, mode) not in chosen:
                 chosen.append((name, mode))
     return chosen
 

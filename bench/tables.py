@@ -100,19 +100,19 @@ def _speedup(cases: list[dict[str, Row]], best: str, column: str) -> str:
 
 def _notes(rows: list[Row]) -> list[str]:
     """The contenders that are absent, fail or are wrong, with ops and reasons."""
-    every = {row["op"] for row in rows}
-    found: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    all_ops = {row["op"] for row in rows}
+    groups: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
         state = status(row)
         if state != "timed":
             # without the amount of the error, which differs from row to row
             reason = row[state].partition(":")[0] if state == "wrong" else row[state]
-            names, ops = found.setdefault((state, reason), ({}, {}))
+            names, ops = groups.setdefault((state, reason), ({}, {}))
             names[row["contender"]] = None
             ops[row["op"]] = None
     lines = []
-    for (state, reason), (names, ops) in found.items():
-        where = "" if set(ops) == every else f" on {', '.join(ops)}"
+    for (state, reason), (names, ops) in groups.items():
+        where = "" if set(ops) == all_ops else f" on {', '.join(ops)}"
         lines.append(f"*{state}*{where}: {'; '.join(names)} ({reason})")
     return lines
 
@@ -216,12 +216,12 @@ def scaling(result: dict[str, Any]) -> str:
 
 def accuracy(result: dict[str, Any]) -> str:
     """Test accuracies: mean and standard deviation over the seeds, and the difference."""
-    found: dict[str, dict[int, Row]] = {}
+    by_variant: dict[str, dict[int, Row]] = {}
     for row in result["rows"]:
-        found.setdefault(row["variant"], {})[row["seed"]] = row
+        by_variant.setdefault(row["variant"], {})[row["seed"]] = row
     lines = []
-    for name, rows in found.items():
-        base = found.get(VARIANTS[name].base, {})
+    for name, rows in by_variant.items():
+        base = by_variant.get(VARIANTS[name].base, {})
         line = [name, str(len(rows))]
         for method in ("fp", "qat"):
             values = {seed: 100 * row[method]["test_accuracy"] for seed, row in rows.items()}
@@ -247,15 +247,15 @@ def _mean(values: list[float], sign: str = "") -> str:
 
 def host(result: dict[str, Any]) -> str:
     """Host time of a call of each Triton op."""
-    found: dict[str, dict[str, Row]] = {}
+    by_op: dict[str, dict[str, Row]] = {}
     for row in result["rows"]:
-        found.setdefault(row["op"], {})[row["contender"]] = row
+        by_op.setdefault(row["op"], {})[row["contender"]] = row
     lines = [
         [
             name,
             str(rows["op"]["launches"]),
             *(f"{1e3 * row['milliseconds']['median']:.1f}" for row in rows.values()),
         ]
-        for name, rows in found.items()
+        for name, rows in by_op.items()
     ]
     return _table(["op", "launches", "op µs", "bare launches µs"], lines)

@@ -76,7 +76,7 @@ class Recipe:
 
 def recipes(device: str) -> dict[str, Recipe]:
     """Name → contender."""
-    found = {
+    contenders = {
         FLOAT: Recipe(lambda model, x: copy.deepcopy(model)),
         "torch.ao FakeQuantize": Recipe(qat_models.torch_ao(fused=False), modes=("eager",)),
         "torch.ao fused": Recipe(qat_models.torch_ao(fused=True), modes=("eager",)),
@@ -86,25 +86,25 @@ def recipes(device: str) -> dict[str, Recipe]:
     }
     for name, backend in our_backends(device).items():
         if name == "divqat torch":  # the fallback, for comparison
-            found[name] = Recipe(qat_models.ours(), backend=backend, modes=("eager",))
+            contenders[name] = Recipe(qat_models.ours(), backend=backend, modes=("eager",))
             continue
-        found[name] = Recipe(qat_models.ours(), backend=backend)
-        found[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
+        contenders[name] = Recipe(qat_models.ours(), backend=backend)
+        contenders[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
         for loss, label in (("teacher", "teacher in the step"), ("cached", "cached teacher")):
-            found[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
+            contenders[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
         # proxies are drawn outside the compiled or captured part
-        found[f"{name}, DivQAT, misdirected"] = Recipe(
+        contenders[f"{name}, DivQAT, misdirected"] = Recipe(
             qat_models.ours(), "misdirected", backend, modes=("eager",)
         )
-        found[f"{name}, a call per weight"] = Recipe(qat_models.one_by_one, backend=backend)
-        found[f"{name}, saved as codes"] = Recipe(
+        contenders[f"{name}, a call per weight"] = Recipe(qat_models.one_by_one, backend=backend)
+        contenders[f"{name}, saved as codes"] = Recipe(
             qat_models.ours(), backend=backend, modes=("eager", "CUDA graph"), as_codes=True
         )
     for name, mode in (("divqat traceable", "exact"), ("divqat traceable, delayed", "delayed")):
-        found[name] = Recipe(
+        contenders[name] = Recipe(
             qat_models.ours(mode), backend=lambda: "traceable", modes=("compiled",)
         )
-    return found
+    return contenders
 
 
 class Step:

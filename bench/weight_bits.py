@@ -160,8 +160,8 @@ def measure(name: str, seed: int, scheme: str, folder: Path) -> Row:
     path = folder / f"{name}-{seed}-{scheme.replace(', ', '-').replace(' ', '-')}.onnx"
     export_onnx(model, to_float(test.images[:2]), path)
     report = verify(model, path, test, test.labels).to_dict()
-    wanted = ("accuracy_fake", "accuracy_onnx", "argmax_agreement", "precise", "emulated")
-    row = {"network": name, "seed": seed, "scheme": scheme, **{key: report[key] for key in wanted}}
+    columns = ("accuracy_fake", "accuracy_onnx", "argmax_agreement", "precise", "emulated")
+    row = {"network": name, "seed": seed, "scheme": scheme, **{key: report[key] for key in columns}}
     return {**row, "saturating": len(report["saturating"])}
 
 
@@ -176,9 +176,9 @@ def text(rows: list[Row]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """A table with a line per network and scheme; mean and standard deviation over the seeds."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    by_case: dict[tuple[str, str], list[Row]] = {}
     for row in result["rows"]:
-        found.setdefault((row["network"], row["scheme"]), []).append(row)
+        by_case.setdefault((row["network"], row["scheme"]), []).append(row)
     header = [
         "network", "scheme", "seeds", "accuracy, trained", "in ONNX Runtime", "agreement",
         "layers that can saturate", "agreement without VNNI (emulated)", "with x64quantprecision",
@@ -186,7 +186,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for name in NETWORKS:
         for scheme in SCHEMES:
-            rows = found.get((name, scheme))
+            rows = by_case.get((name, scheme))
             if rows:
                 lines.append([name, scheme, str(len(rows)), *_cells(rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

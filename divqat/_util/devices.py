@@ -47,13 +47,13 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, divqat and the installed packages on which numbers depend."""
-    found = {"python": platform.python_version(), "divqat": __version__}
+    result = {"python": platform.python_version(), "divqat": __version__}
     for name in ("torch", "triton", "numpy", "onnx", "onnxruntime"):
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def hardware() -> str:

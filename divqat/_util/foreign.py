@@ -75,10 +75,10 @@ def foreign(name: str) -> Any:
         ImportError: there is no such module, or no such name in it.
     """
     module, _, function = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:  # as with `python -m`
-        sys.path.append(here)
-    found = getattr(importlib.import_module(module), function, None)
-    if found is None:
+    folder = os.getcwd()
+    if folder not in sys.path:  # as with `python -m`
+        sys.path.append(folder)
+    value = getattr(importlib.import_module(module), function, None)
+    if value is None:
         raise ImportError(f"there is no {function} in the module {module}")
-    return found
+    return value

@@ -68,7 +68,7 @@ class _Held:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self.handle: int | None = None
-        self.found: os.stat_result | None = None
+        self.original: os.stat_result | None = None
         self.check()
 
     def check(self) -> None:
@@ -77,12 +77,12 @@ class _Held:
             now = os.stat(self.folder)
         except FileNotFoundError:
             now = None
-        if self.found is None:
+        if self.original is None:
             if now is not None and os.name != "nt":
                 # While it is open, no other folder gets its inode number.
                 self.handle = os.open(self.folder, os.O_RDONLY)
-            self.found = now
-        elif now is None or not os.path.samestat(now, self.found):
+            self.original = now
+        elif now is None or not os.path.samestat(now, self.original):
             raise FolderLost(
                 f"{self.folder} was deleted, moved or replaced while it was in use; missing "
                 "results have to be computed again"

@@ -185,14 +185,14 @@ def given_flags(args: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The differences between two settings, like ``lr: 0.1 -> 0.2``; nested keys are dotted."""
-    found = []
+    lines = []
     for key in dict.fromkeys([*a, *b]):
         old, new = a.get(key), b.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += [f"{key}.{inner}" for inner in differences(old, new)]
+            lines += [f"{key}.{inner}" for inner in differences(old, new)]
         elif old != new:
-            found.append(f"{key}: {old} -> {new}")
-    return found
+            lines.append(f"{key}: {old} -> {new}")
+    return lines
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -255,13 +255,13 @@ def write_yaml(path: str | Path, data: Mapping[str, Any]) -> Path:
 def _specs(cls: type[Options]) -> dict[str, tuple[Field, Any, bool]]:
     """The field, its type without ``None``, and whether None is allowed, by name."""
     hints = get_type_hints(cls)
-    found = {}
+    specs = {}
     for spec in fields(cls):  # type: ignore[arg-type]
         assert spec.default is not MISSING
         kind = hints[spec.name]
         optional = isinstance(kind, types.UnionType)
-        found[spec.name] = (spec, get_args(kind)[0] if optional else kind, optional)
-    return found
+        specs[spec.name] = (spec, get_args(kind)[0] if optional else kind, optional)
+    return specs
 
 
 def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:

@@ -35,18 +35,18 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
         return label_only
     if text == "shuffled":
         return _shuffled
-    found = re.fullmatch(r"(temperature|standardized|top|rounded)(\d+(?:\.\d+)?)", text)
-    number = float(found[2]) if found else 0.0
-    if found is None or (number <= 0 and found[1] != "rounded"):
+    match = re.fullmatch(r"(temperature|standardized|top|rounded)(\d+(?:\.\d+)?)", text)
+    number = float(match[2]) if match else 0.0
+    if match is None or (number <= 0 and match[1] != "rounded"):
         raise ConfigError(f"reading: wanted {READINGS}, got {text!r}")
-    if found[1] == "temperature":
+    if match[1] == "temperature":
         # Logarithms: with a small T all powers of a row could underflow to 0.
         return lambda answers: (distributions(answers).log() / number).softmax(1)
-    if found[1] == "standardized":
+    if match[1] == "standardized":
         return lambda answers: _standardized(answers, number)
     if number % 1:
-        raise ConfigError(f"reading: wanted a whole number after {found[1]}, got {text!r}")
-    if found[1] == "top":
+        raise ConfigError(f"reading: wanted a whole number after {match[1]}, got {text!r}")
+    if match[1] == "top":
         return lambda answers: distributions(keep_top(answers, int(number)))
     return lambda answers: distributions(answers.round(decimals=int(number)))
 

@@ -62,12 +62,12 @@ def diversity(answers: Tensor, start: int, window: int) -> Tensor:  # [N, num_cl
 
     The mean is over the ``window`` previous answers; for the first answer it is uniform.
     """
-    found = []
+    values = []
     for t in range(start, len(answers)):
         past = answers[max(0, t - window) : t]
         mean = past.mean(0) if t else torch.full_like(answers[0], 1 / answers.shape[1])
-        found.append((answers[t] - mean).clamp(min=0).sum())
-    return torch.stack(found)
+        values.append((answers[t] - mean).clamp(min=0).sum())
+    return torch.stack(values)
 
 
 def advantages(rewards: Tensor, start: int, window: int) -> list[float]:  # [N, kinds]
@@ -77,10 +77,10 @@ def advantages(rewards: Tensor, start: int, window: int) -> list[float]:  # [N, 
     summed, so that all have equal weight; a kind that is constant there counts as 0. The advantage
     of the first image is 0.
     """
-    found = []
+    values = []
     for t in range(start, len(rewards)):
         recent = rewards[max(0, t - window) : t + 1]
         low, high = recent.amin(0), recent.amax(0)
         scaled = torch.where(high > low, (recent - low) / (high - low), 0.0).sum(1)
-        found.append(float(scaled[-1] - scaled[:-1].mean()) if t else 0.0)
-    return found
+        values.append(float(scaled[-1] - scaled[:-1].mean()) if t else 0.0)
+    return values

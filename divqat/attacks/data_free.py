@@ -222,7 +222,7 @@ class Duel:
         # Distances are computed in float32 even under autocast: their differences are small.
         raw = self._generate()
         images, answers = self._ask(raw.detach().tanh())
-        here = self._finite(distance(images, answers))
+        value = self._finite(distance(images, answers))
         answers_around = []
 
         def probe(x: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class Duel:
             answers_around.append(nearby_answers)
             return distance(nearby, nearby_answers)
 
-        gradient = zeroth_order(probe, raw.detach(), here, attack.directions, attack.smoothing)
+        gradient = zeroth_order(probe, raw.detach(), value, attack.directions, attack.smoothing)
         if self.round == 0:
             self._warn_of_same_answers(answers, torch.stack(answers_around))
         self.generator_optimizer.zero_grad()

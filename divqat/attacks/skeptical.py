@@ -91,10 +91,10 @@ def _kl(p: Tensor, logits: Tensor) -> Tensor:
 
 def _sections(task: Task) -> dict[str, int]:
     """Output channels of each section, by the name of its last layer."""
-    found = [
+    parts = [
         name for name in SEQUENCES if isinstance(getattr(task.clone, name, None), nn.Sequential)
     ]
-    names = [f"{name}.{i}" for name in found[:1] for i, _ in enumerate(getattr(task.clone, name))]
+    names = [f"{name}.{i}" for name in parts[:1] for i, _ in enumerate(getattr(task.clone, name))]
     with torch.no_grad():
         _, activations = trace(task.clone, names, to_float(task.query_set[:1]).to(task.device))
     maps = {name: output for name, (_, output) in activations.items() if output.dim() == 4}

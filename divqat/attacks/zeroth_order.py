@@ -11,7 +11,7 @@ from torch import Tensor
 def zeroth_order(
     d: Callable[[Tensor], Tensor],  # [N, C, H, W] -> [N]
     x: Tensor,  # [N, C, H, W]
-    here: Tensor,  # d(x), [N]
+    value: Tensor,  # d(x), [N]
     directions: int,
     smoothing: float,
 ) -> Tensor:  # like x
@@ -27,5 +27,5 @@ def zeroth_order(
         for _ in range(directions):
             u = torch.randn_like(x)
             u /= u.flatten(1).norm(dim=1)[:, None, None, None]
-            total += ((d(x + smoothing * u) - here) / smoothing)[:, None, None, None] * u
+            total += ((d(x + smoothing * u) - value) / smoothing)[:, None, None, None] * u
     return x[0].numel() / directions * total

@@ -129,8 +129,8 @@ def _folder(folder: Path, reading: Reading) -> _Raw:
     if "train" in split:  # otherwise all folders are classes, even one that is named test
         rows |= {name: pictures.labeled_pictures(split[name], classes, folder) for name in split}
     sets = [data for data, _ in reading.sets(list(rows.values()), channels, "crop")]
-    found = dict(zip(rows, sets, strict=True))
-    return _Raw(classes, found["train"], found.get("test"), found.get("val"))
+    splits = dict(zip(rows, sets, strict=True))
+    return _Raw(classes, splits["train"], splits.get("test"), splits.get("val"))
 
 
 _SOURCES = {
@@ -249,11 +249,12 @@ def load(
         source = _SOURCES[name]
         # With data_root, never fall back to another copy of the data.
         places = [source.system] if data_root is None else [data_root, Path(data_root) / name]
-        found = find(places, [layout[:2] for layout in source.layouts])
-        if found is None:
+        match = find(places, [layout[:2] for layout in source.layouts])
+        if match is None:
             where = "" if data_root is None else f" in {data_root}"
             raise DataNotFound(f"data set {name!r} was not found{where}: {source.remedy}")
-        raw = source.layouts[found[1]][2](found[0], Reading(image_size, stream, workers))
+        folder, index = match
+        raw = source.layouts[index][2](folder, Reading(image_size, stream, workers))
     train, test, validation = raw.train, raw.test, raw.validation
     if test is None:
         train, test = hold_out(train, TEST_FRACTION, seed=1)

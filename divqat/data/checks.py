@@ -19,7 +19,7 @@ def check_classes(splits: Splits) -> list[str]:
     Raises:
         ValueError: the training images have fewer than two classes.
     """
-    found = []
+    lines = []
     for split in ("train", "test"):
         data: LabeledImages = getattr(splits, split)
         present = set(data.labels.unique().tolist())
@@ -28,8 +28,8 @@ def check_classes(splits: Splits) -> list[str]:
             raise ValueError(f"{splits.name}: wanted training images of two classes, got {names}")
         absent = [name for label, name in enumerate(splits.classes) if label not in present]
         if absent:
-            found.append(f"{splits.name}: classes without a {split} image: {_shortened(absent)}")
-    return found
+            lines.append(f"{splits.name}: classes without a {split} image: {_shortened(absent)}")
+    return lines
 
 
 def find_copies(splits: Splits) -> list[str]:
@@ -37,15 +37,15 @@ def find_copies(splits: Splits) -> list[str]:
 
     Decoded images are compared bit by bit; of streamed sets, the files.
     """
-    found = []
+    lines = []
     for split in ("train", "validation"):
         copies = _copies(getattr(splits, split), splits.test)
         if copies:
-            found.append(
+            lines.append(
                 f"{splits.name}: {len(copies)} of {len(splits.test)} test images are also in "
                 f"{split}: {_shortened(copies)}"
             )
-    return found
+    return lines
 
 
 def _shortened(names: Sequence[str], most: int = 5) -> str:
@@ -73,7 +73,7 @@ def _digests(data: ImageSet) -> list[bytes]:
 
 
 def _same_files(train: Sequence[str], test: Sequence[str]) -> list[str]:
-    """Equal files, found by size, then by their last bytes, then by their content: a file is read
+    """Equal files, by size, then by their last bytes, then by their content: a file is read
     only as far as another one matches it."""
     keys: dict[str, tuple[object, ...]] = {path: () for path in (*train, *test)}
     for key in (os.path.getsize, _tail, _content):

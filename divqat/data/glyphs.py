@@ -52,8 +52,8 @@ def glyphs(images: Tensor, generator: Generator) -> Tensor:
     # An edge of one pixel, for antialiasing.
     ink = (0.5 - distance * min(height, width) / 2).clamp(0, 1)  # [n, P]
     # The first shape is always drawn.
-    shown = (rand(m, SHAPES) < 0.5) | (torch.arange(SHAPES, device=device) == 0)
-    ink = (ink.view(m, SHAPES, height * width) * shown[..., None])[:, :, None]  # [m, SHAPES, 1, P]
+    drawn = (rand(m, SHAPES) < 0.5) | (torch.arange(SHAPES, device=device) == 0)
+    ink = (ink.view(m, SHAPES, height * width) * drawn[..., None])[:, :, None]  # [m, SHAPES, 1, P]
     paper = 0.3 * rand(m, channels, 1)
     color = 0.5 + 0.5 * rand(m, SHAPES, channels, 1)
     picture = paper.expand(m, channels, height * width)

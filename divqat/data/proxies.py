@@ -143,13 +143,13 @@ def proxy_batch(
         raise TypeError(f"images must be uint8, got {images.dtype}")
     if count == 0:
         return images[:0]
-    each = -(-count // len(names))
+    per_name = -(-count // len(names))
     proxies = []
     for name in names:
         if pools is not None and name in pools:
-            proxies.append(pools[name][choose(images, pools[name], each, generator)])
+            proxies.append(pools[name][choose(images, pools[name], per_name, generator)])
             continue
-        rows = choose(images, images, each, generator)
+        rows = choose(images, images, per_name, generator)
         if name in MADE:
             proxies.append(MADE[name](images[rows], generator))
         elif name == "mixed":
@@ -158,5 +158,5 @@ def proxy_batch(
             raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
         else:
             raise unknown_name("proxy", name, NAMES)
-    order = rand(images, each * len(names), generator=generator).argsort()
+    order = rand(images, per_name * len(names), generator=generator).argsort()
     return torch.cat(proxies)[order[:count]]

@@ -125,12 +125,12 @@ def _drawings(
     double, _ = decode([paths[i] for i in chosen], (2 * size[0], 2 * size[1]), channels, "contain")
     if invert and channels == 1:
         double = _darken_background(double)
-    wanted = limit or variants * len(double)
+    count = limit or variants * len(double)
     rounds = [_shrink(double)]
-    for _ in progress(range(1, math.ceil(wanted / len(double))), "varying pictures"):
+    for _ in progress(range(1, math.ceil(count / len(double))), "varying pictures"):
         order = torch.randperm(len(double), generator=generator)
         rounds.append(torch.cat([_vary(part, generator) for part in double[order].split(1024)]))
-    return torch.cat(rounds)[:wanted]
+    return torch.cat(rounds)[:count]
 
 
 def _to_bytes(images: Tensor) -> Tensor:

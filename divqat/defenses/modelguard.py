@@ -94,8 +94,8 @@ def least_likely(y: Tensor, epsilon: float) -> Tensor:
         third = (high - low) / 3
         a, b = ((answer(t) * costs).sum(1, keepdim=True) for t in (low + third, high - third))
         low, high = torch.where(a > b, low + third, low), torch.where(a > b, high, high - third)
-    found = answer((low + high) / 2)
-    return torch.cat([found[:, :1], found[:, 1:].flip(1)], 1)
+    best = answer((low + high) / 2)
+    return torch.cat([best[:, :1], best[:, 1:].flip(1)], 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,22 +31,22 @@ class Audit:
 def audits(result: Evaluation) -> list[Audit]:
     """All audits of an evaluation; a check whose numbers were not measured is not ok."""
     done = [row for row in result.released if not row.unreachable]
-    found = [
+    checks = [
         _seeds(result),
         _control(result),
         _attacks(result),
         _effective(result),
         _chance(result),
     ]
-    found += _labels_alone(result)
+    checks += _labels_alone(result)
     for field, name, good in (
         ("deterministic", "victims are deterministic, in eval mode", "same images, same answers"),
         ("distributions", "answers are distributions", "non-negative, sum 1"),
     ):
         bad = [row for row in done if getattr(row, field) is not True]
-        found.append(Audit(name, bool(done) and not bad, f"not {_names(bad)}" if bad else good))
-    found += [_deployed(result), _budget(result), _overlap(result), _epochs(result)]
-    return found + _costs(result) + _floors(result)
+        checks.append(Audit(name, bool(done) and not bad, f"not {_names(bad)}" if bad else good))
+    checks += [_deployed(result), _budget(result), _overlap(result), _epochs(result)]
+    return checks + _costs(result) + _floors(result)
 
 
 def _seeds(result: Evaluation) -> Audit:
@@ -60,9 +60,10 @@ def _seeds_of(result: Evaluation, victim: str, defense: str) -> set[int]:
 
 
 def _control(result: Evaluation) -> Audit:
-    found = result.select(result.released, victim=result.control, defense=UNDEFENDED)
+    controls = result.select(result.released, victim=result.control, defense=UNDEFENDED)
     name = "a control without a defense is in the table"
-    return Audit(name, bool(found), _names(found) if found else "no victim of method qat")
+    detail = _names(controls) if controls else "no victim of method qat"
+    return Audit(name, bool(controls), detail)
 
 
 def _attacks(result: Evaluation) -> Audit:
@@ -116,13 +117,13 @@ def _labels_alone(result: Evaluation) -> list[Audit]:
 
 def _chance(result: Evaluation) -> Audit:
     controls = [cell for cell in result.cells if is_control(cell.attack)]
-    found = [cell.accuracy for cell in controls if not owns(cell.attack)]  # labels teach something
+    values = [cell.accuracy for cell in controls if not owns(cell.attack)]  # labels alone teach
     name = "answers to other images teach nothing"
-    if not found:
+    if not values:
         detail = f"not tried: add the attack knockoff:reading={CONTROL}"
         return Audit(name, False, detail)
-    detail = f"clones of shuffled answers {mean(found):.1%}, chance {result.chance:.1%}"
-    return Audit(name, mean(found) <= result.chance + NEAR_CHANCE, detail)
+    detail = f"clones of shuffled answers {mean(values):.1%}, chance {result.chance:.1%}"
+    return Audit(name, mean(values) <= result.chance + NEAR_CHANCE, detail)
 
 
 def _deployed(result: Evaluation) -> Audit:
@@ -169,7 +170,7 @@ def _costs(result: Evaluation) -> list[Audit]:
         for row in result.select(result.released, victim=result.control, defense=UNDEFENDED)
         if row.accuracy is not None
     }
-    found = []
+    checks = []
     for victim, defense in result.pairs():
         rows = result.select(result.released, victim=victim, defense=defense)
         losses = [
@@ -180,21 +181,21 @@ def _costs(result: Evaluation) -> list[Audit]:
         if losses and (victim, defense) != (result.control, UNDEFENDED):
             detail = f"{-100 * mean(losses):+.2f} points, -{100 * ACCURACY_LOSS} allowed"
             name = f"{victim} behind {defense} keeps the accuracy of {result.control}"
-            found.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
-    return found
+            checks.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
+    return checks
 
 
 def _floors(result: Evaluation) -> list[Audit]:
     lowest = floor(result)
-    found = []
+    checks = []
     for victim, defense in result.pairs():
         best = result.per_seed(victim, defense, best_of)
         if lowest is not None and best and (victim, defense) != (result.control, UNDEFENDED):
             accuracy = mean(cell.accuracy for cell in best)
             detail = f"best of all attacks {accuracy:.1%}, floor {lowest:.1%}"
             name = f"{victim} behind {defense} beats showing labels only"
-            found.append(Audit(name, accuracy < lowest, detail))
-    return found
+            checks.append(Audit(name, accuracy < lowest, detail))
+    return checks
 
 
 def _names(rows: list[Released]) -> str:

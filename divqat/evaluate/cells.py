@@ -25,8 +25,8 @@ class Curve:
 
     def __init__(self, file: Path, test: ImageSet) -> None:
         self.file, self.test = file, test.subset(slice(CURVE_IMAGES))
-        found = read_json(file, (dict, list)) if file.is_file() else []
-        self.values: list[float] = found["values"] if isinstance(found, dict) else found
+        stored = read_json(file, (dict, list)) if file.is_file() else []
+        self.values: list[float] = stored["values"] if isinstance(stored, dict) else stored
 
     def __call__(self, clone: nn.Module, count: int) -> None:
         value = accuracy(predict(clone, self.test), self.test.labels)

@@ -145,5 +145,5 @@ def _read_curves(path: Path) -> dict[str, Values]:
                         scale = 100 if column in IN_PERCENT else 1
                         curves.setdefault(column, []).append((float(row["epoch"]), scale * value))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of epochs: {error!r}") from error
+        raise ValueError(f"{path} is not a table of epochs: {error!r}") from error
     return curves

@@ -25,10 +25,10 @@ def front(result: Evaluation, path: Path) -> Path | None:
     points = {}
     for victim, defense in result.pairs():
         rows = result.select(result.released, victim=victim, defense=defense)
-        theirs = [100 * cell.accuracy for cell in result.per_seed(victim, defense, best_of)]
-        ours = [100 * row.released_accuracy for row in rows if row.released_accuracy is not None]
-        if ours and theirs:
-            points[victim, defense] = (theirs, ours)
+        clones = [100 * cell.accuracy for cell in result.per_seed(victim, defense, best_of)]
+        answers = [100 * row.released_accuracy for row in rows if row.released_accuracy is not None]
+        if answers and clones:
+            points[victim, defense] = (clones, answers)
     if not points:
         return None
     defenses = list(dict.fromkeys(defense for _, defense in points))
@@ -37,9 +37,10 @@ def front(result: Evaluation, path: Path) -> Path | None:
     def draw(figure: Any) -> None:
         ax = figure.subplots()
         markers = {defense: _marker(i) for i, defense in enumerate(defenses)}
-        for (victim, defense), (theirs, ours) in points.items():
+        for (victim, defense), (clones, answers) in points.items():
             ax.errorbar(
-                mean(theirs), mean(ours), _std(ours), _std(theirs), ls="", color=victims[victim],
+                mean(clones), mean(answers), _std(answers), _std(clones), ls="",
+                color=victims[victim],
                 ecolor="#b0b0b0", elinewidth=1, **markers[defense],
             )  # fmt: skip
         for victim, color in victims.items():

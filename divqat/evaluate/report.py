@@ -77,8 +77,8 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
         ),
         *training_sections(result, folder),
     ]  # fmt: skip
-    shown = [section for section in sections if section.table or section.plot or section.audits]
-    return [*shown, Section("How this was made", table=_provenance(result))]
+    visible = [section for section in sections if section.table or section.plot or section.audits]
+    return [*visible, Section("How this was made", table=_provenance(result))]
 
 
 def _side_effects(result: Evaluation) -> list[Section]:

@@ -53,12 +53,12 @@ def _files(result: Evaluation, folder: Path, name: str, *others: str) -> dict[st
     A victim without files keeps its entry, so that its color is the same in all plots.
     """
     seeds = dict.fromkeys(row.seed for row in result.released)
-    found: dict[str, list[Path]] = {}
+    by_victim: dict[str, list[Path]] = {}
     for victim in dict.fromkeys([*(row.victim for row in result.released), *others]):
         inner = check_name("victim", victim)  # names come from evaluation.json: not trusted
         files = (folder / check_name("seed", f"seed{seed}") / inner / name for seed in seeds)
-        found[victim] = [file for file in files if file.is_file()]
-    return found
+        by_victim[victim] = [file for file in files if file.is_file()]
+    return by_victim
 
 
 def warning_sections(result: Evaluation, folder: Path) -> list[Section]:
@@ -110,4 +110,4 @@ def _sqnr(path: Path) -> list[tuple[str, float]]:
         known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
         return [(str(layer), value) for layer, value in known if math.isfinite(value)]
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is no summary of layers: {error!r}") from error
+        raise ValueError(f"{path} is not a summary of layers: {error!r}") from error

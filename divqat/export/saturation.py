@@ -125,13 +125,13 @@ def _node(graph: Any, kernel: _Kernel) -> Any:
     Raises:
         ValueError: there is not exactly one node of that name.
     """
-    found = [node for node in graph.node if node.name == kernel.node]
-    if len(found) != 1:
+    nodes = [node for node in graph.node if node.name == kernel.node]
+    if len(nodes) != 1:
         raise ValueError(
-            f"onnx_path: wanted a file written by export_onnx, got {len(found)} nodes "
+            f"onnx_path: wanted a file written by export_onnx, got {len(nodes)} nodes "
             f"of the name {kernel.node!r}"
         )
-    return found[0]
+    return nodes[0]
 
 
 def _critical_kernels(path: str | Path) -> Iterator[_Kernel]:

@@ -127,8 +127,8 @@ class QuantLayer(QuantState):
     @property
     def input_quantizer(self) -> FakeQuantize | LearnedStepFakeQuantize | None:
         """The quantizer of the input; None if it is unknown."""
-        own = self.input_fake_quantize
-        return own if own is not None else next(iter(self._source), None)
+        quantizer = self.input_fake_quantize
+        return quantizer if quantizer is not None else next(iter(self._source), None)
 
     def input_scale(self) -> Tensor | None:
         """The scale of the input, float32 []; None if the bias stays in float."""

@@ -61,16 +61,16 @@ class Outputs:
                 probabilities after earlier ones that were.
         """
         self._decide_by_graph(kind)
-        values, found = _read(rows)
+        values, are_probs = _read(rows)
         if self.kind is None and not _is_one_hot(values):
-            self._decide("probabilities" if found else "logits", "its rows have the sum 1")
+            self._decide("probabilities" if are_probs else "logits", "its rows have the sum 1")
         if rows.dtype in ONE_BYTE and self.kind == "logits":
             raise ValueError(
                 f"model: wanted floats, got {rows.dtype} codes: return (codes - zero_point) * scale"
             )
-        if self.kind == "logits" or (self.kind is None and not found):
+        if self.kind == "logits" or (self.kind is None and not are_probs):
             return values
-        if not (found or self.known_by_graph):
+        if not (are_probs or self.known_by_graph):
             raise ValueError(
                 "model: wanted probabilities as in its earlier answers, got rows that are not: "
                 "return logits, or the probabilities of classes"
