@@ -214,7 +214,7 @@ def test_compare_reads_results_of_one_command_only(tmp_path, capsys):
     with pytest.raises(SystemExit, match="wanted results of one command, got run and step"):
         compared(paths[0], paths[1])
     for bad in (paths[2], tmp_path / "none.json"):
-        with pytest.raises(SystemExit, match="is no result"):
+        with pytest.raises(SystemExit, match="is not a result"):
             compared(paths[0], bad)
 
 
