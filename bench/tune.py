@@ -1,4 +1,4 @@
-"""``python -m bench tune``: the Triton kernels with other tiles and warps, on 64 MB."""
+"""``python -m bench tune``: the Triton kernels with other tiles and numbers of warps, on 64 MB."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = "divqat triton"
 
 @contextlib.contextmanager
 def tiles(block: int, warps: int) -> Iterator[None]:
-    """Every launch inside the block has this tile and this many warps."""
+    """A block in which every launch has this tile and this many warps."""
     from divqat.kernels import _channel_reduction, fake_quantize, fake_quantize_observed
 
     plan = _channel_reduction.plan
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure every choice, on CUDA.
+    """Measure every choice on CUDA.
 
     Raises:
         SystemExit: there is no CUDA device.

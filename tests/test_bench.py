@@ -24,7 +24,7 @@ NOT_COMPILED = ["divqat", "torch.ao", "torchao", "torch.fake", "ATen", "Brevitas
 def case(op, dtype=FLOAT, layout="contiguous", device="cpu"):
     if op == weights.OP:
         tensors = [torch.empty(8, 3, 3, 3), torch.empty(10, 16)]
-        return weights.of_weights(Plan(op, "two weights", (), dtype, layout), tensors, device, 2)
+        return weights.case_of(Plan(op, "two weights", (), dtype, layout), tensors, device, 2)
     shape = (16, 10) if op == losses.OP else SHAPE
     return run.make(Plan(op, "small", shape, dtype, layout), device, 2)
 

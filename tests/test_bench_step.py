@@ -144,14 +144,14 @@ def test_a_step_that_does_not_train_the_network_gets_no_time(setup):
         (detached, "no gradient of unused.weight"),
     ):
         row = {"contender": prepare.__name__}
-        assert step.admitted(setup, step.Recipe(prepare), "eager", row, reference) is None
+        assert step.admit(setup, step.Recipe(prepare), "eager", row, reference) is None
         assert re.search(message, row["wrong"]), row
 
     def raises(model, x):
         raise RuntimeError("no such luck")
 
     row = {"contender": "raises"}
-    assert step.admitted(setup, step.Recipe(raises), "eager", row, reference) is None
+    assert step.admit(setup, step.Recipe(raises), "eager", row, reference) is None
     assert row["fails"] == "RuntimeError: no such luck"
 
 

@@ -56,9 +56,9 @@ def test_python_only_on_request_without_a_word(source):
 @pytest.mark.parametrize(
     ("mode", "environment", "reason"),
     [
-        ("cpu", {"CXX": "no-such-compiler"}, "cannot be met: there is no C++ compiler"),
+        ("cpu", {"CXX": "no-such-compiler"}, "cannot be built: there is no C++ compiler"),
         ("gpu", {}, "DIVQAT_BUILD: wanted one of auto, python, cpu, cuda, got 'gpu'"),
-        ("cuda", {"CUDA_HOME": ""}, "cannot be met: "),
+        ("cuda", {"CUDA_HOME": ""}, "cannot be built: "),
     ],
 )
 def test_what_was_asked_for_and_cannot_be_built_is_an_error(source, mode, environment, reason):

@@ -32,10 +32,14 @@ from divqat._util import progress, streams
 from divqat._util.errors import require
 from divqat._util.foreign import trust, trusted
 
-# What a server of processes imports, as far as it is installed: what units need, and takes seconds.
+# What the server of processes imports, if it is installed: units need it, and it takes seconds.
 IMPORTED = [
-    "divqat.experiments.units", "matplotlib.figure", "onnxscript", "onnxruntime", "sklearn.datasets",
-]  # fmt: skip
+    "divqat.experiments.units",
+    "matplotlib.figure",
+    "onnxscript",
+    "onnxruntime",
+    "sklearn.datasets",
+]
 ATTEMPTS = 3  # at a unit whose process dies each time
 _alone = threading.Lock()  # the number of threads and the random state belong to a whole process
 
