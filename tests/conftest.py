@@ -100,6 +100,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """What is frozen is never freed, of which nanobind warns when Python ends."""
+    gc.unfreeze()
+
+
 def pytest_make_parametrize_id(val):
     """Dtypes by name, so that ``-k float32`` finds them."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
