@@ -64,7 +64,7 @@ def replay_steps(monkeypatch, capture=tape):
     class Replaying(trainer.Trainer):
         def __init__(self, *args):
             super().__init__(*args)
-            self.do_step = graph.Captured(self.step, capture)
+            self.run_step = graph.GraphedCallable(self.step, capture)
 
     monkeypatch.setattr(loop, "Trainer", Replaying)
 

@@ -11,7 +11,7 @@ from trainings import train_interrupted, train_until
 from divqat._util.files import load_checkpoint, read_json, save_checkpoint
 from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, distributed, load_run, train, trainer
-from divqat.train.budget import Budget, between
+from divqat.train.budget import Budget, interpolate
 from divqat.train.folder import load_splits
 from divqat.train.network import build_model
 from divqat.train.settings.misdirection import MISDIRECT
@@ -84,7 +84,7 @@ def test_the_budget_holds_where_the_same_training_breaks_it(qat, free, kept):
     validation = run.splits().validation
     found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)
     assert found == summary["validation_accuracy"]
-    way = between(start.model.state_dict(), end.model.state_dict(), told["share"])
+    way = interpolate(start.model.state_dict(), end.model.state_dict(), told["share"])
     for name, value in run.model.state_dict().items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, way[name], equal_nan=True)
@@ -119,7 +119,7 @@ def test_what_is_outside_begins_its_last_third_again_with_a_weaker_defense(
     config = settings(teacher, qat, accuracy_budget=0.01, **changes)
     lines = []
     train(config, tmp_path / "run", log=lines.append)
-    again = [line for line in lines if "back to epoch 3, and on with" in line]
+    again = [line for line in lines if "going back to epoch 3, with" in line]
     assert [line.split()[-5] for line in again] == ["0.5", "0.25"]
     told = read_json(tmp_path / "run" / "summary.json")["budget"]
     name = "misdirect" if changes else "weight"
@@ -149,7 +149,9 @@ def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypat
     inside = iter([True, False, *[True] * 9])
     monkeypatch.setattr("divqat.train.budget._within", lambda below, points: next(inside))
     # whether it broke down is asked of the result
-    monkeypatch.setattr("divqat.train.run.collapse", lambda config, rows, result: str(result))
+    monkeypatch.setattr(
+        "divqat.train.run.collapse_warning", lambda config, rows, result: str(result)
+    )
     train_interrupted(config, tmp_path / "run", 5)
     told = read_json(tmp_path / "run" / "summary.json")["budget"]
     assert told["path"][0]["epoch"] == 5 and told["share"] == 1 and not told["attempts"]
@@ -165,10 +167,10 @@ def test_the_pull_is_not_weakened(teacher, qat, tmp_path):
     config = settings(teacher, qat, weight=0.0, misdirect=1.0, proxies=("noise",))
     assert config.distill == 1
     made = trainer.Trainer(
-        config, load_splits(config), load_run(teacher), distributed.Team(), tmp_path
+        config, load_splits(config), load_run(teacher), distributed.World(), tmp_path
     )
-    made.objective.weaken(0.5)
-    assert made.objective.share == 0.5 and float(made.objective.divergence.final_weight) == -1
+    made.objective.set_strength(0.5)
+    assert made.objective.strength == 0.5 and float(made.objective.divergence.final_weight) == -1
 
 
 @pytest.mark.parametrize("epoch", [1, 4])
@@ -205,8 +207,8 @@ def test_without_a_reference_the_way_ends_at_the_teacher(teacher, free):
     """Its BatchNorms have other names than those that are folded into convolutions."""
     run, start = load_run(free), load_run(teacher)
     validation = run.splits().validation
-    budget = Budget.of(settings(teacher, None, reference=None), start, validation)
-    ways = between(budget.start, run.model.state_dict(), 0)
+    budget = Budget.from_config(settings(teacher, None, reference=None), start, validation)
+    ways = interpolate(budget.start, run.model.state_dict(), 0)
     wanted = build_model(run.config, run.shape)
     wanted.load_state_dict(start.model.state_dict())
     for name, value in wanted.state_dict().items():

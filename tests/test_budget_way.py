@@ -11,7 +11,7 @@ from testing import randn
 from torch import nn
 
 from divqat.train import TrainConfig
-from divqat.train.budget import STEPS, Budget, between
+from divqat.train.budget import STEPS, Budget, interpolate
 from divqat.train.network import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,9 +36,9 @@ def test_zero_points_go_with_their_ranges():
     points = [name for name in ends[0] if name.endswith("zero_point")]
     assert sum(not ends[0][name].equal(ends[1][name]) for name in points) > 5
     for share, wanted in ((0, start), (1, end)):
-        model.load_state_dict(between(*ends, share))
+        model.load_state_dict(interpolate(*ends, share))
         assert torch.equal(model(images), wanted(images))
-    plain = between(*ends, 0.5)
+    plain = interpolate(*ends, 0.5)
     model.load_state_dict(plain)
     moved = model.state_dict()
     for name in points:
@@ -51,7 +51,7 @@ def test_zero_points_go_with_their_ranges():
 @pytest.mark.slow
 def test_symmetric_ranges_go_the_straight_way():
     ends = [observed(seed, symmetric=True).state_dict() for seed in (1, 2)]
-    model, wanted = observed(3, symmetric=True), between(*ends, 0.25)
+    model, wanted = observed(3, symmetric=True), interpolate(*ends, 0.25)
     model.load_state_dict(wanted)
     found = model.state_dict()
     ranges = [name for name in found if name.endswith("running_max")]
@@ -70,7 +70,7 @@ def test_between_two_states():
         "own": torch.ones(1),
         "extra": {"a": 1},
     }
-    there = between(start, end, 0.25)
+    there = interpolate(start, end, 0.25)
     assert there["weight"].tolist() == [1.25, 0.0, math.inf]
     assert there["count"] == 9 and there["own"] == 1 and there["extra"] == {"a": 1}
 
@@ -78,10 +78,10 @@ def test_between_two_states():
 @given(pair=st.tuples(*[st.floats(-(2.0**99), 2.0**99, width=32)] * 2), share=st.floats(0, 1))
 def test_the_way_begins_and_ends_with_the_same_bits_and_never_leaves_them(pair, share):
     start, end = ({"w": torch.tensor([value])} for value in pair)
-    assert between(start, end, 0)["w"].equal(start["w"])
-    assert between(start, end, 1)["w"].equal(end["w"])
+    assert interpolate(start, end, 0)["w"].equal(start["w"])
+    assert interpolate(start, end, 1)["w"].equal(end["w"])
     low, high = sorted(pair)
-    found = float(between(start, end, share)["w"])
+    found = float(interpolate(start, end, share)["w"])
     rounding = 2e-7 * max(abs(low), abs(high))
     assert low - rounding <= found <= high + rounding
 
@@ -99,7 +99,7 @@ def settled(accuracy, points=2.0, reference=0.9):
         asked.append(share)
         return {"validation_accuracy": accuracy(share), "misled": share}
 
-    budget.settle(model, measure)
+    budget.choose_weights(model, measure)
     share = (float(model.weight.detach()) - 1) / 2
     assert share == pytest.approx(budget.chosen["share"], abs=1e-6)
     assert asked == pytest.approx([1 - i / STEPS for i in range(len(asked))], abs=1e-6)

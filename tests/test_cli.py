@@ -69,7 +69,7 @@ def test_flags_without_use_are_told(tmp_path, capsys):
     assert capsys.readouterr().err == ""  # a file may be for several methods
     assert divqat(*command, tmp_path / "a", "--weight-bits", 4, "--weight", 0.5) == 0
     assert capsys.readouterr().err == (
-        "divqat: warning: with method fp and its other settings there is no use for --weight, "
+        "divqat: warning: no effect with method fp and its other settings: --weight, "
         "--weight-bits\n"
     )
 
@@ -178,7 +178,7 @@ def test_sigint_and_resume(tmp_path, capsys, monkeypatch):
     assert load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
     assert divqat("train", "--out", out, "--resume", "--epochs", 2) == 1
     assert divqat("train", "--out", out, "--resume") == 0
-    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
     assert read_json(out / "summary.json")["epochs"] == 3
 
 
@@ -207,8 +207,8 @@ def test_export_of_full_precision_and_of_nothing(runs, tmp_path, capsys):
     for command in (["export", runs / "fp"], ["verify", runs / "fp"], attack):
         assert divqat(*command) == 1
         assert (
-            "only quantized runs are exported; divqat attack --fake-quant and divqat evaluate take "
-            "it as it is"
+            "only quantized runs are exported: attack it with divqat attack --fake-quant or divqat "
+            "evaluate"
         ) in capsys.readouterr().err
     assert divqat(*attack, "--fake-quant") == 0
     assert "the model as trained" in capsys.readouterr().out
@@ -322,7 +322,7 @@ def test_a_training_whose_folder_is_deleted_fails(tmp_path, capsys, monkeypatch)
         shutil.rmtree(tmp_path / "run")
         return "an epoch"
 
-    monkeypatch.setattr(loop, "_line", line)
+    monkeypatch.setattr(loop, "_epoch_line", line)
     assert divqat("train", "--out", tmp_path / "run", "--epochs", 1, *FAST) == 1
     assert f"{tmp_path / 'run'} was deleted, moved or replaced" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

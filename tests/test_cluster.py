@@ -81,7 +81,7 @@ def test_a_cluster_that_loses_a_worker_finds_the_same(tmp_path, cluster):
     assert cli.main([*command, str(tmp_path / "here")]) == 0
     assert measured(tmp_path / "there") == measured(tmp_path / "here")
     logs = "".join((tmp_path / f"log{worker}").read_text() for worker in (1, 2))
-    assert logs.count("/qat: going on after epoch 1 of 2") == 1  # and not from the start
+    assert logs.count("/qat: resuming after epoch 1 of 2") == 1  # and not from the start
     for seed in STUDY["seeds"]:  # the cells were made there
         assert logs.count(f"[seed {seed} qat] rounding <- knockoff 100 lenet") == 1
 

@@ -7,7 +7,7 @@ from test_train import QUIET, config
 
 from divqat._util.files import load_checkpoint, read_json
 from divqat.train import TrainConfig, train
-from divqat.train.collapse import collapse
+from divqat.train.collapse import collapse_warning
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ def test_a_training_that_breaks_down_says_so(vgg_teacher, tmp_path, monkeypatch)
     summary = train(settings, tmp_path, log=lines.append)
     assert not kept(tmp_path)
     (warning,) = summary["warnings"]
-    assert "BatchNorm froze with epoch 3" in warning and "freeze_batchnorm_epoch = 4" in warning
+    assert "BatchNorm froze in epoch 3" in warning and "freeze_batchnorm_epoch = 4" in warning
     assert lines[-1] == f"warning: {warning}"
     assert read_json(tmp_path / "summary.json")["warnings"] == [warning]
     lines.clear()
@@ -91,7 +91,7 @@ def test_without_the_freezing_nothing_breaks_down(vgg_teacher, tmp_path):
     ("accuracies", "method", "said"),
     [
         ([0.5, 0.9, 0.45], "qat", None),  # half is not less than half
-        ([0.5, 0.9, 0.449], "qat", "from 90.00% in epoch 2 to 44.90%; BatchNorm froze with"),
+        ([0.5, 0.9, 0.449], "qat", "from 90.00% in epoch 2 to 44.90%; BatchNorm froze in"),
         ([0.1, 0.4, 0.9], "qat", None),
         ([0.9, 0.1, 0.9], "qat", None),  # recovered
         ([0.1, 0.1, 0.1], "qat", None),  # never learned: nothing was lost
@@ -102,12 +102,12 @@ def test_without_the_freezing_nothing_breaks_down(vgg_teacher, tmp_path):
 def test_what_counts_as_a_breakdown(accuracies, method, said):
     settings = TrainConfig(method=method, teacher=None if method == "fp" else "a", epochs=3)
     rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate(accuracies, start=1)]
-    frozen_from = settings.first_frozen("batchnorm") if settings.kind.quantized else math.inf
-    warning = collapse(rows, accuracies[-1], frozen_from, 4)
+    frozen_from = settings.freeze_epoch("batchnorm") if settings.kind.quantized else math.inf
+    warning = collapse_warning(rows, accuracies[-1], frozen_from, 4)
     assert warning is None if said is None else said in warning
 
 
 def test_what_a_budget_has_chosen_did_not_break_down():
     rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate([0.5, 0.9, 0.1], start=1)]
-    assert collapse(rows, 0.9, 3, 4) is None
-    assert "to 40.00%; BatchNorm froze" in collapse(rows, 0.4, 3, 4)
+    assert collapse_warning(rows, 0.9, 3, 4) is None
+    assert "to 40.00%; BatchNorm froze" in collapse_warning(rows, 0.4, 3, 4)

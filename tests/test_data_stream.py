@@ -281,7 +281,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
         dataset="folder", data_root=str(folder), image_size=8, model="lenet", epochs=3,
         batch_size=16, threads=1, pad=1, flip=True,
     )  # fmt: skip
-    lines, steps, loss = [], [], objective.Objective.of_images
+    lines, steps, loss = [], [], objective.Objective.loss_on_images
 
     def failing(self, *args):
         steps.append(1)
@@ -293,7 +293,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
     assert not any("decoded" in line for line in lines)
     monkeypatch.setattr(streaming, "STREAM_ABOVE", 15_000)  # of 19,008
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(objective.Objective, "of_images", failing)
+        patch.setattr(objective.Objective, "loss_on_images", failing)
         train(TrainConfig(**options, stream="never"), tmp_path / "streamed", log=lines.append)
     del lines[:]
     train(TrainConfig(**options, workers=1), tmp_path / "streamed", log=lines.append)

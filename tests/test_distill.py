@@ -11,7 +11,7 @@ from divqat._util.devices import fingerprint
 from divqat._util.files import load_checkpoint, read_json
 from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, load_run, train
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.folder import write_checkpoint
 from divqat.train.settings.misdirection import DISTILL
 
@@ -44,7 +44,7 @@ def test_the_loss_is_the_formula():
     )
     (model, asked), (images, labels, proxies) = networks(), batch()
     misdirection = permuted(images, labels)
-    do = stepping(config, model, asked, labels, Team(), misdirection)
+    do = stepping(config, model, asked, labels, World(), misdirection)
     result = do(images, torch.arange(14), proxies, total=14)
 
     (exact, asked), permutation = networks(), misdirection.targets.permutation

@@ -17,7 +17,7 @@ import divqat
 from divqat.data import shard_rows
 from divqat.nn import FakeQuantize
 from divqat.quantize import observe_first, preset, sync_observers
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 
 BUFFERS = ("running_min", "running_max", "scale", "zero_point")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -99,13 +99,13 @@ class Collectives(TorchDispatchMode):
 
 def in_parts(rank, size, count):
     """Gradients, ranges and collectives of each step, its batch spread over processes and parts."""
-    team, model, steps = Team(rank, size), network(), []
-    net = team.wrap(model)
+    world, model, steps = World(rank, size), network(), []
+    net = world.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def parts(n):
         rows = shard_rows(n, (rank, size))
-        return team.parts(net, *(whole[rows] for whole in batch(n)), n, count)
+        return world.micro_batches(net, *(whole[rows] for whole in batch(n)), n, count)
 
     observe_first(model, (part.images for part in parts(SIZES[0])))
     for n in SIZES:

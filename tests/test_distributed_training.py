@@ -92,7 +92,7 @@ def assert_close(folder, one, start):
 
 def interrupted(config, folder, at):
     """Train, and be interrupted in the loss of step ``at``."""
-    steps, loss = [], objective.Objective.of_images
+    steps, loss = [], objective.Objective.loss_on_images
 
     def failing(self, *args):
         steps.append(1)
@@ -101,7 +101,7 @@ def interrupted(config, folder, at):
         return loss(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(objective.Objective, "of_images", failing)
+        patch.setattr(objective.Objective, "loss_on_images", failing)
         train(config, folder, **QUIET)
 
 
@@ -142,7 +142,7 @@ def test_two_processes_train_what_one_does(teacher, one, tmp_path):
         assert_close(tmp_path / name, one, teacher)
     assert_same(tmp_path / "norm", tmp_path / "norm-again")
     # A NaN in one process ends both with the one error.
-    assert errors == ["epoch 2, step 3: the input images hold NaN or Inf"] * 2
+    assert errors == ["epoch 2, step 3: the input images contain NaN or Inf"] * 2
     assert load_checkpoint(tmp_path / "nan" / "checkpoint.pt")["epoch"] == 1
     assert not (tmp_path / "nan" / "summary.json").exists()
 
@@ -205,14 +205,14 @@ def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
         "import os, sys\n"
         "from divqat.cli import main\n"
         "from divqat.train import objective\n"
-        "loss = objective.Objective.of_images\n"
+        "loss = objective.Objective.loss_on_images\n"
         "calls = []\n"
         "def failing(self, *args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 13 and os.environ['RANK'] == '1':\n"  # of 12 per epoch
         "        raise RuntimeError('out of order')\n"
         "    return loss(self, *args)\n"
-        "objective.Objective.of_images = failing\n"
+        "objective.Objective.loss_on_images = failing\n"
         "sys.exit(main())\n"
     )
     done, seconds = torchrun(script, "train", "--out", out, *flags(teacher))

@@ -19,9 +19,9 @@ from divqat.experiments.deploy import export_run, verify_run
 from divqat.nn.ini import InI, without_conflicts
 from divqat.nn.proxies import ProxySource
 from divqat.train import TrainConfig, load_run, step, train
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.network import build_model
-from divqat.train.objective import Objective, ini_terms
+from divqat.train.objective import Objective, build_ini
 from divqat.train.proxies import Proxies
 from divqat.train.step import Step
 
@@ -206,9 +206,9 @@ def test_a_step_adds_the_terms():
     student = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, CLASSES)))
     twin = copy.deepcopy(model).double()
     images, labels, _ = batch()
-    ini, team = InI(student, 0.3, 1.0, 5.0), Team()
-    objective = Objective(config(), config(), team, list(model.parameters()), 0, ini=ini)
-    do = Step(model, None, labels, team, objective, config(), config())
+    ini, world = InI(student, 0.3, 1.0, 5.0), World()
+    objective = Objective(config(), config(), world, list(model.parameters()), 0, ini=ini)
+    do = Step(model, None, labels, world, objective, config(), config())
     torch.manual_seed(3)
     result = do(images[:6].float(), torch.arange(6), images[6:].float(), total=6)
 
@@ -246,14 +246,14 @@ def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
 def test_the_thief_of_its_own_seed_is_not_the_victim():
     shape = dict(in_channels=1, num_classes=10, image_size=[8, 8])
     one, same, other = (
-        ini_terms(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
+        build_ini(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
     )
     assert_equal(one.state_dict(), same.state_dict())
     assert not torch.equal(one.features[0][0].weight, other.features[0][0].weight)
     assert not torch.equal(
         one.features[0][0].weight, build_model(config(), shape).features[0][0].weight
     )
-    assert ini_terms(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
+    assert build_ini(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
 
 
 @pytest.mark.slow
@@ -293,11 +293,11 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
         splits = run.splits()
         assert read_json(folder / "summary.json")["test_accuracy"] > 0.6
         source = ProxySource(config().proxies, splits.train.image_shape, seed=0)
-        foreign = next(Proxies(source, 0, Team()).sample(splits.train))[:256]
+        foreign = next(Proxies(source, 0, World()).sample(splits.train))[:256]
         images, labels = splits.test.images[:256], splits.test.labels[:256]
         images = torch.cat([to_float(images), foreign])
         logits = run.model(images).detach()
-        student = ini_terms(config(), "lenet", 0, run.shape, torch.device("cpu")).student
+        student = build_ini(config(), "lenet", 0, run.shape, torch.device("cpu")).student
         found[method] = [
             sum(InI(student, *weights)(logits, labels, images)).item() for weights in torch.eye(3)
         ]
@@ -326,7 +326,7 @@ def test_an_int8_model_is_made_from_it(ini, tmp_path):
         (dict(compile=True), "wanted compile = false and .* with ini, .* got compile = true"),
         (dict(precision="float16"), "wanted .* float32 or bfloat16 with ini, .* precision float16"),
         (dict(misdirect=0.1), "misdirect: wanted 0 with a method other than divqat"),
-        (dict(proxies=("folder",)), "proxy_root: wanted a folder for the proxies 'folder'"),
+        (dict(proxies=("folder",)), "proxy_root: wanted a folder if proxies include 'folder'"),
         (dict(save_as_codes=True), "save_as_codes: wanted quantization-aware training"),
     ],
 )
@@ -340,6 +340,6 @@ def test_defaults_are_those_of_the_literature_and_several_processes_are_refused(
     assert (found.ini_gamma, found.ini_delta, found.ini_epsilon) == (0.3, 1.0, 1000.0)
     assert TrainConfig.from_dict(found.to_dict()) == found
     with pytest.raises(ConfigError, match=r"one process and accumulate = 1 with ini, .* got 2 and"):
-        found.check_team(2)
+        found.check_world_size(2)
     assert found.proxy_count(128) == 64
-    assert found.shows_proxies and not config(ini_gamma=0, ini_epsilon=0).shows_proxies
+    assert found.uses_proxies and not config(ini_gamma=0, ini_epsilon=0).uses_proxies

@@ -19,9 +19,9 @@ from divqat.nn import MisdirectionLoss
 from divqat.nn.decoy import coarse
 from divqat.nn.misdirection_targets import TARGETS, MisdirectionTargets, jensen_shannon
 from divqat.train import TrainConfig, load_run, step, train
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.objective import Objective
-from divqat.train.proxies import Proxies, fitted_misdirection
+from divqat.train.proxies import Proxies, fit_misdirection
 from divqat.train.step import Step
 
 FEW = ("glyphs", "noise", "rotated")
@@ -77,7 +77,7 @@ def test_a_decoy_sees_proxies_of_all_kinds_alike_on_every_machine(
     train_set, config = load_run(teacher).splits().train, digits(teacher)
     samples, decoys = [], []
     for rank in range(2):
-        misdirection = fitted_misdirection(config, 0, 10, train_set)
+        misdirection = fit_misdirection(config, 0, 10, train_set)
         decoys.append(misdirection.decoy)
         proxies = Proxies(misdirection.source, 0, Alone(rank, 2))
         samples.append(list(proxies.sample(train_set)))
@@ -140,7 +140,7 @@ def batch():
     return images[:14], torch.randint(5, (14,), generator=generator), images[14:]
 
 
-class Alone(Team):
+class Alone(World):
     """One process of several; the others are run one after another."""
 
     def wrap(self, model):
@@ -154,9 +154,9 @@ def permuted(images, labels, confidence=None):
     )
 
 
-def stepping(config, model, asked, labels, team, misdirection):
-    objective = Objective(config, config, team, list(model.parameters()), 0, misdirection)
-    return Step(model, asked, labels, team, objective, config, config)
+def stepping(config, model, asked, labels, world, misdirection):
+    objective = Objective(config, config, world, list(model.parameters()), 0, misdirection)
+    return Step(model, asked, labels, world, objective, config, config)
 
 
 def gradients(rank, size, accumulate=1):
@@ -288,8 +288,8 @@ def test_refusals():
 
     check("misdirect: wanted 0 with a method other than divqat, got 1 with method qat",
           method="qat")  # fmt: skip
-    check("proxy_root: wanted a folder for the proxies 'folder'", proxies=("folder",))
-    check("proxy_root: wanted .* for no others, got 'b' with proxies glyphs", proxy_root="b")
+    check("proxy_root: wanted a folder if proxies include 'folder'", proxies=("folder",))
+    check("proxy_root: wanted .* else none, got 'b' with proxies glyphs", proxy_root="b")
     check("proxies: wanted one of glyphs, .*, got 'openclipart'", proxies=("openclipart",))
     check("misdirect_target: wanted one of decoy", misdirect_target="none")
     check("proxy_share: wanted a number above 0", proxy_share=0)

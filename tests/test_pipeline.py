@@ -167,9 +167,7 @@ def test_a_job_of_an_older_divqat_is_not_gone_on_with(job, tmp_path, capsys):
     (tmp_path / "out" / "evaluation.json").unlink()
     (tmp_path / "out" / "result.json").write_text("{}")
     assert divqat("run", "--config", job / "job.yaml", "--out", tmp_path / "out") == 1
-    assert "holds a job of an older divqat, whose results are in result.json" in (
-        capsys.readouterr().err
-    )
+    assert "holds results of an older divqat (result.json)" in capsys.readouterr().err
     assert divqat("report", tmp_path / "out") == 1
     assert "no evaluation at" in capsys.readouterr().err
 
@@ -210,7 +208,7 @@ def test_the_short_form_is_a_grid():
     )  # fmt: skip
     assert grid == own
     assert grid.attack(grid.attacks[0], 7, 0).momentum == 0.5
-    with pytest.raises(ConfigError, match="attack: wanted it or evaluate, whose short form"):
+    with pytest.raises(ConfigError, match="attack: wanted either it or evaluate, of which"):
         Study.from_dict({**JOB, "evaluate": {}})
 
 
@@ -220,7 +218,7 @@ def test_the_short_form_is_a_grid():
         ({"atack": {}}, r"unknown key 'atack' \(did you mean 'attack'"),
         ({"common": {"modle": "lenet"}}, r"unknown key in common 'modle' \(did you mean 'model'"),
         ({"fp": {"seed": 3}}, "fp: the study sets seed itself"),
-        ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights that are taken"),
+        ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights to use"),
         ({"victims": {}}, "victims: wanted at least one"),
         ({"victims": {"fp": {"method": "qat"}}}, "victims: wanted names of folders"),
         ({"victims": {"a/b": {"method": "qat"}}}, "victims: wanted the name of a folder"),

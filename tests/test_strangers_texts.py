@@ -127,7 +127,7 @@ def test_a_summary_of_layers_that_is_none(tmp_path, content):
     pytest.importorskip("matplotlib")
     write_json(begun(tmp_path) / "seed0" / "qat" / "layers.json", content)
     with pytest.raises(
-        ValueError, match=r"layers\.json(?: is no summary of layers|: there is no 'rows')"
+        ValueError, match=r"layers\.json(?: is not a summary of layers|: there is no 'rows')"
     ):
         write_report(tmp_path)
 

@@ -8,7 +8,7 @@ from divqat import cli
 from divqat._util.settings import ConfigError
 from divqat.evaluate import Evaluation
 from divqat.evaluate.tables import side_effects_table
-from divqat.experiments import units
+from divqat.experiments import tasks
 from divqat.experiments.study import Study
 
 pytestmark = pytest.mark.slow
@@ -71,8 +71,8 @@ def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
     data = {**STUDY, "evaluate": {**STUDY["evaluate"], "budgets": [50, 200]}}
     (done / "more.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     trained = []
-    train = units.train
-    monkeypatch.setattr(units, "train", lambda *a, **k: trained.append(train(*a, **k)))
+    train = tasks.train
+    monkeypatch.setattr(tasks, "train", lambda *a, **k: trained.append(train(*a, **k)))
     assert divqat("study", done / "more.yaml", "--out", done / "out") == 0
     after = Evaluation.load(done / "out" / "evaluation.json")
     assert len(after.cells) == 12
@@ -116,7 +116,7 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
     assert divqat("report", tmp_path) == 0
     assert divqat("evaluate", "--victim", run / "model.onnx", *settings) == 2
     assert (
-        "dataset: wanted one for all victims, got none, and no run folder tells: pass --dataset"
+        "dataset: wanted one for all victims, got none: pass --dataset, as no run folder names it"
         in capsys.readouterr().err
     )
 
@@ -129,11 +129,11 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
         ({"evaluate": {"epoch": 3}}, r"evaluate 'epoch' \(did you mean 'epochs'"),
         ({"evaluate": {"attacks": ["alien"]}}, "unknown attack 'alien'"),
         ({"evaluate": {"defenses": ["alien"]}}, "unknown defense 'alien'"),
-        ({"attack": {}}, "attack: wanted it or evaluate, whose short form it is"),
+        ({"attack": {}}, "attack: wanted either it or evaluate, of which it is"),
         ({"attacks": {}}, "unknown key 'attacks'"),
         (
             {"victims": {"divqat": {**BUDGETED, "reference": "qat"}, "qat": {"method": "qat"}}},
-            "divqat: reference: wanted a qat victim further up, got 'qat'",
+            "divqat: reference: wanted an earlier qat victim, got 'qat'",
         ),
         ({"common": {"reference": "qat"}}, "common: the study sets reference itself"),
     ],

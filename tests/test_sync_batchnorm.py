@@ -14,8 +14,8 @@ from divqat._util.settings import ConfigError
 from divqat.data import shard_rows
 from divqat.quantize import freeze_batchnorm, observe_first
 from divqat.train import TrainConfig, train
-from divqat.train.batchnorm import synchronize_batchnorm, whole_batch
-from divqat.train.distributed import Team
+from divqat.train.batchnorm import synchronize_batchnorm, synchronized_batchnorm
+from divqat.train.distributed import World
 
 # 1294 images: two uneven halves per step, and a last step of 7
 FP = dict(dataset="digits", model="lenet", epochs=2, batch_size=117, lr=0.01, threads=1)
@@ -49,11 +49,11 @@ def result(model, sent=()):
 def in_parts(rank, size, count=1, whole=True):
     """The result of each step, its batch spread over processes and parts; without processes what
     they have to give: whole batches."""
-    team, model, steps = Team(rank, size), network(), []
+    world, model, steps = World(rank, size), network(), []
     if whole and size > 1:
         synchronize_batchnorm(model)
     observe_first(model, [batch(STEPS[0])[0]])
-    net = team.wrap(model)
+    net = world.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for number, n in enumerate(STEPS):
         rows = shard_rows(n, (rank, size))
@@ -61,7 +61,7 @@ def in_parts(rank, size, count=1, whole=True):
             freeze_batchnorm(model)
         optimizer.zero_grad()
         with Collectives() as sent:
-            for part in team.parts(net, *(of_all[rows] for of_all in batch(n)), n, count):
+            for part in world.micro_batches(net, *(of_all[rows] for of_all in batch(n)), n, count):
                 (F.cross_entropy(net(part.images), part.index) * part.weight).backward()
         steps.append(result(model, sent.seen))
         optimizer.step()
@@ -81,17 +81,17 @@ def batchnorm(dtype):
 
 
 def layer(rank, dtype, rows):
-    """Of some rows of :func:`values`, the second process's first two of which are fillers: output,
+    """Of some rows of :func:`values`, the second process's first two of which are padding: output,
     gradients of input, γ and β, and the running statistics."""
     model = nn.Sequential(batchnorm(torch.promote_types(dtype, torch.float32)))
     synchronize_batchnorm(model)
     x, gradient = (value[rows] for value in values(dtype))
-    fillers = 2 if rank else 0
-    gradient[:fillers] = 0
-    with whole_batch(model, fillers):
+    padding = 2 if rank else 0
+    gradient[:padding] = 0
+    with synchronized_batchnorm(model, padding):
         y = model(x.requires_grad_())
     y.backward(gradient)
-    return [y.detach()[fillers:], x.grad[fillers:]], gradients(model), list(model.buffers())
+    return [y.detach()[padding:], x.grad[padding:]], gradients(model), list(model.buffers())
 
 
 def everything(rank, size, folder):
@@ -198,4 +198,4 @@ def test_other_batchnorms_are_refused(norm):
 def test_compile_is_refused_with_several_processes():
     config = TrainConfig(sync_batchnorm=True, compile=True)
     with pytest.raises(ConfigError, match="sync_batchnorm: wanted compile = false with 2 proc"):
-        config.check_team(2)
+        config.check_world_size(2)

@@ -117,13 +117,13 @@ def test_interrupted_run_ends_with_the_same_bits(teacher, divqat, tmp_path, monk
     assert not (tmp_path / "summary.json").exists()
     lines = []
     train(config(teacher, **DIVQAT), tmp_path, log=lines.append)
-    assert f"going on after epoch {epoch} of 4" in lines[0]
+    assert f"resuming after epoch {epoch} of 4" in lines[0]
     assert_same(tmp_path, divqat)
 
 
 @pytest.mark.slow
 def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path, monkeypatch):
-    steps, check = [], objective.Objective.of_images
+    steps, check = [], objective.Objective.loss_on_images
 
     def interrupted(self, *args):
         steps.append(1)
@@ -132,7 +132,7 @@ def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path
         return check(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(objective.Objective, "of_images", interrupted)
+        patch.setattr(objective.Objective, "loss_on_images", interrupted)
         train(config(teacher, **DIVQAT), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
     train(config(teacher, **DIVQAT), tmp_path, **QUIET)
@@ -196,7 +196,7 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a readable divqat checkpoint"):
         train(TrainConfig(**FP), tmp_path, **QUIET)
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="not of a training: no config, epoch"):
+    with pytest.raises(ValueError, match="not from a training: no config, epoch"):
         load_run(tmp_path)
 
 
@@ -264,10 +264,10 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
             y = self.model(x)
             return spoil(y, "logits") if self.training else y
 
-    begin = trainer.begin
+    build = trainer.build_initial_model
     monkeypatch.setattr(trainer, "batches", spoiled_batches)
     monkeypatch.setattr(objective.F, "cross_entropy", spoiled_loss)
-    monkeypatch.setattr(trainer, "begin", lambda *args: Spoiled(begin(*args)))
+    monkeypatch.setattr(trainer, "build_initial_model", lambda *args: Spoiled(build(*args)))
     with pytest.raises(FloatingPointError, match=f"epoch 2, step 3: the {cause}"):
         train(TrainConfig(**FP), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1

@@ -66,7 +66,7 @@ def test_a_graph_wants_a_gpu_and_one_process(teacher, tmp_path):
     with pytest.raises(ConfigError, match="cuda_graph: wanted one process on a GPU, got 1 on"):
         trained(teacher, tmp_path, cuda_graph=True, device="cpu")
     with pytest.raises(ConfigError, match="cuda_graph: wanted one process on a GPU, got 2 on"):
-        TrainConfig(cuda_graph=True).check_team(2)
+        TrainConfig(cuda_graph=True).check_world_size(2)
     with pytest.raises(ConfigError, match="cuda_graph: wanted optimizer sgd"):
         TrainConfig(cuda_graph=True, optimizer="lamb")
 

@@ -50,17 +50,17 @@ def test_learning_rate_schedules():
 @pytest.mark.parametrize(("epochs", "first"), [(1, None), (2, 2), (3, 3), (6, 5), (9, 7)])
 def test_the_last_third_is_frozen(epochs, first):
     c = TrainConfig(epochs=epochs)
-    frozen = [epoch for epoch in range(1, epochs + 1) if c.frozen("observers", epoch)]
+    frozen = [epoch for epoch in range(1, epochs + 1) if c.is_frozen("observers", epoch)]
     assert frozen == ([] if first is None else list(range(first, epochs + 1)))
     explicit = TrainConfig(epochs=epochs, freeze_batchnorm_epoch=1)
-    assert explicit.frozen("batchnorm", 1)
+    assert explicit.is_frozen("batchnorm", 1)
 
 
 @pytest.mark.parametrize(("method", "misdirect"), [("kd-qat", 0), ("divqat", 0.5)])
 def test_batchnorm_freezes_late_under_a_loss_of_two_large_terms(method, misdirect):
     c = TrainConfig(method=method, misdirect=misdirect, teacher="t", epochs=9)
-    assert [epoch for epoch in range(1, 10) if c.frozen("batchnorm", epoch)] == [9]
-    assert [epoch for epoch in range(1, 10) if c.frozen("observers", epoch)] == [7, 8, 9]
+    assert [epoch for epoch in range(1, 10) if c.is_frozen("batchnorm", epoch)] == [9]
+    assert [epoch for epoch in range(1, 10) if c.is_frozen("observers", epoch)] == [7, 8, 9]
 
 
 @pytest.mark.parametrize(("method", "last"), [("fp", 4), ("nasty", 4), ("qat", 1)])

@@ -72,7 +72,7 @@ def test_what_a_method_does_not_use_changes_no_bit_and_may_change(
     teacher = None if method == "fp" else str(lenet_teacher)
     own = {**FP, "pad": 0, "method": method, "teacher": teacher}
     plain, other = TrainConfig(**own), TrainConfig(**own, **idle)
-    assert {*idle} == {*LOSS, *INT8} & plain.idle
+    assert {*idle} == {*LOSS, *INT8} & plain.unused
     train(plain, tmp_path / "a", **QUIET)
     train(other, tmp_path / "b", **QUIET)
     assert_same(tmp_path / "a", tmp_path / "b")
@@ -83,9 +83,9 @@ def test_what_a_method_does_not_use_changes_no_bit_and_may_change(
 
 def test_what_one_of_two_trainings_uses_must_be_the_same(tmp_path):
     there, here = (TrainConfig(method="divqat", teacher="a", weight=w) for w in (0.1, 0.0))
-    assert not {*LOSS, *INT8} & there.idle and {*LOSS} <= here.idle
+    assert not {*LOSS, *INT8} & there.unused and {*LOSS} <= here.unused
     with pytest.raises(ValueError, match=r"weight: 0\.1 -> 0\.0"):
-        folder.check_same(tmp_path, there.to_dict(), here)
+        folder.check_same_settings(tmp_path, there.to_dict(), here)
 
 
 def test_without_validation_images_nothing_is_begun(tmp_path):
@@ -109,6 +109,8 @@ def test_a_checkpoint_from_before_a_setting_existed_is_what_it_was(tmp_path):
     now = [layer.weight_spec.bits for layer in quantized(build_model(config, shape)).values()]
     assert now == [7, 4, 4, 4, 7]
     with pytest.raises(ValueError, match="first_last_bits: 8 -> 7"):
-        folder.check_same(tmp_path, there.to_dict(), config)
+        folder.check_same_settings(tmp_path, there.to_dict(), config)
     wide = [replace(each, weight_bits=8) for each in (there, config)]
-    folder.check_same(tmp_path, wide[0].to_dict(), wide[1])  # it has no ends that are wider
+    folder.check_same_settings(
+        tmp_path, wide[0].to_dict(), wide[1]
+    )  # it has no ends that are wider

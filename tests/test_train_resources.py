@@ -18,9 +18,9 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_pat
     each = []
     check = memory.StepMemory.check
 
-    def noted(need):
-        each.append(need.each)
-        check(need)
+    def noted(step_memory):
+        each.append(step_memory.bytes_per_image)
+        check(step_memory)
 
     monkeypatch.setattr(memory.StepMemory, "check", noted)
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
@@ -56,7 +56,7 @@ def test_running_out_of_memory_says_what_fits(vgg_teacher, tmp_path, monkeypatch
     def full(self, *args):
         raise error
 
-    monkeypatch.setattr(objective.Objective, "of_images", full)
+    monkeypatch.setattr(objective.Objective, "loss_on_images", full)
     with pytest.raises(MemoryError, match=r"256 images at a time do not fit.*enough for at most"):
         trained(vgg_teacher, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
@@ -107,7 +107,7 @@ def test_a_run_tells_its_memory_and_its_wait(vgg_teacher, tmp_path):
     lines = []
     settings = config(vgg_teacher, **{**PLAIN, "epochs": 2})
     summary = train(settings, tmp_path, log=lines.append)
-    assert "of the steps' time waiting for images, peak memory" in lines[-1]
+    assert "of the training time waiting for images, peak memory" in lines[-1]
     assert "(full precision: " in lines[-1]
     assert 0 < summary["waiting"] < 1
     assert summary["peak_memory"] > 100 * 2**20

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from divqat._util import progress
-from divqat.experiments.workers import Unit, processes, run_units
+from divqat.experiments.workers import Task, process_executor, run_tasks
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +45,14 @@ def die(folder, name, times):
     note(folder, name)
 
 
-def run(units, count, log=print):
-    with processes(count) as executor:
-        run_units(units, executor, log)
+def run(tasks, count, log=print):
+    with process_executor(count) as executor:
+        run_tasks(tasks, executor, log)
 
 
 def test_each_is_done_once_and_the_threads_are_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    run([Unit(name, note, (tmp_path, name)) for name in "abcde"], 2)
+    run([Task(name, note, (tmp_path, name)) for name in "abcde"], 2)
     found = [(tmp_path / name).read_text().split() for name in "abcde"]
     pids = {pid for pid, _, _ in found}
     assert 1 <= len(pids) <= 2 and str(os.getpid()) not in pids
@@ -62,7 +62,7 @@ def test_each_is_done_once_and_the_threads_are_shared(tmp_path, monkeypatch):
 
 def test_a_unit_waits_for_what_it_reads(tmp_path):
     after = {"d": "bc", "c": "a", "b": "a", "a": ""}  # not in an order that would do
-    run([Unit(n, note_after, (tmp_path, n, *o), tuple(o)) for n, o in after.items()], 2)
+    run([Task(n, note_after, (tmp_path, n, *o), tuple(o)) for n, o in after.items()], 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == list("abcd")
 
 
@@ -70,7 +70,7 @@ def test_the_first_error_ends_all(tmp_path):
     names = ("first", "second", "third", "last")
     start = time.perf_counter()
     with pytest.raises(FloatingPointError, match="no number"):
-        run([Unit(name, fail, (tmp_path, name)) for name in names], 2)
+        run([Task(name, fail, (tmp_path, name)) for name in names], 2)
     assert time.perf_counter() - start < 300
     assert not (tmp_path / "last").exists()
     assert not multiprocessing.active_children()
@@ -81,9 +81,9 @@ def test_the_first_error_ends_all(tmp_path):
 
 def test_a_process_that_dies_costs_its_unit_only(tmp_path):
     lines = []
-    units = [Unit("dying", die, (tmp_path, "dying", 2)), Unit("other", die, (tmp_path, "other", 0))]
-    run(units, 2, lines.append)
-    assert lines == ["dying: its process died, it is run again"] * 2
+    tasks = [Task("dying", die, (tmp_path, "dying", 2)), Task("other", die, (tmp_path, "other", 0))]
+    run(tasks, 2, lines.append)
+    assert lines == ["dying: its process died, running it again"] * 2
     tried = {name: (tmp_path / f"{name} tried").read_text().split() for name in ("dying", "other")}
     assert len(set(tried["dying"])) == 3 and len(tried["other"]) == 1
     assert (tmp_path / "dying").exists() and (tmp_path / "other").exists()
@@ -91,5 +91,5 @@ def test_a_process_that_dies_costs_its_unit_only(tmp_path):
 
 def test_a_unit_that_always_kills_is_given_up(tmp_path):
     with pytest.raises(BrokenExecutor):
-        run([Unit("dying", die, (tmp_path, "dying", 9))], 2, lambda line: None)
+        run([Task("dying", die, (tmp_path, "dying", 9))], 2, lambda line: None)
     assert len((tmp_path / "dying tried").read_text().split()) == 3

@@ -1,4 +1,4 @@
-"""Run an evaluation: every victim behind every defense, attacked in every way.
+"""Run an evaluation: every attack on every victim behind every defense.
 
 OUT/evaluation.json, report.html, report.md, plots/
 OUT/cells/…   see divqat.evaluate.assessment
@@ -37,30 +37,31 @@ def evaluate(
     deployed: str = "the model as it was given",
     log: Log = print,
 ) -> Evaluation:
-    """Run what is left of an evaluation, and write its report.
+    """Run the unfinished parts of an evaluation, and write its report.
 
-    What is finished in ``out`` is kept as long as victim, images and settings are the same; a
-    killed attack goes on where it was.
+    Finished parts in ``out`` are kept if victim, images and settings are the same, and an
+    interrupted attack resumes.
 
     Args:
         subjects: the victims.
-        splits: their data, of which :meth:`Grid.measured` says what is measured on. Attacks see
-            none of it but ``grid.holdout`` images of the validation split, which choose the best
-            clone, and ``grid.labeled`` others, for the attacks that train on some; defenses that
-            train see the training images.
-        grid: what is tried.
-        out: the folder of the evaluation; made if it does not exist.
-        queries: ``grid.queries(splits)`` if it is loaded already.
-        command: what the report says made it.
-        deployed: what the report says the victims are.
-        log: takes a line per attack.
+        splits: their data; :meth:`Grid.measured` selects what is measured on. Attacks see only
+            ``grid.holdout`` images of the validation split, which choose the best clone, and
+            ``grid.labeled`` others, if they train on labeled images. Defenses that train see the
+            training images.
+        grid: attacks, defenses and their settings.
+        out: the folder of the evaluation; created if it does not exist.
+        queries: ``grid.queries(splits)``, if loaded already.
+        command: the command line to show in the report.
+        deployed: a description of the victims for the report.
+        log: is called with a line per attack.
 
     Returns:
         The content of ``OUT/evaluation.json``.
 
     Raises:
-        TypeError: ``subjects`` is one.
-        ValueError: two victims of one name and seed, no victim, or too few validation images.
+        TypeError: ``subjects`` is a single Subject.
+        ValueError: two victims with the same name and seed, no victim, or too few validation
+            images.
         Others: as the attacks and defenses.
     """
     check_tree(check_folder("out", out))
@@ -68,7 +69,7 @@ def evaluate(
         raise TypeError("subjects: wanted a sequence of Subject, got one")
     if not subjects or max(Counter(map(folder_key, subjects)).values()) > 1:
         got = [(subject.name, subject.seed) for subject in subjects]
-        raise ValueError(f"subjects: wanted victims of different names, got {got}")
+        raise ValueError(f"subjects: wanted victims with different names, got {got}")
     queries = grid.queries(splits) if queries is None else queries
     grid.check(splits, len(queries))
     with held("out", out) as folder, cpu_threads(grid.threads):
@@ -83,7 +84,7 @@ def evaluate(
 
 
 def _assess(victim: Assessment, result: Evaluation) -> None:
-    """Add everything about a victim to the result."""
+    """Run all parts of a victim's evaluation, and add them to ``result``."""
     grid, queries = victim.context.grid, len(victim.context.queries)
     for seed in victim.seeds:
         result.side_effects.append(victim.side_effects(seed))
@@ -97,14 +98,14 @@ def _assess(victim: Assessment, result: Evaluation) -> None:
 
 def _empty_result(context: Context, command: str, deployed: str) -> Evaluation:
     splits, grid = context.splits, context.grid
-    known = len(splits.validation)  # which may be fewer than the attacker is to own
+    holdout = min(grid.holdout, len(splits.validation))
     return Evaluation(
         dataset=splits.name,
         num_classes=splits.num_classes,
         chance=chance(context.test.labels),
         query_images=len(context.queries),
         overlap=overlaps(splits, context.queries),
-        grid=grid.to_dict() | {"holdout": min(grid.holdout, known)},
+        grid=grid.to_dict() | {"holdout": holdout},
         deployed=deployed,
         command=command,
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
