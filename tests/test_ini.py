@@ -27,7 +27,7 @@ from divqat.train.step import Step
 
 SETTINGS = dict(dataset="digits", model="lenet", batch_size=128, epochs=2, threads=1)
 WEIGHTS = [(0.3, 0, 0), (0, 1.5, 0), (0, 0, 20.0), (0.3, 1.5, 20.0)]
-WEAK = dict(ini_delta=0.1, ini_epsilon=30.0)  # a few hundred steps learn the task with these
+WEAK = dict(ini_delta=0.1, ini_epsilon=30.0)  # weak enough to learn the task in a few hundred steps
 CLASSES = 5
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,7 +104,7 @@ def test_the_terms_of_a_linear_student_by_hand(weights):
 
 
 def everything_in_one_graph(student, images, labels, logits, gamma, delta, epsilon):
-    """The terms for any student, whose parameters are one vector."""
+    """The terms for any student, with its parameters as one vector."""
     names, shapes = zip(*((n, v.shape) for n, v in student.named_parameters()), strict=True)
     flat = torch.cat([value.detach().flatten() for value in student.parameters()])
 
@@ -148,7 +148,7 @@ def test_the_terms_are_the_formula(name, weights):
     assert not grads[0][6:].any() or weights[0] or weights[2]
 
 
-def test_the_students_own_answers_teach_nothing_and_labels_what_labels_do():
+def test_the_terms_for_the_students_own_answers_and_for_labels():
     student = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))).double()
     images, labels, _ = batch()
     own = student(images).detach()
@@ -163,7 +163,7 @@ def test_the_students_own_answers_teach_nothing_and_labels_what_labels_do():
 
 
 def projected(gradients, orders):
-    """PCGrad's gradient, by its algorithm but for the mean."""
+    """PCGrad's gradient by its published algorithm, but with the mean instead of the sum."""
     found = []
     for own, order in enumerate(orders):
         g = gradients[own].clone()
@@ -232,7 +232,7 @@ def test_a_step_adds_the_terms():
 
 
 @pytest.mark.slow
-def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
+def test_with_zero_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
     none = dict(ini_gamma=0.0, ini_delta=0.0, ini_epsilon=0.0)
     train(config(**none, proxy_share=2.0), tmp_path / "none", **QUIET)
     train(config(method="fp"), tmp_path / "fp", **QUIET)
@@ -243,7 +243,7 @@ def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
     assert_equal(*starts)
 
 
-def test_the_thief_of_its_own_seed_is_not_the_victim():
+def test_the_simulated_thief_does_not_start_from_the_victims_weights():
     shape = dict(in_channels=1, num_classes=10, image_size=[8, 8])
     one, same, other = (
         build_ini(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
@@ -263,9 +263,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(ini, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
+def test_a_replayed_step_gives_the_same_bits(ini, tmp_path, monkeypatch):
     def taped(function):
-        state = torch.get_rng_state()  # a capture draws nothing, but the tape does
+        state = torch.get_rng_state()  # a capture draws no random numbers, but the tape does
         captured = tape(function)
         torch.set_rng_state(state)
         return captured
@@ -277,7 +277,7 @@ def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_nothing_is_read_on_the_host(tmp_path, monkeypatch, precision):
+def test_a_step_has_no_host_sync(tmp_path, monkeypatch, precision):
     seen = host_reads(monkeypatch, step.Step, Proxies)
     train(config(epochs=1, precision=precision), tmp_path, **QUIET)
     assert len(seen) == 2 * 11 and not any(seen)
@@ -307,7 +307,7 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_int8_model_is_made_from_it(ini, tmp_path):
+def test_ptq_from_an_ini_teacher(ini, tmp_path):
     train(config(method="ptq", teacher=str(ini), epochs=1), tmp_path, **QUIET)
     run = load_run(tmp_path)
     export_run(run, run.splits())
@@ -335,7 +335,7 @@ def test_bad_settings_are_refused(settings, message):
         config(**settings)
 
 
-def test_defaults_are_those_of_the_literature_and_several_processes_are_refused():
+def test_defaults_are_from_the_paper_and_several_processes_are_refused():
     found = config()
     assert (found.ini_gamma, found.ini_delta, found.ini_epsilon) == (0.3, 1.0, 1000.0)
     assert TrainConfig.from_dict(found.to_dict()) == found

@@ -1,4 +1,4 @@
-"""A job with what the defense is compared with."""
+"""Studies with the baselines."""
 
 import pytest
 from test_pipeline import JOB
@@ -82,8 +82,8 @@ def test_bad_victims_are_refused(victims, message):
         Study.from_dict({**JOB, "victims": victims})
 
 
-def test_an_ini_victim_that_teaches_its_like_may_be_another_network():
-    """No teacher of its own says what it has to be like."""
+def test_a_victim_has_the_network_of_its_ini_teacher_not_of_fp():
+    """An ini victim has no teacher that its network would have to match."""
     victims = {
         "b": {**INI, "model": "resnet20"},
         "a": {"method": "qat", "model": "resnet20", "teacher": "b"},

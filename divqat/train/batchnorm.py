@@ -111,7 +111,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = x.numel() // channels
     moments = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     if n:
-        # Only there because the op accepts bfloat16 input with float32 running statistics.
+        # Unused, but with float32 running statistics the op also accepts bfloat16 input.
         running = x.new_zeros(2, channels, dtype=dtype)
         statistics = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
         mean, var = (value.double() for value in statistics)

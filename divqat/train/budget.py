@@ -29,9 +29,9 @@ class Budget:
     weights λ and w; if necessary a second time, with a quarter. To adjust the loss weights during
     training instead, one would have to judge them at a high learning rate, where accuracy is still
     far from its final value. Here each choice is judged by the networks that it leads to, at the
-    cost of a third of the training. (Rewinding weights and learning rate, there to retrain after
-    pruning: Renda, Frankle and Carbin, "Comparing rewinding and fine-tuning in neural network
-    pruning", ICLR 2020, arXiv 2003.02389, §2.)
+    cost of a third of the training. (Rewinding weights and learning rate was proposed for
+    retraining after pruning: Renda, Frankle and Carbin, "Comparing rewinding and fine-tuning in
+    neural network pruning", ICLR 2020, arXiv 2003.02389, §2.)
 
     If the last attempt exceeds the budget, too, its weights are interpolated towards the reference:
 

@@ -23,8 +23,8 @@ def check_settings(config: TrainConfig) -> None:
         )
     if config.kind.needs_teacher and config.teacher is None:
         raise ConfigError(
-            f"teacher: method {config.method} wants the run folder of a full-precision training, "
-            "got none"
+            "teacher: wanted the run folder of a full-precision training with method "
+            f"{config.method}, got none"
         )
     if config.weights is not None and config.method != "fp":
         raise ConfigError(

@@ -118,7 +118,7 @@ class MicroBatch:
     """The images that a process runs forward and backward at a time.
 
     Attributes:
-        images: float32 [n, C, H, W].
+        images: float32 [n, C, H, W]; a :class:`divqat.train.step.Step` appends proxies.
         index: int64 [n], their positions in the training set.
         count: number of distinct images of the batch: n, or less where images are repeated.
         weight: factor for the mean loss of the micro-batch. With it the gradients, summed over

@@ -14,7 +14,7 @@ class DataSettings(Options):
     """The data set and the network."""
 
     model: str = option(
-        "lenet", "Network. Your own is a function of in_channels, num_classes and image_size.",
+        "lenet", "Network; your own is a function of in_channels, num_classes and image_size.",
         group="what to train", choices=models.names(), foreign=True,
     )  # fmt: skip
     weights: str | None = option(
