@@ -150,7 +150,7 @@ def test_the_last_network_within_the_budget_is_the_result(teacher, qat, tmp_path
     monkeypatch.setattr("divqat.train.budget._within", lambda below, points: next(inside))
     # whether it collapsed is judged by the result
     monkeypatch.setattr(
-        "divqat.train.run.collapse_warning", lambda config, rows, result: str(result)
+        "divqat.train.run.collapse_warning", lambda rows, result, *_, **__: str(result)
     )
     train_interrupted(config, tmp_path / "run", 5)
     report = read_json(tmp_path / "run" / "summary.json")["budget"]

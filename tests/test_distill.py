@@ -105,7 +105,9 @@ def test_when_it_is_on():
         with pytest.raises(ConfigError, match="distill: wanted 0 without misdirect and a refer"):
             settings(distill=0.5, **changes)
     for changes in ({"direction": "js"}, {"bound": 0.5}):
-        with pytest.raises(ConfigError, match="direction, bound: wanted student_teacher, the def"):
+        with pytest.raises(
+            ConfigError, match=r"direction, bound: wanted student_teacher \(the def"
+        ):
             settings(**changes)
 
 

@@ -1,4 +1,4 @@
-"""The steps of several processes, and of parts, are those of one; over gloo on the CPU."""
+"""Steps of several processes, and with micro-batches, equal those of one; gloo on the CPU."""
 
 import multiprocessing
 import traceback
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def spawn(size, folder, function, *args):
-    """The results of ``function(rank, size, *args)`` in so many processes of one gloo group.
+    """The results of ``function(rank, size, *args)`` in ``size`` processes of one gloo group.
 
     On a busy machine gloo aborts now and then while its processes connect (a thread of its own is
     not joined, and there is no error to catch). As long as nothing has begun, they try again.
@@ -33,7 +33,7 @@ def spawn(size, folder, function, *args):
     before = set(folder.parent.iterdir())
 
     def start():
-        # Forks of a process that has imported torch, once for all tests, and started no thread.
+        # Forks of one server process that has imported torch and started no thread.
         multiprocessing.set_forkserver_preload(["torch._dynamo", "divqat.train"])
         torch.multiprocessing.start_processes(
             _process, (size, folder, function, args), size, start_method="forkserver"
@@ -56,15 +56,15 @@ def _process(rank, size, folder, function, args):
     try:
         torch.save(function(rank, size, *args), folder / f"{rank}.pt")
     except BaseException:
-        # Threads of gloo abort a process that ends with them, and its error would not be seen.
+        # A process that exits with running gloo threads aborts, which would hide its error.
         traceback.print_exc()
         raise
     dist.destroy_process_group()
 
 
 def network():
-    """Without BatchNorm, in float64, where no value is so near the middle of two codes that the
-    order of a sum decides; grids of two kinds, observed after ReLU, too."""
+    """Without BatchNorm and in float64, where no value is so near to the middle of two codes that
+    the order of a sum matters. Two kinds of grids, with and without a ReLU before the observer."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Flatten()]
     config = replace(preset("x86", activation_bits=6), mode="delayed", first_last_bits=8)
@@ -80,11 +80,11 @@ def batch(n):
     return randn(n, 1, 8, 8, dtype=torch.float64, seed=n), torch.arange(n) % 10
 
 
-SIZES = (13, 13, 16, 3, 1)  # images per step: fewer than processes, too
+SIZES = (13, 13, 16, 3, 1)  # images per step, also fewer than processes
 
 
 class Collectives(TorchDispatchMode):
-    """Everything that is sent, DistributedDataParallel's own included: name and bytes."""
+    """Name and bytes of every collective, including those of DistributedDataParallel."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Collectives(TorchDispatchMode):
 
 
 def in_parts(rank, size, count):
-    """Gradients, ranges and collectives of each step, its batch spread over processes and parts."""
+    """Gradients, ranges and collectives of each step, over processes and micro-batches."""
     world, model, steps = World(rank, size), network(), []
     net = world.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -119,7 +119,7 @@ def in_parts(rank, size, count):
 
 
 def by_hand(rank, size, count):
-    """Those of :func:`in_parts`, and the ranges of each step of a loop that is not ours."""
+    """The result of :func:`in_parts`, and the ranges of each step of a custom loop."""
     steps, model, ranges = in_parts(rank, size, count), network(), []
     net = nn.parallel.DistributedDataParallel(model)
     net.broadcast_buffers = False
@@ -138,7 +138,7 @@ def by_hand(rank, size, count):
 
 
 def at_once(sizes=SIZES):
-    """What :func:`in_parts` has to give: an ordinary loop over whole batches."""
+    """The expected result of :func:`in_parts`, from an ordinary loop over whole batches."""
     model, steps = network(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     observe_first(model, [batch(sizes[0])[0]])
@@ -181,6 +181,6 @@ def test_processes_do_the_steps_of_one_with_two_collectives(tmp_path, size, coun
         assert_steps(steps, wanted)
         for got, (_, wanted_ranges) in zip(by_hands, wanted_by_hand, strict=True):
             assert all(map(torch.equal, got, wanted_ranges))
-        for _, _, sent in steps[2:]:  # in the first two, DDP settles its buckets as well
+        for _, _, sent in steps[2:]:  # in the first two, DDP also builds its buckets
             # one bucket of gradients, and all ranges
             assert sent == [("c10d::allreduce_", 8 * weights), ("c10d::allreduce_", 8 * ranges)]

@@ -173,9 +173,8 @@ class _ProcessExecutor(Executor):
             self._idle.put(pool)
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would copy torch's locks, but not its threads
+        # A fork would copy torch's locks, but not its threads.
+        context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, context, _init_process, (self._threads_each,))
 
     def terminate(self) -> None:
@@ -196,6 +195,5 @@ class _ProcessExecutor(Executor):
 def _init_process(threads: int) -> None:
     streams.be_lenient()
     torch.set_num_threads(threads)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the parent handles it and terminates its children
+    # Ctrl-C is for the parent, which then terminates its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
