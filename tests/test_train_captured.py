@@ -58,9 +58,8 @@ def test_a_weaker_defense_is_captured_again(teacher, tmp_path, monkeypatch):
     replay_steps(monkeypatch)
     plays.clear()
     trained(teacher, tmp_path / "replayed", **settings)
-    assert len(plays) == 2 * 5 - 3 + 2 * (
-        5 - 3
-    )  # the last epoch is repeated twice; each capture needs three
+    # the last epoch is repeated twice; each capture comes after three eager steps
+    assert len(plays) == 2 * 5 - 3 + 2 * (5 - 3)
     assert_same(tmp_path / "eager", tmp_path / "replayed")
 
 

@@ -109,6 +109,5 @@ def test_an_old_checkpoint_gets_the_former_behavior_for_new_settings(tmp_path):
     with pytest.raises(ValueError, match="first_last_bits: 8 -> 7"):
         folder.check_same_settings(tmp_path, there.to_dict(), config)
     wide = [replace(each, weight_bits=8) for each in (there, config)]
-    folder.check_same_settings(
-        tmp_path, wide[0].to_dict(), wide[1]
-    )  # with 8 bits, first_last_bits has no effect
+    # with 8 bits, first_last_bits has no effect
+    folder.check_same_settings(tmp_path, wide[0].to_dict(), wide[1])

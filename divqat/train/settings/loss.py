@@ -41,8 +41,9 @@ class LossSettings(Options):
         group="optimizer", least=0, below=1,
     )  # fmt: skip
     weight: float | None = option(
-        None, "λ, weight of the divergence from the teacher's answers: raised by divqat and nasty, "
-        f"lowered by kd-qat; 0: plain qat or fp. None: {_defaults('weight')}, or 0 with misdirect.",
+        None, "λ, weight of the divergence from the teacher's answers, which divqat and nasty "
+        "maximize and kd-qat minimizes; 0: plain qat or fp. None: "
+        f"{_defaults('weight')}, or 0 with misdirect.",
         group="divergence loss", least=0,
     )  # fmt: skip
     temperature: float = option(
