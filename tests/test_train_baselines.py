@@ -156,7 +156,7 @@ def test_a_nasty_teacher_is_accurate_and_far_from_the_teacher(nasty, teacher, tm
     assert rows(plain)[-1]["loss"] == rows(plain)[-1]["ce"]
     # Six runs that differ in the last bit: 1.287 ± 0.007 times.
     assert divergence(nasty, teacher, 4.0) > 1.2 * divergence(plain, teacher, 4.0)
-    with pytest.raises(ValueError, match="is full precision: only quantized runs"):
+    with pytest.raises(ValueError, match="is full precision, and only quantized runs"):
         export_run(nasty, splits)
 
 
