@@ -297,7 +297,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
         train(TrainConfig(**options, stream="never"), tmp_path / "streamed", log=lines.append)
     del lines[:]
     train(TrainConfig(**options, workers=1), tmp_path / "streamed", log=lines.append)
-    assert lines[0].endswith("decoded as they are needed; worker processes: 1")
+    assert lines[0].endswith("decoded on demand; worker processes: 1")
     there, here = (load_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("memory", "streamed"))
     for name, value in there["model"].items():
         assert torch.equal(here["model"][name], value), name
