@@ -89,8 +89,6 @@ def test_a_decoy_is_fitted_to_the_same_proxies_in_every_process(
     # fitted to the same proxies
     wanted = coarse_picture(torch.cat(samples[0])).double().mean(0).float()
     torch.testing.assert_close(mine.mean, wanted)
-        mine.mean, coarse_picture(torch.cat(samples[0])).double().mean(0).float()
-    )
 
 
 def test_per_image_targets_depend_on_the_image_and_are_never_the_teachers_class():
