@@ -79,7 +79,9 @@ def test_observed(dtype):
             n = [] if ch_axis is None else [x.shape[ch_axis]]
             mine, wanted = state(n), state(n)
             rest = (0, 255, ch_axis, 0.1, shape % 2 == 1)
-            for i, mode in enumerate(("exact", "delayed", "frozen")):
+            # Frozen is fake_quantize, which the test above gives the large inputs.
+            modes = ("exact", "delayed", "frozen")[: 3 if x.numel() < 8192 else 2]
+            for i, mode in enumerate(modes):
                 batch, relu = x * (1 - 0.3 * i), i == shape % 3
                 same(
                     call.fake_quantize_observed(batch, *mine, *rest, mode, relu),

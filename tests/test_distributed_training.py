@@ -12,6 +12,7 @@ import torch
 from test_distributed import spawn
 from test_train import QUIET, assert_same
 from torch import nn
+from trainings import TINY
 
 from divqat._util.files import load_checkpoint, read_json
 from divqat.nn import MovingAverageMinMaxObserver
@@ -20,7 +21,7 @@ from divqat.train import TrainConfig, objective, train, trainer
 ROOT = str(Path(__file__).parent.parent)
 # 1294 images: two uneven halves per step, and a last step of 7.
 QAT = dict(
-    dataset="digits", model="lenet", method="qat", epochs=2, batch_size=117, lr=0.001, threads=1,
+    dataset="digits", model=TINY, method="qat", epochs=2, batch_size=117, lr=0.001, threads=1,
     pad=1, ranges="delayed", freeze_batchnorm_epoch=1, freeze_observers_epoch=9,
 )  # fmt: skip
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "fp"
-    fp = dict(dataset="digits", model="lenet", epochs=3, batch_size=64, threads=1)
+    fp = dict(dataset="digits", model=TINY, lr=0.2, epochs=3, batch_size=64, threads=1)
     with float64():
         train(TrainConfig(**fp), folder, **QUIET)
     return folder
@@ -150,7 +151,7 @@ def test_two_processes_train_what_one_does(teacher, one, tmp_path):
 def torchrun(*command):
     started = time.monotonic()
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests"}
     options = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     done = subprocess.run([*run, *map(str, command)], **options)
     return done, time.monotonic() - started

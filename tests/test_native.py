@@ -162,7 +162,7 @@ def test_weights_at_the_edge_of_the_range(isa, dtype):
 @pytest.mark.parametrize("ch_axis", [None, 0, 1])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_number_of_threads_changes_no_bit(isa, dtype, ch_axis, channels_last):
-    x = randn(9, 70, 33, 31, dtype=dtype)
+    x = randn(9, 70, 17, 19, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     n = [] if ch_axis is None else [x.shape[ch_axis]]

@@ -171,6 +171,8 @@ import torch, warnings
 warnings.simplefilter("error")
 before = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
 import divqat, divqat.export, divqat.data, divqat.models, divqat.attacks, divqat.evaluate
+import sys
+assert "triton" not in sys.modules  # or Triton's options could not be set any more
 after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
 assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 assert not torch.cuda.is_initialized()
