@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from divqat._util.files import read_json, write_json
-from divqat.attacks import Attack
+from divqat.attacks import Attack, KnownDecoy
 from divqat.data import ImageSet
 from divqat.evaluate.defended import Defended
 from divqat.metrics import accuracy, fidelity, predict
@@ -40,7 +40,8 @@ def run_attack(
     :class:`divqat.evaluate.results.Cell`.
 
     Args:
-        attack: an attack that wants to know the defense (it has ``against``) is told.
+        attack: an attack that wants to know the defense (it has ``against``) is told,
+            and so is one that wants to know the decoy.
         defended: the victim.
         clone: with its first weights.
         holdout: the attacker's labeled images.
@@ -52,6 +53,8 @@ def run_attack(
         shutil.rmtree(work, ignore_errors=True)  # half of the answers, and a defense of none
     if hasattr(attack, "against"):
         attack = attack.against(copy.deepcopy(defended.defense))
+    if isinstance(attack, KnownDecoy):
+        attack = attack.knowing(deployed.subject.decoy)
     curve = Curve(work / "curve.json", test)
     victim = defended.victim(attack.query_budget)
     start = time.perf_counter()

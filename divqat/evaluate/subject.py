@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Subject:
         gradients: the module, in eval mode, whose gradients a white-box attacker of ``model``
             follows: the fake-quantized model that was exported, or ``model`` itself; None: there is
             none, and how robust ``model`` is is not measured.
+        decoy: from float32 images [N, C, H, W] to what ``model`` was trained to answer to foreign
+            ones, [N, num_classes], for the attack that knows it; None: there is none.
 
     Raises:
         TypeError: ``gradients`` is no module. ValueError: ``name`` cannot be that of a folder.
@@ -45,6 +48,7 @@ class Subject:
     seed: int | None = None
     agreement: float | None = None
     gradients: nn.Module | None = None
+    decoy: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
