@@ -1,7 +1,7 @@
-# make demo   the whole job on a small data set that needs no download
+# make demo   the whole workflow on a small data set that needs no download
 # make test   linters, type checker and all tests
-# make quick  linters, type checker and the core of every unit, for work at hand
-# All set everything up on a fresh machine; PYTHON=python3.12 picks an interpreter (3.10 or later).
+# make quick  linters, type checker and one case of every fast test, during development
+# All of them set up a fresh machine; PYTHON=python3.12 selects an interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -14,19 +14,19 @@ demo: .venv/installed
 fashion-mnist: .venv/installed
 	$(BIN)/divqat run --config configs/fashion-mnist.yaml --out runs/fashion-mnist
 
-# One thread and one import of torch per worker; a file's tests stay together and share its trainings.
+# One thread and one import of torch per worker; the tests of a file share a worker and its trainings.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: lint .venv/kernels
 	$(PYTEST)
 	$(MAKE) test-triton
 
-# Of each test one case, and none that is marked slow; what should be, or no longer, is shown.
+# One case of each test that is not marked slow; lists tests whose mark should change.
 quick: lint .venv/kernels
 	$(PYTEST) --quick --durations 10 --durations-min 1
 
-# The Triton kernels in Triton's interpreter, which a process has or has not: the installed release, and
-# beside it the oldest that is supported, with a numpy that its interpreter still works with. Of the
-# oldest it is enough that each kernel answers what the references do.
+# The Triton kernels in Triton's interpreter, which is on or off for a whole process: all suites with the
+# installed release; with the oldest supported one, and a numpy that its interpreter supports, only the
+# comparison of each kernel with its reference.
 TRITON_TESTS := tests/test_triton.py tests/test_dispatch.py tests/test_divergence_loss.py \
 	tests/test_fake_quantize.py $(wildcard tests/test_fake_quantize_*.py tests/test_op_*.py)
 OLDEST_TRITON := .venv/triton-3.6.0
@@ -50,7 +50,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, over the tests' awkward shapes.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with the tests' odd shapes.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: .venv/dev
 	@mkdir -p build
@@ -62,17 +62,18 @@ sanitize: .venv/dev
 
 install: .venv/installed
 
-# Compiles the native kernels where there is a compiler, and says what came of it.
+# Compiles the native kernels if there is a compiler, and prints the result.
 .venv/installed: requirements.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "divqat needs Python 3.10 or later; say PYTHON=python3.x")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "divqat needs Python 3.10 or later; use PYTHON=python3.x")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c 'import divqat; [print("native kernels,", *item) for item in divqat.ops.native_kernels().items()]'
 	@touch $@
 
-# The CUDA kernels, for the CPU and where there is nvcc for GPUs: compiled once, they are set-up.
-.venv/kernels: .venv/dev $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
+# The CUDA kernels for the tests: for the emulator on the CPU and, if there is nvcc, for GPUs,
+# disassembled.
+.venv/kernels: .venv/dev tests/cubins.py $(wildcard csrc/cuda/*.* tests/cuda_emulator/*.* tests/cuda_emulator/include/*.* \
 	tests/cuda_emulator/include/*/*.*)
 	PYTHONPATH=tests $(BIN)/python -m cuda_emulator.build
 	PYTHONPATH=tests $(BIN)/python -m cubins

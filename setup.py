@@ -1,10 +1,10 @@
 """Package map and native extension; everything else is declared in pyproject.toml.
 
-``DIVQAT_BUILD`` says what to build: ``python`` (nothing native), ``cpu``, ``cuda`` (both; an error
-where it cannot be met) or ``auto`` (the default: what the machine can, and one line for what was
-left out). The extension is compiled against the torch that is installed, so it needs
-``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``, ``CUDA_HOME`` and
-``CXX`` are honoured.
+``DIVQAT_BUILD`` selects what to build: ``python`` (nothing native), ``cpu``, ``cuda`` (includes
+``cpu``; both fail if they cannot be built) or ``auto`` (the default: whatever the machine can
+build, with one line about what is left out). The extension is compiled against the installed
+torch, so it needs ``pip install --no-build-isolation``. ``TORCH_CUDA_ARCH_LIST``, ``MAX_JOBS``,
+``CUDA_HOME`` and ``CXX`` are respected.
 """
 
 import os
@@ -20,12 +20,12 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "divqat/_util/version.py").read_text())[1]
 MODES = ("auto", "python", "cpu", "cuda")
 MODE = os.environ.get("DIVQAT_BUILD", "auto")
-# No contraction to FMA: the kernels agree with PyTorch's reference bit for bit.
+# No contraction to FMA, so that the kernels agree with PyTorch's reference bit for bit.
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-# GCC's AVX-512 headers set this off in themselves.
+# GCC's AVX-512 headers trigger these warnings.
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# Compiled for OpenMP but not linked with it: torch brings the runtime whose threads ATen uses, and
-# a second one would bring threads of its own.
+# Compiled for OpenMP but not linked with it: torch has the runtime whose threads ATen uses, and a
+# second one would start its own threads.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
 
 
@@ -33,8 +33,8 @@ def say(line: str) -> None:
     print(f"divqat: {line}", file=sys.stderr, flush=True)
 
 
-def why_not_cpu() -> str | None:
-    """What is missing for the C++ kernels."""
+def find_cpu_obstacle() -> str | None:
+    """What is missing for the C++ kernels; None if nothing is."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -45,8 +45,8 @@ def why_not_cpu() -> str | None:
     return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
 
 
-def why_not_cuda() -> str | None:
-    """What is missing for the CUDA kernels besides."""
+def find_cuda_obstacle() -> str | None:
+    """What else is missing for the CUDA kernels; None if nothing is."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -58,47 +58,47 @@ def why_not_cuda() -> str | None:
     return None if shutil.which(nvcc) else f"there is no compiler {nvcc}"
 
 
-def wanted(part: str, reason: str | None) -> bool:
-    """Whether to build the part; an error if it was asked for and cannot be."""
+def should_build(part: str, reason: str | None) -> bool:
+    """Whether to build the part; an error if it was requested but cannot be built."""
     if reason is None:
         return True
     if MODE in (part, "cuda"):
-        raise SystemExit(f"divqat: DIVQAT_BUILD={MODE} cannot be met: {reason}")
+        raise SystemExit(f"divqat: DIVQAT_BUILD={MODE} cannot be built: {reason}")
     say(f"building without {part.upper()} kernels: {reason}")
     return False
 
 
-def native() -> dict:
-    """The arguments of setup() that build divqat._C, none for a pure-Python package."""
+def native_arguments() -> dict:
+    """The arguments of setup() that build divqat._C; empty for a pure-Python package."""
     if MODE not in MODES:
         raise SystemExit(f"divqat: DIVQAT_BUILD: wanted one of {', '.join(MODES)}, got {MODE!r}")
-    if MODE == "python" or not wanted("cpu", why_not_cpu()):
+    if MODE == "python" or not should_build("cpu", find_cpu_obstacle()):
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
-            tries = [("CUDA", [extension(cuda=False)])] if cuda else []
-            for what, rest in (*tries, ("native", [])):
+            fallbacks = [("CUDA", [extension(cuda=False)])] if cuda else []
+            for dropped, rest in (*fallbacks, ("native", [])):
                 try:
                     return super().build_extensions()
-                except Exception as error:  # a toolchain that is there and does not work
+                except Exception as error:  # an installed toolchain that does not work
                     if MODE != "auto":
                         raise
-                    say(f"building without {what} kernels: the compiler failed: {error}")
+                    say(f"building without {dropped} kernels: the compiler failed: {error}")
                     self.extensions = rest
 
-    cuda = MODE != "cpu" and wanted("cuda", why_not_cuda())
+    cuda = MODE != "cpu" and should_build("cuda", find_cuda_obstacle())
     return {"ext_modules": [extension(cuda)], "cmdclass": {"build_ext": Build}}
 
 
 def extension(cuda: bool) -> Any:
-    """divqat._C, with the CUDA kernels or without."""
+    """divqat._C, with or without the CUDA kernels."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     arguments = {"cxx": [*CXX_FLAGS, *OPENMP_FLAGS]}
-    macros, kind = [], CppExtension
+    macros, make = [], CppExtension
     if cuda:
         import torch
 
@@ -109,15 +109,15 @@ def extension(cuda: bool) -> Any:
         ]
         sources += sorted(str(p) for p in Path("csrc/cuda").glob("*.c*") if p.suffix != ".cuh")
         arguments["nvcc"] = Path("csrc/cuda/nvcc_flags.txt").read_text().split()
-        kind = CUDAExtension
-    return kind(
+        make = CUDAExtension
+    return make(
         "divqat._C", sources, extra_compile_args=arguments, define_macros=macros,
         include_dirs=pybind11_headers(),
     )  # fmt: skip
 
 
 def pybind11_headers() -> list[str]:
-    """Those of the installed pybind11; torch ships a copy for where there is none."""
+    """The headers of the installed pybind11; otherwise torch's own copy is used."""
     try:
         import pybind11
     except ImportError:
@@ -128,9 +128,9 @@ def pybind11_headers() -> list[str]:
 os.chdir(ROOT)
 setup(
     version=VERSION,
-    # The Triton kernels live in the top-level folder kernels/ and install as divqat.kernels.
+    # The Triton kernels are in the top-level folder kernels/ and are installed as divqat.kernels.
     packages=[*find_packages(include=["divqat", "divqat.*"]), "divqat.kernels"],
     package_dir={"divqat.kernels": "kernels"},
     package_data={"divqat": ["py.typed"]},
-    **native(),
+    **native_arguments(),
 )

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench.cpu`` times the CPU kernels against their peers."""
+"""Benchmarks: ``python -m bench <command>``, see bench/README.md."""

@@ -1,4 +1,4 @@
-"""``python -m bench <command>``: kernels, training steps and how they scale, beside opponents."""
+"""``python -m bench <command>``: kernels, training steps and scaling beside alternatives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 
-# Two lines per profile otherwise; read when torch is imported, so before that.
+# Otherwise two lines per profile; must be set before torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # command → module that has ``add_arguments`` and ``main``
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of all commands."""
+    """The argument parser of all commands."""
     result = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = result.add_subparsers(dest="bench", required=True)
     for name, module_name in COMMANDS.items():

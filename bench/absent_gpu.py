@@ -1,7 +1,7 @@
-"""A Triton driver for a GPU that is not there: kernels are compiled for it, launches are noted.
+"""A Triton driver for a GPU that does not exist: it compiles kernels and records launches.
 
-The launchers in kernels/ run as they are, on CPU tensors that nobody reads or writes. What a launch
-costs on the host is real but for the driver's own call.
+The launchers in kernels/ run unchanged, on CPU tensors that are neither read nor written. The host
+time of a launch is real, except for the driver's own call.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from triton.runtime import driver
 
 
 class AbsentGPU:
-    """Compute capability ``arch`` (80, 90), with the memory of a large multiprocessor.
+    """A GPU of compute capability ``arch`` (80, 90), with the memory of a large multiprocessor.
 
     Attributes:
-        launches: the kernels that were launched since the last ``absent_gpu``.
+        launches: names of the kernels launched since the last ``absent_gpu``.
     """
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
         self.launches: list[str] = []
-        self.utils = self  # Triton asks its driver's utils
+        self.utils = self  # Triton calls the methods of the driver's utils
 
     def launcher_cls(self, src, metadata):
         name = metadata.name
         return lambda *args: self.launches.append(name)
 
     def load_binary(self, name, kernel, shared, device):
-        return 0, 0, 0, 0, 1024  # module, function, registers, spills, most threads
+        return 0, 0, 0, 0, 1024  # module, function, registers, spills, maximum number of threads
 
     def unload_module(self, module):
         pass
@@ -41,7 +41,7 @@ class AbsentGPU:
         return {"max_shared_mem": 166912, "multiprocessor_count": 108, "warpSize": 32}
 
     def get_current_device(self):
-        return self.arch  # Triton keeps what it compiled by device
+        return self.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device):
         return 0
@@ -53,13 +53,13 @@ class AbsentGPU:
         return torch.device("cpu")
 
 
-# A compiled kernel keeps the launcher of the driver that it was first launched with.
+# Cached, as a compiled kernel keeps the launcher of the driver of its first launch.
 _gpu = functools.cache(AbsentGPU)
 
 
 @contextmanager
 def absent_gpu(arch: int) -> Iterator[AbsentGPU]:
-    """Triton's kernels are launched on an absent GPU inside the block."""
+    """A block in which Triton launches kernels on an absent GPU."""
     gpu = _gpu(arch)
     gpu.launches.clear()
     before = driver._active

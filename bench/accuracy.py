@@ -1,7 +1,7 @@
-"""``python -m bench accuracy``: what speed costs in accuracy, on Fashion-MNIST.
+"""``python -m bench accuracy``: the cost of speed in accuracy, on Fashion-MNIST.
 
 Full precision, then plain QAT from its weights. Accuracies are those on the test set after the last
-epoch; learning rates were chosen on the validation split of seed 0. A stopped run goes on.
+epoch; learning rates were chosen on the validation split of seed 0. A stopped run is resumed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from divqat.train import TrainConfig, train
 MEASURED = ("test_accuracy", "validation_accuracy", "seconds", "waiting", "peak_memory")
 
 
-def trained(name: str, seed: int, device: str, threads: int | None, folder: Path) -> Row:
-    """Both trainings of a variant; one in full precision serves all variants that share it."""
+def train_variant(name: str, seed: int, device: str, threads: int | None, folder: Path) -> Row:
+    """Run both trainings of a variant; variants with the same settings share full precision."""
     variant = VARIANTS[name]
-    first = next(other for other, its in VARIANTS.items() if its.fp == variant.fp)
+    first = next(other for other, v in VARIANTS.items() if v.fp == variant.fp)
     fp, qat = (folder / title.replace(", ", "-").replace(" ", "-") / f"seed{seed}" / method
                for title, method in ((first, "fp"), (name, "qat")))  # fmt: skip
     row: Row = {"variant": name, "seed": seed}
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train what was asked for."""
+    """Train the selected variants."""
     device = set_up(args)
     cases = [(v, seed) for v in VARIANTS if matches(v, args.variant) for seed in args.seeds]
     result = measured(
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
         device,
         ("variant", "seed"),
         {case: case for case in cases},
-        lambda case: [trained(*case, device, args.threads, Path(args.runs))],
+        lambda case: [train_variant(*case, device, args.threads, Path(args.runs))],
         text,
     )
     print(tables.accuracy(result))

@@ -1,7 +1,7 @@
-"""Fake-quantization of activations: with a given, an observed and a learned scale.
+"""Fake quantization of activations: with a given, an observed and a learned scale.
 
-Everybody starts with the range -6 to 6 on normal values of deviation 2, so that some are clipped,
-and updates it with the averaging constant 0.01.
+All contenders start with the range -6 to 6, on normal values with standard deviation 2, so that
+some are clipped, and update it with the averaging constant 0.01.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import plain, torch_ao
-from bench.case import DTYPES, LAYOUTS, Case, Contender, Inputs, Plan, need, our_backends
+from bench.case import DTYPES, LAYOUTS, Case, Contender, Inputs, Plan, import_peer, our_backends
 from bench.case import rotations as rotations_for
 from bench.nets import NETWORKS
 from divqat import ops
@@ -30,7 +30,7 @@ OPS = (
     "relu_fake_quantize_observed",
     "fake_quantize_lsq",
 )
-# Bytes per element beside multiples of the dtype's size: (multiple, others) for both directions.
+# Bytes per element for both directions: (multiple of the dtype's size, additional bytes).
 FLOORS = {
     "fake_quantize": (4, 2 / 8),
     "fake_quantize_observed": (5, 2 / 8),  # the range has to be known before the first output
@@ -38,7 +38,7 @@ FLOORS = {
     "fake_quantize_lsq": (5, 0),
 }
 
-# what the check wants to know where the scale is given, and where it is learned
+# facts for the check, with a given scale and with a learned one
 GIVEN = {"scale": STEP, "zero_point": 128}
 LEARNED = {"scale": STEP, "zero_point": 0, "low": -128, "unit": 1.0}
 
@@ -61,7 +61,7 @@ def case(plan: Plan, device: str, rotations: int | None = None) -> Case:
     dtype = DTYPES[plan.dtype]
     n = math.prod(plan.shape)
     generator = torch.Generator().manual_seed(0)
-    # one more tensor than turns: each is the input of one turn and the gradient of the next
+    # one more tensor than turns: each is the input of a turn and the gradient of the previous one
     count = (rotations or rotations_for(n * dtype.itemsize, device)) + 1
     tensors = []
     for _ in range(count):
@@ -122,7 +122,7 @@ def _ours(op: str, device: str, backend: str, mode: str = "exact", saves: float 
     options: Any = {"averaging_constant": AVERAGING, "mode": mode, "relu": op.startswith("relu")}
 
     def facts() -> dict[str, Any]:
-        if mode == "delayed":  # with the range before this batch, which it updates for the next
+        if mode == "delayed":  # quantizes with the range before this batch
             return GIVEN | {"delayed": True}
         return {"scale": scale.item(), "zero_point": zero_point.item()}
 
@@ -171,7 +171,7 @@ def _aten(device: str) -> Contender:
 
 
 def _module(op: str, device: str, name: str) -> Contender:
-    """A module of torch.ao or torchao, with the range that everybody starts with."""
+    """A module of torch.ao or torchao, with the common initial range."""
     module: Any = torch_ao.quantizer(
         name,
         "MovingAverageMinMaxObserver",
@@ -205,10 +205,11 @@ def _learned_peers(device: str) -> dict[str, Make]:
         )
 
     def brevitas() -> Contender:
-        nn_, quant = need("brevitas.nn", "brevitas"), need("brevitas.quant", "brevitas")
-        # its scale is a statistic of the first batches (300 by default), then a parameter
+        layers = import_peer("brevitas.nn", "brevitas")
+        quant = import_peer("brevitas.quant", "brevitas")
+        # its scale is a statistic of the first batches (300 by default), afterwards a parameter
         quantizer = quant.Int8ActPerTensorFloat.let(collect_stats_steps=1)
-        module = nn_.QuantIdentity(act_quant=quantizer).to(device)
+        module = layers.QuantIdentity(act_quant=quantizer).to(device)
         for _ in range(2):
             module(torch.ones(1, device=device))
         (threshold,) = module.parameters()
@@ -226,10 +227,10 @@ def _learned_peers(device: str) -> dict[str, Make]:
 def _check(
     op: str, contender: Contender, inputs: Inputs, outputs: list[Tensor], grads: list[Tensor]
 ) -> None:
-    """Against the definition, in float64, whatever way the contender rounds:
+    """Compare with the definition in float64, for any way of rounding.
 
-    an output is on the grid and at most half a step from its input, or from the end of the range
-    that the input exceeds; a gradient passes inside of the range and is 0 outside.
+    An output is on the grid and at most half a step from its input, or from the end of the range if
+    the input exceeds it; a gradient passes inside the range and is 0 outside.
     """
     facts = contender.facts()
     x, (y,), dx = inputs.leaves[0].detach(), outputs, grads[0]
@@ -254,10 +255,10 @@ def _check(
     if op.startswith("relu"):
         outside |= x < 0
         inside &= x > 0
-    # some multiply by the scale and divide by it again
+    # some contenders multiply by the scale and divide by it again
     same = (dx.double() - grad).abs() <= torch.finfo(x.dtype).eps * grad.abs()
-    assert same[inside].all(), "gradient inside of the range"
-    assert (dx[outside] == 0).all(), "gradient outside of the range"
+    assert same[inside].all(), "gradient inside the range"
+    assert (dx[outside] == 0).all(), "gradient outside the range"
     if op == "fake_quantize_lsq":
         _check_scale_gradient(facts, value, grad, grads[1].item(), torch.finfo(x.dtype).eps)
 
@@ -265,14 +266,14 @@ def _check(
 def _check_scale_gradient(
     facts: dict[str, Any], x: Tensor, grad: Tensor, found: float, eps: float
 ) -> None:
-    """Esser et al. 2020, eq. 3, with the ends of the range before or after rounding: half a step
-    counts as clipped or not. Brevitas computes in bfloat16 where its input is."""
+    """Compare with Esser et al. 2020, eq. 3, clipping before or after rounding: values within half
+    a step of the end may count as clipped or not. Brevitas computes in bfloat16 for such inputs."""
     v = x / facts["scale"]
     wanted = []
     for test in (v, v.round()):
         slope = torch.where((test < -128) | (test > 127), v.clamp(-128, 127), v.round() - v)
         wanted.append((grad * slope).sum().item() * facts["unit"])
-    # a sum of n random terms of deviation 0.6; a few of them lie so near a tie that they differ
+    # a sum of n random terms with standard deviation 0.6; a few near ties may differ
     tolerance = 0.01 * math.sqrt(x.numel()) * facts["unit"]
     relative = max(1e-3, 8 * eps)
     right = any(abs(found - w) <= tolerance + relative * abs(w) for w in wanted)

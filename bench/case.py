@@ -1,4 +1,4 @@
-"""What a benchmark consists of: cases, and the contenders that compete in each."""
+"""Cases of a benchmark, and the contenders of each case."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 class Absent(Exception):
-    """A contender that cannot take part here, and why."""
+    """A contender is not available here; the message says why."""
 
 
-def need(module: str, package: str) -> Any:
+def import_peer(module: str, package: str) -> Any:
     """Import a module that only the comparison needs.
 
     Raises:
@@ -37,12 +37,12 @@ def need(module: str, package: str) -> Any:
 
 @dataclass(frozen=True)
 class Plan:
-    """Names a case before its memory is allocated.
+    """The name of a case, before its memory is allocated.
 
     Attributes:
         op: the op of ``divqat.ops`` and its variant.
-        on: what it works on: a network's layer, or a shape.
-        shape: that of the input; empty where there are many.
+        on: its input: a layer of a network, or a shape.
+        shape: of the input; empty if there are several inputs.
         dtype, layout: keys of :data:`DTYPES` and :data:`LAYOUTS`.
     """
 
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What identifies a case among rows."""
+        """The columns that identify a case among rows."""
         return self.op, self.on, self.dtype, self.layout
 
     def __str__(self) -> str:
@@ -62,20 +62,20 @@ class Plan:
 
 
 def serving(backend: str | None) -> AbstractContextManager[None]:
-    """A block in which the divqat backend serves; None: whichever does."""
+    """A block with this divqat backend; None: with the current one."""
     return nullcontext() if backend is None else ops.backend(backend)
 
 
 @dataclass
 class Contender:
-    """One way of computing what a case asks for, as its users call it.
+    """One implementation of a case, called as its users call it.
 
     Attributes:
-        forward: maps the case's arguments to the output, differentiable.
-        parameters: trained by it beside the case's own inputs; gradients are asked for.
-        backend: the divqat backend that serves while it runs, if it is one of ours.
-        facts: what the check of the case wants to know (scale, zero point ...), after a call.
-        saves: bytes of the case's floor that this contender need not move.
+        forward: a differentiable function from the case's arguments to the output.
+        parameters: further tensors whose gradients are computed.
+        backend: the divqat backend, for our own contenders.
+        facts: after a call, values for the check of the case (scale, zero point ...).
+        saves: bytes of the case's minimum that this contender does not have to move.
     """
 
     forward: Callable[..., Any]
@@ -91,10 +91,10 @@ class Contender:
 
 @dataclass
 class Inputs:
-    """Arguments of one call; several of them take turns, so that caches are cold."""
+    """Arguments of one call; several sets take turns, so that caches are cold."""
 
     args: tuple[Any, ...]
-    leaves: list[Tensor]  # those of the arguments that gradients are asked for
+    leaves: list[Tensor]  # the arguments whose gradients are computed
     grads: list[Tensor] | None  # of the outputs; None for a scalar output
 
 
@@ -103,13 +103,13 @@ class Case:
     """A row of the report: contenders that must agree with an independent reference.
 
     Attributes:
-        plan: what it is.
-        inputs: several, that take turns; together they exceed the last-level cache.
-        bytes: memory that the computation has to move at least: reads and writes.
-        copied: the tensors whose copy is the yardstick, per entry of ``inputs``.
-        contenders: name → makes it, or raises :class:`Absent`.
-        check: raises AssertionError for outputs and gradients that are wrong.
-        inputs_live_on: the inputs are parameters: keeping them for the backward costs nothing.
+        plan: its name.
+        inputs: several sets that take turns; together they exceed the last-level cache.
+        bytes: minimum number of bytes that the computation has to read and write.
+        copied: the tensors that the reference copy copies, per entry of ``inputs``.
+        contenders: name → function that creates it, or raises :class:`Absent`.
+        check: raises AssertionError if outputs or gradients are wrong.
+        inputs_live_on: the inputs are parameters: saving them for the backward costs nothing.
     """
 
     plan: Plan
@@ -121,7 +121,7 @@ class Case:
     inputs_live_on: bool = False
 
     def run(self, contender: Contender, i: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Forward and backward on the ``i``-th inputs, in turn."""
+        """Run forward and backward on the ``i``-th inputs, modulo their number."""
         inputs = self.inputs[i % len(self.inputs)]
         out = contender.forward(*inputs.args)
         outputs = [out] if isinstance(out, Tensor) else list(out)
@@ -130,7 +130,7 @@ class Case:
 
 
 def last_level_cache(device: str) -> int:
-    """Bytes of the largest cache of the device; 32 MB where that is unknown."""
+    """Bytes of the largest cache of the device; 32 MB if unknown."""
     if device == "cuda":
         return torch.cuda.get_device_properties("cuda").L2_cache_size
     try:
@@ -141,12 +141,12 @@ def last_level_cache(device: str) -> int:
 
 
 def rotations(nbytes: float, device: str) -> int:
-    """How many inputs of ``nbytes`` take turns: enough to fill the cache twice, at least two."""
+    """The number of inputs of ``nbytes`` that fill the cache twice, at least two."""
     return max(2, int(2 * last_level_cache(device) // max(1, nbytes)) + 1)
 
 
 def our_backends(device: str) -> dict[str, Callable[[], str]]:
-    """``divqat <backend>`` → the backend's name, or :class:`Absent` with the reason."""
+    """``divqat <backend>`` → function that returns its name, or raises :class:`Absent`."""
 
     def present(backend: str) -> str:
         if reason := missing(backend, device):

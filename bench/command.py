@@ -1,4 +1,4 @@
-"""What the commands share: options, results that a stopped run goes on with, CSV."""
+"""Common parts of the commands: options, resumable results, CSV."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from divqat._util.progress import progress
 
 T = TypeVar("T")
 Row = dict[str, Any]
-DIGITS = 6  # five would change some of the three that the tables show
+DIGITS = 6  # with five, rounding twice would change some of the three digits in the tables
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, seconds: float | None) -> None:
-    """Device, threads, time, files; ``seconds`` is None where no time is to be chosen."""
+    """Add options for device, threads, time and files; ``seconds`` is None for commands without a
+    time per case."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.set_defaults(seconds=None, csv=None)
     if seconds is not None:
         parser.add_argument("--seconds", type=float, default=seconds, help="per contender and case")
-    parser.add_argument("--minutes", type=float, help="start no further case after so many")
-    parser.add_argument("--json", help="write the result here; a run that was stopped goes on")
+    parser.add_argument("--minutes", type=float, help="start no case after this many minutes")
+    parser.add_argument("--json", help="write the result here; resumes a stopped run")
     if seconds is not None:
         parser.add_argument("--csv", help="write the rows here")
         parser.add_argument("--plot", help="draw the rows here (.png, .svg, .pdf)")
 
 
 def set_up(args: argparse.Namespace) -> str:
-    """Set the threads; the device.
+    """Set the number of threads; returns the device.
 
     Raises:
-        SystemExit: there is no such device, or a number makes no sense.
+        SystemExit: there is no such device, or a number is not positive.
     """
     for name in ("threads", "seconds", "minutes"):
         value = getattr(args, name, None)
@@ -56,8 +57,8 @@ def set_up(args: argparse.Namespace) -> str:
 
 
 def matches(name: str, parts: list[str] | None) -> bool:
-    """Whether the name contains one of the parts, or is what one says after its "="; nothing asked
-    for is everything."""
+    """Whether the name contains one of the parts, or equals one that starts with "="; None matches
+    everything."""
     if parts is None:
         return True
     name, parts = name.lower(), [part.lower() for part in parts]
@@ -65,7 +66,7 @@ def matches(name: str, parts: list[str] | None) -> bool:
 
 
 def status(row: Row) -> str:
-    """``timed``, or why there is no time: ``absent``, ``fails`` or ``wrong``."""
+    """``timed``, or the reason why there is no time: ``absent``, ``fails`` or ``wrong``."""
     return next((name for name in ("absent", "fails", "wrong") if name in row), "timed")
 
 
@@ -82,12 +83,15 @@ def measured(
     measure: Callable[[T], list[Row]],
     summary: Callable[[list[Row]], str],
 ) -> dict[str, Any]:
-    """Measure case by case; the file is whole after each.
+    """Measure case by case; the file is complete after each.
 
     Args:
+        args: the options.
+        device: ``cpu`` or ``cuda``.
         key: columns whose values identify a case among rows.
-        cases: those values → case.
-        measure: makes the rows of a case. summary: shows them on the terminal.
+        cases: values of these columns → case.
+        measure: creates the rows of a case.
+        summary: formats them for the terminal.
     """
     start = time.perf_counter()
     result = _begin(args, device)
@@ -95,8 +99,8 @@ def measured(
     todo = {names: case for names, case in cases.items() if names not in done}
     for names, case in progress(todo.items(), f"bench {args.bench}", total=len(todo), unit="case"):
         if args.minutes and time.perf_counter() - start > 60 * args.minutes:
-            what = ", ".join(str(name) for name in names)
-            print(f"not measured, {args.minutes:g} minutes are over: {what}", file=sys.stderr)
+            label = ", ".join(str(name) for name in names)
+            print(f"not measured after {args.minutes:g} minutes: {label}", file=sys.stderr)
             continue
         rows = rounded(measure(case))
         result["rows"] += rows
@@ -109,7 +113,7 @@ def measured(
 
 
 def rounded(value: Any) -> Any:
-    """``value`` with ``DIGITS`` significant digits in every float that is no whole number."""
+    """``value`` with ``DIGITS`` significant digits in every float that is not a whole number."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -120,10 +124,10 @@ def rounded(value: Any) -> Any:
 
 
 def _begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """A new result, or the one in the file if it was begun in the same way.
+    """A new result, or that in the file if it was started under the same conditions.
 
     Raises:
-        SystemExit: the file holds another run.
+        SystemExit: the file has a run under other conditions.
     """
     result = environment(shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
     result |= {"bench": args.bench, "device": device, "seconds": args.seconds, "rows": []}
@@ -134,7 +138,7 @@ def _begin(args: argparse.Namespace, device: str) -> dict[str, Any]:
     differing = [name for name in same if before.get(name) != result[name]]
     if differing:
         raise SystemExit(
-            f"bench: {args.json} holds a run with other {', '.join(differing)}; name another file, "
+            f"bench: {args.json} has a run with other {', '.join(differing)}; name another file, "
             "or remove it"
         )
     return before

@@ -1,7 +1,7 @@
 """``python -m bench compare``: two results of the same command, row by row.
 
-A row is faster or slower only where the middle 60 % of both runs' times (p20 to p80) do not
-overlap; the rest is noise.
+A row is faster or slower only if the middle 60 % of the times of both runs (p20 to p80) do not
+overlap; other differences are noise.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ KEYS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench compare``."""
     parser.add_argument("before", help="a result written by --json")
-    parser.add_argument("after", help="another")
-    parser.add_argument("--all", action="store_true", help="print what is the same, too")
+    parser.add_argument("after", help="another result")
+    parser.add_argument("--all", action="store_true", help="also print rows without a difference")
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the comparison.
 
     Raises:
-        SystemExit: the files cannot be read, or hold results of different commands.
+        SystemExit: the files cannot be read, or have results of different commands.
     """
     results = []
     for file in (args.before, args.after):
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
             result = read_json(file)
             KEYS[result["bench"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"bench compare: {file} is no result: {error}") from error
+            raise SystemExit(f"bench compare: {file} is not a result: {error}") from error
         results.append(result)
     before, after = results
     if before["bench"] != after["bench"]:
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def compared(before: dict[str, Any], after: dict[str, Any], everything: bool = False) -> str:
-    """What differs, as text: surroundings, then rows, then a summary per contender."""
+    """The differences as text: conditions, then rows, then a summary per contender."""
     lines = [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in (*SAME, "device", "seconds")

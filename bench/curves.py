@@ -1,4 +1,4 @@
-"""What is swept over, and the curves that come of it."""
+"""The sweeps of ``python -m bench scale``, and their curves."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ SWEEPS: dict[str, tuple[str, list[int], list[int]]] = {
 def curves(
     rows: list[dict[str, Any]], sweep: str, value: str = "milliseconds"
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Contender → (sizes, values) of what was measured: median milliseconds, or a number."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    """Contender → (sizes, values): median milliseconds, or another column."""
+    by_contender: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         if row["sweep"] != sweep or "milliseconds" not in row:
             continue
         y = row["milliseconds"]["median"] if value == "milliseconds" else row[value]
-        xs, ys = found.setdefault(row["contender"], ([], []))
+        xs, ys = by_contender.setdefault(row["contender"], ([], []))
         xs.append(row["size"])
         ys.append(y)
-    return found
+    return by_contender
 
 
 def exponent(x: list[float], y: list[float]) -> tuple[float, float | None]:
     """k of y ∝ x^k by least squares on the upper half of the sizes, and its standard error.
 
-    The error is None where there are fewer than three points, as they fit any line.
+    The error is None for fewer than three points, which always fit a line.
     """
     order = np.argsort(x)
     first = min(len(x) // 2, max(0, len(x) - 3))

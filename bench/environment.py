@@ -1,4 +1,4 @@
-"""What a result needs to be made again."""
+"""The environment of a result, for reproduction."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from divqat._util.devices import hardware, versions
 from divqat.ops import native_kernels
 
-PEERS = ("torchao", "brevitas", "liger-kernel")  # compared with, never needed
+PEERS = ("torchao", "brevitas", "liger-kernel")  # for comparison only, not required
 SAME = ("commit", "hardware", "system", "threads", "versions", "native_kernels", "gpu")
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Command, commit, versions, hardware, date; ``gpu`` is null where there is none."""
+    """Command, commit, versions, hardware, date; ``gpu`` is None if there is none."""
     root = Path(__file__).parent.parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import plain
-from bench.case import DTYPES, Absent, Case, Contender, Inputs, Plan, need, our_backends
+from bench.case import DTYPES, Absent, Case, Contender, Inputs, Plan, import_peer, our_backends
 from bench.case import rotations as rotations_for
 from divqat import ops
 
@@ -39,7 +39,7 @@ def case(plan: Plan, device: str, rotations: int | None = None) -> Case:
     generator = torch.Generator().manual_seed(0)
     nbytes = n * c * dtype.itemsize
     sets, copied = [], []
-    # logits and the teacher's are both read: half as many turns fill the cache
+    # both the student's and the teacher's logits are read: half as many turns fill the cache
     for _ in range(rotations or rotations_for(2 * nbytes, device)):
         logits, teacher = (
             torch.randn(n, c, generator=generator).mul_(3).to(device, dtype) for _ in range(2)
@@ -78,8 +78,8 @@ def _contenders(device: str) -> dict[str, Callable[[], Contender]]:
 
 
 def _liger(device: str) -> Contender:
-    """Both terms as it has them: cross-entropy from logits, KL(q‖p) from log-probabilities."""
-    kernels: Any = need("liger_kernel.transformers", "liger-kernel")
+    """Liger's kernels for both terms: cross-entropy from logits, KL(q‖p) from log-probabilities."""
+    kernels: Any = import_peer("liger_kernel.transformers", "liger-kernel")
     if device != "cuda":
         raise Absent("its kernels are Triton's, for GPUs")
     cross_entropy = kernels.LigerCrossEntropyLoss()
@@ -88,7 +88,7 @@ def _liger(device: str) -> Contender:
     def forward(logits: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         log_q = F.log_softmax(logits.float() / TEMPERATURE, 1)
         log_p = F.log_softmax(teacher.float() / TEMPERATURE, 1)
-        # its cross-entropy writes the gradient over the logits, which the divergence needs
+        # its cross-entropy overwrites the logits, which the divergence needs, with the gradient
         value = cross_entropy(logits.clone(), target)
         return value - WEIGHT * TEMPERATURE**2 * divergence(log_q, log_p)
 
@@ -98,7 +98,7 @@ def _liger(device: str) -> Contender:
 def _check(
     contender: Contender, inputs: Inputs, outputs: list[Tensor], grads: list[Tensor]
 ) -> None:
-    """Against the textbook formula, in float64."""
+    """Compare with the textbook formula in float64."""
     logits, teacher, target = inputs.args
     z = logits.detach().double().requires_grad_()
     p = torch.softmax(teacher.double() / TEMPERATURE, 1)
@@ -110,7 +110,7 @@ def _check(
     value, gradient = outputs[0].double(), grads[0].double()
     assert gradient.shape == z.shape and grads[0].dtype == logits.dtype
     assert math.isclose(value.item(), wanted.item(), rel_tol=1e-5, abs_tol=1e-5), f"{value}"
-    # one rounding to the logits' dtype, and float32 inside
+    # computed in float32, with one rounding to the logits' dtype
     tolerance = torch.finfo(logits.dtype).eps * slope.abs() + 1e-6 / len(z)
     error = (gradient - slope).abs()
     assert (error <= tolerance + 1e-4 * slope.abs()).all(), f"gradient off by {error.max()}"

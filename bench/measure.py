@@ -1,4 +1,4 @@
-"""What one call costs: time, launches, host reads, memory. Contenders take turns."""
+"""Costs of one call: time, launches, host syncs, memory. Contenders take turns."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ CALLS_PER_TURN = 8  # on CUDA, where the host runs ahead within a turn
 
 
 def settle_allocator() -> None:
-    """Let glibc keep freed memory of up to 64 MB instead of handing it back to the system.
+    """Let glibc keep freed memory of up to 64 MB instead of returning it to the system.
 
-    It adapts to the largest block freed so far, up to 32 MB; a training process has long freed one.
-    Without this the first sizes measured would pay for fresh pages that the later ones do not.
+    Its threshold follows the largest block freed so far, up to 32 MB; a training process has freed
+    one early on. Without this call the first measured sizes would pay for new pages, and later ones
+    would not.
     """
-    del_me = torch.ones(31 * 2**18)
-    del del_me
+    block = torch.ones(31 * 2**18)
+    del block
 
 
 @dataclass
@@ -32,8 +33,8 @@ class Runner:
     """A contender that is ready.
 
     Attributes:
-        call: makes the ``i``-th call; ``i`` counts up, for inputs that take turns.
-        serving: a block in which its calls are made; entering it is not timed.
+        call: performs the ``i``-th call; ``i`` selects inputs that take turns.
+        serving: a context for its calls; entering it is not timed.
     """
 
     call: Callable[[int], object]
@@ -50,11 +51,15 @@ def interleaved(
     """Let the contenders take turns, A B C C B A …, for about ``seconds`` each.
 
     Args:
-        rounds: at least so many turns each.
+        runners: the contenders by name.
+        device: ``cpu`` or ``cuda``.
+        seconds: time per contender.
+        warmup: calls before the measurement.
+        rounds: minimum number of turns each.
 
     Returns:
         For each name ``median``, ``p20`` and ``p80`` in milliseconds, and the number of ``rounds``.
-        On CUDA the time is that on the device between events; the host runs ahead, unless the
+        On CUDA it is the time between events on the device; the host runs ahead, unless the
         contender makes it wait.
     """
     turn = _cuda_turn if device == "cuda" else _cpu_turn
@@ -103,7 +108,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def enqueue_microseconds(runner: Runner, calls: int = 20) -> float:
-    """Median time that a call holds the host up on CUDA, from an empty queue."""
+    """Median host time of a call on CUDA, starting from an empty queue."""
     times = []
     with runner.serving():
         for i in range(calls):
@@ -115,14 +120,14 @@ def enqueue_microseconds(runner: Runner, calls: int = 20) -> float:
 
 
 def costs(runner: Runner, device: str) -> dict[str, float | None]:
-    """What the profiler sees of one call.
+    """Costs of one call according to the profiler.
 
     Returns:
-        ``launches``: kernels, copies and fills on the device (null on the CPU).
+        ``launches``: kernels, copies and fills on the device (None on the CPU).
         ``operators``: PyTorch operators that the host dispatches; a compiled graph counts as one.
-        ``syncs``: how often the host waits for the device; on the CPU, how often it reads a
-        tensor's value (which is where it would wait).
-        ``extra_bytes``: the most memory in use beyond what was in use before.
+        ``syncs``: number of times that the host waits for the device; on the CPU, that it reads a
+        tensor's value (where it would wait on a GPU).
+        ``extra_bytes``: peak memory minus the memory in use before.
     """
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
@@ -134,7 +139,7 @@ def costs(runner: Runner, device: str) -> dict[str, float | None]:
     with runner.serving(), profile(activities=activities, profile_memory=memory) as profiler:
         kept = runner.call(0)
     del kept
-    # The raw events: building the tree of profiler.events() takes minutes for a large model.
+    # Raw events: for a large model, building the tree of profiler.events() takes minutes.
     events = profiler.profiler.kineto_results.events()
     result: dict[str, float | None] = {"operators": _outermost_operators(events)}
     if device == "cuda":
@@ -155,7 +160,7 @@ def costs(runner: Runner, device: str) -> dict[str, float | None]:
 
 
 def _outermost_operators(events: list[Any]) -> int:
-    """Operators, and calls of compiled graphs, that no other one called."""
+    """The number of operators and compiled graphs that are not called by another one."""
     spans = sorted(
         (e.start_thread_id(), e.start_ns(), -e.end_ns())
         for e in events
@@ -184,13 +189,14 @@ def _peak(events: list[Any]) -> int:
 
 
 def saved_bytes(forward: Callable[[], object], alive: list[Tensor]) -> int:
-    """Memory that a forward keeps for the backward by ``save_for_backward``, each storage once.
+    """Bytes that a forward saves by ``save_for_backward``, counting each storage once.
 
-    What an ``autograd.Function`` holds as an attribute does not pass the hooks: the gradient that
-    ``divergence_loss`` computes in its forward is counted in ``extra_bytes`` only.
+    Attributes of an ``autograd.Function`` do not pass the hooks: the gradient that
+    ``divergence_loss`` computes in its forward is only part of ``extra_bytes``.
 
     Args:
-        alive: tensors that are kept anyway, which do not count.
+        forward: the call.
+        alive: tensors that exist anyway and do not count.
     """
     storages: dict[int, int] = {}
 
@@ -200,7 +206,7 @@ def saved_bytes(forward: Callable[[], object], alive: list[Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # kept while counting: a freed storage's address could come again
+        kept = forward()  # kept while counting: the address of a freed storage could be reused
     for tensor in alive:
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     del kept

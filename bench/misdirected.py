@@ -1,4 +1,4 @@
-"""What a misdirection adds to a training step: proxies of a thief's images, and their loss."""
+"""The part of misdirection in a training step: proxies of an attacker's queries, and their loss."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from divqat.train.proxies import Proxies, fitted_misdirection
 
 
 class Misdirected:
-    """As ``divqat train --accuracy-budget`` has it by default.
+    """Misdirection with the defaults of ``divqat train --accuracy-budget``.
 
     Args:
-        x: training images, float32 [N, C, H, W]; values outside of -1 to 1 are clipped.
-        target: int64 [N]. classes: how many there are.
+        x: training images, float32 [N, C, H, W]; values outside [-1, 1] are clipped.
+        target: int64 [N].
+        classes: number of classes.
     """
 
     def __init__(self, x: Tensor, target: Tensor, classes: int) -> None:
-        self.x, self.target = x.clamp(-1, 1).contiguous(), target  # as a training loads them
+        self.x, self.target = x.clamp(-1, 1).contiguous(), target  # as loaded in a training
         config = TrainConfig(method="divqat", teacher="-", accuracy_budget=0.5)
         images = ImageSet(to_uint8(self.x), target)
         self.weight, self.count = float(config.misdirect or 0), config.proxy_count(len(x))
@@ -34,7 +35,7 @@ class Misdirected:
         return drawn.contiguous(memory_format=torch.channels_last)
 
     def loss(self, logits: Tensor, proxies: Tensor) -> Tensor:
-        """w · mean CE, []; of the model's logits [M, classes] for ``proxies``."""
+        """w · mean CE, [], of the model's logits [M, classes] for ``proxies``."""
         return (
             self.weight * self.misdirection.targets.terms(logits, None, proxies).loss / len(proxies)
         )

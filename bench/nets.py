@@ -1,4 +1,4 @@
-"""The networks that give the benchmarks their shapes: two at 224 px beside divqat's ResNet-20."""
+"""The networks whose shapes are measured: divqat's ResNet-20, and two for images of 224 px."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from divqat.models.mobilenetv2_small import InvertedResidual
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which strides) and 1x1 convolution beside a shortcut."""
+    """1x1, 3x3 (with the stride) and 1x1 convolution, and a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def _classifier(channels: int, classes: int) -> nn.Sequential:
 
 
 def resnet50(classes: int = 1000) -> nn.Module:
-    """ResNet-50 (He et al. 2016, table 1), striding in the 3x3 convolutions (v1.5)."""
+    """ResNet-50 (He et al. 2016, table 1), with the stride in the 3x3 convolutions (v1.5)."""
     stem = conv_bn(3, 64, 7, stride=2, activation=nn.ReLU())
     layers: list[nn.Module] = [stem, nn.MaxPool2d(3, 2, 1)]
     inputs = 64
@@ -68,15 +68,15 @@ def mobilenetv2(classes: int = 1000) -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """A network at the size of its data set.
+    """A network and the size of its data.
 
     Attributes:
-        build: makes it, with random weights.
+        build: creates it with random weights.
         size: height and width of its images.
         classes: number of logits.
-        batch: device → images per step where activations are measured.
-        batches: device → images per step where training steps are.
-        activations: [C, H, W] of outputs of its activations: an early, a middle and a late one.
+        batch: device → batch size for measurements of activations.
+        batches: device → batch sizes for measurements of training steps.
+        activations: [C, H, W] of an early, a middle and a late activation.
     """
 
     build: Callable[[], nn.Module]

@@ -1,6 +1,6 @@
-"""The same computations in pure PyTorch, as one would write them to be compiled: the opponent
-that costs nothing to adopt. Straight-through by a detached difference, float32 inside, no host
-reads, so that ``torch.compile(fullgraph=True)`` takes them whole."""
+"""The same computations in pure PyTorch, written for a compiler: the simplest alternative to
+divqat's kernels. Straight-through by a detached difference, computed in float32, without host
+syncs, so that ``torch.compile(fullgraph=True)`` compiles them as a whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bench.case import Absent
 
-# name → options of torch.compile, and whether only CUDA has it
+# name → options of torch.compile, and whether they are for CUDA only
 COMPILED: dict[str, tuple[dict[str, Any], bool]] = {
     "torch.compile": ({}, False),
     "torch.compile, cooperative_reductions": (
@@ -25,14 +25,14 @@ COMPILED: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def compiled(function: Callable[..., Any], name: str, device: str) -> Callable[..., Any]:
-    """``function`` compiled without graph breaks for its very shapes.
+    """``function`` compiled without graph breaks, for static shapes.
 
     Raises:
-        Absent: this way of compiling is for CUDA only.
+        Absent: these options are for CUDA only.
     """
     options, cuda_only = COMPILED[name]
     if cuda_only and device != "cuda":
-        raise Absent("this option changes nothing on the CPU, where Inductor writes C++")
+        raise Absent("this option has no effect on the CPU, where Inductor generates C++")
     run = torch.compile(function, fullgraph=True, dynamic=False, **options)
     if options.get("mode") != "reduce-overhead":
         return run
@@ -47,14 +47,14 @@ def compiled(function: Callable[..., Any], name: str, device: str) -> Callable[.
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     """Codes from ``low`` to ``high``; the gradient is 0 where ``x`` is clipped."""
     value = x.float()
-    least, most = (low - zero_point) * scale, (high - zero_point) * scale
-    inside = value.clamp(least, most)
+    smallest, largest = (low - zero_point) * scale, (high - zero_point) * scale
+    inside = value.clamp(smallest, largest)
     codes = ((value / scale).round() + zero_point).clamp(low, high)
     return (inside + ((codes - zero_point) * scale - inside).detach()).to(x.dtype)
 
 
 class Observed(nn.Module):
-    """Fake-quantization with a moving-average range, after ReLU if asked."""
+    """Fake quantization with a moving-average range, optionally after ReLU."""
 
     def __init__(self, low: float, high: float, averaging_constant: float, relu: bool) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ class Observed(nn.Module):
 
 
 def learned(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """LSQ on a symmetric grid: the gradient of the scale is autograd's."""
+    """LSQ on a symmetric grid; autograd computes the gradient of the scale."""
     value = x.float() / scale
     clipped = value.clamp(low, high)
     return ((clipped + (clipped.round() - clipped).detach()) * scale).to(x.dtype)
 
 
 def weights(*tensors: Tensor) -> list[Tensor]:
-    """Each weight per output channel, codes from -127 to 127; nothing is clipped."""
+    """Each weight quantized per output channel, codes from -127 to 127; nothing is clipped."""
     outputs = []
     for w in tensors:
         value = w.detach()

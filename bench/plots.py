@@ -1,4 +1,4 @@
-"""Pictures of results. matplotlib is imported when the first one is drawn."""
+"""Plots of results. matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _style(i: int, name: str) -> dict[str, Any]:
 
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
-    """The contenders that were timed, copies last."""
+    """The timed contenders, with the copy last."""
     names = dict.fromkeys(row["contender"] for row in rows if "milliseconds" in row)
     return sorted(names, key=lambda name: name == COPY)
 
@@ -66,8 +66,8 @@ def plot_rows(result: dict[str, Any], path: str) -> Path:
                     axis.plot(xs, ys, dashes, label=label, linewidth=1, **_style(i, name))
         axis.set_xscale("log", base=2)
         axis.set(yscale="log", title=op)
-        axis.set_xlabel("memory to move (MB)")
-        axis.set_ylabel("of it per second (GB/s)")
+        axis.set_xlabel("memory traffic (MB)")
+        axis.set_ylabel("bandwidth (GB/s)")
     handles = {}
     for axis in axes.flat:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -80,26 +80,26 @@ def plot_rows(result: dict[str, Any], path: str) -> Path:
 
 
 def plot_steps(result: dict[str, Any], path: str) -> Path:
-    """What a training step costs over the float step, a panel per network and batch."""
+    """Time of a training step relative to the float step, with a panel per network and batch."""
     rows = [row for row in result["rows"] if "milliseconds" in row]
     cases = list(dict.fromkeys((r["network"], r["batch"], r["dtype"]) for r in rows))
     figure, axes = _figure(1, len(cases), (5.2, 5.0))
     for axis, case in zip(axes.flat, cases, strict=True):
-        mine = [r for r in rows if (r["network"], r["batch"], r["dtype"]) == case]
-        mine.reverse()  # the first on top
-        colors = [COLORS[0] if r["contender"].startswith("divqat") else "#909090" for r in mine]
-        labels = [f"{r['contender']}, {r['mode']}" for r in mine]
-        axis.barh(labels, [r["over_float"] for r in mine], color=colors)
+        bars = [r for r in rows if (r["network"], r["batch"], r["dtype"]) == case]
+        bars.reverse()  # the first on top
+        colors = [COLORS[0] if r["contender"].startswith("divqat") else "#909090" for r in bars]
+        labels = [f"{r['contender']}, {r['mode']}" for r in bars]
+        axis.barh(labels, [r["over_float"] for r in bars], color=colors)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.tick_params(axis="y", labelsize=7)
         axis.set_title(f"{case[0]}, batch {case[1]}, {case[2]}")
-        axis.set_xlabel("time of a step over eager float training")
+        axis.set_xlabel("time of a step relative to eager float training")
     figure.suptitle(f"{result['hardware']}, {result['date']}", fontsize=10)
     return _save(figure, path)
 
 
 def plot_scaling(result: dict[str, Any], path: str) -> Path:
-    """Time above, memory below, against each size."""
+    """Time (top row) and memory (bottom row) against each size."""
     rows = result["rows"]
     sweeps = [sweep for sweep in SWEEPS if curves(rows, sweep)]
     names = _names(rows)

@@ -1,4 +1,4 @@
-"""A float model made ready for quantization-aware training by each opponent, as its users do it."""
+"""A float model prepared for quantization-aware training by each library, as its users do it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import divqat
 from bench import plain
-from bench.case import need
+from bench.case import import_peer
 from divqat.nn import FakeQuantize
 from divqat.nn._layer import QuantLayer
 
@@ -27,12 +27,12 @@ def ours(mode: str = "exact") -> Prepare:
 
 
 def one_by_one(model: nn.Module, x: Tensor) -> nn.Module:
-    """The same without its groups of weights: every layer quantizes its own."""
+    """The same without grouped weights: every layer quantizes its own weight."""
     return divqat.quantize.ungroup_weights(divqat.prepare(model, "x86", x))
 
 
 def pure_pytorch(model: nn.Module, x: Tensor) -> nn.Module:
-    """Our placement of the fake-quantizers, with those of ``plain.py`` in their places."""
+    """Our placement of fake-quantizers, with the implementations of ``plain.py``."""
     prepared = one_by_one(model, x)
     for name, module in list(prepared.named_modules()):
         if isinstance(module, FakeQuantize):
@@ -53,9 +53,9 @@ def torch_ao(fused: bool) -> Prepare:
     def prepare(model: nn.Module, x: Tensor) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.ao.quantization is being removed from PyTorch
-            ao = need("torch.ao.quantization", "torch.ao")
-            fx = need("torch.ao.quantization.quantize_fx", "torch.ao")
-            # version 1 is the one with fused observers, 0 has FakeQuantize
+            ao = import_peer("torch.ao.quantization", "torch.ao")
+            fx = import_peer("torch.ao.quantization.quantize_fx", "torch.ao")
+            # version 1 has fused observers, version 0 has FakeQuantize
             mapping = ao.get_default_qat_qconfig_mapping("x86", version=int(fused))
             return fx.prepare_qat_fx(copy.deepcopy(model).train(), mapping, (x,))
 
@@ -65,22 +65,22 @@ def torch_ao(fused: bool) -> Prepare:
 def pt2e(model: nn.Module, x: Tensor) -> nn.Module:
     """torchao's export-based quantization, with its quantizer for x86."""
     package = "torchao.quantization.pt2e"
-    api: Any = need(f"{package}.quantize_pt2e", "torchao")
-    x86: Any = need(f"{package}.quantizer.x86_inductor_quantizer", "torchao")
+    api: Any = import_peer(f"{package}.quantize_pt2e", "torchao")
+    x86: Any = import_peer(f"{package}.quantizer.x86_inductor_quantizer", "torchao")
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
     exported = torch.export.export(copy.deepcopy(model).train(), (x,)).module()
     prepared = api.prepare_qat_pt2e(exported, quantizer)
-    need(package, "torchao").move_exported_model_to_train(prepared)
+    import_peer(package, "torchao").move_exported_model_to_train(prepared)
     prepared.train = lambda mode=True: prepared  # type: ignore[method-assign] # an exported model has none
     return prepared
 
 
 def brevitas(model: nn.Module, x: Tensor) -> nn.Module:
-    """Layers swapped one by one: int8 inputs with a learned scale, weights per channel."""
-    layers: Any = need("brevitas.nn", "brevitas")
-    quant: Any = need("brevitas.quant", "brevitas")
-    swap: Any = need("brevitas.graph.quantize", "brevitas").layerwise_quantize
+    """Layerwise swap: int8 inputs with a learned scale, weights per channel."""
+    layers: Any = import_peer("brevitas.nn", "brevitas")
+    quant: Any = import_peer("brevitas.quant", "brevitas")
+    swap: Any = import_peer("brevitas.graph.quantize", "brevitas").layerwise_quantize
     options = {
         "input_quant": quant.Int8ActPerTensorFloat.let(collect_stats_steps=1),
         "weight_quant": quant.Int8WeightPerChannelFloat,
@@ -94,6 +94,6 @@ def brevitas(model: nn.Module, x: Tensor) -> nn.Module:
             nn.Linear: (layers.QuantLinear, options),
         },
     ).train()
-    for _ in range(2):  # the first batch sets the scales, from then on they are parameters
+    for _ in range(2):  # the first batch sets the scales, which are parameters from then on
         swapped(x)
     return swapped

@@ -1,7 +1,7 @@
 """``python -m bench readme``: the tables of docs/performance.md from the committed results.
 
-A block of it between ``<!-- bench NAME -->`` and ``<!-- /bench -->`` is filled from
-``bench/results/FILE.json``; ``bench/results/README.md`` gets the rest. No number is typed.
+Each block between ``<!-- bench NAME -->`` and ``<!-- /bench -->`` is generated from
+``bench/results/FILE.json``; ``bench/results/README.md`` gets all rows. No number is typed by hand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DETAILS = {"cpu-ops": "CPU", "cuda-ops": "GPU"}
 
 
 def block(name: str, results: Path = RESULTS) -> str:
-    """What stands between the marks."""
+    """The text between the marks."""
     file, table = BLOCKS[name]
     if not (results / file).is_file():
         return "Not measured."
@@ -51,14 +51,14 @@ def filled(text: str, results: Path = RESULTS) -> str:
     """The text with its blocks filled.
 
     Raises:
-        KeyError: it has a block that is not known.
+        KeyError: it has an unknown block.
     """
     mark = re.compile(r"(<!-- bench (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
     return mark.sub(lambda m: f"{m[1]}{block(m[2], results)}\n{m[3]}", text)
 
 
 def details(results: Path = RESULTS) -> str:
-    """All rows: median times, and what does not depend on the machine."""
+    """The page of all rows: median times, and costs that do not depend on the machine."""
     parts = [
         "# All rows\n\nWritten by `python -m bench readme`. `--on` picks one shape: "
         "`python -m bench run --op fake_quantize --on 'ResNet-50 [8, 64' --dtype bfloat16`."
@@ -82,7 +82,7 @@ def details(results: Path = RESULTS) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench readme``."""
-    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
+    parser.add_argument("--check", action="store_true", help="only check that they are up to date")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -91,11 +91,11 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: with ``--check``, a file is out of date.
     """
-    wanted = {
+    pages = {
         PAGE: filled(PAGE.read_text(encoding="utf-8")),
         RESULTS / "README.md": details(),
     }
-    for file, text in wanted.items():
+    for file, text in pages.items():
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             continue
         if args.check:

@@ -1,7 +1,7 @@
-"""``python -m bench run``: every op beside its opponents, checked, then timed.
+"""``python -m bench run``: every op and its alternatives, checked, then timed.
 
-A contender is first compared with an independent reference; one that is wrong, or fails, gets no
-time. What is absent is listed with the reason.
+A contender is first compared with an independent reference; one that is wrong or fails gets no
+time. Absent contenders are listed with the reason.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ KEY = ("op", "on", "dtype", "layout")  # identifies a case among rows
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench run``."""
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--on", action="append", help="networks or shapes with this (repeatable)")
-    parser.add_argument("--contender", action="append", help="contenders, likewise")
+    parser.add_argument(
+        "--on", action="append", help="networks or shapes that contain this (repeatable)"
+    )
+    parser.add_argument("--contender", action="append", help="contenders that contain this")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--list", action="store_true", help="list the cases only")
+    parser.add_argument("--list", action="store_true", help="only list the cases")
     add_common_arguments(parser, seconds=0.5)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what was asked for."""
+    """Measure the selected cases."""
     device = set_up(args)
     chosen = list(plans(args, device))
     if not chosen:
-        raise SystemExit("bench run: no case has such an op, shape, dtype and layout")
+        raise SystemExit("bench run: no case has this op, shape, dtype and layout")
     if args.list:
         print(*chosen, sep="\n")
         return
@@ -63,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def plans(args: argparse.Namespace, device: str) -> Iterator[Plan]:
-    """The cases that the options name."""
+    """The cases that the options select."""
     for module in (activations, weights, losses):
         for plan in module.plans(device, args.dtype, args.layout):
             if plan.op in args.op and matches(plan.on, args.on):
@@ -79,7 +81,7 @@ def make(plan: Plan, device: str, rotations: int | None = None) -> Case:
 def measure(
     case: Case, device: str, seconds: float, names: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per contender, and one for a copy of the same memory."""
+    """One row per contender, and one for a copy of the input."""
     settle_allocator()
     identity = dict(zip(KEY, case.plan.key, strict=True))
     rows: dict[str, dict[str, Any]] = {}
@@ -87,7 +89,7 @@ def measure(
     for name, build in case.contenders.items():
         if matches(name, names):
             rows[name] = {**identity, "contender": name}
-            contender = admitted(case, build, rows[name])
+            contender = admit(case, build, rows[name])
             if contender is not None:
                 ready[name] = contender
     runners = {
@@ -112,13 +114,13 @@ def measure(
             rows[name]["enqueue_us"] = enqueue_microseconds(runner)
         if name != COPY:
             rows[name]["saved_bytes"] = _saved(case, ready[name])
-    torch._dynamo.reset()  # what was compiled for this case serves no other
+    torch._dynamo.reset()  # graphs compiled for this case are not needed any more
     gc.collect()
     return list(rows.values())
 
 
-def admitted(case: Case, build: Any, row: dict[str, Any]) -> Contender | None:
-    """The contender, if it is there and right; else ``row`` says what it is."""
+def admit(case: Case, build: Any, row: dict[str, Any]) -> Contender | None:
+    """The contender if it is available and correct; otherwise None, with the reason in ``row``."""
     inputs = case.inputs[0]
     try:
         contender = build()
@@ -130,7 +132,7 @@ def admitted(case: Case, build: Any, row: dict[str, Any]) -> Contender | None:
             outputs, grads = case.run(contender, 0)
             outputs = [t.detach().clone() for t in outputs]
             grads = [t.detach().clone() for t in grads]
-    except Exception as error:  # whatever a peer raises for a dtype, layout or device
+    except Exception as error:  # a peer may raise anything for a dtype, layout or device
         row["fails"] = first_line(error)
         return None
     try:

@@ -1,7 +1,7 @@
 """``python -m bench scale``: time and memory against elements, batch, classes, layers and threads.
 
 The exponent k of size^k is fitted to the upper half of the sizes, where fixed costs no longer
-matter: 1 is linear, 0 is constant; -1 against threads is a perfect speed-up.
+matter: 1 is linear, 0 is constant; -1 for threads is a perfect speedup.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PEERS = ["torch.ao fused", "PyTorch, eager"]
 
 
 def sizes(sweep: str, device: str) -> list[int]:
-    """The points of a sweep; threads are 1, 2, 4 … up to the cores, on the CPU only."""
+    """The sizes of a sweep; for threads 1, 2, 4 … up to the number of cores, on the CPU only."""
     if sweep != "threads":
         return SWEEPS[sweep][1 if device == "cpu" else 2]
     cores = os.cpu_count() or 1
@@ -47,7 +47,7 @@ def point(sweep: str, size: int, device: str, seconds: float) -> list[dict[str, 
     elif sweep == "layers":
         plan = Plan(weights.OP, f"{size} weights", ())
         tensors = [torch.empty(64, 64, 3, 3)] * size
-        rows = measure(weights.of_weights(plan, tensors, device), device, seconds, names)
+        rows = measure(weights.case_of(plan, tensors, device), device, seconds, names)
     else:
         elements = size if sweep == "elements" else 2**22
         plan = Plan(OBSERVED, f"{elements} elements", (elements,))
@@ -57,7 +57,7 @@ def point(sweep: str, size: int, device: str, seconds: float) -> list[dict[str, 
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A point for the terminal."""
+    """The rows of one size for the terminal."""
     parts = [
         f"{row['contender']} {row['milliseconds']['median']:.3f} ms"
         for row in rows
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what was asked for."""
+    """Measure the selected sweeps."""
     device = set_up(args)
     keys = [(sweep, size) for sweep in args.over for size in sizes(sweep, device)]
     result = measured(

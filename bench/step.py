@@ -1,7 +1,7 @@
-"""``python -m bench step``: whole training steps: what QAT and DivQAT cost over float training.
+"""``python -m bench step``: whole training steps of QAT and DivQAT, compared with float training.
 
 Forward, loss, backward and SGD with momentum, on [N, 3, H, W] in channels_last. A contender whose
-loss or gradient has nothing to do with the float model's gets no time.
+loss or gradient is unrelated to that of the float model gets no time.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ FLOAT_EAGER = f"{FLOAT}, eager"
 
 
 def check(step: Step, reference: Step) -> None:
-    """A step of QAT is like the float step, but not the same.
+    """Check that a QAT step is similar to the float step, but not identical.
 
     Raises:
         AssertionError: it is not, or a parameter has no gradient.
     """
     missing = [n for n, p in step.model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient of {missing[0]}"
-    mine, gradient = step.classifier_gradient(), reference.classifier_gradient()
-    cosine = F.cosine_similarity(mine, gradient, 0).item()
+    gradient, float_gradient = step.classifier_gradient(), reference.classifier_gradient()
+    cosine = F.cosine_similarity(gradient, float_gradient, 0).item()
     assert cosine > 0.9, f"gradient of the last layer: cosine {cosine:.3f} to the float one"
-    assert not torch.equal(mine, gradient), "nothing is quantized"
-    found, value = step.value.item(), reference.value.item()
+    assert not torch.equal(gradient, float_gradient), "nothing is quantized"
+    loss, float_loss = step.value.item(), reference.value.item()
     if step.kind == "ce":
-        assert abs(found - value) < 0.2 * value, f"loss {found:.3f}, {value:.3f} in float"
+        limit = 0.2 * float_loss
+        assert abs(loss - float_loss) < limit, f"loss {loss:.3f}, {float_loss:.3f} in float"
 
 
 def measure(
@@ -50,7 +51,7 @@ def measure(
     names: list[str] | None = None,
     modes: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per contender and mode; the float model in eager mode is always among them."""
+    """One row per contender and mode, always including the float model in eager mode."""
     settle_allocator()
     setup = set_up_case(network, batch, device, DTYPES[dtype])
     identity = {"network": network, "batch": batch, "dtype": dtype}
@@ -61,7 +62,7 @@ def measure(
         label = f"{name}, {mode}"
         rows[label] = {**identity, "contender": name, "mode": mode}
         reference = steps.get(FLOAT_EAGER)
-        step = admitted(setup, contenders[name], mode, rows[label], reference)
+        step = admit(setup, contenders[name], mode, rows[label], reference)
         if step is not None:
             steps[label] = step
     if FLOAT_EAGER not in steps:
@@ -90,20 +91,20 @@ def _modes(device: str) -> tuple[str, ...]:
 def _chosen(
     contenders: dict[str, Recipe], names: list[str] | None, modes: Iterable[str]
 ) -> list[tuple[str, str]]:
-    """Contenders and modes; float training in eager mode comes first, whatever was asked for."""
+    """Selected contenders and modes; float training in eager mode always comes first."""
     chosen = [(FLOAT, "eager")]
     for mode in modes:
         for name, recipe in contenders.items():
-            wanted = name == FLOAT or matches(name, names)
-            if wanted and mode in recipe.modes and (name, mode) not in chosen:
+            selected = name == FLOAT or matches(name, names)
+            if selected and mode in recipe.modes and (name, mode) not in chosen:
                 chosen.append((name, mode))
     return chosen
 
 
-def admitted(
+def admit(
     setup: Setup, recipe: Recipe, mode: str, row: dict[str, Any], reference: Step | None
 ) -> Step | None:
-    """The step, if it is there and right; else ``row`` says what it is."""
+    """The step if it is available and correct; otherwise None, with the reason in ``row``."""
     try:
         step = Step(setup, recipe, mode)
         if reference is not None and row["contender"] != FLOAT:
@@ -113,7 +114,7 @@ def admitted(
         row["absent"] = str(reason)
     except AssertionError as error:
         row["wrong"] = str(error)
-    except Exception as error:  # whatever a peer, or the compiler, raises
+    except Exception as error:  # a peer or the compiler may raise anything
         row["fails"] = first_line(error)
     return None
 
@@ -143,12 +144,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contender", action="append", help="names that contain this, or =NAME (repeatable)"
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all of the device")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all for the device")
     add_common_arguments(parser, seconds=5.0)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure what was asked for."""
+    """Measure the selected steps."""
     device = set_up(args)
     if args.mode and (missing := set(args.mode) - set(_modes(device))):
         raise SystemExit(f"bench step: there is no {missing.pop()} on the {device.upper()}")

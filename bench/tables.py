@@ -1,4 +1,4 @@
-"""Markdown tables of results; every table says how it is made again."""
+"""Markdown tables of results; every table has the command that reproduces it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.curves import SWEEPS, curves, exponent
 from bench.training import FLOAT
 from bench.variants import VARIANTS
 
-# columns of the table of ops: names that are one opponent under another name per op
+# columns of the table of ops: the names per op of an alternative that shares one column
 ATEN = "ATen's own op"
 ALIASES = {
     "torch.fake_quantize_per_tensor_affine": ATEN,
@@ -22,7 +22,7 @@ ALIASES = {
 
 
 def head(result: dict[str, Any]) -> str:
-    """How a result came about, in one paragraph."""
+    """Command, hardware, versions and date of a result, in one paragraph."""
     versions = result["versions"]
     names = ("torch", "triton", "torchao", "brevitas", "liger-kernel")
     packages = ", ".join(f"{name} {versions.get(name, 'not installed')}" for name in names)
@@ -59,7 +59,7 @@ def _ours(names: Iterable[str]) -> str:
 
 
 def ops(result: dict[str, Any]) -> str:
-    """How many times as fast we are as each opponent: geometric means over the shapes."""
+    """Speedup over each alternative: geometric means over the shapes."""
     groups: dict[tuple[str, ...], list[dict[str, Row]]] = {}
     for (*group, _), case in _cases(result["rows"]).items():
         groups.setdefault(tuple(group), []).append(case)
@@ -99,26 +99,26 @@ def _speedup(cases: list[dict[str, Row]], best: str, column: str) -> str:
 
 
 def _notes(rows: list[Row]) -> list[str]:
-    """Who is absent, fails or is wrong, where, and why."""
-    every = {row["op"] for row in rows}
-    found: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    """The contenders that are absent, fail or are wrong, with ops and reasons."""
+    all_ops = {row["op"] for row in rows}
+    groups: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
         state = status(row)
         if state != "timed":
-            # what was wrong: its amount differs from row to row
+            # without the amount of the error, which differs from row to row
             reason = row[state].partition(":")[0] if state == "wrong" else row[state]
-            names, ops = found.setdefault((state, reason), ({}, {}))
+            names, ops = groups.setdefault((state, reason), ({}, {}))
             names[row["contender"]] = None
             ops[row["op"]] = None
     lines = []
-    for (state, reason), (names, ops) in found.items():
-        where = "" if set(ops) == every else f" on {', '.join(ops)}"
+    for (state, reason), (names, ops) in groups.items():
+        where = "" if set(ops) == all_ops else f" on {', '.join(ops)}"
         lines.append(f"*{state}*{where}: {'; '.join(names)} ({reason})")
     return lines
 
 
 def costs(result: dict[str, Any]) -> str:
-    """What does not depend on the machine: dispatches, host reads, memory. One shape per op."""
+    """Costs that do not depend on the machine: dispatches, host syncs, memory. One shape per op."""
     launches = "launches" if result["device"] == "cuda" else "operators"
     lines = []
     seen = set()
@@ -139,17 +139,17 @@ def costs(result: dict[str, Any]) -> str:
 
 
 def cases(result: dict[str, Any]) -> str:
-    """Median milliseconds of everything, a table per op."""
+    """Median milliseconds of all rows, with a table per op."""
     tables = []
     by_op: dict[str, dict[tuple[str, ...], dict[str, Row]]] = {}
     for (op, *rest), case in _cases(result["rows"]).items():
         by_op.setdefault(op, {})[tuple(rest)] = case
-    for op, mine in by_op.items():
+    for op, members in by_op.items():
         names = dict.fromkeys(
-            name for case in mine.values() for name, row in case.items() if "milliseconds" in row
+            name for case in members.values() for name, row in case.items() if "milliseconds" in row
         )
         lines = []
-        for (dtype, layout, on), case in mine.items():
+        for (dtype, layout, on), case in members.items():
             cells = [
                 f"{case[name]['milliseconds']['median']:.3g}"
                 if "milliseconds" in case.get(name, {})
@@ -162,7 +162,7 @@ def cases(result: dict[str, Any]) -> str:
 
 
 def steps(result: dict[str, Any]) -> str:
-    """Time of a training step over that of float training; a column per network and batch."""
+    """Time of a training step relative to float training, with a column per network and batch."""
     columns = dict.fromkeys((r["network"], r["batch"], r["dtype"]) for r in result["rows"])
     lines: dict[tuple[str, str], dict[tuple[Any, ...], str]] = {}
     for row in result["rows"]:
@@ -193,7 +193,7 @@ def _mb(row: Row) -> str:
 
 
 def scaling(result: dict[str, Any]) -> str:
-    """The exponents of time; those of memory where they are not that of the size."""
+    """The exponents of time and of extra memory, with a column per sweep."""
     rows = result["rows"]
     sweeps = [sweep for sweep in SWEEPS if curves(rows, sweep)]
     names = dict.fromkeys(row["contender"] for row in rows if "milliseconds" in row)
@@ -216,12 +216,12 @@ def scaling(result: dict[str, Any]) -> str:
 
 def accuracy(result: dict[str, Any]) -> str:
     """Test accuracies: mean and standard deviation over the seeds, and the difference."""
-    found: dict[str, dict[int, Row]] = {}
+    by_variant: dict[str, dict[int, Row]] = {}
     for row in result["rows"]:
-        found.setdefault(row["variant"], {})[row["seed"]] = row
+        by_variant.setdefault(row["variant"], {})[row["seed"]] = row
     lines = []
-    for name, rows in found.items():
-        base = found.get(VARIANTS[name].base, {})
+    for name, rows in by_variant.items():
+        base = by_variant.get(VARIANTS[name].base, {})
         line = [name, str(len(rows))]
         for method in ("fp", "qat"):
             values = {seed: 100 * row[method]["test_accuracy"] for seed, row in rows.items()}
@@ -246,16 +246,16 @@ def _mean(values: list[float], sign: str = "") -> str:
 
 
 def host(result: dict[str, Any]) -> str:
-    """What a call of each Triton op costs on the host."""
-    found: dict[str, dict[str, Row]] = {}
+    """Host time of a call of each Triton op."""
+    by_op: dict[str, dict[str, Row]] = {}
     for row in result["rows"]:
-        found.setdefault(row["op"], {})[row["contender"]] = row
+        by_op.setdefault(row["op"], {})[row["contender"]] = row
     lines = [
         [
             name,
             str(rows["op"]["launches"]),
             *(f"{1e3 * row['milliseconds']['median']:.1f}" for row in rows.values()),
         ]
-        for name, rows in found.items()
+        for name, rows in by_op.items()
     ]
     return _table(["op", "launches", "op µs", "bare launches µs"], lines)

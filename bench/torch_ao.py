@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.case import need
+from bench.case import import_peer
 
 EAGER, FUSED = "FakeQuantize", "FusedMovingAvgObsFakeQuantize"
 # contender → (module, package, class); torchao's PT2E quantizers for x86 use the fused class
@@ -28,7 +28,7 @@ def quantizer(contender: str, observer: str, signed: bool, **options: Any) -> nn
     name, package, kind = QUANTIZERS[contender]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao.quantization is being removed from PyTorch
-        source = need(name, package)
+        source = import_peer(name, package)
         dtypes = (torch.uint8, torch.int8) if package == "torchao" else (torch.quint8, torch.qint8)
         return getattr(source, kind)(
             observer=getattr(source, observer), dtype=dtypes[signed], **options

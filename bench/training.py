@@ -1,4 +1,4 @@
-"""A training step of the float model, of each opponent and of ours: eager, compiled, captured."""
+"""Training steps of the float model, of each library and of ours: eager, compiled, captured."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bench.nets import NETWORKS
 
 FLOAT = "float"
 MODES = ("eager", "compiled", "CUDA graph")
-LEARNING_RATE = 1e-6  # so that all contenders stay at the same weights while they are timed
+LEARNING_RATE = 1e-6  # so small that all contenders keep the same weights during the measurement
 
 
 @dataclass
 class Setup:
-    """What all contenders of a case have in common."""
+    """The common inputs of all contenders of a case."""
 
     model: nn.Module  # float, in training mode
     teacher: nn.Module  # the same, in eval mode
@@ -34,11 +34,11 @@ class Setup:
     teacher_logits: Tensor  # [N, classes]
     device: str
     dtype: torch.dtype
-    pool: Any  # of all captured graphs: each reads nothing that another one has written
+    pool: Any  # memory pool of all captured graphs, which do not read each other's memory
 
 
 def set_up_case(network: str, batch: int, device: str, dtype: torch.dtype) -> Setup:
-    """Model and data, with running statistics that fit the data."""
+    """Create model and data, with running statistics that fit the data."""
     net = NETWORKS[network]
     torch.manual_seed(0)
     model = net.build().to(device, memory_format=torch.channels_last).train()
@@ -56,15 +56,15 @@ def set_up_case(network: str, batch: int, device: str, dtype: torch.dtype) -> Se
 
 @dataclass
 class Recipe:
-    """How a contender trains.
+    """The training step of a contender.
 
     Attributes:
-        prepare: float model and one batch → model.
-        loss: ``ce``, or DivQAT's with the ``teacher`` run in the step, or its logits ``cached``, or
-            ``misdirected``: a teacher in the step pulls, and proxies go with the images.
-        backend: names the divqat backend, if it is one of ours, or raises :class:`Absent`.
-        modes: those that say something: what breaks a graph cannot be compiled or captured.
-        as_codes: activations are kept for the backward pass as 8-bit codes.
+        prepare: a function from float model and one batch to the model.
+        loss: ``ce``; DivQAT's with a ``teacher`` that runs in the step, or with ``cached`` logits;
+            or ``misdirected``: distillation from a teacher in the step, and proxies in the batch.
+        backend: returns the divqat backend of our own contenders, or raises :class:`Absent`.
+        modes: the supported modes; a model with graph breaks cannot be compiled or captured.
+        as_codes: save activations for the backward pass as 8-bit codes.
     """
 
     prepare: qat_models.Prepare
@@ -76,7 +76,7 @@ class Recipe:
 
 def recipes(device: str) -> dict[str, Recipe]:
     """Name → contender."""
-    found = {
+    contenders = {
         FLOAT: Recipe(lambda model, x: copy.deepcopy(model)),
         "torch.ao FakeQuantize": Recipe(qat_models.torch_ao(fused=False), modes=("eager",)),
         "torch.ao fused": Recipe(qat_models.torch_ao(fused=True), modes=("eager",)),
@@ -86,29 +86,29 @@ def recipes(device: str) -> dict[str, Recipe]:
     }
     for name, backend in our_backends(device).items():
         if name == "divqat torch":  # the fallback, for comparison
-            found[name] = Recipe(qat_models.ours(), backend=backend, modes=("eager",))
+            contenders[name] = Recipe(qat_models.ours(), backend=backend, modes=("eager",))
             continue
-        found[name] = Recipe(qat_models.ours(), backend=backend)
-        found[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
+        contenders[name] = Recipe(qat_models.ours(), backend=backend)
+        contenders[f"{name}, delayed"] = Recipe(qat_models.ours("delayed"), backend=backend)
         for loss, label in (("teacher", "teacher in the step"), ("cached", "cached teacher")):
-            found[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
-        # proxies are drawn outside of what is compiled or captured
-        found[f"{name}, DivQAT, misdirected"] = Recipe(
+            contenders[f"{name}, DivQAT, {label}"] = Recipe(qat_models.ours(), loss, backend)
+        # proxies are drawn outside the compiled or captured part
+        contenders[f"{name}, DivQAT, misdirected"] = Recipe(
             qat_models.ours(), "misdirected", backend, modes=("eager",)
         )
-        found[f"{name}, a call per weight"] = Recipe(qat_models.one_by_one, backend=backend)
-        found[f"{name}, saved as codes"] = Recipe(
+        contenders[f"{name}, a call per weight"] = Recipe(qat_models.one_by_one, backend=backend)
+        contenders[f"{name}, saved as codes"] = Recipe(
             qat_models.ours(), backend=backend, modes=("eager", "CUDA graph"), as_codes=True
         )
     for name, mode in (("divqat traceable", "exact"), ("divqat traceable, delayed", "delayed")):
-        found[name] = Recipe(
+        contenders[name] = Recipe(
             qat_models.ours(mode), backend=lambda: "traceable", modes=("compiled",)
         )
-    return found
+    return contenders
 
 
 class Step:
-    """A training step of a contender. Its gradients are the model's until the next one."""
+    """A training step of a contender. The model keeps its gradients until the next step."""
 
     def __init__(self, setup: Setup, recipe: Recipe, mode: str) -> None:
         self.backend = recipe.backend() if recipe.backend else None
@@ -124,9 +124,9 @@ class Step:
             self.loss = pull.to(setup.device)
         self.compute: Callable[[], Tensor] = self._compute
         self.graph: Any = None
-        # all compiled contenders are forms of one function, of which eight are allowed
+        # all compiled contenders are versions of one function; the default limit is eight
         with self.serving(), torch._dynamo.config.patch(recompile_limit=64):
-            self.value = self._step()  # the first batch sets ranges: it is no step to time
+            self.value = self._step()  # the first batch sets the ranges and is not timed
             if mode == "compiled":
                 self.compute = torch.compile(self._compute, fullgraph=True, dynamic=False)
             elif mode == "CUDA graph":
@@ -134,7 +134,7 @@ class Step:
             self()
 
     def serving(self) -> AbstractContextManager[None]:
-        """A block in which the step can be called."""
+        """A context for calls of the step."""
         return serving(self.backend)
 
     def _compute(self) -> Tensor:
@@ -187,6 +187,6 @@ class Step:
             self.graph.replay()
 
     def classifier_gradient(self) -> Tensor:
-        """Of the last layer's weight, flat, float32."""
+        """The gradient of the last layer's weight, flattened, float32."""
         grads = [p.grad for p in self.model.parameters() if p.dim() == 2 and p.grad is not None]
         return grads[-1].detach().float().flatten()

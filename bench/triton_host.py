@@ -1,8 +1,8 @@
-"""``python -m bench host``: what a call of each Triton op costs on the host.
+"""``python -m bench host``: host time of a call of each Triton op.
 
-Beside each op stands the bare launch of the same kernels with arguments that are ready: the rest
-is checks and the allocation of outputs. With a CUDA device it is measured there, else for a GPU
-that is not there (``absent_gpu.py``), where all is real but for the driver's own call.
+For comparison, the bare launches of the same kernels are timed with prepared arguments: the
+difference is checks and the allocation of outputs. Without a CUDA device, the measurement uses a
+simulated GPU (``absent_gpu.py``), where everything is real except for the driver's own call.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BARE = "bare launches"
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], object]]:
-    """op and what on → call of its launcher."""
-    # looked up here: finding a launcher is no part of a call
+    """Op and its input → call of its launcher."""
+    # looked up in advance, as this is not part of a call
     op = {name: _triton.launcher(name) for name in SCHEMAS}
     with device:
         x, weights = torch.empty(ELEMENTS), [w.to(device) for w in weights_of("ResNet-50")]
@@ -66,18 +66,18 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
 
 
 @contextlib.contextmanager
-def _noted(launches: list[Callable[[], object]]) -> Any:
-    """Notes the launches inside the block, to be made again."""
+def _recorded(launches: list[Callable[[], object]]) -> Any:
+    """A block that records its launches, so that they can be repeated."""
     names = {_triton.module_of(name) for name in SCHEMAS}
     modules = [importlib.import_module(f"divqat.kernels.{name}") for name in names]
     real = modules[0].launch
 
-    def note(kernel: Any, grid: Any, device: torch.device, *args: Any, **meta: Any) -> None:
+    def record(kernel: Any, grid: Any, device: torch.device, *args: Any, **meta: Any) -> None:
         launches.append(lambda: kernel[grid](*args, enable_fp_fusion=False, **meta))
         real(kernel, grid, device, *args, **meta)
 
     for module in modules:
-        module.launch = note
+        module.launch = record
     try:
         yield
     finally:
@@ -88,7 +88,7 @@ def _noted(launches: list[Callable[[], object]]) -> Any:
 def measure(name: str, call: Callable[[], object], seconds: float) -> list[dict[str, Any]]:
     """Two rows: the op, and its bare launches."""
     launches: list[Callable[[], object]] = []
-    with _noted(launches):
+    with _recorded(launches):
         call()
 
     def bare(_: int) -> None:
@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     """Measure every op.
 
     Raises:
-        SystemExit: there is no triton.
+        SystemExit: triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("bench host: nothing to measure: triton is not installed")

@@ -1,4 +1,4 @@
-"""``python -m bench tune``: the Triton kernels with other tiles and warps, on 64 MB."""
+"""``python -m bench tune``: the Triton kernels with other tiles and numbers of warps, on 64 MB."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ OURS = "divqat triton"
 
 @contextlib.contextmanager
 def tiles(block: int, warps: int) -> Iterator[None]:
-    """Every launch inside the block has this tile and this many warps."""
-    from divqat.kernels import _channels, fake_quantize, fake_quantize_observed
+    """A block in which every launch has this tile and this many warps."""
+    from divqat.kernels import _channel_reduction, fake_quantize, fake_quantize_observed
 
-    plan = _channels.plan
+    plan = _channel_reduction.plan
 
     def other(*args: Any) -> Any:
         grid, meta = plan(*args)
@@ -33,7 +33,7 @@ def tiles(block: int, warps: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "block_of", lambda *_: choice))
-        for name in ("fake_quantize_observed", "fake_quantize_lsq"):
+        for name in ("observe", "fake_quantize_lsq"):
             stack.enter_context(mock.patch(f"divqat.kernels.{name}.plan", other))
         yield
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure every choice, on CUDA.
+    """Measure every choice on CUDA.
 
     Raises:
         SystemExit: there is no CUDA device.

@@ -1,4 +1,4 @@
-"""The trainings whose accuracy is compared: settings and what each is measured against."""
+"""The trainings whose accuracy is compared: settings and baseline of each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 COMMON = dict(dataset="fashion-mnist", model="vgg_small", batch_size=128, pad=2, flip=True)
 FP = dict(epochs=6, lr=0.1, schedule="one-cycle")
-QAT = dict(epochs=3, lr=0.005, weight_bits=8)  # of the published results
-LENET = dict(model="lenet")  # float16, which CPUs multiply slowly, takes too long with more
+QAT = dict(epochs=3, lr=0.005, weight_bits=8)  # as in the published results
+LENET = dict(model="lenet")  # a small network, as float16 is slow on CPUs
 BFLOAT16, FLOAT16 = dict(precision="bfloat16"), dict(precision="float16")
 LARGE = dict(batch_size=1024, base_batch_size=128)
 LINEAR = dict(LARGE, lr_scaling="linear")
@@ -17,7 +17,7 @@ VGG_SMALL, LENET_NAME = "VGG-small", "LeNet"
 
 @dataclass(frozen=True)
 class Variant:
-    """Other settings than ``FP`` and ``QAT``, each after ``COMMON``; ``base`` is compared with."""
+    """Changes of ``FP`` and ``QAT``, which both follow ``COMMON``; ``base`` names the baseline."""
 
     base: str
     fp: dict[str, Any] = field(default_factory=dict)

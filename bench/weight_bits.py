@@ -1,7 +1,7 @@
-"""``python -m bench weight-bits``: what weights that no CPU saturates cost, on Fashion-MNIST.
+"""``python -m bench weight-bits``: the cost of weights that saturate no CPU, on Fashion-MNIST.
 
-Full precision, then plain QAT from its weights by each scheme, in short trainings; then the export,
-with default options of ONNX Runtime. All of the test set's 10,000 images. A stopped run goes on.
+Short trainings: full precision, then plain QAT from its weights with each scheme; then the export
+with default options of ONNX Runtime, on all 10,000 test images. A stopped run is resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Steps:
-    """How many steps a network learns in full precision and after that."""
+    """Training steps of a network in full precision and in QAT."""
 
     fp: int
     qat: int
@@ -49,13 +49,14 @@ SCHEMES = {
     "x86, 7 bits": ("x86", 7),
     "qnnpack, 7 bits": ("qnnpack", 7),
     "x86, 8 bits": ("x86", 8),
-    "x86, pairs": ("x86", 8),  # no two codes of a channel are more than 128 together
+    "x86, pairs": ("x86", 8),  # the codes of any two weights of a channel add up to at most 128
     "qnnpack, 8 bits": ("qnnpack", 8),
 }
 
 
 def keep_pairs(model: nn.Module) -> nn.Module:
-    """Let the two largest weights of a channel share 128 codes; returns ``model``."""
+    """Constrain the codes of the two largest weights of each channel to 128 together; returns
+    ``model``."""
     ungroup_weights(model)
     for layer in model.modules():
         if isinstance(layer, QuantLayer):
@@ -69,7 +70,7 @@ def _keep_pairs(layer: QuantLayer) -> None:
     @torch.no_grad()
     def scale_of(weight: Tensor) -> Tensor:  # [C]
         rows = weight.movedim(axis, 0).flatten(1).abs()
-        # 127, as each of two codes may be rounded up by a half
+        # 127, as each of the two codes may be rounded up by a half
         return rows.topk(min(2, rows.shape[1])).values.sum(1).clamp(min=1e-6) / 127
 
     def quantized(weight: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def _keep_pairs(layer: QuantLayer) -> None:
 def learn(
     model: nn.Module, splits: Splits, steps: int, lr: float, seed: int, *, rises: bool
 ) -> nn.Module:
-    """SGD over batches of a shuffled training set; returns ``model`` in eval mode."""
+    """Train by SGD on a shuffled training set; returns ``model`` in eval mode."""
     train, rows = splits.train, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -97,10 +98,11 @@ def learn(
         [torch.randperm(len(train), generator=rows) for _ in range(1 + BATCH * steps // len(train))]
     )
     model.train()
-    for step, some in enumerate(order.split(BATCH)[:steps]):
+    for step, rows_of_batch in enumerate(order.split(BATCH)[:steps]):
         if step == 2 * steps // 3:
             freeze_batchnorm(freeze_observers(model))
-        loss = F.cross_entropy(model(to_float(train.images[some])), train.labels[some])
+        images, labels = train.images[rows_of_batch], train.labels[rows_of_batch]
+        loss = F.cross_entropy(model(to_float(images)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,15 +110,15 @@ def learn(
     return model.eval()
 
 
-def trained(
-    folder: Path, make: Callable[[], nn.Module], learned: Callable[[nn.Module], nn.Module]
+def load_or_train(
+    folder: Path, make: Callable[[], nn.Module], fit: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """The model of ``make`` after ``learned``, or as it is kept at ``folder``."""
+    """The trained model stored in ``folder``, or that of ``make`` after training by ``fit``."""
     model = make()
     if (folder / "model.pt").is_file():
         model.load_state_dict(load_checkpoint(folder / "model.pt"))
         return model.eval()
-    model = learned(model)
+    model = fit(model)
     save_checkpoint(folder / "model.pt", model.state_dict())
     return model
 
@@ -128,14 +130,14 @@ def data() -> Splits:
 
 
 def network(name: str, seed: int, scheme: str, folder: Path) -> nn.Module:
-    """The network of a scheme, after its training."""
+    """The trained network of a scheme."""
     steps, folder, splits = NETWORKS[name], folder / name / f"seed{seed}", data()
 
     def make() -> nn.Module:
         torch.manual_seed(seed)
         return models.build(name, in_channels=1, num_classes=10, image_size=28)
 
-    fp = trained(
+    fp = load_or_train(
         folder / "fp", make, lambda model: learn(model, splits, steps.fp, 0.1, seed, rises=True)
     )
     which, bits = SCHEMES[scheme]
@@ -145,7 +147,7 @@ def network(name: str, seed: int, scheme: str, folder: Path) -> nn.Module:
         model = prepare(fp, preset(which, weight_bits=bits), example)
         return keep_pairs(model) if scheme.endswith("pairs") else model
 
-    return trained(
+    return load_or_train(
         folder / scheme.replace(", ", "-").replace(" ", "-"),
         prepared,
         lambda model: learn(model, splits, steps.qat, 0.01, seed, rises=False),
@@ -153,13 +155,13 @@ def network(name: str, seed: int, scheme: str, folder: Path) -> nn.Module:
 
 
 def measure(name: str, seed: int, scheme: str, folder: Path) -> Row:
-    """Accuracy before and after the export, and how many classes are the same."""
+    """Accuracy before and after the export, and agreement."""
     model, test = network(name, seed, scheme, folder), data().test
     path = folder / f"{name}-{seed}-{scheme.replace(', ', '-').replace(' ', '-')}.onnx"
     export_onnx(model, to_float(test.images[:2]), path)
     report = verify(model, path, test, test.labels).to_dict()
-    wanted = ("accuracy_fake", "accuracy_onnx", "argmax_agreement", "precise", "emulated")
-    row = {"network": name, "seed": seed, "scheme": scheme, **{key: report[key] for key in wanted}}
+    columns = ("accuracy_fake", "accuracy_onnx", "argmax_agreement", "precise", "emulated")
+    row = {"network": name, "seed": seed, "scheme": scheme, **{key: report[key] for key in columns}}
     return {**row, "saturating": len(report["saturating"])}
 
 
@@ -173,10 +175,10 @@ def text(rows: list[Row]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line per network and scheme; mean and standard deviation over the seeds."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """A table with a line per network and scheme; mean and standard deviation over the seeds."""
+    by_case: dict[tuple[str, str], list[Row]] = {}
     for row in result["rows"]:
-        found.setdefault((row["network"], row["scheme"]), []).append(row)
+        by_case.setdefault((row["network"], row["scheme"]), []).append(row)
     header = [
         "network", "scheme", "seeds", "accuracy, trained", "in ONNX Runtime", "agreement",
         "layers that can saturate", "agreement without VNNI (emulated)", "with x64quantprecision",
@@ -184,7 +186,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for name in NETWORKS:
         for scheme in SCHEMES:
-            rows = found.get((name, scheme))
+            rows = by_case.get((name, scheme))
             if rows:
                 lines.append([name, scheme, str(len(rows)), *_cells(rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -197,8 +199,8 @@ def _cells(rows: list[Row]) -> list[str]:
     ]
     cells.append(f"{mean(row['saturating'] for row in rows):.2g}")
     for key in ("emulated", "precise"):
-        some = [row[key]["argmax_agreement"] for row in rows if row[key]]
-        cells.append(_percent(some) if some else "")
+        agreements = [row[key]["argmax_agreement"] for row in rows if row[key]]
+        cells.append(_percent(agreements) if agreements else "")
     return cells
 
 
@@ -219,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train and measure what was asked for."""
+    """Train and measure the selected networks and schemes."""
     device = set_up(args)
     cases = [
         (name, seed, scheme)

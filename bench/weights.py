@@ -1,4 +1,4 @@
-"""Fake-quantization of all weights of a network, per output channel, codes from -127 to 127."""
+"""Fake quantization of all weights of a network, per output channel, codes from -127 to 127."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import plain, torch_ao
-from bench.case import LAYOUTS, Case, Contender, Inputs, Plan, need, our_backends
+from bench.case import LAYOUTS, Case, Contender, Inputs, Plan, import_peer, our_backends
 from bench.case import rotations as rotations_for
 from bench.nets import NETWORKS
 from bench.nets import weights as weights_of
@@ -20,7 +20,7 @@ OP = "fake_quantize_weights"
 
 
 def plans(device: str, dtypes: list[str], layouts: list[str]) -> Iterator[Plan]:
-    """The weights of each network; in training they are float32 even where activations are not."""
+    """The weights of each network; in training they are float32 even if activations are not."""
     if "float32" in dtypes:
         for layout in layouts:
             for name in NETWORKS:
@@ -29,13 +29,11 @@ def plans(device: str, dtypes: list[str], layouts: list[str]) -> Iterator[Plan]:
 
 def case(plan: Plan, device: str, rotations: int | None = None) -> Case:
     """Allocate the inputs of a plan."""
-    return of_weights(plan, weights_of(plan.on.partition(",")[0]), device, rotations)
+    return case_of(plan, weights_of(plan.on.partition(",")[0]), device, rotations)
 
 
-def of_weights(
-    plan: Plan, weights: list[Tensor], device: str, rotations: int | None = None
-) -> Case:
-    """A case of the given weights."""
+def case_of(plan: Plan, weights: list[Tensor], device: str, rotations: int | None = None) -> Case:
+    """The case of the given weights."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn() -> list[Tensor]:
@@ -54,7 +52,7 @@ def of_weights(
     return Case(
         plan,
         sets,
-        bytes=8 * elements,  # nothing is clipped: the gradient is passed on as it is
+        bytes=8 * elements,  # nothing is clipped: the gradient passes unchanged
         copied=lists[:-1],
         contenders=_contenders(device, weights),
         check=_check,
@@ -94,7 +92,7 @@ def _aten(*_: Any) -> Contender:
 
 
 def _modules(name: str, weights: list[Tensor], device: str) -> Contender:
-    """A module of torch.ao or torchao per weight, as their default settings for QAT have it."""
+    """A module of torch.ao or torchao per weight, with their default settings for QAT."""
     options: dict[str, Any] = {"qscheme": torch.per_channel_symmetric, "ch_axis": 0}
     options |= {"quant_min": -127, "quant_max": 127}
     observer = "MovingAveragePerChannelMinMaxObserver"
@@ -108,9 +106,10 @@ def _modules(name: str, weights: list[Tensor], device: str) -> Contender:
 
 
 def _brevitas(weights: list[Tensor], device: str) -> Contender:
-    """Its layers' weight quantizers: the scale is the row's largest value, differentiated too."""
-    layers: Any = need("brevitas.nn", "brevitas")
-    quant: Any = need("brevitas.quant", "brevitas").Int8WeightPerChannelFloat
+    """The weight quantizers of Brevitas's layers: the scale is the largest value of the row, and
+    differentiated as well."""
+    layers: Any = import_peer("brevitas.nn", "brevitas")
+    quant: Any = import_peer("brevitas.quant", "brevitas").Int8WeightPerChannelFloat
     quantizers = []
     for w in weights:
         options = {"bias": False, "weight_quant": quant}
@@ -128,11 +127,13 @@ def _brevitas(weights: list[Tensor], device: str) -> Contender:
 def _check(
     contender: Contender, inputs: Inputs, outputs: list[Tensor], grads: list[Tensor]
 ) -> None:
-    """Against the definition, in float64: on the row's grid, at most half a step away, and the
-    gradient passes. A row's largest value may differ: Brevitas differentiates the scale that it
-    sets, and the scale of torch.ao's fused op is a little smaller, so that it is clipped. (On a
-    row whose values have one sign that op sets a zero point and half the scale, though a symmetric
-    grid was asked for, which is wrong here.)"""
+    """Compare with the definition in float64: on the row's grid, at most half a step away, and the
+    gradient passes.
+
+    A row's largest value may differ: Brevitas differentiates the scale, which this value sets, and
+    the scale of torch.ao's fused op is slightly smaller, so that the value is clipped. (On a row
+    whose values have one sign, that op uses a zero point and half the scale, although a symmetric
+    grid was requested. Here this counts as wrong.)"""
     facts = contender.facts()
     for i, (w, y, dw) in enumerate(zip(inputs.leaves, outputs, grads, strict=True)):
         assert y.shape == w.shape and y.dtype == w.dtype

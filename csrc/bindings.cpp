@@ -1,5 +1,5 @@
-// The module divqat._C: what is not a tensor op. The ops themselves go through the dispatcher;
-// a Registration puts this build's kernels there for one device and takes them back when it goes.
+// The module divqat._C. The ops themselves go through the dispatcher: a Registration registers this
+// build's kernels for one device, and removes them when it is destroyed.
 #include <ATen/Parallel.h>
 #include <c10/core/DispatchKey.h>
 #include <pybind11/pybind11.h>
@@ -12,9 +12,9 @@
 #include <set>
 #include <thread>
 
+#include "cpu/fake_quantize_weights_plan.h"
 #include "cpu/instruction_set.h"
 #include "register.h"
-#include "weights_plan.h"
 #ifdef DIVQAT_CUDA
 #include "cuda/launchers.h"
 #endif
@@ -47,7 +47,7 @@ class Registration {
   std::unique_ptr<torch::Library> library_;
 };
 
-// Memory copied with the threads that the CPU kernels use: what their bandwidth is measured by.
+// Copies with the threads of the CPU kernels: the benchmark of their bandwidth.
 void copy_cpu(uintptr_t to, uintptr_t from, int64_t bytes) {
   py::gil_scoped_release release;
   at::parallel_for(0, bytes, 1 << 16, [&](int64_t begin, int64_t end) {
@@ -55,7 +55,7 @@ void copy_cpu(uintptr_t to, uintptr_t from, int64_t bytes) {
   });
 }
 
-// How many threads a parallel loop of this module really has.
+// The number of threads that run a parallel loop of this module.
 int threads() {
   std::set<std::thread::id> ids;
   std::mutex mutex;
@@ -67,16 +67,16 @@ int threads() {
   return int(ids.size());
 }
 
-// The bare per-tensor loop, without allocation, dispatcher or autograd.
+// The per-tensor loop alone, without allocation, dispatcher and autograd.
 void bench_fake_quantize(uintptr_t x, uintptr_t y, uintptr_t mask, int64_t n, float scale,
                        float zero_point, float quant_min, float quant_max) {
   py::gil_scoped_release release;
   const float inv_scale = 1.0f / scale;
-  const Grid grid{&scale, &inv_scale, &zero_point, 1, n, quant_min, quant_max, true};
+  const QuantizeParams params{&scale, &inv_scale, &zero_point, 1, n, quant_min, quant_max, true};
   const auto kernel = instruction_set().f32.fake_quantize;
   at::parallel_for(0, (n + kMaskWord - 1) / kMaskWord, 256, [&](int64_t begin, int64_t end) {
     kernel((const float*)x, (float*)y, (uint8_t*)mask, begin * kMaskWord,
-           std::min(end * kMaskWord, n), grid, Rule::kPropagateNan);
+           std::min(end * kMaskWord, n), params, QuantizeMode::kPropagateNan);
   });
 }
 

@@ -1,5 +1,5 @@
-// What the tensor side of every op shares: layout, channels, and errors that name the argument,
-// what was wanted and what came.
+// Layouts, channels and argument checks for the tensor side of every op. An error names the
+// argument, what was wanted and what came.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -7,30 +7,26 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
 #include <optional>
-#include <string_view>
-
-#include "qparams.h"
 
 namespace divqat {
 
 using at::Tensor;
 
-// value in the memory order of `like`, which is dense.
+// A copy of value with the strides of `like`, which is dense, or value itself.
 inline Tensor laid_out_as(const Tensor& value, const Tensor& like) {
   if (value.strides() == like.strides()) return value;
   const at::NoGradGuard no_grad;
   return at::empty_like(like, value.options()).copy_(value);
 }
 
-// x itself where it is dense in any order of its axes, else a dense copy with the strides of
+// x itself if it is dense, in any order of its axes; else a dense copy with the strides of
 // empty_like(x).
 inline Tensor dense(const Tensor& x) {
   return x.is_non_overlapping_and_dense() ? x : laid_out_as(x, at::empty_like(x));
 }
 
-// x can be written over as a whole.
+// An op that overwrites x needs it dense.
 inline void check_dense(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(x.is_non_overlapping_and_dense(), name,
                     ": wanted dense memory to write over, got ", x.sizes(), " with strides ",
@@ -49,7 +45,7 @@ inline Channels channels_of(const Tensor& dense_x, std::optional<int64_t> ch_axi
                     "ch_axis: wanted an axis of x with ", dense_x.dim(), " dims, got ", *ch_axis);
   const int64_t axis = *ch_axis < 0 ? *ch_axis + dense_x.dim() : *ch_axis;
   const int64_t count = dense_x.size(axis);
-  // The stride of an axis of length 1 means nothing.
+  // The stride of an axis of length 1 is arbitrary.
   return {count, count == 1 ? dense_x.numel() : dense_x.stride(axis)};
 }
 
@@ -71,14 +67,7 @@ inline void check_device(const char* name, const Tensor& value, const Tensor& x)
                     " like x, got ", value.device());
 }
 
-// A buffer can be updated: each of its values has memory of its own.
-inline void check_updatable(const char* name, const Tensor& value) {
-  TORCH_CHECK_VALUE(value.is_non_overlapping_and_dense() || value.stride(0) != 0, name,
-                    ": wanted memory of its own for each value, got ", value.sizes(),
-                    " with strides ", value.strides());
-}
-
-// A scale, zero point or running range: `count` values on x's device.
+// A scale, zero point or running minimum or maximum: `count` values on x's device.
 inline void check_qparam(const char* name, const Tensor& value, const Tensor& x, int64_t count,
                          at::ScalarType dtype) {
   check_device(name, value, x);
@@ -112,47 +101,5 @@ inline void check_mask(const Tensor& mask, const Tensor& grad_y) {
                     "grad_y: wanted a dense tensor in the mask's memory order, got strides ",
                     grad_y.strides());
 }
-
-inline void check_observer(const Tensor& x, const Tensor& running_min, const Tensor& running_max,
-                           const Tensor& scale, const Tensor& zero_point, int64_t count) {
-  check_qparam("running_min", running_min, x, count, at::kFloat);
-  check_qparam("running_max", running_max, x, count, at::kFloat);
-  check_qparam("scale", scale, x, count, at::kFloat);
-  check_qparam("zero_point", zero_point, x, count, at::kInt);
-  check_updatable("running_min", running_min);
-  check_updatable("running_max", running_max);
-  check_updatable("scale", scale);
-  check_updatable("zero_point", zero_point);
-}
-
-inline ObserverOptions observer_options(int64_t quant_min, int64_t quant_max,
-                                        double averaging_constant, bool symmetric, bool relu) {
-  check_range(quant_min, quant_max);
-  return {int32_t(quant_min), int32_t(quant_max), float(averaging_constant), symmetric, relu};
-}
-
-inline void check_observer_mode(std::string_view mode) {
-  TORCH_CHECK_VALUE(mode == "exact" || mode == "delayed" || mode == "frozen",
-                    "observer_mode: wanted exact, delayed or frozen, got ", mode);
-}
-
-// A buffer that is updated in place, as contiguous memory, which write_back() takes to where it came
-// from. A destructor must not: it may not throw.
-class InPlace {
- public:
-  explicit InPlace(const Tensor& buffer) : buffer_(buffer), memory_(buffer.contiguous()) {}
-  InPlace(const InPlace&) = delete;
-  void write_back() const {
-    if (!memory_.is_same(buffer_)) buffer_.copy_(memory_);
-  }
-  template <class T>
-  T* data() const {
-    return memory_.data_ptr<T>();
-  }
-
- private:
-  Tensor buffer_;
-  Tensor memory_;
-};
 
 }  // namespace divqat

@@ -1,4 +1,4 @@
-// Where each device registers its kernels under the ops that divqat/ops/_library.py declares.
+// Registers the kernels of each device under the schemas of divqat/ops/_library.py.
 #pragma once
 #include <torch/library.h>
 

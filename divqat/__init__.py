@@ -6,8 +6,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# An installed package holds kernels/ as divqat.kernels; in a checkout that is not installed the
-# folder lies beside this one.
+# An installed package contains kernels/ as divqat.kernels; in a checkout that is not installed, the
+# folder is beside this one.
 _kernels = Path(__file__).parent.parent / "kernels"
 if importlib.util.find_spec("divqat.kernels") is None and (_kernels.parent / "setup.py").is_file():
     _spec = importlib.util.spec_from_file_location(

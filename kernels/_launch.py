@@ -1,4 +1,4 @@
-"""The host side that the kernels share: layouts, masks, counters, launches."""
+"""What the launchers share: layouts, masks, counters and launches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Large tensors go in tiles that keep two to four 16-byte loads per thread under way, small ones in
-# tiles that are enough to fill the device. Two classes of size: a new batch size compiles nothing.
+# Tiles of large tensors have two to four 16-byte loads in flight per thread; those of small tensors
+# are smaller, to fill the device. With only two sizes, a new batch size needs no compilation.
 SMALL = 1 << 18  # elements
-# A launch whose index of an element fits 32 bits is the faster one.
+# Beyond this many elements, offsets take 64 bits, which is slower.
 WIDE = 2**31 - 2**16
 
 
@@ -24,13 +24,13 @@ def block_of(n: int, itemsize: int) -> dict[str, int]:
 
 
 def dense(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x, copied if its memory has holes or overlaps, and an empty tensor laid out alike."""
+    """x, or a dense copy of it, and an empty tensor with the same strides."""
     y = torch.empty_like(x)
     return (x if x.stride() == y.stride() else torch.empty_like(x).copy_(x)), y
 
 
 def laid_out_as(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the memory order of ``like``, which is dense."""
+    """``value``, or a copy with the strides of ``like``, which is dense."""
     if value.stride() == like.stride():
         return value
     return torch.empty_like(like, dtype=value.dtype).copy_(value)
@@ -44,10 +44,10 @@ def channels_of(dense_x: Tensor, ch_axis: int | None) -> tuple[int, int]:
 
 
 def check_values(x: Tensor, count: int, **values: Tensor) -> None:
-    """What a kernel reads through a pointer lies on x's device and has ``count`` values.
+    """Check that what a kernel reads through a pointer is on x's device and has ``count`` values.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is not, or has not.
     """
     for name, value in values.items():
         if value.device != x.device:
@@ -60,7 +60,7 @@ def check_values(x: Tensor, count: int, **values: Tensor) -> None:
 
 
 def check_same(name: str, value: Tensor, x: Tensor) -> None:
-    """``value`` has the device, dtype and shape of x.
+    """Check that ``value`` has the device, dtype and shape of x.
 
     Raises:
         ValueError: it has not.
@@ -73,7 +73,7 @@ def check_same(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def empty_mask(x: Tensor) -> Tensor:
-    """uint8 [ceil(N / 8)] whose memory ends with a whole int32, as kernels write words."""
+    """uint8 [ceil(N / 8)] in memory of whole int32 words, as the kernels write words."""
     n = x.numel()
     if n % 32 == 0:
         return x.new_empty(n // 8, dtype=torch.uint8)
@@ -82,24 +82,23 @@ def empty_mask(x: Tensor) -> Tensor:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; of the interpreter, which has none, a few."""
+    """The multiprocessors of a CUDA device; for the interpreter, 2."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def resident(device: torch.device) -> int:
-    """Programs of a launch with a reduction: one wave at 128 registers for each of 256 threads."""
+def resident_programs(device: torch.device) -> int:
+    """Programs of a reduction: one wave, at 128 registers per thread and 256 threads."""
     return 2 * processors(device)
 
 
 class _Counters:
     """int32 zeros for the launches of one device, which leave them at 0.
 
-    Launches that may run at the same time must not share a counter. Eager ones take turns in one
-    half, so two that share are half a million launches apart. A captured launch runs whenever its
-    graph does and takes from the other half, whose first ones are handed out again only after as
-    many captured launches.
+    Launches that may run at the same time must not share a counter. Eager launches cycle through
+    one half, so that two with the same counter are half a million launches apart. Captured launches
+    may run at any time; they cycle through the other half.
     """
 
     HALF = 1 << 19
@@ -112,13 +111,15 @@ class _Counters:
             )
         self.zeros = torch.zeros(2 * self.HALF, dtype=torch.int32, device=device)
         if device.type == "cuda":
-            # other streams than this one may use them
+            # Other streams may use them.
             torch.cuda.current_stream(device).synchronize()
         self.used = [0, 0]
         self.lock = threading.Lock()
 
     def take(self, count: int) -> Tensor:
-        count = (count + 3) // 4 * 4  # on 16 bytes: Triton compiles anew for another alignment
+        count = (
+            (count + 3) // 4 * 4
+        )  # aligned to 16 bytes, as Triton recompiles for another alignment
         captured = self.zeros.is_cuda and torch.cuda.is_current_stream_capturing()
         with self.lock:
             first = self.used[captured]
@@ -132,14 +133,14 @@ _counters_of = functools.cache(_Counters)
 
 
 def counters(device: torch.device, count: int = 1) -> Tensor:
-    """At least ``count`` zeros for ``_math.is_last``."""
+    """At least ``count`` zeros for ``_math.is_last_program``."""
     return _counters_of(device).take(count)
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any
 ) -> None:
-    """Launch on a device, without contraction to FMA, which would round differently."""
+    """Launch on a device, without contraction to FMA, which rounds differently."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, enable_fp_fusion=False, **meta)

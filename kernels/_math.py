@@ -1,8 +1,8 @@
-"""Arithmetic that the kernels share, rounded as PyTorch rounds it.
+"""Arithmetic that the kernels share, rounded as in PyTorch.
 
-Nothing here is left to a fast approximation: rounding and exponentials are libdevice's, division is
-IEEE's, and kernels are launched without contraction to FMA (``_launch.launch``). Triton's
-interpreter, which runs the kernels on CPU tensors, has no libdevice and gets stand-ins.
+Nothing here is a fast approximation: rounding and exponentials are libdevice's, division is IEEE,
+and kernels are launched without contraction to FMA (``_launch.launch``). Triton's interpreter,
+which runs the kernels on CPU tensors, has no libdevice and uses the replacements below.
 """
 
 import triton
@@ -11,14 +11,12 @@ from triton import knobs
 from triton.language.extra import libdevice
 
 INTERPRETED: bool = knobs.runtime.interpret
-EPS = tl.constexpr(1.1920928955078125e-07)  # of float32
-MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 if INTERPRETED:
 
     @triton.jit
     def rint(x):
-        # Adding 2^23 (2^52 in float64) leaves no room for a fraction; larger numbers have none.
+        # Adding 2^23 (2^52 in float64) rounds the fraction away; larger numbers have none.
         whole = 8388608.0 if x.dtype == tl.float32 else 4503599627370496.0
         size = tl.abs(x)
         rounded = tl.where(size < whole, (size + whole) - whole, size)
@@ -26,7 +24,7 @@ if INTERPRETED:
 
     @triton.jit
     def log1p(x):
-        # log(u) misses log(1 + x) by the factor that u = 1 + x, rounded, misses 1 + x.
+        # The rounding of u = 1 + x is corrected by x / (u − 1).
         u = 1.0 + x
         return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -40,7 +38,7 @@ if INTERPRETED:
 
     @triton.jit
     def cast(x, dtype: tl.constexpr):
-        # The interpreter cuts off what bfloat16 has no room for instead of rounding to even.
+        # The interpreter truncates to bfloat16 instead of rounding half to even.
         if dtype == tl.bfloat16 and x.dtype == tl.float32:
             word = x.to(tl.uint32, bitcast=True)
             even = word + 0x7FFF + ((word >> 16) & 1)
@@ -54,13 +52,13 @@ else:
 
     @triton.jit
     def cast(x, dtype: tl.constexpr):
-        """x rounded to the dtype of memory, half to even."""
+        """x in the dtype of the output, rounded half to even."""
         return x.to(dtype)
 
 
 @triton.jit
 def divide(a, b):
-    """a / b, correctly rounded; Triton's own float32 division is not."""
+    """a / b, correctly rounded, which Triton's float32 division is not."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -69,82 +67,38 @@ def divide(a, b):
 
 @triton.jit
 def compute(x):
-    """float32 for half precision, else x itself."""
+    """x in the type to compute in: float64 for float64, float32 for all others."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN stays NaN."""
+    """x clamped to [low, high]; NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
 
 @triton.jit
-def round_to_code(x, scale, zero_point):
-    """nearbyint(x · (1/scale)) + zero_point, before it is clamped, and x · (1/scale)."""
-    inv_scale = tl.div_rn(1.0, scale)
-    v = x * inv_scale.to(x.dtype)
-    return rint(v) + zero_point.to(x.dtype), v
-
-
-@triton.jit
-def dequantize(level, scale, PER_TENSOR: tl.constexpr):
-    """(q − zero_point) · scale; float64 with one scale in float32, as ATen has it."""
-    if PER_TENSOR and level.dtype == tl.float64:
-        return (level.to(tl.float32) * scale).to(tl.float64)
-    else:
-        return level * scale.to(level.dtype)
-
-
-@triton.jit
-def round_zero_point(zero_point, quant_min, quant_max):
-    """A learned zero point as the forward and the backward of LSQ take it."""
-    return clamp(rint(zero_point.to(tl.float32)), quant_min, quant_max)
-
-
-@triton.jit
-def positive(scale):
-    """max(scale, ε), the smallest scale there is; NaN stays NaN."""
-    return tl.where(scale < EPS, EPS, scale)
-
-
-@triton.jit
-def as_scale(step, levels):
-    """The width of a range over its levels; one level may be too wide for a float."""
-    most = tl.where(levels == 1, MOST, float("inf"))
-    return positive(tl.where(step > most, most, step))
-
-
-@triton.jit
-def symmetric_scale(low, high, quant_min, quant_max):
-    """2 · max|·| / (quant_max − quant_min), at least ε; NaN where low is."""
-    amax = tl.where((-low > high) | (low != low), -low, high)
-    levels = quant_max - quant_min
-    return as_scale(tl.div_rn(amax, levels) * 2.0, levels)  # twice amax may be too large
-
-
-@triton.jit
 def pack_mask(bits, BLOCK: tl.constexpr):
-    """[BLOCK] of bool as [BLOCK / 32] int32, low bit first."""
+    """Packs bool [BLOCK] into int32 [BLOCK / 32], low bit first."""
     words = tl.reshape(bits.to(tl.int32), [BLOCK // 32, 32]) << tl.arange(0, 32)[None, :]
     return tl.sum(words, 1)
 
 
 @triton.jit
 def unpack_mask(packed, BLOCK: tl.constexpr):
-    """[BLOCK / 8] bytes as [BLOCK] of bool, low bit first."""
+    """Unpacks bytes [BLOCK / 8] into bool [BLOCK], low bit first."""
     bits = (packed.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
     return tl.reshape(bits, [BLOCK]) != 0
 
 
 @triton.jit
-def is_last(counter, programs):
-    """Whether this is the last of ``programs`` programs to arrive; the counter is left at 0.
+def is_last_program(counter, programs):
+    """Whether this program is the last of ``programs`` to call this; leaves the counter at 0.
 
-    What the others stored before they arrived, the last one may load (with ".cg", past L1).
+    The last one can load what the others stored before their call, with ".cg": from L2.
     """
-    tl.debug_barrier()  # all threads of this program have stored before one of them arrives
+    tl.debug_barrier()  # all threads of this program have stored before it is counted
     last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
         tl.store(counter, 0)

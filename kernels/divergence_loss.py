@@ -1,10 +1,10 @@
-"""divergence_loss: value and gradient in one launch, 12 bytes per float32 logit; a second launch
-scales the gradient, or returns at once where there is nothing to scale.
+"""divergence_loss: loss and gradient in one launch, 12 bytes per float32 logit. The backward scales
+the gradient in a second launch, which returns at once if the factor is 1.
 
-A program keeps whole rows in registers, where up to 4096 classes fit; longer rows are read three
-times, mostly from L2: an online softmax, the divergence, the gradient. The formulas are those of
-divqat/ops/reference_loss.py. The gradient needs the number of valid targets first: up to
-COUNTED_ALONE targets each program counts them all, beyond that a launch of its own does.
+A program keeps rows of up to 4096 classes in registers. It reads longer rows three times, mostly
+from L2: for an online softmax, the divergence and the gradient. The formulas are those of
+divqat/ops/reference_loss.py. The gradient needs the number of valid targets first: for up to
+MAX_REDUNDANT_COUNT targets every program counts all of them, beyond that another launch does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from divqat.kernels._divergence_loss_math import (
+    divergence,
+    gradient,
+    load_rows,
+    log_softmax,
+    softmax_statistics,
+)
 from divqat.kernels._launch import (
     WIDE,
     block_of,
@@ -20,21 +27,20 @@ from divqat.kernels._launch import (
     counters,
     laid_out_as,
     launch,
-    resident,
+    resident_programs,
 )
-from divqat.kernels._loss_rows import divergence, gradient, load_rows, log_softmax, statistics
-from divqat.kernels._math import cast, compute, divide, is_last, log
+from divqat.kernels._math import cast, compute, divide, is_last_program, log
 from divqat.kernels.fake_quantize import offsets
 from torch import Tensor
 
 DIRECTIONS = {"student_teacher": 0, "teacher_student": 1, "js": 2}
 CLASSES = {"all": False, "non_label": True}
-COUNTED_ALONE = 8192
-COUNTS = 64  # programs of the launch that counts
+MAX_REDUNDANT_COUNT = 8192
+COUNT_PROGRAMS = 64  # of the launch that counts the valid targets
 
 
 @triton.jit
-def _is_valid_count(target, first, step, n, ignore_index, BLOCK: tl.constexpr):
+def _count_valid(target, first, step, n, ignore_index, BLOCK: tl.constexpr):
     count = tl.full([BLOCK], 0, tl.int32)
     for start in range(first * BLOCK, n, step * BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -46,7 +52,7 @@ def _is_valid_count(target, first, step, n, ignore_index, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["n"])
 def _count(target, counts, n, ignore_index, BLOCK: tl.constexpr):
     program = tl.program_id(0)
-    count = _is_valid_count(target, program, tl.num_programs(0), n, ignore_index, BLOCK)
+    count = _count_valid(target, program, tl.num_programs(0), n, ignore_index, BLOCK)
     tl.store(counts + program, count)
 
 
@@ -57,10 +63,10 @@ def _divergence_loss(
     target,  # [N]
     weight,  # []
     grad_logits,  # [N, C]
-    loss,  # [] as are the next two
+    loss,  # [], like the next two
     ce_mean,
     divergence_mean,
-    counts,  # [COUNTS], or None
+    counts,  # [COUNT_PROGRAMS], or None
     partial,  # [programs, 2] float64
     counter,
     n,
@@ -74,25 +80,25 @@ def _divergence_loss(
     BOUNDED: tl.constexpr,
     GUARD: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    OWN: tl.constexpr,  # q is not softmax(z)
-    COUNTS: tl.constexpr,
-    PROGRAMS: tl.constexpr,  # at least as many as there are, a power of two
+    OWN_SOFTMAX: tl.constexpr,  # q differs from softmax(z)
+    COUNT_PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # a power of two, at least the number of programs
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     A: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    ONCE: tl.constexpr = BLOCK >= C  # the rows stay in registers
+    IN_REGISTERS: tl.constexpr = BLOCK >= C  # the rows stay in registers
     if counts is None:
-        count = _is_valid_count(target, 0, 1, n, ignore_index, 1024)
+        count = _count_valid(target, 0, 1, n, ignore_index, 1024)
     else:
-        count = tl.sum(tl.load(counts + tl.arange(0, COUNTS)), 0)
+        count = tl.sum(tl.load(counts + tl.arange(0, COUNT_PROGRAMS)), 0)
     one = tl.full([1, 1], 1, A)
-    share = divide(one, one * count.to(A))
+    inv_count = divide(one, one * count.to(A))
     inv_t = divide(one, one * tl.full([1, 1], temperature, A))
-    eps, pull_all = tl.full([1], smoothing, A), tl.load(weight).to(A)
+    eps, weight_value = tl.full([1], smoothing, A), tl.load(weight).to(A)
     smooth = divide(eps, tl.full([1], C, A))
     at_label = 1 - eps + smooth
-    factor = pull_all * tl.full([1, 1], temperature, A)
+    factor = weight_value * tl.full([1, 1], temperature, A)
     ce_total = tl.full([ROWS], 0, tl.float64)
     divergence_total = tl.full([ROWS], 0, tl.float64)
 
@@ -107,37 +113,38 @@ def _divergence_loss(
         label_logit = compute(tl.load(logits + begin + label, known, other=0.0))
         ll, lab = label_logit[:, None], label[:, None]
 
-        # 1. Softmax statistics, and the classes that beat the label.
+        # 1. Softmax statistics, and whether the row is misclassified.
         low, zero = tl.full([ROWS], float("-inf"), A), tl.full([ROWS], 0, A)
-        top, total = (low, low, low), (zero, zero, zero)
-        beaten, logit_sum = tl.full([ROWS], 0, tl.int32), zero
+        maxima, total = (low, low, low), (zero, zero, zero)
+        misclassified, logit_sum = tl.full([ROWS], 0, tl.int32), zero
         columns = tl.arange(0, BLOCK)[None, :]
-        if ONCE:
+        if IN_REGISTERS:
             z = load_rows(logits, begin, columns, present, C)
             t = load_rows(teacher, begin, columns, present, C)
-            top, total, beaten, logit_sum = statistics(
-                z, t, columns, lab, ll, inv_t, top, total, beaten, logit_sum, C, NON_LABEL, GUARD,
-                SMOOTHED, OWN,
+            maxima, total, misclassified, logit_sum = softmax_statistics(
+                z, t, columns, lab, ll, inv_t, maxima, total, misclassified, logit_sum, C,
+                NON_LABEL, GUARD, SMOOTHED, OWN_SOFTMAX,
             )  # fmt: skip
         else:
             for start in range(0, C, BLOCK):
-                top, total, beaten, logit_sum = statistics(
+                maxima, total, misclassified, logit_sum = softmax_statistics(
                     load_rows(logits, begin, start + columns, present, C),
                     load_rows(teacher, begin, start + columns, present, C), start + columns, lab,
-                    ll, inv_t, top, total, beaten, logit_sum, C, NON_LABEL, GUARD, SMOOTHED, OWN,
+                    ll, inv_t, maxima, total, misclassified, logit_sum, C, NON_LABEL, GUARD,
+                    SMOOTHED, OWN_SOFTMAX,
                 )  # fmt: skip
         z_log, u_log, v_log = log(total[0]), log(total[1]), log(total[2])
         # CE = − Σ_k target_k · log softmax(z)_k, target = (1 − ε) onehot + ε / C
-        ce = -((label_logit - top[0]) - z_log)
+        ce = -((label_logit - maxima[0]) - z_log)
         if SMOOTHED:
-            ce = (1 - eps) * ce - (smooth * (logit_sum - C * top[0]) - eps * z_log)
-        ce = tl.where(known, ce, float("nan"))  # there is no error to raise from here
+            ce = (1 - eps) * ce - (smooth * (logit_sum - C * maxima[0]) - eps * z_log)
+        ce = tl.where(known, ce, float("nan"))  # a kernel cannot raise an error
 
-        # 2. D, and for JS KL(q‖m) beside KL(p‖m)
+        # 2. D; for JS, KL(q‖m) and KL(p‖m)
         student, other = zero, zero
-        if ONCE:
+        if IN_REGISTERS:
             student, other = divergence(
-                log_softmax(z * inv_t, top[1], u_log), log_softmax(t * inv_t, top[2], v_log),
+                log_softmax(z * inv_t, maxima[1], u_log), log_softmax(t * inv_t, maxima[2], v_log),
                 (columns != lab if NON_LABEL else columns >= 0) & (columns < C), DIRECTION,
             )  # fmt: skip
         else:
@@ -146,64 +153,67 @@ def _divergence_loss(
                 z = load_rows(logits, begin, k, present, C)
                 t = load_rows(teacher, begin, k, present, C)
                 a, b = divergence(
-                    log_softmax(z * inv_t, top[1], u_log), log_softmax(t * inv_t, top[2], v_log),
+                    log_softmax(z * inv_t, maxima[1], u_log),
+                    log_softmax(t * inv_t, maxima[2], v_log),
                     (k != lab if NON_LABEL else k >= 0) & (k < C), DIRECTION,
                 )  # fmt: skip
                 student += a
                 other += b
         d = 0.5 * (student + other) if DIRECTION == 2 else student
-        # Without a class in D, or where guard holds it back, there is no D.
-        active = (beaten == 0) & ((1 if NON_LABEL else 0) < C)
-        pulls = active
+        # D is off if it has no class, or if guard is set and the row is misclassified.
+        active = (misclassified == 0) & ((1 if NON_LABEL else 0) < C)
+        d_has_grad = active
         if BOUNDED:
             most = tl.full([1], bound, A)
-            pulls = active & (d < most)
+            d_has_grad = active & (d < most)
             d = tl.where(d > most, most, d)
         d = tl.where(active, d, 0.0)
 
-        # 3. dL/dz = share · (softmax(z) − target − λ T dD/du), from L = CE − λ T² D and du/dz = 1/T
-        pull = tl.where(pulls[:, None], factor, 0.0)
+        # 3. From L = CE − λ T² D and du/dz = 1 / T:
+        # dL/dz = inv_count · (softmax(z) − target − λ T dD/du)
+        d_factor = tl.where(d_has_grad[:, None], factor, 0.0)
         for start in range(0, C, BLOCK):
             k = start + columns
-            if not ONCE:
+            if not IN_REGISTERS:
                 z = load_rows(logits, begin, k, present, C)
                 t = load_rows(teacher, begin, k, present, C)
             grad = gradient(
-                log_softmax(z, top[0], z_log),
+                log_softmax(z, maxima[0], z_log),
                 tl.where(k == lab, at_label[:, None], smooth[:, None]),
-                log_softmax(z * inv_t, top[1], u_log), log_softmax(t * inv_t, top[2], v_log),
-                student[:, None], tl.where(k == lab, 0.0, pull) if NON_LABEL else pull, DIRECTION,
+                log_softmax(z * inv_t, maxima[1], u_log), log_softmax(t * inv_t, maxima[2], v_log),
+                student[:, None], tl.where(k == lab, 0.0, d_factor) if NON_LABEL else d_factor,
+                DIRECTION,
             )  # fmt: skip
-            grad = tl.where(known[:, None], share * grad, float("nan"))
+            grad = tl.where(known[:, None], inv_count * grad, float("nan"))
             grad = tl.where(valid[:, None], grad, 0.0)
             out = cast(grad, grad_logits.dtype.element_ty)
             tl.store(grad_logits + begin[:, None] + k, out, present[:, None] & (k < C))
         ce_total += tl.where(valid, ce, 0.0).to(tl.float64)
         divergence_total += tl.where(valid, d, 0.0).to(tl.float64)
 
-    # The last program adds up the sums of all of them, in their order.
+    # The last program adds the partial sums of all programs in a fixed order.
     program = tl.program_id(0)
     tl.store(partial + 2 * program, tl.sum(ce_total, 0))
     tl.store(partial + 2 * program + 1, tl.sum(divergence_total, 0))
-    if is_last(counter, tl.num_programs(0)):
+    if is_last_program(counter, tl.num_programs(0)):
         p = tl.arange(0, PROGRAMS)
         there = p < tl.num_programs(0)
         ces = tl.load(partial + 2 * p, there, other=0.0, cache_modifier=".cg")
         divergences = tl.load(partial + 2 * p + 1, there, other=0.0, cache_modifier=".cg")
         samples = count.to(tl.float64)
         ce_value, d_value = tl.sum(ces, 0) / samples, tl.sum(divergences, 0) / samples
-        # L = CE − λ T² D; λ = 0 switches the term off even where D is infinite.
-        strength = pull_all.to(tl.float64) * temperature * temperature
+        # L = CE − λ T² D; without the term if λ = 0, even if D is infinite.
+        strength = weight_value.to(tl.float64) * temperature * temperature
         penalty = tl.where(strength == 0, 0.0, strength * d_value)
         tl.store(loss, (ce_value - penalty).to(A))
         tl.store(ce_mean, ce_value.to(A))
         tl.store(divergence_mean, d_value.to(A))
 
 
-def _shape_of(c: int, itemsize: int) -> dict[str, int]:
-    """Rows of a program, columns at a time, and warps."""
+def _tile_config(c: int, itemsize: int) -> dict[str, int]:
+    """Rows and columns of a tile, and warps."""
     most, per_warp = (4096, 256) if itemsize <= 4 else (1024, 128)
-    if c > most:  # in pieces of half as many per thread, as the loops need registers too
+    if c > most:  # half a tile at a time, as the loops need registers, too
         return {"ROWS": 1, "BLOCK": most // 2, "num_warps": most // per_warp}
     block = triton.next_power_of_2(max(c, 2))
     return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": max(4, block // per_warp)}
@@ -238,12 +248,12 @@ def divergence_loss(
     grad = torch.empty_like(logits)
     scalar = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, ce, divergence = (torch.empty((), dtype=scalar, device=device) for _ in range(3))
-    meta = _shape_of(c, logits.element_size())
-    programs = max(1, min(triton.cdiv(n, meta["ROWS"]), resident(device)))
+    meta = _tile_config(c, logits.element_size())
+    programs = max(1, min(triton.cdiv(n, meta["ROWS"]), resident_programs(device)))
     counts = None
-    if n > COUNTED_ALONE:
-        counts = target.new_empty(COUNTS)
-        launch(_count, (COUNTS,), device, target, counts, n, ignore_index, BLOCK=1024)
+    if n > MAX_REDUNDANT_COUNT:
+        counts = target.new_empty(COUNT_PROGRAMS)
+        launch(_count, (COUNT_PROGRAMS,), device, target, counts, n, ignore_index, BLOCK=1024)
     partial = torch.empty(2 * programs, dtype=torch.float64, device=device)
     non_label = bool(_choice("classes", classes, CLASSES))
     launch(
@@ -252,8 +262,8 @@ def divergence_loss(
         0.0 if bound is None else float(bound), float(label_smoothing), C=c,
         DIRECTION=_choice("direction", direction, DIRECTIONS), NON_LABEL=non_label,
         BOUNDED=bound is not None, GUARD=guard, SMOOTHED=label_smoothing > 0,
-        OWN=non_label or temperature != 1, COUNTS=COUNTS,
-        PROGRAMS=triton.next_power_of_2(resident(device)), **meta,
+        OWN_SOFTMAX=non_label or temperature != 1, COUNT_PROGRAMS=COUNT_PROGRAMS,
+        PROGRAMS=triton.next_power_of_2(resident_programs(device)), **meta,
     )  # fmt: skip
     return loss, ce, divergence, laid_out_as(grad, like)
 

@@ -1,7 +1,7 @@
 """fake_quantize and its backward: one launch each, 8.125 bytes per float32 element.
 
-A tensor is a run of n elements in its memory order, whatever its layout; the element at offset i
-has channel (i // inner) % channels.
+A dense tensor of any layout is processed as n elements in memory order; the element at offset i has
+channel (i // inner) % channels.
 """
 
 from __future__ import annotations
@@ -18,23 +18,14 @@ from divqat.kernels._launch import (
     empty_mask,
     launch,
 )
-from divqat.kernels._math import (
-    cast,
-    clamp,
-    compute,
-    dequantize,
-    pack_mask,
-    positive,
-    round_to_code,
-    round_zero_point,
-    unpack_mask,
-)
+from divqat.kernels._math import cast, clamp, compute, pack_mask, unpack_mask
+from divqat.kernels._qparams import dequantize, positive, round_to_code, round_zero_point
 from torch import Tensor
 
 
 @triton.jit
 def offsets(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The elements of a tile; 64 bits where 32 do not reach."""
+    """Offsets of the elements of a tile, in 64 bits if WIDE."""
     if WIDE:
         tile = tl.full([1], 0, tl.int64) + tile
     return tile * BLOCK + tl.arange(0, BLOCK)
@@ -130,7 +121,7 @@ def quantize(
     relu: bool = False,
     reverse: bool = False,
 ) -> None:
-    """Launch over all of x. ``reverse`` begins with the last tile, which L2 may still hold."""
+    """Launch over x. ``reverse`` starts with the last tile, which L2 may still hold."""
     channels, inner = channels_of(x, ch_axis)
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     check_values(x, channels, scale=scale, zero_point=zero_point)
@@ -172,8 +163,8 @@ def _masked_grad(grad_y, mask, grad_x, n, WIDE: tl.constexpr, BLOCK: tl.constexp
     tl.store(grad_x + i, tl.where(kept, grad, 0.0).to(grad.dtype), i < n)
 
 
-def mask_grad(grad_y: Tensor, mask: Tensor, grad_x: Tensor) -> None:
-    """grad_x ← grad_y where the mask is set, else 0; all dense in one memory order."""
+def masked_grad(grad_y: Tensor, mask: Tensor, grad_x: Tensor) -> None:
+    """grad_x ← grad_y where the mask is set, else 0; both are dense with the same strides."""
     n = grad_y.numel()
     if n == 0:
         return
@@ -192,5 +183,5 @@ def fake_quantize_backward(grad_y: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != torch.uint8:
         raise TypeError(f"mask: wanted uint8, got {mask.dtype}")
     check_values(grad_y, (n + 7) // 8, mask=mask)
-    mask_grad(grad_y, mask, grad_x)
+    masked_grad(grad_y, mask, grad_x)
     return grad_x

@@ -1,7 +1,7 @@
 """fake_quantize_lsq, 8 bytes per float32 element, and its backward, 12: one launch each.
 
-The backward adds up gradients in float32 per lane and in float64 between lanes and programs, in a
-fixed order: deterministic.
+The backward sums in float32 per lane, and in float64 over lanes and programs in a fixed order: it
+is deterministic.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channels import at_channel, hand_in, handed_in, plan
+from divqat.kernels._channel_reduction import channel_offsets, plan, read_partials, write_partial
 from divqat.kernels._launch import (
     channels_of,
     check_same,
@@ -19,15 +19,8 @@ from divqat.kernels._launch import (
     laid_out_as,
     launch,
 )
-from divqat.kernels._math import (
-    EPS,
-    clamp,
-    compute,
-    is_last,
-    positive,
-    round_to_code,
-    round_zero_point,
-)
+from divqat.kernels._math import clamp, compute, is_last_program
+from divqat.kernels._qparams import EPS, positive, round_to_code, round_zero_point
 from divqat.kernels.fake_quantize import quantize
 from torch import Tensor
 
@@ -46,9 +39,11 @@ def fake_quantize_lsq(
 
 
 @triton.jit
-def _finish(grad_scale, grad_zero_point, c, channels, given, scale_sum, outside_sum, grad_factor):
+def _store_grads(
+    grad_scale, grad_zero_point, c, channels, given, scale_sum, outside_sum, grad_factor
+):
     grad = (scale_sum * grad_factor).to(tl.float32)
-    # from ε down the gradient only raises the scale
+    # At ε and below, the gradient may only raise the scale (csrc/qparams.h).
     tl.store(grad_scale + c, tl.where(given <= EPS, -tl.abs(grad), grad), c < channels)
     if grad_zero_point is not None:
         # dy/dzero_point = −scale outside, 0 inside
@@ -73,7 +68,7 @@ def _lsq_backward(
     quant_min: tl.float32,
     quant_max: tl.float32,
     grad_factor: tl.float64,
-    FLAT: tl.constexpr,
+    ONE_CHANNEL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -87,7 +82,7 @@ def _lsq_backward(
     scale_sum = tl.full([BLOCK_C, BLOCK_K], 0, A)
     outside_sum = tl.full([BLOCK_C, BLOCK_K], 0, A)
     for run in range(part, tl.cdiv(length, BLOCK_K), parts):
-        at, there = at_channel(run, c, channels, inner, length, FLAT, WIDE, BLOCK_K)
+        at, there = channel_offsets(run, c, channels, inner, length, ONE_CHANNEL, WIDE, BLOCK_K)
         given = tl.load(grad_y + at, there, other=0.0)
         grad = compute(given)
         value = compute(tl.load(x + at, there, other=0.0))
@@ -102,21 +97,21 @@ def _lsq_backward(
     scale_total = tl.sum(scale_sum.to(tl.float64), 1)
     outside_total = tl.sum(outside_sum.to(tl.float64), 1)
     if parts == 1:
-        _finish(
+        _store_grads(
             grad_scale, grad_zero_point, c, channels, given_scale, scale_total, outside_total,
             grad_factor,
         )  # fmt: skip
     else:
-        hand_in(partial, part, channels, c, scale_total, outside_total)
-        if is_last(counters + tl.program_id(0), parts):
+        write_partial(partial, part, channels, c, scale_total, outside_total)
+        if is_last_program(counters + tl.program_id(0), parts):
             BLOCK_P: tl.constexpr = 512 // BLOCK_C
             scale_parts = tl.full([BLOCK_C, BLOCK_P], 0, tl.float64)
             outside_parts = tl.full([BLOCK_C, BLOCK_P], 0, tl.float64)
             for first in range(0, parts, BLOCK_P):
-                a, b, _ = handed_in(partial, first, parts, channels, c, 0.0, 0.0, BLOCK_P)
+                a, b, _ = read_partials(partial, first, parts, channels, c, 0.0, 0.0, BLOCK_P)
                 scale_parts += a
                 outside_parts += b
-            _finish(
+            _store_grads(
                 grad_scale, grad_zero_point, c, channels, given_scale, tl.sum(scale_parts, 1),
                 tl.sum(outside_parts, 1), grad_factor,
             )  # fmt: skip

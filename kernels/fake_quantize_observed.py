@@ -1,88 +1,37 @@
-"""observe and fake_quantize_observed.
+"""fake_quantize_observed.
 
-exact     two launches: the new range, then quantize from the last tile back, which L2 still holds;
-          20.25 bytes per float32 element beyond L2. (One launch would need a barrier across the
-          grid, which Triton's interpreter, one program after the other, could not run.)
-delayed   one launch: quantize with the old range while the new one is taken; 16.25 bytes
-frozen    fake_quantize itself
-Per channel, which activations hardly use, delayed takes two launches as well.
+exact     two launches: observe, then quantize from the last tile to the first, as L2 still holds
+          the last ones; 20.25 bytes per float32 element if x does not fit into L2. (One launch
+          would need a grid barrier, and Triton's interpreter runs programs one after another.)
+delayed   one launch: quantizes with the old range while it takes the new one; 16.25 bytes
+frozen    fake_quantize
+Per channel, which is rare for activations, delayed takes two launches, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from divqat.kernels._channels import at_channel, hand_in, plan
+from divqat.kernels._channel_reduction import write_partial
 from divqat.kernels._launch import (
     WIDE,
     block_of,
-    channels_of,
     check_values,
     counters,
     dense,
     empty_mask,
     launch,
-    resident,
+    resident_programs,
 )
-from divqat.kernels._math import is_last
-from divqat.kernels._observer import add_to_range, finish, range_of_parts, total_range
+from divqat.kernels._math import is_last_program
+from divqat.kernels._min_max import reduce_min_max, reduce_partials, update_min_max
+from divqat.kernels._qparams import symmetric_zero_point, update_qparams
 from divqat.kernels.fake_quantize import offsets, quantize, quantize_tile
+from divqat.kernels.observe import BUFFERS, contiguous_buffers, observe_dense
 from torch import Tensor
-
-from divqat.ops._check import check_buffers
-
-
-@triton.jit
-def _observe(
-    x,
-    running_min,
-    running_max,
-    scale,
-    zero_point,
-    partial,  # [parts, channels, 2]
-    counters,
-    channels,
-    inner,
-    length,
-    quant_min: tl.float32,
-    quant_max: tl.float32,
-    averaging_constant: tl.float32,
-    WEIGHTS: tl.constexpr,  # there is no observer, only a scale
-    SYMMETRIC: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    RELU: tl.constexpr,
-    FLAT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    part, parts = tl.program_id(1), tl.num_programs(1)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    low = tl.full([BLOCK_C, BLOCK_K], float("inf"), tl.float32)
-    high = tl.full([BLOCK_C, BLOCK_K], float("-inf"), tl.float32)
-    for k in range(part, tl.cdiv(length, BLOCK_K), parts):
-        at, inside = at_channel(k, c, channels, inner, length, FLAT, WIDE, BLOCK_K)
-        value = tl.load(x + at, inside, other=0.0)
-        low, high = add_to_range(low, high, value, value, inside)
-    lowest, highest = total_range(low, high, 1)
-    if parts == 1:
-        finish(
-            lowest, highest, running_min, running_max, scale, zero_point, c, channels, quant_min,
-            quant_max, averaging_constant, WEIGHTS, SYMMETRIC, MIDDLE, RELU,
-        )  # fmt: skip
-    else:
-        hand_in(partial, part, channels, c, lowest, highest)
-        if is_last(counters + tl.program_id(0), parts):
-            least, most = range_of_parts(partial, parts, channels, c, BLOCK_C)
-            finish(
-                least, most, running_min, running_max, scale, zero_point, c, channels,
-                quant_min, quant_max, averaging_constant, WEIGHTS, SYMMETRIC, MIDDLE, RELU,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -101,7 +50,7 @@ def _delayed(
     quant_max: tl.float32,
     averaging_constant: tl.float32,
     SYMMETRIC: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -114,81 +63,17 @@ def _delayed(
         value = quantize_tile(
             x, y, mask, tile, i, n, s, z, quant_min, quant_max, True, True, RELU, BLOCK
         )
-        low, high = add_to_range(low, high, value, value, i < n)
-    lowest, highest = total_range(low, high, 0)
+        low, high = update_min_max(low, high, value, value, i < n)
+    lowest, highest = reduce_min_max(low, high, 0)
     c = tl.arange(0, 1)
-    # The last program writes the buffers, which the others have read by then.
-    hand_in(partial, tl.program_id(0), 1, c, lowest, highest)
-    if is_last(counters, tl.num_programs(0)):
-        least, most = range_of_parts(partial, tl.num_programs(0), 1, c, 1)
-        finish(
+    # The last program updates the buffers; all others have read them by then.
+    write_partial(partial, tl.program_id(0), 1, c, lowest, highest)
+    if is_last_program(counters, tl.num_programs(0)):
+        least, most = reduce_partials(partial, tl.num_programs(0), 1, c, 1)
+        update_qparams(
             least, most, running_min, running_max, scale, zero_point, c, 1, quant_min,
-            quant_max, averaging_constant, False, SYMMETRIC, MIDDLE, RELU,
+            quant_max, averaging_constant, False, SYMMETRIC, ZERO_POINT, RELU,
         )  # fmt: skip
-
-
-def _middle(quant_min: int, quant_max: int) -> int:
-    return 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
-
-
-def observe_dense(
-    x: Tensor,
-    buffers: tuple[Tensor | None, ...],
-    quant_min: int,
-    quant_max: int,
-    ch_axis: int | None,
-    averaging_constant: float = 1.0,
-    symmetric: bool = True,
-    relu: bool = False,
-) -> None:
-    """Update (running_min, running_max, scale, zero_point) from a dense x. With None for the
-    first two, the symmetric scale of x itself is taken: that of a weight.
-    """
-    channels, inner = channels_of(x, ch_axis)
-    given = {k: b for k, b in zip(_BUFFERS, buffers, strict=True) if b is not None}
-    check_values(x, channels, **given)
-    if x.numel() == 0:
-        return
-    grid, meta = plan(x, channels, inner)
-    partial = x.new_empty(2 * channels * grid[1], dtype=torch.float32)
-    launch(
-        _observe, grid, x.device, x, *buffers, partial, counters(x.device, grid[0]), channels,
-        inner, x.numel() // channels, float(quant_min), float(quant_max), float(averaging_constant),
-        WEIGHTS=buffers[0] is None, SYMMETRIC=symmetric, MIDDLE=_middle(quant_min, quant_max),
-        RELU=relu, **meta,
-    )  # fmt: skip
-
-
-_BUFFERS = ("running_min", "running_max", "scale", "zero_point")
-
-
-@contextmanager
-def _in_place(*buffers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The buffers as contiguous memory, written back where they were not."""
-    check_buffers(**dict(zip(_BUFFERS, buffers, strict=True)))
-    memory = tuple(buffer.contiguous() for buffer in buffers)
-    yield memory
-    for buffer, updated in zip(buffers, memory, strict=True):
-        if updated is not buffer:
-            buffer.copy_(updated)
-
-
-def observe(
-    x: Tensor,
-    running_min: Tensor,
-    running_max: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    ch_axis: int | None,
-    averaging_constant: float,
-    symmetric: bool,
-    relu: bool,
-) -> None:
-    options = (quant_min, quant_max, ch_axis, averaging_constant, symmetric, relu)
-    with _in_place(running_min, running_max, scale, zero_point) as buffers:
-        observe_dense(dense(x)[0], buffers, *options)
 
 
 def _quantize_delayed(
@@ -203,15 +88,15 @@ def _quantize_delayed(
     relu: bool,
 ) -> None:
     """Per tensor, in one launch."""
-    check_values(x, 1, **dict(zip(_BUFFERS, buffers, strict=True)))
+    check_values(x, 1, **dict(zip(BUFFERS, buffers, strict=True)))
     n = x.numel()
     meta = block_of(n, x.element_size())
-    programs = min(triton.cdiv(n, meta["BLOCK"]), resident(x.device))
+    programs = min(triton.cdiv(n, meta["BLOCK"]), resident_programs(x.device))
     partial = x.new_empty(2 * programs, dtype=torch.float32)
     launch(
         _delayed, (programs,), x.device, x, y, mask, *buffers, partial, counters(x.device), n,
         float(quant_min), float(quant_max), float(averaging_constant), SYMMETRIC=symmetric,
-        MIDDLE=_middle(quant_min, quant_max), RELU=relu, WIDE=n > WIDE, **meta,
+        ZERO_POINT=symmetric_zero_point(quant_min, quant_max), RELU=relu, WIDE=n > WIDE, **meta,
     )  # fmt: skip
 
 
@@ -229,17 +114,17 @@ def fake_quantize_observed(
     observer_mode: str,
     relu: bool,
     *,
-    y: Tensor | None = None,  # x, if that is dense, to write over it
+    y: Tensor | None = None,  # x itself, to overwrite it; x is dense then
 ) -> tuple[Tensor, Tensor]:
     if observer_mode not in ("exact", "delayed", "frozen"):
         raise ValueError(f"observer_mode: wanted exact, delayed or frozen, got {observer_mode}")
     if y is None:
         x, y = dense(x)
     elif observer_mode == "delayed" and ch_axis is not None:
-        x = x.clone()  # it is observed when y is there
+        x = x.clone()  # it is observed after y is written
     mask = empty_mask(x)
     options = (averaging_constant, symmetric, relu)
-    with _in_place(running_min, running_max, scale, zero_point) as buffers:
+    with contiguous_buffers(running_min, running_max, scale, zero_point) as buffers:
         if observer_mode == "delayed" and ch_axis is None and x.numel() > 0:
             _quantize_delayed(x, y, mask, buffers, quant_min, quant_max, *options)
             return y, mask
@@ -256,7 +141,7 @@ def fake_quantize_observed(
 
 
 def fake_quantize_observed_inplace(x: Tensor, *args: Any) -> Tensor:
-    """The same over x; returns the mask."""
+    """Overwrites x with y; returns the mask."""
     if x.stride() != torch.empty_like(x, device="meta").stride():
         raise ValueError(
             f"x: wanted dense memory to write over, got {list(x.shape)} with strides {x.stride()}"

@@ -1,9 +1,9 @@
 """fake_quantize_weights: every row of every weight, one launch forward and one backward.
 
-The addresses travel as arguments of the kernel, the shapes as its constants (one compilation per
-model): nothing is uploaded, and nothing can go stale in a captured graph. A program reads its row
-for the largest magnitude and again, from L1 or L2, to quantize it; 8 bytes per float32 element, in
-the backward 12.
+The addresses are arguments of the kernel and the shapes its constants (one compilation per model):
+there is no copy to the device, and a captured graph keeps its own list. A program reads its row for
+the largest magnitude, then again, from L1 or L2, to quantize it; 8 bytes per float32 element, 12 in
+the backward.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ import torch
 import triton
 import triton.language as tl
 from divqat.kernels._launch import channels_of, check_same, dense, empty_mask, laid_out_as, launch
-from divqat.kernels._math import cast, clamp, compute, round_to_code, symmetric_scale
-from divqat.kernels.fake_quantize import mask_grad, quantize
-from divqat.kernels.fake_quantize_observed import observe_dense
+from divqat.kernels._math import cast, clamp, compute
+from divqat.kernels._qparams import round_to_code, symmetric_scale
+from divqat.kernels.fake_quantize import masked_grad, quantize
+from divqat.kernels.observe import observe_dense
 from torch import Tensor
 
-# A kernel's parameters may take 4 KB: three addresses for each of these.
-PER_LAUNCH = 128
+# Three addresses each; a kernel's parameters may take 4 KB.
+WEIGHTS_PER_LAUNCH = 128
 
 
 @triton.jit
 def _quantize_row(
-    row,  # addresses of the row's first element
+    row,  # address of the row, like the next two
     grad,
     out,
     groups,
     quant_min,
     quant_max,
-    ALIGN: tl.constexpr,  # columns of a group, and what divides the addresses: 16 or 1
+    ALIGN: tl.constexpr,  # columns of a group, and divisor of the addresses: 16 or 1
     BACKWARD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Triton learns of the alignment here: a hint on an argument is lost where it inlines this.
+    # The hint must be here: one on the argument of an inlined function is lost.
     pointer: tl.constexpr = tl.pointer_type(DTYPE)
     row = tl.multiple_of(row.to(pointer), ALIGN)
     grad = tl.multiple_of(grad.to(pointer), ALIGN)
@@ -69,18 +70,18 @@ def _quantize_row(
 
 @triton.jit
 def _quantize_weights(
-    weights,  # addresses, a tuple each
+    weights,  # tuple of addresses, like the next two
     grads,  # or None in the forward
     outputs,
     quant_min: tl.float32,
     quant_max: tl.float32,
-    FIRST: tl.constexpr,  # the first row of each weight, counted through all of them
+    FIRST: tl.constexpr,  # index of each weight's first row among all rows
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # The last weight whose first row is not beyond this one: scalar selects, no memory.
+    # Find the weight of this row with scalar selects instead of loads.
     weight, out, columns, begin = weights[0], outputs[0], COLUMNS[0], 0
     grad = weights[0] if grads is None else grads[0]
     for j in tl.static_range(1, len(FIRST)):
@@ -90,7 +91,7 @@ def _quantize_weights(
         if grads is not None:
             grad = tl.where(mine, grads[j], grad)
     at = (program - begin).to(tl.int64) * columns * (DTYPE.primitive_bitwidth // 8)
-    # 16-byte accesses where every row begins on 16 bytes
+    # 16-byte accesses if every row is aligned
     if (columns % 16 == 0) & ((weight | out | grad) % 16 == 0):
         _quantize_row(
             weight + at, grad + at, out + at, columns // 16, quant_min, quant_max, 16,
@@ -111,8 +112,8 @@ _DTYPES = {
 }
 
 
-class _Rows(NamedTuple):
-    """A weight whose rows follow each other in memory: addresses (grad's is 0 in the forward)."""
+class _WeightRows(NamedTuple):
+    """A weight with contiguous rows, by its addresses (grad is 0 in the forward)."""
 
     weight: int
     grad: int
@@ -124,7 +125,7 @@ class _Rows(NamedTuple):
 def _launch_rows(
     device: torch.device,
     dtype: torch.dtype,
-    group: list[_Rows],
+    group: list[_WeightRows],
     quant_min: int,
     quant_max: int,
     backward: bool,
@@ -139,10 +140,10 @@ def _launch_rows(
     )  # fmt: skip
 
 
-def _one_by_one(
+def _quantize_weight(
     w: Tensor, grad: Tensor | None, y: Tensor, quant_min: int, quant_max: int, ch_axis: int | None
 ) -> None:
-    """One scale for the whole weight, or rows that are not contiguous: a launch for the scales, one
+    """A weight with one scale, or with rows that are not contiguous: a launch for the scales, one
     to quantize, and in the backward one for the gradient."""
     scale = w.new_empty(channels_of(w, ch_axis)[0], dtype=torch.float32)
     zero_point = torch.empty_like(scale, dtype=torch.int32)
@@ -150,7 +151,7 @@ def _one_by_one(
     mask = None if grad is None else empty_mask(w)
     quantize(w, y, mask, scale, zero_point, quant_min, quant_max, ch_axis)
     if grad is not None and mask is not None:
-        mask_grad(grad, mask, y)
+        masked_grad(grad, mask, y)
 
 
 def _run(
@@ -163,8 +164,8 @@ def _run(
     if not weights:
         return []
     device = weights[0].device
-    outputs, alive = [], []  # dense copies live until the launches
-    groups: dict[torch.dtype, list[_Rows]] = defaultdict(list)
+    outputs, alive = [], []  # keeps dense copies alive until the launches
+    groups: dict[torch.dtype, list[_WeightRows]] = defaultdict(list)
     for i, given in enumerate(weights):
         if given.device != device:
             raise ValueError(f"weights: wanted all on {device}, got one on {given.device}")
@@ -178,16 +179,18 @@ def _run(
         if n == 0:
             continue
         axis = None if ch_axis is None else ch_axis % w.dim()
-        # the axis is the outermost of the memory: its rows follow each other
+        # The axis is the outermost in memory: the rows are contiguous.
         if axis is not None and (rows := w.shape[axis]) * w.stride(axis) == n:
             address = 0 if grad is None else grad.data_ptr()
-            groups[w.dtype].append(_Rows(w.data_ptr(), address, y.data_ptr(), rows, n // rows))
+            groups[w.dtype].append(
+                _WeightRows(w.data_ptr(), address, y.data_ptr(), rows, n // rows)
+            )
             alive.append((w, grad))
         else:
-            _one_by_one(w, grad, y, quant_min, quant_max, axis)
+            _quantize_weight(w, grad, y, quant_min, quant_max, axis)
     for dtype, group in groups.items():
-        for first in range(0, len(group), PER_LAUNCH):
-            part = group[first : first + PER_LAUNCH]
+        for first in range(0, len(group), WEIGHTS_PER_LAUNCH):
+            part = group[first : first + WEIGHTS_PER_LAUNCH]
             _launch_rows(device, dtype, part, quant_min, quant_max, grads is not None)
     return outputs
 

@@ -1,7 +1,9 @@
 """Let the tests import their vocabulary, tests/testing.py, and what several files share."""
 
 import functools
+import gc
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from divqat.data import ImageSet, catalog
 # How long an example takes says something of the machine, and of who else is on it.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any")
+
+# Imports and traces make millions of objects, few of them garbage in cycles.
+gc.set_threshold(20_000, 10, 10)
 
 BLANK = b"\x89PNG\r\n\x1a\n"
 
@@ -40,6 +45,7 @@ def trainings_are_quick():
         patch.setattr(
             figures, "write_atomic", lambda path, _: write(path, lambda f: f.write_bytes(BLANK))
         )
+        patch.setitem(figures.STYLE, "axes.grid", False)  # half of what is drawn are its ticks
         registry = _onnx_registry()
         if registry is not None:
             known = staticmethod(functools.cache(registry.from_torchlib))
@@ -61,6 +67,7 @@ def painted():
     """The module's pictures are those that a user sees."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "write_atomic", files.write_atomic)
+        patch.setitem(figures.STYLE, "axes.grid", True)
         yield
 
 
@@ -69,9 +76,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Files with slow tests begin first, so that no worker waits long for the last one."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+    if config.getoption("quick"):
+        keep_the_core(config, items)
+
+
+def keep_the_core(config, items):
     """Of a test that is run over many cases and backends, the first is its core."""
-    if not config.getoption("quick"):
-        return
     first = {}
     for item in items:
         if not item.get_closest_marker("slow"):
@@ -79,6 +92,12 @@ def pytest_collection_modifyitems(config, items):
     kept = set(first.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish():
+    """What torch and all tests are made of stays: garbage is looked for elsewhere."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val):
@@ -110,6 +129,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def new_garbage_only():
+    """Every measurement collects, which takes longer than it does where packages fill the heap."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -120,7 +120,7 @@ def test_classifier_answers_like_the_victim(art, model, shown):
 
 def test_budget_holds(art, model):
     victim = Victim(model, query_budget=20)
-    with pytest.raises(QueryBudgetExceeded, match="10 images asked, but 0 of 20"):
+    with pytest.raises(QueryBudgetExceeded, match="got 10 images, but 0 of 20"):
         classifier_of(victim).predict(to_float(QUERIES[:30]).numpy(), batch_size=10)
     assert victim.queries == 20
 

@@ -105,7 +105,7 @@ def test_it_warns_of_steps_that_a_victim_does_not_see(model, smoothing, warned):
         warnings.simplefilter("always")
         attack(victim, QUERIES, toy_model(seed=1))
     found = [str(one.message) for one in said if "smoothing: a step of" in str(one.message)]
-    assert len(found) == warned and all("wanted is about 0.063" in text for text in found)
+    assert len(found) == warned and all("use about 0.063" in text for text in found)
 
 
 def test_dfme_compares_centred_log_probabilities():

@@ -17,7 +17,7 @@ from toys import (
 )
 
 from divqat.attacks import KnockoffNets
-from divqat.attacks.jbda import JBDA, ascent
+from divqat.attacks.jbda import JBDA, gradient_sign
 from divqat.attacks.jbda_tr import JBDATR
 from divqat.data import ImageSet, to_float
 from divqat.metrics import accuracy, predict
@@ -51,11 +51,11 @@ PIXELS = torch.tensor([100, 100, 240, 20], dtype=torch.uint8).view(1, 1, 2, 2)
 
 def test_ascent_is_the_sign_of_the_gradient():
     x = to_float(PIXELS).expand(2, -1, -1, -1)
-    got = ascent(TWO, x, torch.tensor([0, 1])).flatten(1)
+    got = gradient_sign(TWO, x, torch.tensor([0, 1])).flatten(1)
     assert got.tolist() == [[1, -1, 1, -1], [-1, 1, -1, 1]]
     # Four classes with p = 1/4: the gradient of log p_0 is w_0 - (w_0 + w_1 + w_2 + w_3) / 4.
     clone = linear([1, 0, 0, 1], [5, 0, -1, 1], [0, 0, -3, 1], [0, 0, 0, 1])
-    got = ascent(clone, torch.zeros(1, 1, 2, 2), torch.tensor([0]))
+    got = gradient_sign(clone, torch.zeros(1, 1, 2, 2), torch.tensor([0]))
     assert got.flatten().tolist() == [-1, 0, 1, 0]
 
 
@@ -203,7 +203,7 @@ def test_arguments_are_checked(model):
             JBDATR(**bad)
     with pytest.raises(ValueError, match="seeds: wanted fewer than the query_budget of 100"):
         JBDA(seeds=100, query_budget=100)
-    with pytest.raises(RuntimeError, match=r"JBDA has to own labeled images"):
+    with pytest.raises(RuntimeError, match=r"JBDA needs labeled images"):
         JBDA(start="owned")(Victim(model), QUERIES, CLONE)
     few = ImageSet(TEST_IMAGES[:9], TEST_LABELS[:9])
     with pytest.raises(ValueError, match="seeds: wanted 1 to 9, the images to draw them from"):

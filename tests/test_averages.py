@@ -122,7 +122,7 @@ def test_an_average_of_what_had_seen_nothing_says_so(config, how):
 
     train(model, update)
     for use in (averaged, convert):
-        with pytest.raises(RuntimeError, match="averages that began before the first batch"):
+        with pytest.raises(RuntimeError, match="an average that began before the first batch"):
             use(averaged if use is convert else X)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toys import QUERIES, Killed, kill_at, toy_model, toy_victim
 
 from divqat.attacks.bandit import GradientBandit, advantages, certainty, diversity
-from divqat.attacks.knockoff_adaptive import KnockoffAdaptive, clusters, thumbnails
+from divqat.attacks.knockoff_adaptive import KnockoffAdaptive, k_means, thumbnails
 from divqat.data import to_float
 from divqat.victim import Victim
 
@@ -99,7 +99,7 @@ def test_clusters_are_those_of_well_separated_points():
     torch.manual_seed(0)
     centers = torch.tensor([[0.0, 0], [50, 0], [0, 50]])
     truth = torch.arange(90) % 3
-    group = clusters(centers[truth] + torch.randn(90, 2), 3)
+    group = k_means(centers[truth] + torch.randn(90, 2), 3)
     assert group.dtype == torch.int64 and int(group.max()) < 3
     # No cluster has points of two blobs; from a bad start k-means may cut a blob in two.
     shared = [len(set(truth[group == g].tolist())) for g in range(3) if (group == g).any()]
@@ -109,7 +109,7 @@ def test_clusters_are_those_of_well_separated_points():
 def test_points_end_with_their_nearest_mean():
     torch.manual_seed(1)
     points = torch.randn(200, 3)
-    group = clusters(points, 5)
+    group = k_means(points, 5)
     means = torch.stack([points[group == g].mean(0) for g in range(5)])
     nearest = torch.stack([(points - mean).norm(dim=1) for mean in means], 1).argmin(1)
     assert float((nearest == group).float().mean()) > 0.97
@@ -153,7 +153,7 @@ def test_a_killed_run_that_would_now_choose_others_says_so(tmp_path, monkeypatch
             attack(Victim(toy_victim()), QUERIES, toy_model(seed=1), resume_dir=tmp_path)
     victim = Victim(toy_victim())
     monkeypatch.setattr(
-        "divqat.attacks.knockoff_adaptive.clusters", lambda points, count: QUERIES[:, 0, 0, 0] % 6
+        "divqat.attacks.knockoff_adaptive.k_means", lambda points, count: QUERIES[:, 0, 0, 0] % 6
     )
     with pytest.raises(ValueError, match=r"round0.pt has answers to other images; .* threads"):
         attack(victim, QUERIES, toy_model(seed=1), resume_dir=tmp_path)

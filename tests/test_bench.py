@@ -1,7 +1,6 @@
 """The benchmark admits who is right, and counts what does not depend on the machine."""
 
 import dataclasses
-import gc
 import sys
 from pathlib import Path
 
@@ -15,25 +14,17 @@ from bench.nets import NETWORKS
 from bench.nets import weights as weights_of
 from divqat.ops._backend import best
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "new_garbage_only")]
 SHAPE = (2, 8, 9, 10)
 N = 2 * 8 * 9 * 10
 FLOAT, BF16, LAST = "float32", "bfloat16", "channels_last"
 NOT_COMPILED = ["divqat", "torch.ao", "torchao", "torch.fake", "ATen", "Brevitas", "eager"]
 
 
-@pytest.fixture(autouse=True)
-def only_new_garbage_is_collected():
-    """Every measurement collects, which takes longer than it does where packages fill the heap."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def case(op, dtype=FLOAT, layout="contiguous", device="cpu"):
     if op == weights.OP:
         tensors = [torch.empty(8, 3, 3, 3), torch.empty(10, 16)]
-        return weights.of_weights(Plan(op, "two weights", (), dtype, layout), tensors, device, 2)
+        return weights.case_of(Plan(op, "two weights", (), dtype, layout), tensors, device, 2)
     shape = (16, 10) if op == losses.OP else SHAPE
     return run.make(Plan(op, "small", shape, dtype, layout), device, 2)
 

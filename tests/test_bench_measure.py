@@ -120,7 +120,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, quick, monkeypatch, capsys):
         assert result[key]
     assert {"torchao", "brevitas", "liger-kernel"} <= result["versions"].keys()
     other = arguments(*ASK, "--json", file, "--seconds", "3")
-    with pytest.raises(SystemExit, match="holds a run with other seconds"):
+    with pytest.raises(SystemExit, match="has a run with other seconds"):
         other.main(other)
 
 
@@ -214,7 +214,7 @@ def test_compare_reads_results_of_one_command_only(tmp_path, capsys):
     with pytest.raises(SystemExit, match="wanted results of one command, got run and step"):
         compared(paths[0], paths[1])
     for bad in (paths[2], tmp_path / "none.json"):
-        with pytest.raises(SystemExit, match="is no result"):
+        with pytest.raises(SystemExit, match="is not a result"):
             compared(paths[0], bad)
 
 

@@ -20,7 +20,7 @@ from bench.nets import NETWORKS, Network, weights
 from divqat.models.resnet20 import BasicBlock, ResNet20
 from divqat.ops._backend import best
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "new_garbage_only")]
 ROOT = Path(__file__).parent.parent
 
 
@@ -144,14 +144,14 @@ def test_a_step_that_does_not_train_the_network_gets_no_time(setup):
         (detached, "no gradient of unused.weight"),
     ):
         row = {"contender": prepare.__name__}
-        assert step.admitted(setup, step.Recipe(prepare), "eager", row, reference) is None
+        assert step.admit(setup, step.Recipe(prepare), "eager", row, reference) is None
         assert re.search(message, row["wrong"]), row
 
     def raises(model, x):
         raise RuntimeError("no such luck")
 
     row = {"contender": "raises"}
-    assert step.admitted(setup, step.Recipe(raises), "eager", row, reference) is None
+    assert step.admit(setup, step.Recipe(raises), "eager", row, reference) is None
     assert row["fails"] == "RuntimeError: no such luck"
 
 

@@ -56,9 +56,9 @@ def test_python_only_on_request_without_a_word(source):
 @pytest.mark.parametrize(
     ("mode", "environment", "reason"),
     [
-        ("cpu", {"CXX": "no-such-compiler"}, "cannot be met: there is no C++ compiler"),
+        ("cpu", {"CXX": "no-such-compiler"}, "cannot be built: there is no C++ compiler"),
         ("gpu", {}, "DIVQAT_BUILD: wanted one of auto, python, cpu, cuda, got 'gpu'"),
-        ("cuda", {"CUDA_HOME": ""}, "cannot be met: "),
+        ("cuda", {"CUDA_HOME": ""}, "cannot be built: "),
     ],
 )
 def test_what_was_asked_for_and_cannot_be_built_is_an_error(source, mode, environment, reason):
@@ -152,7 +152,9 @@ def test_no_machine_runs_instructions_it_has_not(name, tmp_path):
     """
     unit = tmp_path / f"{name}.o"
     command = ["c++", "-O1", "-std=c++17", "-ffp-contract=off", "-c"]
-    subprocess.run([*command, ROOT / f"csrc/cpu/isa_{name}.cpp", "-o", unit], check=True)
+    subprocess.run(
+        [*command, ROOT / f"csrc/cpu/instruction_set_{name}.cpp", "-o", unit], check=True
+    )
     symbols = subprocess.run(["nm", "-C", unit], check=True, capture_output=True, text=True).stdout
     assert f"divqat::{name}::" in symbols
     assert "_GLOBAL__" not in symbols

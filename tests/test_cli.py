@@ -270,10 +270,10 @@ def test_a_retrained_model_is_not_mistaken_for_its_export(runs, tmp_path):
 @pytest.mark.parametrize(
     ("name", "command", "remedy"),
     [
-        ("checkpoint.pt", "train --out {} --resume", "delete it and give the command"),
-        ("checkpoint.pt", "verify {}", "delete it and give the command"),
-        ("summary.json", "train --out {} --resume", "delete it and give the command"),
-        ("export.json", "verify {}", "delete it and give the command"),
+        ("checkpoint.pt", "train --out {} --resume", "delete it and repeat the command"),
+        ("checkpoint.pt", "verify {}", "delete it and repeat the command"),
+        ("summary.json", "train --out {} --resume", "delete it and repeat the command"),
+        ("export.json", "verify {}", "delete it and repeat the command"),
         ("model.onnx", "verify {}", "divqat export {}"),
         ("model.onnx", "attack --victim {} --query-set noise", "divqat export {}"),
         (
@@ -310,7 +310,7 @@ def test_a_run_folder_of_an_older_divqat_is_used_and_told(runs, tmp_path, capsys
         path.write_text(json.dumps(value))
     torch.save(load_checkpoint(run / "checkpoint.pt"), run / "checkpoint.pt")
     before = (run / "model.onnx").stat().st_mtime_ns
-    with pytest.warns(UserWarning, match="files without a checksum, as an older divqat wrote them"):
+    with pytest.warns(UserWarning, match="files without a checksum, as written by an older divqat"):
         assert divqat("export", run) == 0
         assert divqat("verify", run) == 0
         assert divqat("train", "--out", run, "--resume") == 0

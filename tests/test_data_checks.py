@@ -60,7 +60,7 @@ def test_copies_in_train_and_test(tmp_path, monkeypatch, stream):
     splits = load(root, stream)
     (line,) = find_copies(splits)
     count = len(splits.test)
-    assert line.startswith(f"folder: 1 of {count} test images are in ")
+    assert line.startswith(f"folder: 1 of {count} test images are also in ")
     if stream == "always":
         assert (
             f"{root / 'test' / 'dog' / 'copy.png'} (as {root / 'train' / 'cat' / '3.png'})" in line
@@ -71,7 +71,7 @@ def test_the_same_picture_in_another_file_format_is_a_copy_where_it_is_decoded(t
     root = make_folder(tmp_path)
     picture(root / "test" / "dog" / "copy.bmp", 3)
     (line,) = find_copies(load(root, "never"))
-    assert "1 of 13 test images are in " in line
+    assert "1 of 13 test images are also in " in line
 
 
 def test_copies_of_a_set_in_memory():
@@ -80,9 +80,9 @@ def test_copies_of_a_set_in_memory():
     validation, test = ImageSet(images[30:40], labels[30:40]), ImageSet(images[25:], labels[25:])
     lines = find_copies(Splits("toys", tuple("abcd"), train, validation, test))
     assert lines == [
-        "toys: 5 of 25 test images are in train as well: "
+        "toys: 5 of 25 test images are also in train: "
         "0 (as 25), 1 (as 26), 2 (as 27), 3 (as 28), 4 (as 29)",
-        "toys: 10 of 25 test images are in validation as well: "
+        "toys: 10 of 25 test images are also in validation: "
         "5 (as 0), 6 (as 1), 7 (as 2), 8 (as 3), 9 (as 4) and 5 more",
     ]
 
@@ -109,7 +109,9 @@ def test_class_folders_without_a_picture(tmp_path, stream):
     (root / "train" / "bird").mkdir()
     (root / "train" / "fish").mkdir()
     (root / "train" / "fish" / "readme.txt").touch()
-    with pytest.raises(ValueError, match="class folders without a picture: bird, fish; fill them"):
+    with pytest.raises(
+        ValueError, match="class folders without a picture: bird, fish; fill or delete them"
+    ):
         load(root, stream)
 
 
@@ -128,7 +130,7 @@ def test_a_training_says_it_before_it_begins(tmp_path, monkeypatch, stream):
     with pytest.raises(KeyboardInterrupt):
         train(config(root, stream), tmp_path / "run", log=said.append)
     assert "warning: folder: classes without a test image: dog" in said
-    assert any("1 of 7 test images are in " in line for line in said)
+    assert any("1 of 7 test images are also in " in line for line in said)
 
 
 @streams

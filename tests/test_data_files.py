@@ -83,7 +83,7 @@ class TestIdx:
     def test_pair_must_fit(self, tmp_path):
         for name, array in (("images", pixels(5, 2, 2)), ("four", pixels(4)), ("flat", pixels(5))):
             (tmp_path / name).write_bytes(idx(array))
-        with pytest.raises(ValueError, match=r"four must hold 5 labels .* got \[4\]"):
+        with pytest.raises(ValueError, match=r"four must hold 5 labels, .* got \[4\]"):
             formats.read_idx_pair(tmp_path / "images", tmp_path / "four")
         with pytest.raises(ValueError, match=r"flat must hold \[N, H, W\] images, got \[5\]"):
             formats.read_idx_pair(tmp_path / "flat", tmp_path / "flat")
@@ -198,7 +198,7 @@ class TestCifar:
     def test_damaged_binary(self, tmp_path, size):
         path = tmp_path / "test_batch.bin"
         path.write_bytes(bytes(size))
-        with pytest.raises(ValueError, match=f"{path} is truncated or no CIFAR"):
+        with pytest.raises(ValueError, match=f"{path} is truncated or not a CIFAR"):
             formats.read_cifar_binary([path], label_bytes=1)
 
     def test_incomplete_folder_names_the_file(self, tmp_path):

@@ -160,6 +160,6 @@ def test_a_mode_without_a_white_is_refused_by_name(tmp_path, stream):
     Image.new("F", (8, 8), 0.5).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ValueError, match=rf"{path}.*mode F, which does not say which value"):
+        with pytest.raises(ValueError, match=rf"{path}.*mode F, which does not define which value"):
             splits = data.load("folder", data_root=tmp_path, image_size=8, stream=stream, workers=0)
             assert [part.images for part in (splits.train, splits.validation, splits.test)]

@@ -60,7 +60,7 @@ class TestPictures:
         assert splits.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
         assert splits.test.images[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12]
         self.save(tmp_path / "test" / "cow" / "0.png", pixels(9, 9, 3))
-        with pytest.raises(ValueError, match="no training class: cow"):
+        with pytest.raises(ValueError, match="not training classes: cow"):
             data.load("folder", data_root=tmp_path)
 
     def test_folder_without_splits_is_grey_when_its_pictures_are(self, tmp_path):

@@ -48,7 +48,7 @@ class TestShards:
         for shard in ((2, 2), (-1, 2), (0, 0)):
             with pytest.raises(ValueError, match=r"shard must be \(rank, size\)"):
                 data.batches(FULL, 4, shard=shard)
-        with pytest.raises(ValueError, match=r"images must be 2, as .* of 4 are, got 4"):
+        with pytest.raises(ValueError, match=r"wanted 2 images, as for .* of 4, got 4"):
             data.augment(FULL.images[:4], seeded(), pad=1, rows=slice(1, 4, 2), total=4)
 
 

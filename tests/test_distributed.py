@@ -33,8 +33,10 @@ def spawn(size, folder, function, *args):
     before = set(folder.parent.iterdir())
 
     def start():
-        # Forks of a process that has imported torch, once for all tests, and started no thread.
-        multiprocessing.set_forkserver_preload(["torch._dynamo", "divqat.train"])
+        # Forks of a process that has imported, once for all tests, what takes seconds in trainings,
+        # and started no thread.
+        packages = ["torch._dynamo", "divqat.train", "sklearn.datasets", "matplotlib.figure"]
+        multiprocessing.set_forkserver_preload(packages)
         torch.multiprocessing.start_processes(
             _process, (size, folder, function, args), size, start_method="forkserver"
         )

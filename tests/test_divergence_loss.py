@@ -142,7 +142,7 @@ def test_dtypes_compute_in_float32_inside(dtype, direction):
 
 
 def test_loss_scaling_saves_the_gradient_of_float16():
-    logits, teacher = 4 * randn(512, 100, seed=1), 4 * randn(512, 100, seed=2)
+    logits, teacher = 4 * randn(128, 100, seed=1), 4 * randn(128, 100, seed=2)
     logits, teacher = logits.half().requires_grad_(), teacher.half()
     double = logits.detach().double().requires_grad_()
     target = double.argmax(1)

@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_and_harms_nothing(tmp_path, name, size):
     with files_of_at_most(size), pytest.raises(WriteError) as caught:
         WRITERS[name](path)
     assert str(caught.value).startswith(f"could not write {path}: File too large; ")
-    assert "the same command goes on" in str(caught.value)
+    assert "repeat the command to resume" in str(caught.value)
     assert left(tmp_path) == [name] and path.read_bytes() == b"old"
     WRITERS[name](path)
     assert path.stat().st_size > 1000
@@ -180,18 +180,18 @@ def test_a_folder_that_stays_is_no_error_and_is_made_when_it_is_needed(tmp_path)
 def test_what_is_no_json_object_names_the_file_and_the_line(tmp_path):
     path = tmp_path / "a.json"
     for data, message in (
-        (b'{\n "a": 1,\n "b" 2\n}', "a.json, line 3: no JSON: "),
-        (b'{\n "a": "\xff"\n}', "a.json, line 2: no UTF-8: "),
+        (b'{\n "a": 1,\n "b" 2\n}', "a.json, line 3: not JSON: "),
+        (b'{\n "a": "\xff"\n}', "a.json, line 2: not UTF-8: "),
         (b"[" * 100_000, "a.json: .*recursion"),
-        (b'{"a": NaN}', "a.json: NaN is no JSON"),
+        (b'{"a": NaN}', "a.json: NaN is not JSON"),
         (b"[1]", "a.json: wanted an object, got list"),
-        (b"", "a.json, line 1: no JSON"),
+        (b"", "a.json, line 1: not JSON"),
     ):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{message}.*delete it and give the command"):
+        with pytest.raises(ValueError, match=rf"{message}.*delete it and repeat the command"):
             read_json(path)
     path.write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"a\.json: there is no 'accuracy'; .*delete it"):
+    with pytest.raises(ValueError, match=r"a\.json: the key 'accuracy' is missing; .*delete it"):
         read_json(path)["accuracy"]
 
 

@@ -21,7 +21,7 @@ from divqat.evaluate.audits import audits
 from divqat.evaluate.cells import Curve
 from divqat.evaluate.results import HARD, SOFT, best_of, reads
 from divqat.evaluate.specs import make_attack, split_spec
-from divqat.evaluate.subject import Remembered, overlaps
+from divqat.evaluate.subject import CachedModel, overlaps
 from divqat.evaluate.tables import attacks_table, floor, main_table, released_table
 
 pytestmark = pytest.mark.slow
@@ -170,7 +170,7 @@ def test_the_report_says_how_many_labeled_images_there_were(model, tmp_path):
     grid = replace(GRID, attacks=("knockoff",), budgets=(50,), seeds=1)
     result = evaluate([Subject("qat", model)], splits, grid, tmp_path, log=lambda line: None)
     assert grid.holdout == 200 and result.grid["holdout"] == 100
-    assert "does best on 100 labeled images" in (tmp_path / "report.md").read_text()
+    assert "most accurate on 100 labeled images" in (tmp_path / "report.md").read_text()
 
 
 def test_names_must_differ(model, tmp_path):
@@ -211,7 +211,7 @@ def test_attacks_by_name():
         make_attack("knockof", {})
     with pytest.raises(ConfigError, match=r"knockoff:epoch=3 'epoch' \(did you mean 'epochs'"):
         make_attack("knockoff:epoch=3", {})
-    with pytest.raises(ConfigError, match="attacks: wanted each only once"):
+    with pytest.raises(ConfigError, match="attacks: wanted no duplicates"):
         Grid(attacks=("knockoff", "knockoff"))
 
 
@@ -223,7 +223,7 @@ def test_remembered_answers_are_those_of_the_model(model):
         asked.append(len(images))
         return model(images)
 
-    remembered = Remembered(counting, known)
+    remembered = CachedModel(counting, known)
     assert sum(asked) == 40
     mixed = to_float(torch.cat([new[:3], known[5:9], new[3:]]))
     with torch.no_grad():
@@ -314,5 +314,5 @@ def test_a_defense_can_be_tuned_without_the_test_set(model, tmp_path):
     other = evaluate([Subject("qat", model, "qat")], splits, again, out, log=lambda line: None)
     assert other.released[0].accuracy != result.released[0].accuracy
     assert "Percent on the test set" in (out / "report.md").read_text()
-    with pytest.raises(ConfigError, match="that are not measured, got 200 and 200"):
+    with pytest.raises(ConfigError, match="on which nothing is measured, got 200 and 200"):
         replace(grid, attacks=("labeled-only",), holdout=200).check(splits, 300)

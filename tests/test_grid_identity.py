@@ -144,7 +144,7 @@ def test_clones_of_labels_do_not_show_that_the_attack_works(tmp_path):
     best = {cell.attack: cell.accuracy for cell in result.cells}
     assert best["fine-tune:tune_epochs=100"] > 0.5 > 0.4 > best["knockoff"]
     assert not audit(result, "the attack works on an undefended victim").ok
-    name = "what owned images teach without the victim is known"
+    name = "the baseline without the victim is known"
     assert audit(result, name).ok
     result = evaluated(constant, tmp_path / "a", attacks=attacks[:2], labeled=60)
     assert not audit(result, name).ok and "add labeled-only" in audit(result, name).detail

@@ -90,7 +90,7 @@ def test_yardstick_is_reported_and_never_the_best(done):
     (row,) = [row for row in attacks_table(result).rows if row[1] == alone.attack]
     assert row[3] == "0"
     assert "labeled-only" not in main_table(result).markdown()
-    assert "labeled-only:epochs=20: with 60 others." in (out / "report.md").read_text()
+    assert "labeled-only:epochs=20: 60 others." in (out / "report.md").read_text()
     by_name = {audit.name: audit for audit in audits(result)}
     assert by_name["query budgets are respected"].ok
     assert not by_name["answers to other images teach nothing"].ok  # it is no control
@@ -143,7 +143,7 @@ def test_copies_of_labeled_images_in_the_test_set_are_a_leak(done):
 
 def test_too_few_validation_images_are_known_before_any_work(model, tmp_path, monkeypatch):
     grid = Grid.from_dict({**GRID.to_dict(), "labeled": 61})
-    message = "holdout, labeled: wanted together at most 100, the validation .* got 40 and 61"
+    message = "holdout, labeled: wanted at most 100 together, the validation .* got 40 and 61"
     with pytest.raises(ConfigError, match=message):
         evaluate([Subject("qat", model)], toy_splits(), grid, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -158,7 +158,7 @@ def test_too_few_validation_images_are_known_before_any_work(model, tmp_path, mo
             "evaluate": {"attacks": ["relabel"], "query_set": "noise"},
         }
     )
-    with pytest.raises(ConfigError, match="holdout, labeled: wanted together at most"):
+    with pytest.raises(ConfigError, match="holdout, labeled: wanted at most"):
         run_study(study, tmp_path / "study")
     assert not (tmp_path / "study").exists()
 

@@ -41,7 +41,7 @@ def layers_of(model):
 
 
 def idle(model):
-    return all(layer._group is layer._handed is None for layer in layers_of(model))
+    return all(layer._group is layer._grouped_weight is None for layer in layers_of(model))
 
 
 def prepared(name, config="x86"):

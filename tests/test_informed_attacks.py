@@ -33,7 +33,7 @@ from divqat.attacks.answers import centred_logs
 from divqat.attacks.residual import PENALTIES, cross_fitted, ridge
 from divqat.attacks.same_shade import block_of, shuffled_inside
 from divqat.data import ImageSet, to_float
-from divqat.nn.decoy import Decoy, Sample, coarse
+from divqat.nn.decoy import Decoy, Sample, coarse_picture
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,7 +247,7 @@ def test_a_shuffled_picture_has_the_same_shades(size):
     images = torch.randint(256, (6, 3, size, size + 4), generator=torch.Generator().manual_seed(1))
     images = images.to(torch.uint8)
     copies = shuffled_inside(images)
-    torch.testing.assert_close(coarse(to_float(copies)), coarse(to_float(images)))
+    torch.testing.assert_close(coarse_picture(to_float(copies)), coarse_picture(to_float(images)))
     means = [F.adaptive_avg_pool2d(x.double(), 8) for x in (copies, images)]
     torch.testing.assert_close(*means, rtol=0, atol=1e-9)
     colors = [x.flatten(2).transpose(1, 2).tolist() for x in (copies, images)]

@@ -62,7 +62,7 @@ def test_the_bits_are_those_of_a_copy(dtype, backend):
 def test_what_cannot_be_written_over_is_refused_and_left_alone(backend):
     leaf = randn(4, 6).requires_grad_()
     before = leaf.detach().clone()
-    with pytest.raises(ValueError, match="x: wanted a result to write over, got a leaf"):
+    with pytest.raises(ValueError, match="x: wanted a result to overwrite, got a leaf"):
         ops.fake_quantize_observed(leaf, *state(), 0, 255, inplace=True)
     for x in (leaf[:, ::2], leaf[:1].expand(4, 6)):
         words = rf"x: wanted dense memory to write over, got \[4, {x.shape[1]}\] with strides"

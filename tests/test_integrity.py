@@ -64,7 +64,7 @@ def test_no_damaged_json_is_read(tmp_path):
     assert read_json(path) == VALUE
     for data in damaged(path.read_bytes()):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.json.*delete it and give the command"):
+        with pytest.raises(ValueError, match=r"a\.json.*delete it and repeat the command"):
             read_json(path)
 
 
@@ -100,7 +100,7 @@ def test_no_damaged_checkpoint_is_loaded(tmp_path):
     assert torch.equal(load_checkpoint(path)["weights"], STATE["weights"])
     for data in damaged(path.read_bytes()):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.pt is not a readable .*delete it and give the"):
+        with pytest.raises(ValueError, match=r"a\.pt is not a readable .*delete it and repeat the"):
             load_checkpoint(path)
 
 
@@ -172,7 +172,7 @@ def test_a_step_whose_product_was_changed_is_done_again(tmp_path):
     done = step(report, "source", make, product=product)
     assert step(report, "source", None, product=product) == done
     product.write_bytes(b"mudel")
-    with pytest.warns(UserWarning, match=r"model\.onnx was changed .*: it is made again"):
+    with pytest.warns(UserWarning, match=r"model\.onnx was changed .*: it is rebuilt"):
         step(report, "source", make, product=product)
     assert product.read_bytes() == b"model"
 

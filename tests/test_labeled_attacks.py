@@ -24,7 +24,7 @@ from toys import (
 
 from divqat._util.settings import ConfigError
 from divqat.attacks import FineTune, KnockoffNets, LabeledOnly, Relabel, attack
-from divqat.attacks.relabel import NEVER, Relabeled, fitting
+from divqat.attacks.relabel import NEVER, Relabeled, class_map_solver
 from divqat.data import ImageSet, to_float
 from divqat.metrics import accuracy, predict
 from divqat.victim import QueryBudgetExceeded, Victim
@@ -96,14 +96,14 @@ def test_an_honest_victim_is_left_alone():
     ],
 )
 def test_maps_by_hand(kind, counts, wanted):
-    assert fitting(kind)(torch.tensor(counts)).tolist() == wanted
+    assert class_map_solver(kind)(torch.tensor(counts)).tolist() == wanted
 
 
 def test_permutation_agrees_with_trying_all():
     torch.manual_seed(0)
     for _ in range(20):
         counts = torch.randint(4, (5, 5))
-        found = fitting("permutation")(counts).tolist()
+        found = class_map_solver("permutation")(counts).tolist()
         assert sorted(found) == list(range(5))
 
         def value(order, counts=counts):
@@ -220,7 +220,7 @@ def test_labeled_images_alone_ask_nothing():
 @each
 def test_owning_none_costs_no_query(settings):
     victim, name = Victim(MODEL), type(settings).__name__
-    with pytest.raises(RuntimeError, match=rf"{name} has to own labeled images: call {name}\(\.\."):
+    with pytest.raises(RuntimeError, match=rf"{name} needs labeled images: call {name}\(\.\."):
         settings(victim, QUERIES, CLONE)
     with pytest.raises(RuntimeError):  # no field, so a changed copy forgets them, and says so
         replace(settings.owning(OWNED), seed=1)(victim, QUERIES, CLONE)

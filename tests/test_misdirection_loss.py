@@ -245,7 +245,7 @@ def test_refusals():
     check(r"labels: wanted numbers \[N\] from 0 to 4, got \[10\] from 0 to 5",
           [(images, labels + labels // 4)])  # fmt: skip
     check(r"labels: wanted .* got \[10, 1\]", [(images, labels[:, None])])
-    check(r"images must be float, got torch.uint8",
+    check(r"images: wanted floats, got torch.uint8",
           [(to_uint8(images), labels)], error=TypeError)  # fmt: skip
     check(r"images: wanted \[N, C, H, W\], got \[10, 108\]", [(images.flatten(1), labels)])
     check(r"images: wanted all \[1, 9, 12\], got \[1, 9, 6\]",

@@ -77,7 +77,7 @@ def test_an_empty_folder_is_refused(tmp_path, monkeypatch, capsys, command):
         with pytest.raises(SystemExit) as caught:
             divqat(command, *(part.format(path) for part in COMMANDS[command]))
         assert caught.value.code == 2
-        assert "wanted the path of a folder ('.' is this one)" in capsys.readouterr().err
+        assert "wanted the path of a folder ('.': this folder)" in capsys.readouterr().err
     assert not os.listdir()
 
 

@@ -206,13 +206,13 @@ def made_in_inference(x):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (leaf, "a result to write over, got a leaf that requires grad"),
-        (lambda x: leaf(x).view(-1), "a result to write over, got a view of such a leaf"),
-        (lambda x: leaf(x)[1:], "a result to write over, got a view of such a leaf"),
-        (lambda x: leaf(x).t(), "a result to write over, got a view of such a leaf"),
-        (one_of_several, "a result to write over, got a view that autograd does not follow"),
-        (lambda x: (leaf(x) * 1).unbind()[1], "a result to write over, got a view that"),
-        (made_without_grad, "a result to write over, got a leaf that requires grad"),
+        (leaf, "a result to overwrite, got a leaf that requires grad"),
+        (lambda x: leaf(x).view(-1), "a result to overwrite, got a view of a leaf"),
+        (lambda x: leaf(x)[1:], "a result to overwrite, got a view of a leaf"),
+        (lambda x: leaf(x).t(), "a result to overwrite, got a view of a leaf"),
+        (one_of_several, "a result to overwrite, got a view that autograd does not track"),
+        (lambda x: (leaf(x) * 1).unbind()[1], "a result to overwrite, got a view that"),
+        (made_without_grad, "a result to overwrite, got a leaf that requires grad"),
         (made_in_inference, "a tensor to update, got one made in inference mode"),
     ],
 )

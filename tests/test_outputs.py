@@ -125,7 +125,7 @@ def test_an_answer_that_contradicts_those_before_is_refused():
 
 def test_codes_of_logits_are_refused():
     rows = torch.randint(-128, 128, (4, 5), generator=torch.Generator().manual_seed(0))
-    message = r"model: wanted floats, got torch.int8 codes: give \(codes - zero_point\) \* scale"
+    message = r"model: wanted floats, got torch.int8 codes: return \(codes - zero_point\) \* scale"
     with pytest.raises(ValueError, match=message):
         Victim(answering(rows.to(torch.int8)))(numbered(4))
 
@@ -168,7 +168,7 @@ def test_a_torch_module_that_ends_in_something_else():
     model = Ends(nn.LogSoftmax(1)).eval()
     torch.testing.assert_close(Victim(model)(SHARP), model(SHARP).exp())
     for end in (nn.Sigmoid(), torch.sigmoid):
-        with pytest.raises(ValueError, match=r"got sigmoids.*give what comes before the sigmoid"):
+        with pytest.raises(ValueError, match=r"got sigmoids.*return the inputs of the sigmoid"):
             Victim(Ends(end).eval())(SHARP)
 
 

@@ -108,7 +108,7 @@ def test_skip_quantizes_nothing_that_only_a_skipped_operation_reads():
     [
         (
             lambda: divqat.prepare(divqat.prepare(build("residual"), "x86", images())),
-            "prepared already",
+            "already prepared",
         ),
         (lambda: divqat.prepare(nn.Sequential(nn.ReLU()), "x86", images()), "got none"),
         (lambda: divqat.prepare(nn.Conv2d(3, 4, 3), "x86", images()), "got a single Conv2d"),

@@ -112,7 +112,7 @@ def test_a_computed_weight_trains_after_prepare_and_is_refused_by_convert(case):
         ((X,), "config: wanted a QuantConfig or the name of a preset, got Tensor; call prepare"),
         ((X, "x86"), "config: wanted a QuantConfig or the name of a preset, got Tensor"),
         ((None, X), "config: wanted a QuantConfig or the name of a preset, got NoneType"),
-        (("x86", "x86"), "example_input: wanted a batch as the model takes it, got str"),
+        (("x86", "x86"), "example_input: wanted a batch that the model accepts, got str"),
         (("x86", QuantConfig()), "example_input: wanted a batch.*got QuantConfig"),
     ],
 )
@@ -127,13 +127,13 @@ def test_preparing_and_converting_twice():
     model = prepared()
     model(X)
     converted = convert(model)
-    with pytest.raises(ValueError, match="got one that is prepared already"):
+    with pytest.raises(ValueError, match="got one that is already prepared"):
         divqat.prepare(model, "x86", X)
-    with pytest.raises(ValueError, match="got one that is converted already"):
+    with pytest.raises(ValueError, match="got one that is already converted"):
         divqat.prepare(converted, "x86", X)
-    with pytest.raises(ValueError, match="got one that is converted already"):
+    with pytest.raises(ValueError, match="got one that is already converted"):
         convert(converted)
-    with pytest.raises(ValueError, match="got one that is converted already"):
+    with pytest.raises(ValueError, match="got one that is already converted"):
         divqat.summary(converted)
 
 
@@ -144,7 +144,7 @@ def test_a_layer_that_is_put_in_after_prepare_stays_in_float_and_convert_says_so
     model.get_submodule("0").set_submodule("5", nn.Linear(64, 3))
     model = keep(model)
     model(X)
-    with pytest.warns(UserWarning, match=r"came after prepare stay in float: 0\.5 \(Linear\)$"):
+    with pytest.warns(UserWarning, match=r"added after prepare stay in float: 0\.5 \(Linear\)$"):
         convert(model)
 
 

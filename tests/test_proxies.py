@@ -67,7 +67,7 @@ def test_every_name_has_an_equal_share():
 
 def test_what_is_drawn_is_drawn_once(monkeypatch):
     monkeypatch.setattr(proxies, "DRAWINGS", 20)
-    monkeypatch.setattr(proxies, "AT_ONCE", 7 * 64)  # images at once
+    monkeypatch.setattr(proxies, "BATCH_BYTES", 7 * 64)  # images at once
     pools = proxy_pools(["glyphs", "inverted"], (1, 8, 8), CPU, seed=3)
     assert list(pools) == ["glyphs"]
     again = proxy_pools(["glyphs", "leaves", "noise"], (1, 8, 8), CPU, seed=3)

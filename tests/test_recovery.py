@@ -8,7 +8,7 @@ from toys import QUERIES, TEST_IMAGES, same_bits, toy_model, toy_victim
 from divqat._util.files import load_checkpoint
 from divqat._util.settings import option
 from divqat.attacks import KnockoffNets, folder, recovery
-from divqat.attacks.ddae import DDAE, DDAEPlus, renewed, restorer, train
+from divqat.attacks.ddae import DDAE, DDAEPlus, recovery_network, reinitialized, train
 from divqat.attacks.partial_bayes import PartialBayes
 from divqat.attacks.training import Training
 from divqat.data import to_float
@@ -97,7 +97,9 @@ def test_it_is_the_knowledge_of_the_defense_that_recovers(attack, model, tmp_pat
 def test_unknown_defense_costs_no_query(attack, model):
     victim = Victim(model)
     name = type(attack).__name__
-    with pytest.raises(RuntimeError, match=rf"{name} has to know the defense: call {name}\(\.\.\."):
+    with pytest.raises(
+        RuntimeError, match=rf"{name} needs to know the defense: call {name}\(\.\.\."
+    ):
         attack(victim, QUERIES, CLONE)
     with pytest.raises(RuntimeError):  # no field, so a changed copy forgets it, and says so
         replace(attack.against(Bent()), seed=1)(victim, QUERIES, CLONE)
@@ -185,7 +187,7 @@ def test_folder_of_another_known_defense_is_refused(model, tmp_path):
 @pytest.mark.parametrize("released", [torch.ones(3, 4), torch.full((4_000, 4), float("nan"))])
 def test_known_defense_that_answers_nonsense(model, released):
     attack = ATTACKS[0].against(lambda probs, images: released[: len(probs)])
-    with pytest.raises(ValueError, match=r"against: .* wanted finite \[4000, 4\]"):
+    with pytest.raises(ValueError, match=r"against: wanted finite \[4000, 4\]"):
         attack(Victim(model), QUERIES, CLONE)
 
 
@@ -269,7 +271,7 @@ def test_one_image_is_enough(model):
 
 def test_shadows_start_from_weights_of_their_own():
     before = predict(CLONE.eval(), TEST_IMAGES)
-    a, b, c = (renewed(CLONE, seed) for seed in (0, 0, 1))
+    a, b, c = (reinitialized(CLONE, seed) for seed in (0, 0, 1))
     assert same_bits(a, b) and not same_bits(a, c) and not same_bits(a, CLONE)
     assert torch.equal(predict(CLONE, TEST_IMAGES), before)
 
@@ -285,9 +287,9 @@ def test_shadows_start_from_weights_of_their_own():
     ],
 )
 def test_restorer_has_the_published_widths(classes, widths):
-    linear = [m for m in restorer(classes) if isinstance(m, torch.nn.Linear)]
+    linear = [m for m in recovery_network(classes) if isinstance(m, torch.nn.Linear)]
     assert [m.out_features for m in linear] == [*widths, classes]
-    out = restorer(classes).eval()(torch.rand(3, classes))
+    out = recovery_network(classes).eval()(torch.rand(3, classes))
     torch.testing.assert_close(out.sum(1), torch.ones(3))
 
 
@@ -295,7 +297,7 @@ def test_restorer_learns_to_undo_a_temperature():
     torch.manual_seed(0)
     clean = torch.distributions.Dirichlet(torch.full((4,), 0.25)).sample((4097,))  # one left over
     softened = (clean.clamp(min=1e-6).log() / 3).softmax(1)
-    network = restorer(4)
+    network = recovery_network(4)
     train(network, softened, clean, 50)
     fresh = torch.distributions.Dirichlet(torch.full((4,), 0.25)).sample((1000,))
     softened = (fresh.clamp(min=1e-6).log() / 3).softmax(1)

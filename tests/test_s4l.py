@@ -112,7 +112,7 @@ def test_head_is_seeded_and_trains():
 
 def test_what_does_not_fit_is_an_error_before_any_query():
     victim = Victim(toy_victim())
-    with pytest.raises(ValueError, match="query_set: wanted square images to turn, got 8x7"):
+    with pytest.raises(ValueError, match="query_set: wanted square images to rotate, got 8x7"):
         S4L()(victim, QUERIES[..., :7], nn.Sequential(nn.Flatten(), nn.Linear(56, 4)))
     tail = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Unflatten(1, (4, 2)), nn.MaxPool1d(2))
     with pytest.raises(ValueError, match=r"linear or convolutional layer that gives the 4 logits"):

@@ -6,7 +6,7 @@ from toys import QUERIES, TEST_IMAGES, TEST_LABELS, same_bits, toy_model, toy_vi
 
 from divqat._util.settings import ConfigError
 from divqat.attacks import KnockoffNets, Selective
-from divqat.attacks.selective import surest
+from divqat.attacks.selective import most_confident
 from divqat.data import to_float
 from divqat.evaluate import Grid
 from divqat.metrics import accuracy, predict
@@ -18,7 +18,7 @@ QUICK = Selective(epochs=2, query_budget=100, batch_size=32)
 
 ANSWERS = torch.tensor(
     [
-        [0.9, 0.1, 0.0],  # class 0, the second surest of four
+        [0.9, 0.1, 0.0],  # class 0, the second most_confident of four
         [0.2, 0.7, 0.1],  # class 1
         [0.6, 0.2, 0.2],
         [0.2, 0.2, 0.6],  # class 2, the only one
@@ -46,15 +46,15 @@ def model():
     ],
 )
 def test_surest_rows_by_hand(share, wanted):
-    assert surest(ANSWERS, share).tolist() == wanted
+    assert most_confident(ANSWERS, share).tolist() == wanted
 
 
 def test_labels_are_equally_sure_and_ties_in_a_row_go_to_the_lower_class():
     labels = torch.eye(2)[[1, 0, 1, 1, 0, 1, 0, 0]]
-    assert surest(labels, 0.5).tolist() == [0, 1, 2, 4]
+    assert most_confident(labels, 0.5).tolist() == [0, 1, 2, 4]
     even = torch.full((6, 3), 1 / 3)
-    assert surest(even, 0.5).tolist() == [0, 1, 2]
-    assert surest(torch.zeros(4, 2), 0.5).tolist() == [0, 1]  # rounded to nothing
+    assert most_confident(even, 0.5).tolist() == [0, 1, 2]
+    assert most_confident(torch.zeros(4, 2), 0.5).tolist() == [0, 1]  # rounded to nothing
 
 
 def test_clone_learns_the_kept_rows_and_all_are_counted(model, monkeypatch):

@@ -121,7 +121,7 @@ def test_queries_are_exact():
 
 def test_labeled_images_that_are_not_there_or_do_not_fit_cost_no_query():
     victim = Victim(MODEL)
-    with pytest.raises(RuntimeError, match=r"Shadow has to own labeled images: call Shadow\(\.\."):
+    with pytest.raises(RuntimeError, match=r"Shadow needs labeled images: call Shadow\(\.\."):
         QUICK(victim, QUERIES, CLONE)
     wide = ImageSet(torch.zeros(3, 1, 8, 9, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"owning: wanted images of \[1, 8, 8\] .* \[1, 8, 9\]"):

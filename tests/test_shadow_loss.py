@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 from toys import same_bits, toy_images
 
-from divqat.attacks.shadow import fitted, misdirecting
+from divqat.attacks.shadow import fit_decoy, misdirection_loss
 from divqat.data import ImageSet, to_float
 from divqat.data.batches import to_uint8
 from divqat.data.proxies import PROXIES, proxy_batch
-from divqat.nn.decoy import Decoy, coarse
+from divqat.nn.decoy import Decoy, coarse_picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def test_the_loss_of_a_shadow_by_hand(share, count):
     images, labels = OWNED.images[:6], torch.tensor([0, 1, 2, 0, 1, 2])
     network, targets = Seen(), F.one_hot(labels, 3).float()
     torch.manual_seed(3)
-    found = misdirecting(Dark(), 0.7, share)(network, to_float(images), targets, 0.5)
+    found = misdirection_loss(Dark(), 0.7, share)(network, to_float(images), targets, 0.5)
     assert torch.equal(network.images[:6], to_float(images)) and len(network.images) == 6 + count
 
     def cross_entropy(image, label):
@@ -60,7 +60,7 @@ def test_the_loss_of_a_shadow_by_hand(share, count):
 
 def test_the_proxies_are_those_of_the_batch_and_follow_from_the_global_seed():
     images, targets = to_float(OWNED.images[:7]), F.one_hot(OWNED.labels[:7], 4).float()
-    network, loss = Seen(), misdirecting(Dark(), 0.2, 1.0)
+    network, loss = Seen(), misdirection_loss(Dark(), 0.2, 1.0)
     seen = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -75,10 +75,10 @@ def test_the_proxies_are_those_of_the_batch_and_follow_from_the_global_seed():
 
 def test_a_decoy_is_fitted_to_proxies_of_the_labeled_images_and_has_its_own_seed():
     images = to_float(proxy_batch(PROXIES, OWNED.images, torch.Generator().manual_seed(9), 4000))
-    decoy, other = fitted(OWNED, 4, 1), fitted(OWNED, 4, 2)
-    assert same_bits(decoy, fitted(OWNED, 4, 1))
+    decoy, other = fit_decoy(OWNED, 4, 1), fit_decoy(OWNED, 4, 2)
+    assert same_bits(decoy, fit_decoy(OWNED, 4, 1))
     assert torch.equal(decoy.rows, Decoy(4, 1, 1).rows)
-    logits = (coarse(images) - decoy.mean).double() @ decoy.directions.double()
+    logits = (coarse_picture(images) - decoy.mean).double() @ decoy.directions.double()
     # z has mean 0 and covariance 1 over proxies, so that W z has W W^T
     rows = decoy.rows.double()
     torch.testing.assert_close(logits.T.cov(), rows @ rows.T, rtol=0, atol=0.15)

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from toys import QUERIES, toy_images, toy_model, toy_victim
 
 from divqat.attacks import Shadow, attack
-from divqat.attacks.ddae import restorer
+from divqat.attacks.ddae import recovery_network
 from divqat.attacks.folder import Folder
-from divqat.attacks.shadow import as_shown, fitted, misdirecting
+from divqat.attacks.shadow import as_released, fit_decoy, misdirection_loss
 from divqat.data import ImageSet, to_float
 from divqat.data.proxies import PROXIES, proxy_batch
 from divqat.metrics import predict, softmax
-from divqat.nn.decoy import coarse
+from divqat.nn.decoy import coarse_picture
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def test_pairs_are_rows_of_one_shadow_and_one_image(monkeypatch):
     shades = {
         key.item(): row
         for key, row in zip(
-            images.double().mean((1, 2, 3)).float(), coarse(to_float(images)), strict=True
+            images.double().mean((1, 2, 3)).float(), coarse_picture(to_float(images)), strict=True
         )
     }
     drawn = [(key.item(), round((both - key).item())) for key, both in clean]
@@ -68,8 +68,10 @@ def test_pairs_are_rows_of_one_shadow_and_one_image(monkeypatch):
 )
 def test_shadows_show_what_the_victim_shows(answer, wanted):
     probs = torch.tensor([[0.52, 0.26, 0.22]])
-    torch.testing.assert_close(as_shown(probs, answer), torch.tensor([wanted]))
-    torch.testing.assert_close(as_shown(as_shown(probs, answer), answer), torch.tensor([wanted]))
+    torch.testing.assert_close(as_released(probs, answer), torch.tensor([wanted]))
+    torch.testing.assert_close(
+        as_released(as_released(probs, answer), answer), torch.tensor([wanted])
+    )
 
 
 def distance(a, b):
@@ -80,7 +82,7 @@ def misdirected(model, weight):
     """``model`` trained on as a victim is, with a decoy and images that the thief has not."""
     images, labels = toy_images(800, seed=1)
     model, targets = copy.deepcopy(model), F.one_hot(labels, 4).float()
-    loss = misdirecting(fitted(ImageSet(images, labels), 4, 77), weight, 1.0)
+    loss = misdirection_loss(fit_decoy(ImageSet(images, labels), 4, 77), weight, 1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     torch.manual_seed(0)
     for _ in range(60):
@@ -115,7 +117,7 @@ def test_recovered_answers_are_nearer_to_the_clean_ones():
 
 def test_a_decoy_that_mixes_is_undone(monkeypatch):
     """y' = (y + t(x)) / 2 with the same t for all: with the picture, y can be told."""
-    decoy = fitted(OWNED, 4, 5)
+    decoy = fit_decoy(OWNED, 4, 5)
 
     def drawn(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -137,6 +139,6 @@ def test_a_decoy_that_mixes_is_undone(monkeypatch):
 
 
 def test_restorer_reads_more_than_answers():
-    network = restorer(10, 26).eval()
+    network = recovery_network(10, 26).eval()
     assert [m.in_features for m in network if isinstance(m, nn.Linear)] == [26, 128, 64]
     assert network(torch.rand(3, 26)).shape == (3, 10)

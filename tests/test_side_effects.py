@@ -123,7 +123,7 @@ def test_table_and_report(done):
     assert table.rows[1][0] == "bare" and table.rows[1][4:] == ["not measured"] * 4
     page = (out / "report.md").read_text()
     assert table.markdown() in page and "## Side effects" in page
-    assert "the first 100 test images" in page and "by these two attacks only" in page
+    assert "the first 100 test images" in page and "Only these two attacks" in page
 
 
 def test_table_by_hand(done):
@@ -173,7 +173,7 @@ def test_flags_and_mistakes():
         ((0.0,), "epsilons: wanted a number above 0 at most 1, got 0"),
         ((1.5,), "epsilons: wanted a number above 0 at most 1, got 1.5"),
         (0.1, "epsilons: wanted a list, got 0.1"),
-        ((0.1, 0.1), "epsilons: wanted each only once"),
+        ((0.1, 0.1), "epsilons: wanted no duplicates"),
     ]:
         with pytest.raises(ConfigError, match=message):
             Grid(epsilons=epsilons)

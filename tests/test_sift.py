@@ -4,9 +4,9 @@ from toys import QUERIES, same_bits, toy_model, toy_victim
 
 from divqat._util.settings import ConfigError
 from divqat.attacks import KnockoffNets, Sift
-from divqat.attacks.sift import DECAY, explained
+from divqat.attacks.sift import DECAY, decoy_likelihood
 from divqat.data import to_float
-from divqat.nn.decoy import coarse
+from divqat.nn.decoy import coarse_picture
 from divqat.victim import Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,8 +28,8 @@ def test_the_regression_is_at_its_minimum():
     """In float64, by the gradient of softmax regression: X^T (P − Y) / n + 2 · decay · W = 0."""
     images = pictures(300)
     answers = torch.rand(300, 4, generator=torch.Generator().manual_seed(1))
-    found = explained(images, answers)
-    inputs = torch.cat([coarse(to_float(images)).double(), torch.ones(300, 1).double()], 1)
+    found = decoy_likelihood(images, answers)
+    inputs = torch.cat([coarse_picture(to_float(images)).double(), torch.ones(300, 1).double()], 1)
     weight = torch.zeros(65, 4).double()
     hit = torch.nn.functional.one_hot(answers.argmax(1), 4).double()
     for _ in range(40000):  # plain gradient descent
@@ -42,11 +42,11 @@ def test_the_regression_is_at_its_minimum():
 
 def test_what_a_decoy_answers_is_left_out():
     images = pictures(8000)
-    shades = coarse(to_float(images))
+    shades = coarse_picture(to_float(images))
     decoy = (shades @ torch.randn(64, 4, generator=torch.Generator().manual_seed(2))).argmax(1)
     honest = torch.arange(8000) % 10 == 0
     answers = torch.eye(4)[torch.where(honest, (decoy + 2) % 4, decoy)]
-    least = explained(images, answers).argsort()[:800]
+    least = decoy_likelihood(images, answers).argsort()[:800]
     assert honest[least].double().mean() > 0.8
 
 
@@ -59,7 +59,7 @@ def test_all_are_asked_and_a_share_is_learned(model, monkeypatch):
     found = Sift(epochs=1, query_budget=100, batch_size=16, keep=0.25)(victim, QUERIES, CLONE)
     images, answers = found.transfer_set
     assert found.queries == victim.queries == len(images) == len(answers) == 100
-    rows = explained(images, answers).argsort()[:25].sort().values
+    rows = decoy_likelihood(images, answers).argsort()[:25].sort().values
     assert torch.equal(seen[0], answers[rows])
 
 

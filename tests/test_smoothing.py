@@ -48,14 +48,14 @@ def test_first_copy_is_the_image_and_the_others_differ(model):
 
 def test_no_change_allowed_is_no_change():
     unchanged = Smoothing(shift=0, angle=0, mirror=False)
-    assert torch.equal(unchanged._altered(QUERIES), QUERIES)
+    assert torch.equal(unchanged._augment(QUERIES), QUERIES)
 
 
 def test_mirrored(monkeypatch):
     one_draw(monkeypatch, mirrored=True)
     picture = QUERIES[:1, :, :6]  # 6 rows, 8 columns
-    assert torch.equal(Smoothing()._altered(picture), picture.flip(3))
-    assert torch.equal(Smoothing(mirror=False)._altered(picture), picture)
+    assert torch.equal(Smoothing()._augment(picture), picture.flip(3))
+    assert torch.equal(Smoothing(mirror=False)._augment(picture), picture)
 
 
 def test_shifted_by_whole_pixels(monkeypatch):
@@ -63,7 +63,7 @@ def test_shifted_by_whole_pixels(monkeypatch):
     picture = torch.randint(256, (1, 3, 8, 16), dtype=torch.uint8)
     wanted = torch.zeros_like(picture)  # 1/8 of the height and of the width; black comes in
     wanted[:, :, 1:, :-2] = picture[:, :, :-1, 2:]
-    assert torch.equal(Smoothing(shift=0.125)._altered(picture), wanted)
+    assert torch.equal(Smoothing(shift=0.125)._augment(picture), wanted)
 
 
 @pytest.mark.parametrize("angle", [90.0, 180.0])
@@ -71,14 +71,14 @@ def test_turned(monkeypatch, angle):
     one_draw(monkeypatch, turn=1.0)
     picture = torch.randint(256, (1, 2, 8, 8), dtype=torch.uint8)
     turns = round(angle / 90)
-    assert torch.equal(Smoothing(angle=angle)._altered(picture), picture.rot90(turns, (2, 3)))
+    assert torch.equal(Smoothing(angle=angle)._augment(picture), picture.rot90(turns, (2, 3)))
 
 
 def test_turning_keeps_lengths_in_a_wide_picture(monkeypatch):
     one_draw(monkeypatch, turn=1.0)
     picture = torch.zeros(1, 1, 40, 80, dtype=torch.uint8)
     picture[:, :, 17:23, 48:54] = 255  # its middle is 11 pixels right of the picture's
-    turned = Smoothing(angle=60.0)._altered(picture)[0, 0].float()
+    turned = Smoothing(angle=60.0)._augment(picture)[0, 0].float()
     y = (turned.sum(1) * (torch.arange(40) - 19.5)).sum() / turned.sum()
     x = (turned.sum(0) * (torch.arange(80) - 39.5)).sum() / turned.sum()
     assert math.hypot(x, y) == pytest.approx(11, abs=0.2)
@@ -90,7 +90,7 @@ def test_draws_stay_within_their_bounds():
     torch.manual_seed(0)
     picture = torch.zeros(500, 1, 20, 20, dtype=torch.uint8)
     picture[:, :, 9:11, 9:11] = 255
-    moved = Smoothing(shift=0.1, angle=0, mirror=False)._altered(picture).float()[:, 0]
+    moved = Smoothing(shift=0.1, angle=0, mirror=False)._augment(picture).float()[:, 0]
     mass = moved.sum((1, 2))
     x = (moved.sum(1) * (torch.arange(20) - 9.5)).sum(1) / mass
     assert float(x.abs().max()) < 2.1 and float(x.std()) > 1  # uniform in [-2, 2]: 1.15

@@ -193,10 +193,10 @@ MERGES = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in rang
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\n".join(["a0: &a0 [x, x, x]", *ALIASES]), "unfolds to more than"),
-        ("\n".join(["a0: &a0 {x: 1}", *MERGES]), "unfolds to more than"),
-        (f"a: &a {'x' * 60_000}\nb: [{', '.join(['*a'] * 1000)}]", "unfolds to more than"),
-        ("a: &a [*a]", "it holds itself"),
+        ("\n".join(["a0: &a0 [x, x, x]", *ALIASES]), "expand to more than"),
+        ("\n".join(["a0: &a0 {x: 1}", *MERGES]), "expand to more than"),
+        (f"a: &a {'x' * 60_000}\nb: [{', '.join(['*a'] * 1000)}]", "expand to more than"),
+        ("a: &a [*a]", "it contains itself"),
         ("a: " + "[" * 2000, "recursion"),
         ("a: " + "9" * 10_000, "4300 digits"),
         ("a: " + "x" * 70_000, "at most 65536 bytes, got 70003"),
@@ -286,8 +286,8 @@ def rezip(path, *, compress=zipfile.ZIP_STORED, again=0):
     [
         ({"x": torch.zeros(2**16)}, {"compress": zipfile.ZIP_DEFLATED}, "it is compressed"),
         ({"x": torch.zeros(2**16)}, {"again": 1000}, "its parts overlap"),
-        ({"x": torch.zeros(1).expand(2**40)}, None, "unfolds to more than"),
-        ({"x": [torch.zeros(2**16)] * 1000}, None, "unfolds to more than"),
+        ({"x": torch.zeros(1).expand(2**40)}, None, "expand to more than"),
+        ({"x": [torch.zeros(2**16)] * 1000}, None, "expand to more than"),
     ],
 )
 def test_a_checkpoint_is_no_larger_than_its_file(tmp_path, content, changes, message):
@@ -304,12 +304,12 @@ def test_a_checkpoint_of_lists_of_lists(tmp_path):
     for _ in range(30):
         laughs = [laughs] * 9
     write_run(tmp_path, changes={"rows": laughs})
-    with pytest.raises(ValueError, match="unfolds to more than"):
+    with pytest.raises(ValueError, match="expand to more than"):
         load_run(tmp_path)
     own = []
     own.append(own)
     write_run(tmp_path, changes={"rows": own})
-    with pytest.raises(ValueError, match="it holds itself"):
+    with pytest.raises(ValueError, match="it contains itself"):
         load_run(tmp_path)
 
 

@@ -88,7 +88,7 @@ def test_weights_lie_in_the_folder_of_the_file(tmp_path, place, kind):
     location = {"above": "../outside.bin", "absolute": str(outside), "link": "link.bin",
                 "device": "/dev/zero"}[kind]  # fmt: skip
     file = write_onnx(folder / "model.onnx", **place(elsewhere(location)))
-    with pytest.raises(ValueError, match=rf"{file} wants weights from outside its folder, of /"):
+    with pytest.raises(ValueError, match=rf"{file} refers to weights outside its folder, in /"):
         Victim(file)
 
 

@@ -116,7 +116,7 @@ def test_a_table_of_epochs_that_is_none(tmp_path):
     folder.mkdir(parents=True)
     for content in ("epoch,ce\n1,many\n", "ce\n1\n", f"epoch,ce\n1,{'1' * 200_000}\n"):
         (folder / "metrics.csv").write_text(content)
-        with pytest.raises(ValueError, match=r"metrics\.csv is no table of epochs"):
+        with pytest.raises(ValueError, match=r"metrics\.csv is not a table of epochs"):
             write_report(tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_a_summary_of_layers_that_is_none(tmp_path, content):
     pytest.importorskip("matplotlib")
     write_json(begun(tmp_path) / "seed0" / "qat" / "layers.json", content)
     with pytest.raises(
-        ValueError, match=r"layers\.json(?: is no summary of layers|: there is no 'rows')"
+        ValueError, match=r"layers\.json(?: is not a summary of layers|: the key 'rows' is missing)"
     ):
         write_report(tmp_path)
 

@@ -29,6 +29,7 @@ STUDY = {
         "clones": ["lenet"],
         "epochs": 1,
         "threads": 1,
+        "adversarial_images": 60,
     },
 }
 BUDGETED = {"method": "divqat", "accuracy_budget": 0.5}
@@ -53,7 +54,7 @@ def test_study_trains_deploys_and_evaluates(done):
     assert methods == {"fp": "fp", "qat": "qat", "nasty-ptq": "nasty-ptq"}
     assert len(result.cells) == 6
     assert [row.victim for row in result.side_effects] == list(methods)
-    assert all(row.adversarial[0].images == 359 for row in result.side_effects)
+    assert all(row.adversarial[0].images == 60 for row in result.side_effects)
     assert "int8" in result.deployed and "full-precision" in result.deployed
     assert (done / "out" / "seed0" / "nasty-ptq" / "model.onnx").is_file()
     assert not (done / "out" / "seed0" / "teacher" / "model.onnx").exists()

@@ -285,7 +285,7 @@ def test_missing_data_is_said(tmp_path):
 
 
 def test_unknown_device_is_said(tmp_path):
-    with pytest.raises(ValueError, match="device: wanted one that is here, got 'abacus'"):
+    with pytest.raises(ValueError, match="device: wanted an available one, got 'abacus'"):
         train(TrainConfig(device="abacus"), tmp_path, **QUIET)
 
 

@@ -49,7 +49,7 @@ def test_a_full_disk_ends_a_training_which_then_goes_on(tmp_path, monkeypatch):
         patch.setattr(files.os, "fsync", full)
         train(settings, tmp_path / "run", **QUIET)
     assert "metrics.csv: No space left on device; " in str(caught.value)
-    assert "the same command goes on" in str(caught.value)
+    assert "repeat the command to resume" in str(caught.value)
     train(settings, tmp_path / "run", **QUIET)
     assert_same(tmp_path / "run", tmp_path / "whole")
 

@@ -25,7 +25,7 @@ if not _triton.interpreted() or _triton.missing("cpu"):
     pytest.skip("runs with TRITON_INTERPRET=1: make test-triton", allow_module_level=True)
 
 from divqat.kernels import (
-    _channels,
+    _channel_reduction,
     _launch,
     divergence_loss,
     fake_quantize,
@@ -56,15 +56,16 @@ def both(function):
     return results
 
 
-def awkward(dtype):
+def awkward(dtype, few=None):
     """Inputs around the sizes of a word, a tile and two tiles, in every layout, each with the axes
     that make a difference: the interpreter takes as long for a program as for a launch. Layouts
-    are the same to all dtypes, which differ in how a value is loaded, computed and stored."""
+    are the same to all dtypes, which differ in how a value is loaded, computed and stored: those
+    but float32 are given ``few``."""
 
     def values(*shape):
         return randn(*shape, dtype=dtype, seed=sum(shape)).mul_(4)
 
-    if dtype != torch.float32:
+    if dtype != torch.float32 if few is None else few:
         yield from ((values(n), None) for n in (31, 1025))
         large = values(2, 5, 13, 9)
         yield from ((x, axis) for x in [*variants(large)][-2:] for axis in (None, 1))
@@ -73,9 +74,9 @@ def awkward(dtype):
         yield values(n), None
     for n in (1, 33, 130):  # channels, of which 64 are a tile
         yield values(n), 0
-    yield values(2, 12, 3, 3), 1
+    yield values(2, 12, 3, 3), 1  # short runs, as an axis in the middle has, too
     large = values(2, 5, 13, 9)
-    yield from ((large, axis) for axis in (0, 2, 3))
+    yield from ((large, axis) for axis in (0, 3))
     yield from ((x, axis) for x in (large, *variants(large)) for axis in (None, 1))
     yield values(1000)[3:], None
     yield torch.tensor(0.3, dtype=dtype), None
@@ -98,7 +99,7 @@ def test_fake_quantize_is_bit_equal(dtype):
     ("dtype", "symmetric"), [(torch.float32, False), *((dtype, True) for dtype in DTYPES)]
 )
 def test_observed_is_bit_equal_buffers_included(dtype, symmetric):
-    for x, ch_axis in awkward(dtype):
+    for x, ch_axis in awkward(dtype, few=symmetric):
         n = [] if ch_axis is None else [x.shape[ch_axis]]
 
         def steps(x=x, ch_axis=ch_axis, n=n):
@@ -153,8 +154,10 @@ def test_lsq_is_bit_equal_and_its_sums_are_close(dtype):
         torch.testing.assert_close(triton[1:], wanted[1:], **tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quant_min", [-127, -128])
+# where codes are symmetric, gradients pass; how weights are loaded and stored is the same
+@pytest.mark.parametrize(
+    ("quant_min", "dtype"), [(-127, torch.float32), *((-128, dtype) for dtype in DTYPES)]
+)
 def test_weights_are_bit_equal(dtype, quant_min):
     """Several weights in one launch, rows on 16 bytes and off them, longer than a tile, NaN."""
     weights = [randn(6, 5, 3, 3, dtype=dtype), randn(4, 1600, dtype=dtype, seed=3)]
@@ -163,7 +166,7 @@ def test_weights_are_bit_equal(dtype, quant_min):
     weights += [torch.zeros(4, 3, dtype=dtype), torch.zeros(0, 3, dtype=dtype)]
     weights[0][1, 1, 1, 1] = NAN
     grads = [torch.randn(w.shape).to(dtype) for w in weights]
-    for ch_axis in (0, 1, -1, None) if (dtype, quant_min) == (torch.float32, -127) else (0, None):
+    for ch_axis in (0, 1, -1, None) if quant_min == -127 else (0, None):
         args = (weights, quant_min, 127, ch_axis)
         same(*both(lambda args=args: call.fake_quantize_weights(*args)))
         same(*both(lambda args=args: call.fake_quantize_weights_backward(grads, *args)))
@@ -199,7 +202,7 @@ def test_a_target_that_is_no_class_gives_nan_as_no_error_can_be_raised():
 
 
 def test_many_samples_are_counted_by_a_launch_of_its_own():
-    n = divergence_loss.COUNTED_ALONE + 5
+    n = divergence_loss.MAX_REDUNDANT_COUNT + 5
     target = torch.arange(n) % 2
     target[::3] = -1
     args = (target, tensor(0.2), 4.0, "student_teacher", "all", None, False, 0.0, -1)
@@ -208,7 +211,7 @@ def test_many_samples_are_counted_by_a_launch_of_its_own():
 
 
 def test_large_tensors_and_many_parts(monkeypatch):
-    for module in (_launch, _channels):
+    for module in (_launch, _channel_reduction):
         monkeypatch.setattr(module, "SMALL", 1 << 13)
     x = randn((1 << 14) + 4321)  # runs of 4096, more than there are parts
     start = [INF, -INF, 1.0]
@@ -246,7 +249,7 @@ def test_64_bit_offsets_give_the_same(monkeypatch):
         return [y, mask, masked, *buffers, *observed, *single, *delayed, *lsq, grad]
 
     narrow = everything()
-    for module in (_channels, divergence_loss, fake_quantize, fake_quantize_observed):
+    for module in (_channel_reduction, divergence_loss, fake_quantize, fake_quantize_observed):
         monkeypatch.setattr(module, "WIDE", 0)
     same(narrow, everything())
 

@@ -89,7 +89,7 @@ def test_an_export_agrees_and_that_of_another_model_does_not(tmp_path):
 def test_errors(flatten, tmp_path, monkeypatch):
     model, labels = Added([0.0, 0.0, 0.0]), torch.zeros(2, dtype=torch.int64)
     uint8 = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="wanted as many of both, got 2 and 1"):
+    with pytest.raises(ValueError, match="wanted the same number of both, at least 1, got 2 and 1"):
         verify(model, flatten, uint8, labels[:1])
     with pytest.raises(ValueError, match="got 0 and 0"):
         verify(model, flatten, uint8[:0], labels[:0])

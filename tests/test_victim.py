@@ -76,7 +76,7 @@ def test_budget_is_checked_before_anything_is_answered():
     victim = Victim(model, query_budget=7, batch_size=2)
     victim(IMAGES)
     assert (victim.queries, victim.remaining) == (5, 2)
-    with pytest.raises(QueryBudgetExceeded, match="5 images asked, but 2 of 7"):
+    with pytest.raises(QueryBudgetExceeded, match="got 5 images, but 2 of 7"):
         victim(IMAGES)
     assert (victim.queries, victim.remaining, sum(asked)) == (5, 2, 5)
     victim(IMAGES[:2])
@@ -151,7 +151,7 @@ def test_images_are_checked(images, error, message):
     ("arguments", "message"),
     [
         ({"answer": "prob"}, "did you mean 'probs'"),
-        ({"answer": "topk"}, "k: answer='topk' wants"),
+        ({"answer": "topk"}, "k: answer='topk' needs"),
         ({"answer": "topk", "k": 0}, "k: "),
         ({"answer": "rounded"}, "decimals: "),
         ({"k": 3}, "k: only answer='topk'"),
@@ -232,6 +232,6 @@ def test_defense_comes_before_what_is_shown():
 )
 def test_defense_that_breaks_costs_no_query(broken):
     victim = Victim(flat, defense=broken)
-    with pytest.raises(ValueError, match=r"defense: .* wanted finite \[5, 4\]"):
+    with pytest.raises(ValueError, match=r"defense: wanted finite \[5, 4\]"):
         victim(IMAGES)
     assert victim.queries == 0

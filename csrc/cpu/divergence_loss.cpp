@@ -3,9 +3,9 @@
 
 #include <memory>
 
-#include "../loss_checks.h"
-#include "grid.h"
+#include "../divergence_loss_checks.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace divqat {
 
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
                       ") or ignore_index ", ignore_index, ", got ", label[i], " at ", i);
     ++count;
   }
-  LossRule options;
+  LossOptions options;
   options.direction = Direction(choice("direction", direction, kDirections));
   options.non_label = choice("classes", classes, kClasses) == 1;
   options.guard = guard;
@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
   options.temperature = temperature;
   options.bound = bound.value_or(std::numeric_limits<double>::infinity());
   options.label_smoothing = label_smoothing;
-  options.share = 1.0 / double(count);
+  options.inv_count = 1.0 / double(count);
 
   Tensor grad = at::empty_like(z);
-  // A row each, summed in order afterwards: the same bits for any number of threads.
+  // One value per row, summed in order afterwards: the same bits for any number of threads.
   std::vector<double> ce(size_t(n), 0.0), divergence(size_t(n), 0.0);
   with_kernels(z.scalar_type(), [&](const auto& kernels, auto* type) {
     const auto *student = data(z, type), *teacher = data(t, type);
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_loss_cpu(
     divergence_sum += divergence[size_t(i)];
   }
   const double mean_ce = ce_sum / double(count), mean_d = divergence_sum / double(count);
-  // L = CE − λ T² D. λ = 0 switches the term off even where D is infinite.
+  // L = CE − λ T² D; without the term if λ = 0, even if D is infinite.
   const double penalty =
       options.weight == 0 ? 0.0 : options.weight * temperature * temperature * mean_d;
   const auto dtype = z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -1,5 +1,5 @@
 // fake_quantize and its backward on the CPU.
-#include "grid.h"
+#include "fake_quantize_common.h"
 #include "ops.h"
 
 namespace divqat {
@@ -19,10 +19,11 @@ std::tuple<Tensor, Tensor> fake_quantize_cpu(const Tensor& x, const Tensor& scal
   if (x.numel() == 0) return {y, mask};
   const Tensor scales = scale.contiguous(), zero_points = zero_point.contiguous();
   const int32_t* zero = zero_points.const_data_ptr<int32_t>();
-  const GridTables tables(
+  const ChannelTables tables(
       scales.const_data_ptr<float>(), [&](int64_t c) { return float(zero[c]); }, channels,
       quant_min, quant_max, !ch_axis);
-  quantize_all(from, y, mask, *tables, propagate_nan ? Rule::kPropagateNan : Rule::kLowestForNan);
+  quantize_tensor(from, y, mask, *tables,
+                  propagate_nan ? QuantizeMode::kPropagateNan : QuantizeMode::kLowestForNan);
   return {y, mask};
 }
 
@@ -30,11 +31,11 @@ Tensor fake_quantize_backward_cpu(const Tensor& grad_y, const Tensor& mask) {
   check_float("grad_y", grad_y);
   check_mask(mask, grad_y);
   Tensor grad_x = at::empty_like(grad_y);
-  masked_grad_all(grad_y, mask, grad_x);
+  masked_grad_tensor(grad_y, mask, grad_x);
   return grad_x;
 }
 
-void masked_grad_all(const Tensor& grad_y, const Tensor& mask, const Tensor& grad_x) {
+void masked_grad_tensor(const Tensor& grad_y, const Tensor& mask, const Tensor& grad_x) {
   const uint8_t* bits = mask.const_data_ptr<uint8_t>();
   const bool stream = grad_x.nbytes() > kStreamBytes;
   with_kernels(grad_y.scalar_type(), [&](const auto& kernels, auto* type) {

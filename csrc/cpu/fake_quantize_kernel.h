@@ -7,7 +7,7 @@ struct BitWriter {
   int count = 0;
 
   explicit BitWriter(uint8_t* out) : out(out) {}
-  // The low n bits, 1 <= n <= 64; the others are 0.
+  // Appends the low n bits, 1 <= n <= 64; the others must be 0.
   void push(uint64_t bits, int n) {
     word |= bits << count;
     count += n;
@@ -22,121 +22,121 @@ struct BitWriter {
   }
 };
 
-// The values of one register's channels.
+// Scale and zero point of the channels of one register.
 template <class S>
-struct Steps {
+struct QParams {
   typename S::reg scale, inv_scale, zero_point;
 
-  static Steps all(const Grid& g, int64_t channel) {
-    return {S::set(g.scale[channel]), S::set(g.inv_scale[channel]), S::set(g.zero_point[channel])};
+  static QParams broadcast(const QuantizeParams& p, int64_t channel) {
+    return {S::set(p.scale[channel]), S::set(p.inv_scale[channel]), S::set(p.zero_point[channel])};
   }
-  static Steps from(const Grid& g, int64_t channel) {
-    return {S::load(g.scale + channel), S::load(g.inv_scale + channel),
-            S::load(g.zero_point + channel)};
+  static QParams load(const QuantizeParams& p, int64_t channel) {
+    return {S::load(p.scale + channel), S::load(p.inv_scale + channel),
+            S::load(p.zero_point + channel)};
   }
 };
 
-template <class S, Rule kRule>
+template <class S, QuantizeMode kMode>
 struct Quantizer {
   using reg = typename S::reg;
   reg quant_min, quant_max, zero;
   bool per_tensor;
 
-  explicit Quantizer(const Grid& g)
-      : quant_min(S::set(g.quant_min)),
-        quant_max(S::set(g.quant_max)),
+  explicit Quantizer(const QuantizeParams& p)
+      : quant_min(S::set(p.quant_min)),
+        quant_max(S::set(p.quant_max)),
         zero(S::set(0)),
-        per_tensor(g.per_tensor) {}
+        per_tensor(p.per_tensor) {}
 
-  // Returns which lanes are in range.
-  uint32_t operator()(reg x, const Steps<S>& step, reg& y) const {
+  // Returns a bit per lane: whether x is in range.
+  uint32_t operator()(reg x, const QParams<S>& qparams, reg& y) const {
     typename S::mask positive = S::none();
-    if (kRule == Rule::kRelu) {
+    if (kMode == QuantizeMode::kRelu) {
       positive = S::greater(x, zero);
       x = S::max(zero, x);
     }
     // q = nearbyint(x · (1/scale)) + zero_point; min and max return their second operand for NaN
-    const reg rounded = S::add(S::round(S::mul(x, step.inv_scale)), step.zero_point);
-    const reg raised = kRule == Rule::kLowestForNan ? S::max(rounded, quant_min)
-                                                    : S::max(quant_min, rounded);
+    const reg rounded = S::add(S::round(S::mul(x, qparams.inv_scale)), qparams.zero_point);
+    const reg raised = kMode == QuantizeMode::kLowestForNan ? S::max(rounded, quant_min)
+                                                            : S::max(quant_min, rounded);
     const reg q = S::min(quant_max, raised);
     // y = (q − zero_point) · scale
-    const reg level = S::sub(q, step.zero_point);
-    y = per_tensor ? S::mul_float32(level, step.scale) : S::mul(level, step.scale);
+    const reg level = S::sub(q, qparams.zero_point);
+    y = per_tensor ? S::mul_float32(level, qparams.scale) : S::mul(level, qparams.scale);
     const typename S::mask inside = S::equal(rounded, q);
-    return S::bits(kRule == Rule::kRelu ? S::both(inside, positive) : inside);
+    return S::bits(kMode == QuantizeMode::kRelu ? S::both(inside, positive) : inside);
   }
 };
 
-// n elements that share a channel.
-template <class S, Rule kRule, class T>
-static void quantize_run(const T* x, T* y, int64_t n, const Quantizer<S, kRule>& quantize,
-                         const Steps<S>& step, bool stream, BitWriter& mask) {
+// n elements of one channel.
+template <class S, QuantizeMode kMode, class T>
+static void quantize_run(const T* x, T* y, int64_t n, const Quantizer<S, kMode>& quantize,
+                         const QParams<S>& qparams, bool stream, BitWriter& mask) {
   constexpr int w = S::width;
   typename S::reg value;
   stream = stream && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   for (; n >= 64; n -= 64, x += 64, y += 64) {
     uint64_t bits = 0;
     for (int i = 0; i < 64; i += w) {
-      bits |= uint64_t(quantize(S::load(x + i), step, value)) << i;
+      bits |= uint64_t(quantize(S::load(x + i), qparams, value)) << i;
       stream ? S::stream(y + i, value) : S::store(y + i, value);
     }
     if (mask.out) mask.push(bits, 64);
   }
   for (; n > 0; n -= w, x += w, y += w) {
     const int lanes = n < w ? int(n) : w;
-    const uint64_t bits = quantize(S::load(x, lanes), step, value);
+    const uint64_t bits = quantize(S::load(x, lanes), qparams, value);
     S::store(y, value, lanes);
     if (mask.out) mask.push(bits & ((uint64_t(1) << lanes) - 1), lanes);
   }
 }
 
-// n elements whose channel changes from one to the next, starting at `channel`.
-template <class S, Rule kRule, class T>
-static void quantize_columns(const T* x, T* y, int64_t n, const Quantizer<S, kRule>& quantize,
-                             const Grid& g, int64_t channel, BitWriter& mask) {
+// inner == 1: n elements of consecutive channels, starting at `channel`.
+template <class S, QuantizeMode kMode, class T>
+static void quantize_columns(const T* x, T* y, int64_t n, const Quantizer<S, kMode>& quantize,
+                             const QuantizeParams& p, int64_t channel, BitWriter& mask) {
   constexpr int w = S::width;
   typename S::reg value;
   for (; n > 0; n -= w, x += w, y += w) {
     const int lanes = n < w ? int(n) : w;
-    const uint64_t bits = quantize(S::load(x, lanes), Steps<S>::from(g, channel), value);
+    const uint64_t bits = quantize(S::load(x, lanes), QParams<S>::load(p, channel), value);
     S::store(y, value, lanes);
     if (mask.out) mask.push(bits & ((uint64_t(1) << lanes) - 1), lanes);
     channel += w;
-    if (channel >= g.channels) channel %= g.channels;
+    if (channel >= p.channels) channel %= p.channels;
   }
 }
 
-template <class T, Rule kRule>
+template <class T, QuantizeMode kMode>
 static void fake_quantize_range(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
-                                const Grid& g) {
+                                const QuantizeParams& p) {
   using S = Register<T>;
-  const Quantizer<S, kRule> quantize(g);
+  const Quantizer<S, kMode> quantize(p);
   BitWriter writer(mask ? mask + begin / 8 : nullptr);
-  int64_t run = begin / g.inner;
-  if (g.inner == 1 && g.channels > 1) {
-    quantize_columns<S>(x + begin, y + begin, end - begin, quantize, g, run % g.channels, writer);
+  int64_t run = begin / p.inner;
+  if (p.inner == 1 && p.channels > 1) {
+    quantize_columns<S>(x + begin, y + begin, end - begin, quantize, p, run % p.channels, writer);
   } else {
     for (int64_t i = begin; i < end; ++run) {
-      const int64_t stop = (run + 1) * g.inner < end ? (run + 1) * g.inner : end;
-      const auto step = Steps<S>::all(g, run % g.channels);
-      quantize_run<S>(x + i, y + i, stop - i, quantize, step, g.stream, writer);
+      const int64_t stop = (run + 1) * p.inner < end ? (run + 1) * p.inner : end;
+      const auto qparams = QParams<S>::broadcast(p, run % p.channels);
+      quantize_run<S>(x + i, y + i, stop - i, quantize, qparams, p.stream, writer);
       i = stop;
     }
   }
   if (mask) writer.finish();
-  if (g.stream) S::fence();
+  if (p.stream) S::fence();
 }
 
 template <class T>
 static void fake_quantize(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
-                          const Grid& g, Rule rule) {
-  if (rule == Rule::kRelu) {
-    fake_quantize_range<T, Rule::kRelu>(x, y, mask, begin, end, g);
-  } else if (rule == Rule::kLowestForNan) {
-    fake_quantize_range<T, Rule::kLowestForNan>(x, y, mask, begin, end, g);
+                          const QuantizeParams& p, QuantizeMode mode) {
+  if (mode == QuantizeMode::kRelu) {
+    fake_quantize_range<T, QuantizeMode::kRelu>(x, y, mask, begin, end, p);
+  } else if (mode == QuantizeMode::kLowestForNan) {
+    fake_quantize_range<T, QuantizeMode::kLowestForNan>(x, y, mask, begin, end, p);
   } else {
-    fake_quantize_range<T, Rule::kPropagateNan>(x, y, mask, begin, end, g);
+    fake_quantize_range<T, QuantizeMode::kPropagateNan>(x, y, mask, begin, end, p);
   }
 }
 
@@ -158,21 +158,9 @@ static void masked_grad(const T* grad, const uint8_t* mask, T* out, int64_t begi
     }
   }
   if (stream) S::fence();
-  for (; i < end; i += 8) {  // eight at a time: a byte of the mask
+  for (; i < end; i += 8) {  // a byte of the mask at a time
     const int lanes = end - i < 8 ? int(end - i) : 8;
     const auto kept = S::from_bits(mask[i / 8]);
     S::store(out + i, S::select(kept, S::load(grad + i, lanes), zero), lanes);
   }
-}
-
-template <class T>
-static void copy(const T* from, T* to, int64_t n) {
-  using S = Register<T>;
-  constexpr int w = S::width;
-  int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-    for (; i + w <= n; i += w) S::stream(to + i, S::load(from + i));
-  }
-  for (; i < n; ++i) to[i] = from[i];
-  S::fence();
 }

@@ -3,7 +3,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "../qparams.h"
-#include "grid.h"
+#include "fake_quantize_common.h"
 #include "ops.h"
 
 namespace divqat {
@@ -18,7 +18,7 @@ Tensor positive(const Tensor& scale) {
 }
 
 // The zero point, float or int, rounded half to even and clamped to the range.
-Tensor on_grid(const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
+Tensor round_zero_point(const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
   Tensor rounded = at::empty_like(zero_point, zero_point.options().dtype(at::kFloat),
                                   at::MemoryFormat::Contiguous);
   rounded.copy_(zero_point);
@@ -49,12 +49,12 @@ Tensor fake_quantize_lsq_cpu(const Tensor& x, const Tensor& scale, const Tensor&
   Tensor y = at::empty_like(from);
   if (x.numel() == 0) return y;
   const Tensor scales = positive(scale);
-  const Tensor zero_points = on_grid(zero_point, quant_min, quant_max);
+  const Tensor zero_points = round_zero_point(zero_point, quant_min, quant_max);
   const float* zero = zero_points.const_data_ptr<float>();
-  const GridTables tables(
+  const ChannelTables tables(
       scales.const_data_ptr<float>(), [&](int64_t c) { return zero[c]; }, channels, quant_min,
       quant_max, !ch_axis);
-  quantize_all(from, y, Tensor(), *tables, Rule::kPropagateNan);
+  quantize_tensor(from, y, Tensor(), *tables, QuantizeMode::kPropagateNan);
   return y;
 }
 
@@ -73,13 +73,14 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_lsq_backward_cpu(
   if (x.numel() == 0) return {grad_x, grad_scale, grad_zero_point};
 
   const Tensor scales = positive(scale);
-  const Tensor zero_points = on_grid(zero_point, quant_min, quant_max);
+  const Tensor zero_points = round_zero_point(zero_point, quant_min, quant_max);
   const float* zero = zero_points.const_data_ptr<float>();
-  const GridTables tables(
+  const ChannelTables tables(
       scales.const_data_ptr<float>(), [&](int64_t c) { return zero[c]; }, channels, quant_min,
       quant_max, !ch_axis);
 
-  // Partial sums of fixed blocks, added in order: the same bits for any number of threads.
+  // Partial sums over blocks of a fixed size, added in order: the same bits for any number of
+  // threads.
   const bool columns = channels.inner == 1 && channels.count > 1;
   const int64_t n = from.numel();
   const int64_t block = columns ? channels.count * std::max<int64_t>(1, kGrain / channels.count)
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_lsq_backward_cpu(
   for (int64_t c = 0; c < channels.count; ++c) {
     scale_out.mutable_data_ptr<float>()[c] = lsq_scale_grad(
         float(sums[size_t(2 * c)] * grad_factor), given.const_data_ptr<float>()[c]);
-    // dy/dzero_point = −scale outside
+    // dy/dzero_point = −scale outside, 0 inside
     zero_out.mutable_data_ptr<float>()[c] =
         float(-sums[size_t(2 * c + 1)] * (*tables).scale[c] * grad_factor);
   }

@@ -1,26 +1,27 @@
-// fake_quantize_weights and its backward on the CPU: every row of every weight in one parallel
-// loop, each read while it is in the cache.
+// fake_quantize_weights and its backward on the CPU: one parallel loop over the rows of all
+// weights. A row is in the cache when it is read again.
 #include <cstring>
 
 #include "../qparams.h"
-#include "../weights_plan.h"
-#include "grid.h"
+#include "fake_quantize_common.h"
+#include "fake_quantize_weights_plan.h"
+#include "min_max.h"
 #include "ops.h"
 
 namespace divqat {
 namespace {
 
-// Outputs of more than this leave the cache before anything reads them: they are written past it,
-// which saves reading what they overwrite.
+// Outputs of more bytes than this are written with non-temporal stores: they would be evicted
+// before they are read, and the stores need not read the cache lines first.
 constexpr size_t kCacheBytes = 32 << 20;
 
-// What a row needs; grad is nullptr in the forward.
+// grad is undefined in the forward.
 struct Weight {
   Tensor from, grad, out;
   Channels channels;
 };
 
-// Forward, or backward where grad is given, of n elements with one scale.
+// n elements with one scale: the forward, or the backward if grad is given.
 template <class Kernels, class T>
 void quantize_row(const Kernels& kernels, const T* from, const T* grad, T* out, int64_t n,
                   int64_t quant_min, int64_t quant_max, bool stream) {
@@ -28,36 +29,36 @@ void quantize_row(const Kernels& kernels, const T* from, const T* grad, T* out, 
   kernels.min_max(from, n, &low, &high);
   const float scale = symmetric_scale(low, high, int32_t(quant_min), int32_t(quant_max));
   const float inv_scale = 1.0f / scale, zero_point = 0.0f;
-  const Grid grid{&scale, &inv_scale, &zero_point, 1, n, float(quant_min), float(quant_max),
-                  false,  stream};
+  const QuantizeParams params{&scale,           &inv_scale,       &zero_point, 1,     n,
+                              float(quant_min), float(quant_max), false,       stream};
   if (!grad) {
-    kernels.fake_quantize(from, out, nullptr, 0, n, grid, Rule::kPropagateNan);
-  } else if (sizeof(T) < 8 && rintf(low * inv_scale) >= grid.quant_min &&
-             rintf(high * inv_scale) <= grid.quant_max) {
-    // Rounding is monotonic: with its extremes in range, so is the row. (A float64 row's extremes
-    // are known to float32 only, which may hide which side of a tie they are on.)
+    kernels.fake_quantize(from, out, nullptr, 0, n, params, QuantizeMode::kPropagateNan);
+  } else if (sizeof(T) < 8 && rintf(low * inv_scale) >= params.quant_min &&
+             rintf(high * inv_scale) <= params.quant_max) {
+    // Rounding is monotonic: if minimum and maximum are in range, so is the row. Not for float64,
+    // whose minimum and maximum are rounded to float32, which may decide near a tie.
     stream ? kernels.copy(grad, out, n) : void(std::memcpy(out, grad, size_t(n) * sizeof(T)));
   } else {
-    kernels.clipped_grad(from, grad, out, n, grid);
+    kernels.clipped_grad(from, grad, out, n, params);
   }
 }
 
-// One scale per weight, or rows that are not contiguous: all threads on one weight.
+// A weight with one scale, or with rows that are not contiguous: all threads work on it.
 void quantize_weight(const Weight& w, int64_t quant_min, int64_t quant_max, bool per_tensor) {
   std::vector<float> range(size_t(2 * w.channels.count)), scale(size_t(w.channels.count));
   float *low = range.data(), *high = low + w.channels.count;
-  min_max_all(w.from, w.channels, low, high);
+  min_max_tensor(w.from, w.channels, low, high);
   for (size_t c = 0; c < scale.size(); ++c) {
     scale[c] = symmetric_scale(low[c], high[c], int32_t(quant_min), int32_t(quant_max));
   }
-  const GridTables tables(
+  const ChannelTables tables(
       scale.data(), [](int64_t) { return 0.0f; }, w.channels, quant_min, quant_max, per_tensor);
   if (!w.grad.defined()) {
-    return quantize_all(w.from, w.out, Tensor(), *tables, Rule::kPropagateNan);
+    return quantize_tensor(w.from, w.out, Tensor(), *tables, QuantizeMode::kPropagateNan);
   }
   const Tensor mask = empty_mask(w.from);
-  quantize_all(w.from, w.out, mask, *tables, Rule::kPropagateNan);
-  masked_grad_all(w.grad, mask, w.out);
+  quantize_tensor(w.from, w.out, mask, *tables, QuantizeMode::kPropagateNan);
+  masked_grad_tensor(w.grad, mask, w.out);
 }
 
 std::vector<Tensor> run(const std::vector<Weight>& weights, int64_t quant_min, int64_t quant_max,

@@ -1,4 +1,4 @@
-// Which of the compiled kernels run.
+// Selects the instruction set whose kernels run.
 #include "instruction_set.h"
 
 #include <atomic>

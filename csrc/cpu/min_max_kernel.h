@@ -1,9 +1,10 @@
-// Minimum and maximum, NaN if there is one.
+// Minimum and maximum; both are NaN if there is a NaN.
 
 template <class T>
 static void min_max(const T* x, int64_t n, float* low, float* high) {
   using S = Register<T>;
-  constexpr int w = S::width, kUnroll = 4;  // four chains hide the latency of min and max
+  constexpr int w = S::width,
+                kUnroll = 4;  // four independent chains hide the latency of min and max
   const auto infinity = S::set(typename S::scalar(__builtin_inf()));
   const auto minus_infinity = S::set(typename S::scalar(-__builtin_inf()));
   typename S::reg lows[kUnroll], highs[kUnroll];

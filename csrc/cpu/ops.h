@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> fake_quantize_observed_cpu(
     const Tensor& x, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,
     double averaging_constant, bool symmetric, std::string_view mode, bool relu);
-// y over x, which is dense; returns the mask.
+// Overwrites x, which is dense, with y; returns the mask.
 Tensor fake_quantize_observed_inplace_cpu(
     const Tensor& x, const Tensor& running_min, const Tensor& running_max, const Tensor& scale,
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, std::optional<int64_t> ch_axis,

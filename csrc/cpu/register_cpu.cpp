@@ -1,4 +1,4 @@
-// The CPU kernels under the ops of divqat/ops/_library.py.
+// Registers the CPU kernels under the schemas of divqat/ops/_library.py.
 #include <torch/library.h>
 
 #include "../register.h"

@@ -58,7 +58,7 @@ struct Avx2 {
   static __m128i narrow_f16(reg a) {
     return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // AVX2 has no masked 16-bit access: the ends of a range go through eight lanes on the stack.
+  // AVX2 has no masked 16-bit accesses, so partial registers go through the stack.
   static __m128i partial(const void* p, int n) {
     uint16_t lanes[8] = {};
     __builtin_memcpy(lanes, p, size_t(n) * 2);

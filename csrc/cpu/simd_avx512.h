@@ -63,7 +63,7 @@ struct Avx512 {
   static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
   static void store(bf16* p, reg a) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(a)); }
   static void store(f16* p, reg a) { _mm256_storeu_si256((__m256i*)p, narrow_f16(a)); }
-  // Past the cache; p is aligned to the register's bytes in memory.
+  // Non-temporal; p is aligned to the size of the access.
   static void stream(float* p, reg a) { _mm512_stream_ps(p, a); }
   static void stream(bf16* p, reg a) { _mm256_stream_si256((__m256i*)p, narrow_bf16(a)); }
   static void stream(f16* p, reg a) { _mm256_stream_si256((__m256i*)p, narrow_f16(a)); }

@@ -1,4 +1,4 @@
-// exp and log1p of a register, within two units in the last place. float64 goes through libm.
+// exp and log1p of a register, within 2 ULP. float64 uses libm.
 
 template <class S>
 static typename S::reg exp_of(typename S::reg x) {
@@ -9,10 +9,10 @@ static typename S::reg exp_of(typename S::reg x) {
     const auto lowest = S::set(-87.0f);
     const auto bounded = S::max(lowest, x);
     const auto n = S::round(S::mul(bounded, S::set(1.44269504088896341f)));
-    // ln 2 in two parts: the first has few enough bits that n times it is exact
+    // ln 2 in two parts, the first with few enough bits that its product with n is exact
     auto r = S::fma(n, S::set(-0.693359375f), bounded);
     r = S::fma(n, S::set(2.12194440054690583e-4f), r);
-    // Taylor's series: the term left out is below 1e-8
+    // Taylor series; the first term left out is below 1e-8
     auto p = S::set(1.0f / 5040);
     p = S::fma(p, r, S::set(1.0f / 720));
     p = S::fma(p, r, S::set(1.0f / 120));
@@ -21,7 +21,7 @@ static typename S::reg exp_of(typename S::reg x) {
     p = S::fma(p, r, S::set(0.5f));
     p = S::fma(p, r, S::set(1.0f));
     p = S::fma(p, r, S::set(1.0f));
-    // what is smaller than float32's smallest normal number is 0
+    // results below the smallest normal number are flushed to 0
     return S::select(S::greater(lowest, x), S::set(0), S::times_power(p, n));
   }
 }

@@ -1,8 +1,8 @@
-// A vector register of N lanes in plain C++; what the intrinsics in simd_avx2.h and simd_avx512.h
-// do, spelt out. It serves float64 everywhere and every type where no vector unit is known.
+// A vector register of N lanes in plain C++, with the operations of simd_avx2.h and simd_avx512.h.
+// It serves float64 everywhere, and all types where neither can run.
 //
-// Included inside the namespace of an instruction set (see simd.h): no function here may be shared
-// by translation units that are compiled for different machines.
+// Included in the namespace of an instruction set (see instruction_set_portable.cpp): translation
+// units that are compiled for different targets must not share a function.
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
@@ -84,16 +84,16 @@ struct Portable {
   static reg div(reg a, reg b) { DIVQAT_LANES(a.lane[i] / b.lane[i]); }
   // a · b + c, rounded once or twice.
   static reg fma(reg a, reg b, reg c) { DIVQAT_LANES(a.lane[i] * b.lane[i] + c.lane[i]); }
-  // The second operand where one is NaN, as x86 has it.
+  // The second operand if either is NaN, as on x86.
   static reg min(reg a, reg b) { DIVQAT_LANES(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
   static reg max(reg a, reg b) { DIVQAT_LANES(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
   static reg abs(reg a) { DIVQAT_LANES(F(__builtin_fabs(a.lane[i]))); }
-  // Half to even.
+  // Rounds half to even.
   static reg round(reg a) { DIVQAT_LANES(F(__builtin_rint(a.lane[i]))); }
-  // The product as float32 has it.
+  // The product computed in float32.
   static reg mul_float32(reg a, reg b) { DIVQAT_LANES(F(float(a.lane[i]) * float(b.lane[i]))); }
 
-  // a · 2^n for a whole n in [-126, 127].
+  // a · 2^n for an integer n in [-126, 127].
   static reg times_power(reg a, reg n) { DIVQAT_LANES(a.lane[i] * power_of_two(float(n.lane[i]))); }
   static reg exp(reg a) { DIVQAT_LANES(F(__builtin_exp(a.lane[i]))); }
   static reg log1p(reg a) { DIVQAT_LANES(F(__builtin_log1p(a.lane[i]))); }

@@ -1,5 +1,10 @@
-// A copy by 16 bytes, four independent loads in flight per thread.
-#include "common.cuh"
+// Copies in 16-byte accesses, with four independent loads in flight per thread.
+#include <algorithm>
+
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 namespace {
@@ -27,9 +32,9 @@ __global__ void __launch_bounds__(kThreads) copy_packs(uint4* to, const uint4* f
 }  // namespace
 
 void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-  if (!on_16_bytes(to, from)) throw std::runtime_error("copy: wanted addresses on 16 bytes");
+  if (!is_aligned_16(to, from)) throw std::runtime_error("copy: wanted addresses on 16 bytes");
   const int64_t packs = bytes / 16, tile = kThreads * kUnroll;
-  const int64_t useful = std::max<int64_t>(1, divided_up(packs, tile));
+  const int64_t useful = std::max<int64_t>(1, ceil_div(packs, tile));
   const int64_t blocks = std::min(useful, resident_blocks(copy_packs, kThreads));
   launch(copy_packs, blocks, kThreads, stream, false, static_cast<uint4*>(to),
          static_cast<const uint4*>(from), packs, static_cast<uint8_t*>(to) + packs * 16,

@@ -1,22 +1,25 @@
-// What the kernels of fake_quantize_lsq share: the grid of a channel, and the backward's sums.
+// What the kernels of fake_quantize_lsq share: the quantizer of a channel, and the backward's sums.
 #pragma once
-#include "common.cuh"
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 
 constexpr int kLsqThreads = 256;
-// Independent loads in flight per thread and tensor, within half the registers of a full block.
+// Independent loads in flight per thread and tensor; two blocks must fit into the registers.
 template <class T, int W>
 constexpr int kLsqUnroll = W > 4 || sizeof(T) == 8 ? 2 : 4;
-// Pairs of partial sums that the last block is given at most: 256 KiB, some microseconds.
+// Upper bound on the pairs of partial sums that the last block adds: 256 KiB, a few microseconds.
 constexpr int64_t kLsqMaxPartials = kLsqScratch / 2;
 
 template <class T>
-struct LsqTask {
-  LsqGrid grid;
-  int64_t parts;  // shares of a channel (runs) or of a tile of columns
+struct LsqArguments {
+  LsqParams params;
+  int64_t parts;  // of a channel (runs) or of a tile of columns
   const T* x;
-  const T* grad_y;  // backward only, as is all below
+  const T* grad_y;  // for the backward only, like grad_factor and what follows
   T* out;           // y, or grad_x
   double grad_factor;
   double* partial;  // [parts, channels, 2]
@@ -25,45 +28,45 @@ struct LsqTask {
   float* grad_zero_point;
 };
 
-// The grid of one channel.
+// Quantizes with the scale and zero point of one channel.
 template <class T>
-struct LsqLevel {
+struct LsqQuantizer {
   using A = compute_t<T>;
   float scale;
   A inv_scale, zero_point;
 
-  LsqLevel() = default;
-  __device__ LsqLevel(const LsqGrid& g, int64_t channel) {
-    scale = at_least(g.scale[channel], kMinScale);
+  LsqQuantizer() = default;
+  __device__ LsqQuantizer(const LsqParams& p, int64_t channel) {
+    scale = at_least(p.scale[channel], kMinScale);
     inv_scale = A(1.0f / scale);
-    const float exact = g.learned ? static_cast<const float*>(g.zero_point)[channel]
-                                  : float(static_cast<const int32_t*>(g.zero_point)[channel]);
+    const float exact = p.learned ? static_cast<const float*>(p.zero_point)[channel]
+                                  : float(static_cast<const int32_t*>(p.zero_point)[channel]);
     // zero_point = clamp(nearbyint(zero_point))
-    zero_point = A(at_most(at_least(rintf(exact), g.quant_min), g.quant_max));
+    zero_point = A(at_most(at_least(rintf(exact), p.quant_min), p.quant_max));
   }
 
-  // v = x / scale, r = nearbyint(v) + zero_point; returns q = clamp(r). NaN stays NaN.
-  __device__ A code(T x, const LsqGrid& g, A* v, A* rounded) const {
-    const A low = A(g.quant_min), high = A(g.quant_max);
+  // v = x / scale, rounded = nearbyint(v) + zero_point; returns q = clamp(rounded). NaN stays NaN.
+  __device__ A quantize(T x, const LsqParams& p, A* v, A* rounded) const {
+    const A low = A(p.quant_min), high = A(p.quant_max);
     *v = to_compute(x) * inv_scale;
-    *rounded = nearest(*v) + zero_point;
+    *rounded = rint_of(*v) + zero_point;
     const A at_least_low = *rounded < low ? low : *rounded;
     return at_least_low > high ? high : at_least_low;
   }
 
-  __device__ T forward(T x, const LsqGrid& g) const {
+  __device__ T forward(T x, const LsqParams& p) const {
     A v, rounded;
-    const A level = code(x, g, &v, &rounded) - zero_point;
-    // y = (q − zero_point) · scale; one scale for a float64 tensor multiplies in float32
-    if (g.per_tensor) return from_compute<T>(A(float(level) * scale));
+    const A level = quantize(x, p, &v, &rounded) - zero_point;
+    // y = (q − zero_point) · scale; a float64 tensor with one scale multiplies in float32
+    if (p.per_tensor) return from_compute<T>(A(float(level) * scale));
     return from_compute<T>(level * A(scale));
   }
 
-  // Returns grad_x; adds to the sums for the scale and, without its factor −scale, for the zero
-  // point.
-  __device__ T backward(T x, T grad_y, const LsqGrid& g, A* scale_sum, A* outside_sum) const {
+  // Returns grad_x. Adds to the sums of the scale's and the zero point's gradients, the latter
+  // without its factor −scale.
+  __device__ T backward(T x, T grad_y, const LsqParams& p, A* scale_sum, A* outside_sum) const {
     A v, rounded;
-    const A q = code(x, g, &v, &rounded), grad = to_compute(grad_y);
+    const A q = quantize(x, p, &v, &rounded), grad = to_compute(grad_y);
     const bool inside = rounded == q;
     // dy/dscale = q − zero_point − (v inside, 0 outside)
     *scale_sum += grad * (q - zero_point - (inside ? v : A(0)));
@@ -81,17 +84,17 @@ struct LsqSums {
   }
 };
 
-__device__ inline LsqSums shuffled(const LsqSums& sums, int offset) {
+__device__ inline LsqSums shuffle_xor(const LsqSums& sums, int offset) {
   LsqSums other;
   other.scale = __shfl_xor_sync(0xffffffffu, sums.scale, offset);
   other.outside = __shfl_xor_sync(0xffffffffu, sums.outside, offset);
   return other;
 }
 
-// The block's sum, in thread 0. All threads take part.
+// Sum over the block, valid in thread 0. All threads must call it.
 __device__ inline LsqSums block_sum(LsqSums sums) {
   __shared__ LsqSums warps[kLsqThreads / 32];
-  for (int offset = 16; offset > 0; offset /= 2) sums += shuffled(sums, offset);
+  for (int offset = 16; offset > 0; offset /= 2) sums += shuffle_xor(sums, offset);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sums;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -101,31 +104,31 @@ __device__ inline LsqSums block_sum(LsqSums sums) {
 }
 
 template <class T>
-__device__ void finish(const LsqTask<T>& task, int64_t channel, const LsqSums& sums) {
-  const float scale = task.grid.scale[channel];
-  task.grad_scale[channel] = lsq_scale_grad(float(sums.scale * task.grad_factor), scale);
+__device__ void store_grads(const LsqArguments<T>& args, int64_t channel, const LsqSums& sums) {
+  const float scale = args.params.scale[channel];
+  args.grad_scale[channel] = lsq_scale_grad(float(sums.scale * args.grad_factor), scale);
   // dy/dzero_point = −scale outside, 0 inside
-  const double offset =
-      -sums.outside * double(at_least(scale, kMinScale)) * task.grad_factor;
-  task.grad_zero_point[channel] = task.grid.learned ? float(offset) : 0.0f;
+  const double offset = -sums.outside * double(at_least(scale, kMinScale)) * args.grad_factor;
+  args.grad_zero_point[channel] = args.params.learned ? float(offset) : 0.0f;
 }
 
-// A share's sums: final where it is the only one, else for the last block.
+// Stores the sums of one part for the last block, or the gradients if the channel has only one
+// part.
 template <class T>
-__device__ void hand_in(const LsqTask<T>& task, int64_t part, int64_t channel,
-                        const LsqSums& sums) {
-  if (task.parts == 1) return finish(task, channel, sums);
-  double* partial = task.partial + 2 * (part * task.grid.channels + channel);
+__device__ void write_partial(const LsqArguments<T>& args, int64_t part, int64_t channel,
+                              const LsqSums& sums) {
+  if (args.parts == 1) return store_grads(args, channel, sums);
+  double* partial = args.partial + 2 * (part * args.params.channels + channel);
   partial[0] = sums.scale;
   partial[1] = sums.outside;
 }
 
-// The last block adds up the parts of each channel: `lanes` threads of one warp per channel, as
-// many as keep all threads busy.
+// The last block adds the parts of each channel. `lanes` threads of a warp share a channel, so many
+// that all threads are busy.
 template <class T>
-__device__ void finish_in_last_block(const LsqTask<T>& task) {
-  if (task.parts == 1 || !last_block(task.counter)) return;
-  const int64_t channels = task.grid.channels;
+__device__ void reduce_in_last_block(const LsqArguments<T>& args) {
+  if (args.parts == 1 || !is_last_block(args.counter)) return;
+  const int64_t channels = args.params.channels;
   int lanes = 32;
   while (lanes > 1 && lanes * channels > kLsqThreads) lanes /= 2;
   const int lane = int(threadIdx.x) % lanes;
@@ -134,15 +137,15 @@ __device__ void finish_in_last_block(const LsqTask<T>& task) {
     LsqSums sums = {0, 0};
     if (channel < channels) {
 #pragma unroll 8
-      for (int64_t part = lane; part < task.parts; part += lanes) {
-        const double* partial = task.partial + 2 * (part * channels + channel);
-        // Past L1, which is not coherent: other blocks wrote these.
+      for (int64_t part = lane; part < args.parts; part += lanes) {
+        const double* partial = args.partial + 2 * (part * channels + channel);
+        // From L2: other blocks wrote these, and L1 is not coherent.
         sums.scale += __ldcg(partial);
         sums.outside += __ldcg(partial + 1);
       }
     }
-    for (int offset = lanes / 2; offset > 0; offset /= 2) sums += shuffled(sums, offset);
-    if (channel < channels && lane == 0) finish(task, channel, sums);
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sums += shuffle_xor(sums, offset);
+    if (channel < channels && lane == 0) store_grads(args, channel, sums);
   }
 }
 

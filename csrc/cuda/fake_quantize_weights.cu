@@ -1,20 +1,24 @@
 // fake_quantize_weights: every row of every weight, one launch forward and one backward.
 //
-// The table of weights travels as a parameter of the kernel, in constant memory: nothing is
-// uploaded and nothing can go stale in a captured graph. A row belongs to a warp, or to a block
-// where it is long; it is read for its largest magnitude, then again, from L1 or L2, to be
-// quantized.
-#include "common.cuh"
+// The table of weights is a kernel parameter, in constant memory: there is no copy to the device,
+// and a captured graph keeps its own table. A warp processes a row, or a block if the row is long.
+// It reads the row for minimum and maximum, then again, from L1 or L2, to quantize it.
+#include <algorithm>
+
+#include "launch.cuh"
+#include "launchers.h"
+#include "math.cuh"
+#include "pack.cuh"
 
 namespace divqat::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kUnroll = 4;
-// Columns from which a row is worth a whole block.
+// A row of at least this many columns gets a block.
 constexpr int64_t kLongRow = 1024;
-// A parameter may have 4 KB, and 32,764 bytes from CUDA 12.1 on; copying it is part of a launch's
-// price, so short lists take the short table.
+// Kernel parameters may take 4 KB, or 32,764 bytes from CUDA 12.1 on. Every launch copies them, so
+// short lists use a small table.
 constexpr int kFewWeights = 80;
 
 struct Entry {
@@ -34,83 +38,78 @@ struct Table {
 };
 static_assert(sizeof(Table<kFewWeights>) <= 4096 && sizeof(Table<kWeightsPerLaunch>) <= 32764);
 
-// What `kTeam` threads that share a row know of it.
+// Minimum and maximum of the elements of a row that were read; NaN is kept apart.
 template <class A>
-struct Extremes {
+struct RowMinMax {
   A low, high;
   bool nan;
 };
 
-__device__ float smaller(float a, float b) { return fminf(a, b); }
-__device__ double smaller(double a, double b) { return fmin(a, b); }
-__device__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ double larger(double a, double b) { return fmax(a, b); }
-
-template <int kTeam, class A>
-__device__ Extremes<A> team_extremes(Extremes<A> e) {
+template <int kGroup, class A>
+__device__ RowMinMax<A> group_min_max(RowMinMax<A> e) {
   for (int offset = 16; offset > 0; offset /= 2) {
-    e.low = smaller(e.low, __shfl_xor_sync(0xffffffffu, e.low, offset));
-    e.high = larger(e.high, __shfl_xor_sync(0xffffffffu, e.high, offset));
+    e.low = min_of(e.low, __shfl_xor_sync(0xffffffffu, e.low, offset));
+    e.high = max_of(e.high, __shfl_xor_sync(0xffffffffu, e.high, offset));
     e.nan |= __shfl_xor_sync(0xffffffffu, int(e.nan), offset) != 0;
   }
-  if constexpr (kTeam > 32) {
-    __shared__ Extremes<A> warps[kWarps];
+  if constexpr (kGroup > 32) {
+    __shared__ RowMinMax<A> warps[kWarps];
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = e;
     __syncthreads();
     for (int warp = 0; warp < kWarps; ++warp) {
-      e.low = smaller(e.low, warps[warp].low);
-      e.high = larger(e.high, warps[warp].high);
+      e.low = min_of(e.low, warps[warp].low);
+      e.high = max_of(e.high, warps[warp].high);
       e.nan |= warps[warp].nan;
     }
   }
   return e;
 }
 
-// Calls f(first element, pack) for this thread's packs of a row, kUnroll loads at a time; the row
-// is a multiple of W long.
-template <int kTeam, int W, class T, class F>
+// Calls f(index, pack) for this thread's packs of a row, with kUnroll loads in flight. W divides
+// the length of the row.
+template <int kGroup, int W, class T, class F>
 __device__ void for_each_pack(const T* row, int64_t columns, int thread, const F& f) {
   const auto* packs = reinterpret_cast<const Pack<T, W>*>(row);
   const int64_t count = columns / W;
-  for (int64_t first = thread; first < count; first += kTeam * kUnroll) {
+  for (int64_t first = thread; first < count; first += kGroup * kUnroll) {
     Pack<T, W> values[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kTeam < count) values[u] = packs[first + u * kTeam];
+      if (first + u * kGroup < count) values[u] = packs[first + u * kGroup];
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kTeam < count) f(first + u * kTeam, values[u]);
+      if (first + u * kGroup < count) f(first + u * kGroup, values[u]);
     }
   }
 }
 
-template <int kTeam, int W, class T, class Table>
+template <int kGroup, int W, class T, class Table>
 __device__ void quantize_row(const Table& table, const T* row, const T* grad, T* out,
                              int64_t columns, int thread) {
   using A = compute_t<T>;
-  Extremes<A> e = {INFINITY, -INFINITY, false};
-  for_each_pack<kTeam, W>(row, columns, thread, [&](int64_t, const Pack<T, W>& pack) {
+  RowMinMax<A> e = {INFINITY, -INFINITY, false};
+  for_each_pack<kGroup, W>(row, columns, thread, [&](int64_t, const Pack<T, W>& pack) {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const A x = to_compute(pack.at[w]);
-      e.low = smaller(e.low, x);
-      e.high = larger(e.high, x);
+      e.low = min_of(e.low, x);
+      e.high = max_of(e.high, x);
       e.nan |= x != x;
     }
   });
-  e = team_extremes<kTeam>(e);
+  e = group_min_max<kGroup>(e);
   const float scale = symmetric_scale(e.nan ? NAN : float(e.low), float(e.high),
                                       int32_t(table.quant_min), int32_t(table.quant_max));
   const A inv_scale = A(1.0f / scale);
   const A low = A(table.quant_min), high = A(table.quant_max);
   // q = clamp(nearbyint(w · (1/scale))), zero point 0
   if (!grad) {
-    for_each_pack<kTeam, W>(row, columns, thread, [&](int64_t i, const Pack<T, W>& pack) {
+    for_each_pack<kGroup, W>(row, columns, thread, [&](int64_t i, const Pack<T, W>& pack) {
       Pack<T, W> y;
 #pragma unroll
       for (int w = 0; w < W; ++w) {
-        A q = nearest(to_compute(pack.at[w]) * inv_scale) + A(0);
+        A q = rint_of(to_compute(pack.at[w]) * inv_scale) + A(0);
         q = q < low ? low : q;
         q = q > high ? high : q;
         y.at[w] = from_compute<T>(q * A(scale));
@@ -119,17 +118,17 @@ __device__ void quantize_row(const Table& table, const T* row, const T* grad, T*
     });
     return;
   }
-  // Rounding is monotonic: with its extremes in range, so is the row, and need not be read again.
-  // In A: half a step beyond the last code, the last digits of float64 decide.
-  const bool inside = !e.nan && nearest(e.low * inv_scale) >= low &&
-                      nearest(e.high * inv_scale) <= high;
-  for_each_pack<kTeam, W>(grad, columns, thread, [&](int64_t i, const Pack<T, W>& pack) {
+  // Rounding is monotonic: if minimum and maximum are in range, so is the row, and it need not be
+  // read again. This is computed in A, as for float64 the last digits decide near a tie.
+  const bool inside =
+      !e.nan && rint_of(e.low * inv_scale) >= low && rint_of(e.high * inv_scale) <= high;
+  for_each_pack<kGroup, W>(grad, columns, thread, [&](int64_t i, const Pack<T, W>& pack) {
     Pack<T, W> kept = pack;
     if (!inside) {
       const Pack<T, W> weight = reinterpret_cast<const Pack<T, W>*>(row)[i];
 #pragma unroll
       for (int w = 0; w < W; ++w) {
-        const A q = nearest(to_compute(weight.at[w]) * inv_scale);
+        const A q = rint_of(to_compute(weight.at[w]) * inv_scale);
         if (!(q >= low && q <= high)) kept.at[w] = from_compute<T>(0);
       }
     }
@@ -144,7 +143,7 @@ __device__ void quantize_block(const Table& table, const Entry& entry, int32_t b
   auto* out = static_cast<T*>(entry.out);
   const bool long_row = entry.columns >= kLongRow;
   const int64_t row = long_row ? block : int64_t(block) * kWarps + threadIdx.x / 32;
-  if (row >= entry.rows) return;  // a whole warp, and never a part of a long row's block
+  if (row >= entry.rows) return;  // a whole warp, never a part of the block of a long row
   const int64_t at = row * entry.columns;
   if (long_row) {
     quantize_row<kThreads, W>(table, from + at, grad ? grad + at : nullptr, out + at,
@@ -158,7 +157,7 @@ __device__ void quantize_block(const Table& table, const Entry& entry, int32_t b
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     quantize_weights(const __grid_constant__ Table<kCapacity> table) {
-  // The last entry whose first block is not beyond this one.
+  // Binary search for the entry of this block.
   int32_t low = 0, high = table.count - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
@@ -190,7 +189,7 @@ void launch_table(const WeightRows* weights, int count, int32_t quant_min, int32
   for (int i = 0; i < count; ++i) {
     const WeightRows& w = weights[i];
     table.entries[i] = {w.from, w.grad, w.out, w.columns, int32_t(w.rows), int32_t(blocks)};
-    blocks += w.columns >= kLongRow ? w.rows : divided_up(w.rows, kWarps);
+    blocks += w.columns >= kLongRow ? w.rows : ceil_div(w.rows, kWarps);
   }
   if (blocks > 0) launch(quantize_weights<T, kCapacity>, blocks, kThreads, stream, false, table);
 }
@@ -199,7 +198,7 @@ void launch_table(const WeightRows* weights, int count, int32_t quant_min, int32
 
 void fake_quantize_weights(DType dtype, const std::vector<WeightRows>& weights, int32_t quant_min,
                            int32_t quant_max, cudaStream_t stream) {
-  with_type(dtype, [&](auto* type) {
+  dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (size_t first = 0; first < weights.size(); first += kWeightsPerLaunch) {
       const int count = int(std::min<size_t>(kWeightsPerLaunch, weights.size() - first));

@@ -1,1 +1,1 @@
-"""What every part uses, and what uses none of them."""
+"""Utilities that all packages may import, and that import none of them."""

@@ -1,21 +1,21 @@
-"""JSON that is short, and that people and ``git diff`` read line by line."""
+"""Compact JSON that is readable line by line, also in ``git diff``."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-WIDTH = 100  # of a line, where it can be kept
+WIDTH = 100  # of a line, if possible
 
 
 def compact_json(value: Any) -> str:
-    """``value`` as JSON: one line per key, and per element of a list that is too long for the line
-    of its key. An element stays on one line however long it is: a row of a table, say.
+    """``value`` as JSON with one line per key. A list that is too long for the line of its key has
+    one line per element, however long (a row of a table, for example).
 
     Raises:
-        ValueError: NaN or Inf, which are no JSON.
+        ValueError: NaN or Inf, which are not JSON.
     """
-    plain = json.loads(json.dumps(value, allow_nan=False))  # keys are texts, tuples are lists
+    plain = json.loads(json.dumps(value, allow_nan=False))  # keys become strings, tuples lists
     return _block(plain, "") + "\n"
 
 

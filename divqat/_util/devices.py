@@ -1,4 +1,4 @@
-"""What a computation runs on: devices, threads, versions; and what identifies weights."""
+"""Devices, threads, versions and hardware; digests of weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from divqat._util.version import __version__
 
 
 def find_device(name: str) -> torch.device:
-    """``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` is cuda where there is one.
+    """The device ``cpu``, ``cuda``, ``cuda:1`` ...; ``auto`` is cuda if available.
 
     Raises:
-        ValueError: it is not here.
+        ValueError: it is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,13 +30,13 @@ def find_device(name: str) -> torch.device:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device: wanted one that is here, got {name!r} ({reason})") from error
+        raise ValueError(f"device: wanted an available one, got {name!r} ({reason})") from error
     return device
 
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads; None changes nothing."""
+    """A block in which torch uses ``count`` CPU threads; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -46,18 +46,18 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, divqat and the packages that numbers depend on, where installed."""
-    found = {"python": platform.python_version(), "divqat": __version__}
+    """Versions of Python, divqat and the installed packages on which numbers depend."""
+    result = {"python": platform.python_version(), "divqat": __version__}
     for name in ("torch", "triton", "numpy", "onnx", "onnxruntime"):
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def hardware() -> str:
-    """Processor, threads used by torch, and GPU."""
+    """Processor, number of threads used by torch, and GPU."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

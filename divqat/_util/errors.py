@@ -1,4 +1,4 @@
-"""Clear errors for two common mistakes: a name that is not known, an extra that is missing."""
+"""Clear errors for two common mistakes: an unknown name, and a missing extra."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> ValueError:
-    """The error to raise when ``name`` is no known ``what``; it names the nearest known one.
+    """The error for an unknown ``name`` of a ``what``; it suggests the nearest known one.
 
     Example:
         >>> str(unknown_name("model", "lennet", ["lenet", "resnet20"]))
@@ -22,7 +22,7 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> ValueError:
 
 
 def require(module: str, extra: str) -> Any:
-    """Import ``module``, which the optional dependencies ``divqat[extra]`` bring.
+    """Import ``module``, an optional dependency of ``divqat[extra]``.
 
     Raises:
         ImportError: it is not installed.

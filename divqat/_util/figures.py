@@ -1,4 +1,4 @@
-"""The look of a plot, and how it is written. matplotlib is imported when the first one is drawn."""
+"""Style and output of plots. matplotlib is imported when the first one is drawn."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from divqat._util.errors import require
 from divqat._util.files import write_atomic
 
-# Okabe and Ito: told apart by color-blind readers too.
+# The palette of Okabe and Ito, which color-blind readers can distinguish, too.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MORE = ["#999999", "#8C564B", "#9467BD", "#A6D854", "#7F0000"]  # of which fewer can be told apart
+MORE = ["#999999", "#8C564B", "#9467BD", "#A6D854", "#7F0000"]  # harder to distinguish
 BARS = ["#404040", *COLORS[:3]]
 STYLE = {
     "axes.spines.top": False,
@@ -25,13 +25,13 @@ STYLE = {
     "legend.frameon": False,
     "font.size": 9.5,
     "figure.dpi": 150,
-    "text.parse_math": False,  # a $ in a name is a dollar
-    "text.usetex": False,  # whatever a matplotlibrc in this folder says
+    "text.parse_math": False,  # a $ in a name is a dollar sign
+    "text.usetex": False,  # overrides a matplotlibrc in this folder
 }
 
 
 def colors() -> Iterable[str]:
-    """Colors without end, of which the first twelve differ."""
+    """An endless cycle of twelve colors."""
     while True:
         yield from COLORS
         yield from MORE
@@ -44,7 +44,7 @@ def save_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]
         ImportError: matplotlib is missing.
     """
     matplotlib = require("matplotlib", "report")
-    # Not pyplot: it keeps every figure and wants to choose a window system.
+    # Not pyplot, which keeps every figure and chooses a window system.
     figure_class = require("matplotlib.figure", "report").Figure
     with matplotlib.rc_context(STYLE):
         figure = figure_class(figsize=size, layout="constrained")
@@ -54,7 +54,7 @@ def save_plot(path: Path, size: tuple[float, float], draw: Callable[[Any], None]
 
 
 def paint(figure: Any, file: Path, kind: str) -> None:
-    """Write a matplotlib Figure; a PNG has 128 colors, with which it takes a third of the room."""
+    """Write a matplotlib Figure; a PNG with 128 colors, which takes a third of the space."""
     if kind != "png":
         figure.savefig(file, format=kind)
         return

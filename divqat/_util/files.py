@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: everything divqat writes goes through here."""
+"""Atomic writes: every file that divqat writes is either complete or absent."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from divqat._util.integrity import (
 )
 from divqat._util.temporaries import make_temporary
 
-REMEDY = "bring back a copy, or delete it and give the command that wrote it again"
+REMEDY = "restore a copy, or delete it and repeat the command that wrote it"
 
 
 class WriteError(OSError):
-    """A file could not be written; what was there before is as it was."""
+    """A file could not be written; its old content is unchanged."""
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call ``write(temporary)`` and move the result to ``path`` in one step.
 
-    The temporary file lies beside ``path`` (``os.replace`` is atomic only within a file system),
-    with a name of its own. It is removed when ``write`` raises; ``path`` is then left as it was.
+    The temporary file is in the same folder (``os.replace`` is atomic only within a file system),
+    under a unique name. If ``write`` raises, it is removed, and ``path`` does not change.
 
     Raises:
-        WriteError: there is no room, no permission, a file where a folder should be ...
-        FolderLost: a folder around it, :func:`divqat._util.held.held`, was deleted.
-        Others: as ``write``.
+        WriteError: the disk is full, a permission is missing, a file is in place of a folder ...
+        FolderLost: a parent folder that is in use (:func:`divqat._util.held.held`) was deleted.
+        Others: those of ``write``.
     """
     path = Path(path)
     try:
@@ -53,8 +53,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
         raise
     except OSError as error:
         raise WriteError(
-            f"could not write {path}: {error.strerror or error}; what was finished before is as it "
-            "was: when that is mended, the same command goes on"
+            f"could not write {path}: {error.strerror or error}; finished results are unchanged: "
+            "fix this and repeat the command to resume"
         ) from error
     return path
 
@@ -78,26 +78,29 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> Path:
-    """Write ``value`` as :func:`compact_json` atomically, with a checksum as its last key; NaN and
-    Inf are refused (they are no JSON)."""
+    """Write ``value`` by :func:`compact_json`, atomically, with a checksum as its last key.
+
+    Raises:
+        ValueError: NaN or Inf, which are not JSON.
+        Others: see :func:`write_atomic`."""
     return write_text(path, sealed_json(value))
 
 
 def read_json(path: str | Path, kind: type | tuple[type, ...] = dict) -> Any:
-    """Read a JSON file, an object unless ``kind`` says otherwise, without its checksum.
+    """Read a JSON file without its checksum; ``kind`` is the expected type of its value.
 
     Raises:
-        ValueError: it is damaged; the message names the line where that shows.
+        ValueError: it is damaged (the message names the line, if known), or not of this type.
     """
     check_file(path, MAX_TABLE)
     data = Path(path).read_bytes()
     try:
         value = unsealed_json(data.decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no JSON: {error.msg}; {REMEDY}") from error
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}; {REMEDY}") from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: no UTF-8: {error.reason}; {REMEDY}") from error
+        raise ValueError(f"{path}, line {line}: not UTF-8: {error.reason}; {REMEDY}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; {REMEDY}") from error
     if not isinstance(value, kind):
@@ -106,22 +109,22 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict) -> Any:
 
 
 class _Content(dict):
-    """What a JSON file says; that it lacks a key is an error that names the file."""
+    """The content of a JSON file; a missing key raises an error that names the file."""
 
     def __init__(self, value: dict[str, Any], path: str | Path) -> None:
         super().__init__(value)
         self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise ValueError(f"{self.path}: there is no {key!r}; {REMEDY}")
+        raise ValueError(f"{self.path}: the key {key!r} is missing; {REMEDY}")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> Path:
     """``torch.save`` atomically, with a checksum.
 
-    ``state`` may hold tensors, numbers, strings, lists and dicts.
+    ``state`` may contain tensors, numbers, strings, lists and dicts.
     """
-    # Not into the file: that a disk is full is an "unexpected pos" to torch.
+    # Not directly into the file: torch reports a full disk as "unexpected pos".
     buffer = io.BytesIO()
     torch.save(state, buffer)
     seal_zip(buffer)
@@ -129,12 +132,12 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` wrote, without running any pickled code.
+    """Load a file of :func:`save_checkpoint`, without running pickled code.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint, holds something other than plain data, or more
-            than its size.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, contains anything but plain data, or expands to much
+            more than its size.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -149,12 +152,13 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             f"{path} is not a readable divqat checkpoint: {error}; {REMEDY}"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, wanted a dict")
+        raise ValueError(f"{path}: wanted a dict, got {type(state).__name__}")
     return state
 
 
 def _check_stored(path: str | Path) -> None:
-    """Refuse a zip file that unpacks to more than it is; ``torch.save`` compresses nothing."""
+    """Check that a zip file does not unpack to more than its size; ``torch.save`` does not
+    compress."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -169,7 +173,7 @@ def _plain_parts(value: Any) -> tuple[int, list[Any]]:
         return 1, [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         return 1, list(value)
-    if isinstance(value, Tensor):  # a view can be larger than what it views
+    if isinstance(value, Tensor):  # a view can be larger than its storage
         return 1 + value.numel() * value.element_size(), []
     return 1 + (len(value) if isinstance(value, (str, bytes)) else 8), []
 
@@ -177,18 +181,25 @@ def _plain_parts(value: Any) -> tuple[int, list[Any]]:
 def step(
     path: Path, source: str, make: Callable[[], Mapping[str, Any]], *, product: Path | None = None
 ) -> dict[str, Any]:
-    """The content of ``path`` if it was made from ``source`` (and ``product`` is there as it was
-    written), else that of ``make()``, which is written to ``path`` with ``source``, the seconds it
-    took and the checksum of ``product``."""
+    """Cache a step of a run: the content of ``path`` if it was made from ``source`` and ``product``
+    is intact, else the result of ``make()``.
+
+    Args:
+        path: a JSON file for the result, with ``source``, the seconds that ``make`` took and the
+            checksum of ``product``.
+        source: identifies the inputs of the step.
+        make: computes the result, and writes ``product``.
+        product: a file that the step writes besides its result.
+    """
     with held("folder", path.parent):
         if path.is_file() and (product is None or product.is_file()):
             done = read_json(path)
             if done.get("source") == source:
                 if product is None or is_intact(product, done):
                     return done
-                warnings.warn(f"{product} {CHANGED}: it is made again", stacklevel=2)
+                warnings.warn(f"{product} {CHANGED}: it is rebuilt", stacklevel=2)
         if product is not None:
-            path.unlink(missing_ok=True)  # it would have the checksum of another one
+            path.unlink(missing_ok=True)  # its checksum is that of the old product
         start = time.perf_counter()
         done = dict(make())
         done |= {"source": source, "seconds": time.perf_counter() - start}
@@ -199,17 +210,17 @@ def step(
 
 
 def check_beside(path: Path, report: str, remedy: str) -> None:
-    """See that ``path`` is as the JSON file ``report`` beside it, where there is one, says.
+    """Check ``path`` against its checksum in the JSON file ``report`` beside it, if there is one.
 
     Raises:
-        ValueError: it is not; the message ends with ``remedy``.
+        ValueError: the checksum differs; the message ends with ``remedy``.
     """
     beside = path.with_name(report)
     if beside.is_file() and not is_intact(path, read_json(beside)):
-        raise ValueError(f"{path} {CHANGED} (its checksum in {report} is another): {remedy}")
+        raise ValueError(f"{path} {CHANGED} (its checksum in {report} differs): {remedy}")
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that identify a model's file."""
+    """16 hexadecimal digits that identify the file of a model."""
     check_file(path, MAX_MODEL)
     return sha256(path)[:16]

@@ -1,7 +1,7 @@
 """Functions that a setting names: ``module:function``.
 
-To import a module is to run it. So settings that came from a file, which may be somebody else's,
-name a function only where a person names it, too: on the command line, or in :func:`trust`.
+Importing a module runs its code. So a setting from a file, which may be untrusted, may name a
+function only if the user names it, too: on the command line, or with :func:`trust`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def trust(*names: str) -> Iterator[None]:
     """A block in which run folders, jobs and studies may name these functions.
 
     Raises:
-        ValueError: a name is no ``module:function``.
+        ValueError: a name is not ``module:function``.
     """
     for name in names:
         if not is_foreign(name):
@@ -45,40 +45,40 @@ def trust(*names: str) -> Iterator[None]:
 
 
 def trusted() -> tuple[str, ...]:
-    """What :func:`trust` was told, around here."""
+    """The names that are trusted in the current context, sorted."""
     return tuple(sorted(_trusted.get()))
 
 
 def check_trusted(name: object) -> None:
-    """Refuse a ``module:function`` from a file that nobody here has named; other values pass.
+    """Check that a ``module:function`` from a file is trusted; other values pass.
 
     Raises:
-        ValueError: it says what would be imported. Nothing has been.
+        ValueError: it is not trusted; the message says what would be imported. Nothing has been
+            imported.
     """
     if not is_foreign(name) or name in _trusted.get():
         return
     module = str(name).partition(":")[0].partition(".")[0]
-    # Not importlib.util.find_spec: of a.b it imports a.
+    # Not importlib.util.find_spec, which imports a for a.b.
     spec = importlib.machinery.PathFinder.find_spec(module, [*sys.path, os.getcwd()])
-    place = spec.origin or "a folder" if spec else "not found"
+    origin = spec.origin or "a folder" if spec else "not found"
     raise ValueError(
-        f"{name} is code, which would be imported: the module {module} ({place}); if you trust it, "
-        f"name it yourself: --trust {name}, in Python: with divqat.trust({name!r})"
+        f"{name} is code, which would be imported: the module {module} ({origin}); if you trust "
+        f"it, name it yourself: --trust {name}, in Python: with divqat.trust({name!r})"
     )
 
 
 def foreign(name: str) -> Any:
-    """What ``module:function`` names; the module is imported, from the current folder or wherever
-    Python finds it.
+    """Import the object ``module:function``, from Python's path or the current folder.
 
     Raises:
-        ImportError: there is no such module, or nothing of that name in it.
+        ImportError: there is no such module, or no such name in it.
     """
     module, _, function = name.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:  # as `python -m` has it
-        sys.path.append(here)
-    found = getattr(importlib.import_module(module), function, None)
-    if found is None:
+    folder = os.getcwd()
+    if folder not in sys.path:  # as with `python -m`
+        sys.path.append(folder)
+    value = getattr(importlib.import_module(module), function, None)
+    if value is None:
         raise ImportError(f"there is no {function} in the module {module}")
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""Folders that a run works in: when one is deleted, the run ends and makes no half of it anew."""
+"""Working folders of a run: if one is deleted, the run ends instead of recreating a part of it."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ _held: list[_Held] = []
 
 
 class FolderLost(FileNotFoundError):
-    """A folder was deleted, moved or replaced while something was at work in it."""
+    """A working folder was deleted, moved or replaced during a run."""
 
 
 @contextmanager
 def held(name: str, folder: str | Path) -> Iterator[Path]:
-    """A block that works in ``folder``, which is made when something is written to it; what dead
-    processes left half-written there is removed.
+    """A block that works in ``folder``, which is created by the first write. Temporary files of
+    dead processes are removed.
 
     Args:
-        name: what the folder is called in errors.
+        name: of the folder in errors.
         folder: its path.
 
     Raises:
-        FolderLost: it was deleted, moved or replaced in the meantime; noticed when something
-            is to be written, and at the end.
-        ValueError: its name is empty. NotADirectoryError: it is a file.
+        FolderLost: it was deleted, moved or replaced in the meantime; checked at every write and at
+            the end.
+        ValueError: its path is empty.
+        NotADirectoryError: it is a file.
     """
     path = check_folder(name, folder)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{name}: wanted a folder, got the file {path}")
     if not any(place.folder in (path.absolute(), *path.absolute().parents) for place in _held):
-        remove_dead(path)  # not again for what lies in a folder that is held
+        remove_dead(path)  # done already for folders inside a held one
     place = _Held(path)
     _held.append(place)
     try:
         yield path
         place.check()
-    except OSError:  # what is not found, perhaps
+    except OSError:  # perhaps because the folder is gone
         place.check()
         raise
     finally:
@@ -50,16 +51,16 @@ def held(name: str, folder: str | Path) -> Iterator[Path]:
 
 
 def make_parents(path: Path) -> None:
-    """Make the folder that ``path`` lies in.
+    """Create the parent folder of ``path``.
 
     Raises:
-        FolderLost: a folder around it is held, and was deleted.
+        FolderLost: one of its parents is a working folder that was deleted.
     """
-    around = [place for place in _held if place.folder in path.absolute().parents]
-    for place in around:
+    parents = [place for place in _held if place.folder in path.absolute().parents]
+    for place in parents:
         place.check()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for place in around:
+    for place in parents:
         place.check()
 
 
@@ -67,24 +68,24 @@ class _Held:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self.handle: int | None = None
-        self.found: os.stat_result | None = None
+        self.original: os.stat_result | None = None
         self.check()
 
     def check(self) -> None:
-        """See that the folder is the one that was there first."""
+        """Check that the folder is still the original one."""
         try:
             now = os.stat(self.folder)
         except FileNotFoundError:
             now = None
-        if self.found is None:
+        if self.original is None:
             if now is not None and os.name != "nt":
-                # While it is open, no other folder gets its number.
+                # While it is open, no other folder gets its inode number.
                 self.handle = os.open(self.folder, os.O_RDONLY)
-            self.found = now
-        elif now is None or not os.path.samestat(now, self.found):
+            self.original = now
+        elif now is None or not os.path.samestat(now, self.original):
             raise FolderLost(
-                f"{self.folder} was deleted, moved or replaced while it was worked in; what is not "
-                "in it any more has to be made again"
+                f"{self.folder} was deleted, moved or replaced while it was in use; missing "
+                "results have to be computed again"
             )
 
     def close(self) -> None:

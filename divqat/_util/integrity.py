@@ -1,7 +1,8 @@
-"""Checksums: what was changed or cut since it was written is noticed before it is used.
+"""Checksums, which detect files that were changed or cut after they were written.
 
-A JSON file and a checkpoint carry their own, so that no kill can part them; what others read, like
-``model.onnx``, has its checksum in a JSON file beside it. Files of an older divqat have none.
+JSON files and checkpoints contain their own checksum, so that no kill can separate them; that of a
+file for other programs, like ``model.onnx``, is in a JSON file beside it. Files of an older divqat
+have none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from divqat._util.compact_json import compact_json
 
 KEY, MARK = "checksum", "sha256:"
-# The end of a zip file: a magic number, 16 bytes of sizes, the length of a comment that follows.
+# The end of a zip file: a magic number, 16 bytes of sizes, the length of the comment, the comment.
 END = b"PK\5\6"
 NO_COMMENT = b"\0\0"
 COMMENT = len(MARK) + 64
@@ -25,24 +26,25 @@ CHANGED = "was changed or cut after it was written"
 
 
 def sealed_json(value: dict[str, Any]) -> str:
-    """``value`` as :func:`compact_json` whose last key is the checksum of the text without it.
+    """``value`` as :func:`compact_json`, with the checksum of the text without it as the last key.
 
     Raises:
-        ValueError: NaN or Inf, which are no JSON.
+        ValueError: NaN or Inf, which are not JSON.
     """
     return compact_json(value | {KEY: MARK + _sha256(compact_json(value).encode())})
 
 
 def unsealed_json(text: str) -> Any:
-    """What :func:`sealed_json` was given; JSON without a checksum, of an older divqat, as it is.
+    """The value of a text by :func:`sealed_json`, or of JSON without a checksum (older divqat).
 
     Raises:
-        json.JSONDecodeError: it is no JSON. ValueError: it is not as it was written.
+        json.JSONDecodeError: it is not JSON.
+        ValueError: it was changed.
     """
-    value = json.loads(text, parse_constant=_no_number)
-    # Both: a changed byte can hide one of them only.
+    value = json.loads(text, parse_constant=_refuse_constant)
+    # Both, as one changed byte can hide only one of them.
     if f'"{KEY}"' not in text and f'"{MARK}' not in text:
-        _say_unchecked()
+        _warn_unchecked()
         return value
     if not isinstance(value, dict) or not _is_whole(text):
         raise ValueError(f"it {CHANGED}")
@@ -51,34 +53,34 @@ def unsealed_json(text: str) -> Any:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether JSON, compact or indented as by an older divqat, is as its checksum says."""
+    """Whether JSON, compact or indented (older divqat), matches its checksum."""
     before, _, after = text.rpartition(f'  "{KEY}": ')
     unsealed = "{}\n" if before == "{\n" else before.removesuffix(",\n") + "\n}\n"
     return after == f'"{MARK}{_sha256(unsealed.encode())}"\n}}\n'
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def seal_zip(file: io.BytesIO) -> None:
-    """Give a zip file, as ``torch.save`` writes it, its checksum as the comment at its end."""
+    """Append the checksum of a zip file, as written by ``torch.save``, as its comment."""
     file.seek(-len(NO_COMMENT), io.SEEK_END)
     file.write(COMMENT.to_bytes(2, "little"))
     file.write((MARK + _sha256(file.getbuffer())).encode())
 
 
 def check_zip(data: bytes) -> None:
-    """See that a zip file is as it was written; of one without a checksum, by its own CRCs, which
-    do not cover all of it.
+    """Check that a zip file is unchanged; without a checksum only by its CRCs, which do not cover
+    all of it.
 
     Raises:
-        ValueError, zipfile.BadZipFile: it is not.
+        ValueError, zipfile.BadZipFile: it was changed.
     """
     if data[-22:-18] == END and data[-2:] == NO_COMMENT:
         if zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
             raise ValueError(f"it {CHANGED}")
-        _say_unchecked()
+        _warn_unchecked()
     elif data[-COMMENT:] != (MARK + _sha256(memoryview(data)[:-COMMENT])).encode():
         raise ValueError(f"it {CHANGED}")
 
@@ -89,10 +91,10 @@ def sha256(path: str | Path) -> str:
 
 
 def is_intact(path: Path, report: dict[str, Any]) -> bool:
-    """Whether a file is the one whose checksum ``report["sha256"]`` has under its name."""
+    """Whether a file matches its checksum in ``report["sha256"]``, by name."""
     recorded = report.get("sha256")
     if recorded is None:
-        _say_unchecked()
+        _warn_unchecked()
         return True
     return path.name not in recorded or sha256(path) == recorded[path.name]
 
@@ -101,10 +103,9 @@ def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _say_unchecked() -> None:
-    # One text at one place, so that Python shows it once.
+def _warn_unchecked() -> None:
+    # One text from one line, so that Python shows it only once.
     warnings.warn(
-        "files without a checksum, as an older divqat wrote them, are used: whether they were "
-        "changed since is not known",
+        "using files without a checksum, as written by an older divqat: changes cannot be detected",
         stacklevel=1,
     )

@@ -1,4 +1,4 @@
-"""How much memory is in use, and how much can still be had."""
+"""Peak memory and free memory."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Measure the peak from now on; where the system cannot (not Linux), it stays unknown."""
+    """Start a new measurement of the peak; unsupported on a CPU without Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif STATUS.is_file():
-        with suppress(OSError):  # then it is the peak of the process, an upper bound
+        with suppress(OSError):  # without it, the peak is that of the whole process
             CLEAR.write_text("5")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes in use since :func:`reset_peak`: of tensors on a GPU, of the whole process on
-    the CPU; None where the system does not say."""
+    """Peak memory in bytes since :func:`reset_peak`: of tensors on a GPU, of the whole process on
+    the CPU; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _kilobytes(STATUS, "VmHWM")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had; None where the system does not say."""
+    """Free memory in bytes; None if it is unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -40,9 +40,9 @@ def free_memory(device: torch.device) -> int | None:
     try:
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit
+    except (OSError, ValueError):  # not in a container, or one without a limit
         return available + (swap or 0)
-    # Files that were read a while ago are given up where memory is short.
+    # The system frees inactive page cache when memory is short.
     cached = _number(CGROUP / "memory.stat", "inactive_file") or 0
     return min(available + (swap or 0), limit - used + cached)
 
@@ -54,7 +54,7 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 def _number(file: Path, name: str) -> int | None:
-    """The number after ``name`` at the begin of a line."""
+    """The number after ``name`` at the beginning of a line."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

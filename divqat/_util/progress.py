@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal only, and only where tqdm is installed."""
+"""Progress bars, shown only on a terminal and if tqdm is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _hidden = False
 
 
 def hide() -> None:
-    """No more bars in this process."""
+    """Switch off progress bars in this process."""
     global _hidden
     _hidden = True
 
@@ -19,7 +19,7 @@ def hide() -> None:
 def progress(
     items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
 ) -> Iterator[T]:
-    """Iterate over ``items`` behind a bar on standard error; silent when that is no terminal."""
+    """Iterate over ``items`` with a bar on standard error, if that is a terminal."""
     if not _hidden and sys.stderr is not None and sys.stderr.isatty():
         try:
             from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Dataclasses from JSON that somebody else may have written."""
+"""Dataclasses from untrusted JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 def made(cls: type[T], data: Mapping[str, Any]) -> T:
-    """``cls(**data)``, if its fields are of their types: a number that is a text would be repeated
-    where it is to be multiplied.
+    """``cls(**data)``, with a check of the types of its fields: a string in place of a number, for
+    example, would be repeated when multiplied.
 
     Raises:
-        TypeError: one is not, is missing or unknown; it names the field.
+        TypeError: a field has a wrong type, is missing or unknown; the message names it.
     """
     row = cls(**data)
     for name, kind in get_type_hints(cls).items():
@@ -27,7 +27,7 @@ def made(cls: type[T], data: Mapping[str, Any]) -> T:
 
 def _is(value: Any, kind: Any) -> bool:
     if isinstance(kind, types.UnionType):
-        return any(_is(value, each) for each in get_args(kind))
+        return any(_is(value, member) for member in get_args(kind))
     inner = get_args(kind)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
@@ -37,7 +37,7 @@ def _is(value: Any, kind: Any) -> bool:
         )
     if kind is Any:
         return True
-    if kind in (int, float):  # of a size that both have
+    if kind in (int, float):  # in the range of both
         numbers = (int, float) if kind is float else int
         return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, kind)

@@ -1,4 +1,4 @@
-"""Seeds made of a seed."""
+"""Seeds derived from a seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derived_seed(seed: int, *names: object) -> int:
-    """A seed for one purpose: its stream does not depend on how much others have drawn."""
+    """A seed for one purpose: its random numbers do not depend on those drawn for others."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # int64

@@ -1,4 +1,4 @@
-"""Settings as dataclasses: checked when made, read from YAML, and turned into command-line flags.
+"""Settings as dataclasses: checked on creation, read from YAML, and turned into flags.
 
 Example:
     >>> from dataclasses import dataclass
@@ -37,7 +37,7 @@ BOUNDS = {
 
 
 class ConfigError(ValueError):
-    """A setting is unknown or has a bad value."""
+    """A setting is unknown or has an invalid value."""
 
 
 def option(
@@ -53,8 +53,17 @@ def option(
     empty: bool = False,
     foreign: bool = False,
 ) -> Any:
-    """A dataclass field with help text, bounds, and the group its flag is listed in; ``empty``: a
-    tuple may be ``()``; ``foreign``: beside ``choices`` a ``module:function`` is welcome."""
+    """A dataclass field with help text, bounds, and the group of its flag.
+
+    Args:
+        default: the default value.
+        help: help text of the flag.
+        group: title of the group of flags.
+        choices: the allowed values.
+        least, above, most, below: bounds, inclusive (least, most) or exclusive (above, below).
+        empty: a tuple may be ``()``.
+        foreign: besides ``choices``, ``module:function`` is allowed.
+    """
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
     metadata: dict[str, Any] = {"help": help, "group": group, "bounds": given}
@@ -66,11 +75,11 @@ class Options:
     """Base of the dataclasses whose fields are :func:`option`.
 
     Fields are ``int``, ``float``, ``bool`` or ``str``, one of them ``| None``, or a
-    ``tuple[..., ...]`` of one. An integer is welcome where a float is wanted, and so is a text
-    like ``1e-3``, which YAML does not take for a number.
+    ``tuple[..., ...]`` of one. Floats may be given as integers, or as strings like ``1e-3``, which
+    YAML does not read as a number.
 
     Raises:
-        ConfigError: a value of a wrong type or outside its bounds; it names the field.
+        ConfigError: a value has a wrong type or is outside its bounds; the message names the field.
     """
 
     def __post_init__(self) -> None:
@@ -82,36 +91,36 @@ class Options:
 
     @classmethod
     def names(cls) -> list[str]:
-        """The fields."""
+        """The names of the fields."""
         return list(_specs(cls))
 
     @classmethod
     def from_dict(cls: type[O], data: Mapping[str, Any], *, where: str = "") -> O:
-        """Make one from ``{field: value}``, of a file; ``where`` says in an error what ``data`` is.
+        """Create the settings from ``{field: value}`` of a file; ``where`` names it in errors.
 
         Raises:
-            ConfigError: an unknown key (the message names the nearest known one), a bad value, or
-                code that nobody trusts, see :func:`divqat.trust`.
+            ConfigError: an unknown key (the message suggests the nearest known one), an invalid
+                value, or untrusted code, see :func:`divqat.trust`.
         """
         check_keys(data, cls.names(), where=where)
         try:
-            made = cls(**data)
+            settings = cls(**data)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}" if where else str(error)) from None
-        made._check_trusted(where)
-        return made
+        settings._check_trusted(where)
+        return settings
 
     def _check_trusted(self, where: str) -> None:
         for name, (spec, _, _) in _specs(type(self)).items():
             value = getattr(self, name)
-            for each in value if isinstance(value, tuple) else (value,):
+            for item in value if isinstance(value, tuple) else (value,):
                 try:
-                    check_trusted(each if spec.metadata["foreign"] else None)
+                    check_trusted(item if spec.metadata["foreign"] else None)
                 except ValueError as error:
                     raise ConfigError(f"{where}: {name}: {error}".removeprefix(": ")) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the fields, tuples as lists."""
+        """The fields as plain data, with tuples as lists."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()  # type: ignore[call-overload]
@@ -119,7 +128,7 @@ class Options:
 
 
 def check_keys(data: object, known: Iterable[str], *, where: str = "") -> None:
-    """Refuse ``data`` that is no mapping, and keys that are not ``known``."""
+    """Check that ``data`` is a mapping whose keys are all ``known``; ConfigError if not."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'config'}: wanted 'key: value' lines, got {data!r}")
     known = list(known)
@@ -130,7 +139,7 @@ def check_keys(data: object, known: Iterable[str], *, where: str = "") -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tuple = ()) -> None:
-    """A flag for each field. A flag that is not given leaves no attribute in the namespace."""
+    """Add a flag for each field. A flag that is not given sets no attribute in the namespace."""
     groups: dict[str, Any] = {}
     for name, (spec, kind, _) in _specs(cls).items():
         if name in skip:
@@ -160,7 +169,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type[Options], *, skip: tupl
 
 
 def _flag_help(spec: Field) -> str:
-    """The help of a field's flag. None is no value that a flag takes: it is left out."""
+    """The help of a field's flag. A default of None is left out, as a flag cannot have it."""
     text, default = spec.metadata["help"], spec.default
     if default is None:
         return text.replace(". None:", ". If not given:").replace("None:", "if not given:")
@@ -175,15 +184,15 @@ def given_flags(args: argparse.Namespace, cls: type[Options]) -> dict[str, Any]:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What differs between two settings: ``lr: 0.1 -> 0.2``, keys of inner mappings dotted."""
-    found = []
+    """The differences between two settings, like ``lr: 0.1 -> 0.2``; nested keys are dotted."""
+    lines = []
     for key in dict.fromkeys([*a, *b]):
         old, new = a.get(key), b.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += [f"{key}.{inner}" for inner in differences(old, new)]
+            lines += [f"{key}.{inner}" for inner in differences(old, new)]
         elif old != new:
-            found.append(f"{key}: {old} -> {new}")
-    return found
+            lines.append(f"{key}: {old} -> {new}")
+    return lines
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: it is not YAML, not a mapping, or one that fills the memory.
+        ConfigError: it is not YAML, not a mapping, or expands to a size that fills the memory.
         ImportError: PyYAML is missing.
     """
     yaml = require("yaml", "cli")
@@ -207,14 +216,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         node = loader.get_single_node()
         check_unfolded(node, MAX_UNFOLDED * MAX_SETTINGS, _yaml_parts)
         data = None if node is None else loader.construct_document(node)
-    except Exception as error:  # of what is odd PyYAML raises nearly anything
+    except Exception as error:  # PyYAML may raise anything for odd input
         raise ConfigError(f"{path} is not YAML: {_yaml_problem(error, text)}") from error
     check_keys({} if data is None else data, data or (), where=str(path))
     return data or {}
 
 
 def _yaml_parts(node: Any) -> tuple[int, list[Any]]:
-    """See :func:`divqat._util.bounds.check_unfolded`; None: an empty file."""
+    """See :func:`divqat._util.bounds.check_unfolded`; None stands for an empty file."""
     value = "" if node is None else node.value
     if isinstance(value, str):
         return 1 + len(value), []
@@ -224,14 +233,14 @@ def _yaml_parts(node: Any) -> tuple[int, list[Any]]:
 
 
 def _yaml_problem(error: Any, text: bytes) -> str:
-    """What is wrong, and in which line of ``text`` where the error knows."""
+    """A description of the error, with the line of ``text`` if known."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"line {mark.line + 1}: {error.problem}"
     before = None
     if isinstance(error, UnicodeDecodeError):
         before = text[: error.start]
-    elif hasattr(error, "position"):  # of a character that is not allowed
+    elif hasattr(error, "position"):  # of a forbidden character
         before = text.decode()[: error.position].encode()
     line = "" if before is None else f"line {before.count(10) + 1}: "
     return line + " ".join(str(error).split())
@@ -244,15 +253,15 @@ def write_yaml(path: str | Path, data: Mapping[str, Any]) -> Path:
 
 
 def _specs(cls: type[Options]) -> dict[str, tuple[Field, Any, bool]]:
-    """By field name: the field, its type without ``None``, and whether None is allowed."""
+    """The field, its type without ``None``, and whether None is allowed, by name."""
     hints = get_type_hints(cls)
-    found = {}
+    specs = {}
     for spec in fields(cls):  # type: ignore[arg-type]
         assert spec.default is not MISSING
         kind = hints[spec.name]
         optional = isinstance(kind, types.UnionType)
-        found[spec.name] = (spec, get_args(kind)[0] if optional else kind, optional)
-    return found
+        specs[spec.name] = (spec, get_args(kind)[0] if optional else kind, optional)
+    return specs
 
 
 def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
@@ -274,7 +283,7 @@ def _checked(name: str, value: Any, kind: Any, spec: Field) -> Any:
     except (TypeError, ValueError):
         fits = False
     if fits and kind is str:
-        fits = bool(value)  # as a path it would be the working folder
+        fits = bool(value)  # an empty path would be the current folder
     if fits and kind is float:
         fits = math.isfinite(value)
     inside = fits and all(BOUNDS[word](value, bound) for word, bound in bounds.items())

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a command: absent, closed, a broken pipe, not UTF-8."""
+"""Standard streams that cannot end a command if they are missing, closed, broken or not UTF-8."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def lenient() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()  # now, as it would fail at the exit
+        sys.stdout.flush()  # here, as it would fail at exit
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
 def be_lenient() -> None:
-    """From now on printing never fails in this process."""
+    """Make printing never fail in this process."""
     if None in (sys.stdout, sys.stderr):
-        # A file that is opened must not get the number of a stream: libraries print to that.
+        # Opened files must not get the descriptor of a stream, to which libraries print.
         while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
             pass
         os.close(handle)
@@ -33,7 +33,8 @@ def be_lenient() -> None:
 
 
 class _Lenient:
-    """A text stream that escapes what its encoding lacks, and loses what nobody can read."""
+    """A text stream that escapes characters outside its encoding, and drops output if it is
+    broken."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = _nowhere() if stream is None else stream
@@ -64,7 +65,7 @@ class _Lenient:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        """Go on without the stream, and let what is in its buffer not fail at the exit, either."""
+        """Continue without the stream, and prevent its buffer from failing at exit."""
         stream, self._stream = self._stream, _nowhere()
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(self._stream.fileno(), stream.fileno())

@@ -1,16 +1,16 @@
-"""Texts that somebody else may have written, as texts: on a terminal, in Markdown."""
+"""Safe output of untrusted texts: on a terminal, in Markdown."""
 
 from __future__ import annotations
 
 import re
 
-# What begins markup in GitHub's Markdown wherever it stands. A _ within a word does not.
+# Characters that start markup in GitHub's Markdown anywhere. A _ within a word does not.
 MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def printable(text: object) -> str:
-    """The text without what a terminal takes for orders, and without letters that are not seen or
-    change the direction of others: ``\\x1b`` in four characters for an escape. Lines stay."""
+    """The text with unprintable characters escaped: terminal control codes, invisible characters,
+    changes of direction. An escape becomes the four characters ``\\x1b``; newlines stay."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
         for c in str(text)
@@ -18,5 +18,5 @@ def printable(text: object) -> str:
 
 
 def markdown(text: str) -> str:
-    """The text as Markdown that shows it, in one line."""
+    """The text as one line of Markdown, with markup escaped."""
     return MARKUP.sub(r"\\\g<0>", printable(" ".join(text.split())))

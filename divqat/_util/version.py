@@ -1,3 +1,3 @@
-"""The version, which setup.py reads, too."""
+"""The version, which setup.py also reads."""
 
 __version__ = "0.1.0"

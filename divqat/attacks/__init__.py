@@ -26,7 +26,7 @@ from divqat.attacks.sift import Sift
 from divqat.attacks.skeptical import SkepticalStudent
 from divqat.attacks.smoothing import Smoothing
 
-#: By the name that the command line and YAML files know.
+#: Attacks by their name on the command line and in YAML files.
 ATTACKS: dict[str, type[Attack]] = {
     "knockoff": KnockoffNets,
     "knockoff-adaptive": KnockoffAdaptive,

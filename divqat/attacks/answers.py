@@ -1,4 +1,4 @@
-"""What an attacker can make of the answers it got, without asking more."""
+"""Targets for the clone, made from the victim's answers without further queries."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LEAST = 1e-12  # a probability that is 0 counts as this in a logarithm
 
 
 def reading(text: str) -> Callable[[Tensor], Tensor]:
-    """A function from answers [N, num_classes] to the targets that a clone learns.
+    """A function from answers [N, num_classes] to the targets [N, num_classes] of a clone.
 
     ``as_given``: scaled to sum 1. ``label``: the class with the largest entry, one-hot.
     ``temperature<T>``: y^(1/T), which softens for T above 1 and sharpens below.
     ``standardized<s>``: softmax of s (log y - m) / d, with mean m and standard deviation d of each
-    class over all answers: what tells an image from the others, however small, and not what all
-    have in common. Ours; against victims that answer all that is foreign to them alike.
-    ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals. ``shuffled``: answers to other
-    images, a control that has to end at chance.
+    class over all answers. It amplifies what distinguishes an image from the others, however small,
+    and removes what all answers have in common. Ours; against victims that give similar answers to
+    all foreign images. ``top<k>``: the k largest entries. ``rounded<d>``: to d decimals.
+    ``shuffled``: answers to other images, a control that has to end at chance.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: ``text`` is none of these.
     """
     if text == "as_given":
         return distributions
@@ -35,18 +35,18 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
         return label_only
     if text == "shuffled":
         return _shuffled
-    found = re.fullmatch(r"(temperature|standardized|top|rounded)(\d+(?:\.\d+)?)", text)
-    number = float(found[2]) if found else 0.0
-    if found is None or (number <= 0 and found[1] != "rounded"):
+    match = re.fullmatch(r"(temperature|standardized|top|rounded)(\d+(?:\.\d+)?)", text)
+    number = float(match[2]) if match else 0.0
+    if match is None or (number <= 0 and match[1] != "rounded"):
         raise ConfigError(f"reading: wanted {READINGS}, got {text!r}")
-    if found[1] == "temperature":
-        # By logarithms: a small T would make all of a row's powers 0.
+    if match[1] == "temperature":
+        # Logarithms: with a small T all powers of a row could underflow to 0.
         return lambda answers: (distributions(answers).log() / number).softmax(1)
-    if found[1] == "standardized":
+    if match[1] == "standardized":
         return lambda answers: _standardized(answers, number)
     if number % 1:
-        raise ConfigError(f"reading: wanted a whole number after {found[1]}, got {text!r}")
-    if found[1] == "top":
+        raise ConfigError(f"reading: wanted a whole number after {match[1]}, got {text!r}")
+    if match[1] == "top":
         return lambda answers: distributions(keep_top(answers, int(number)))
     return lambda answers: distributions(answers.round(decimals=int(number)))
 
@@ -59,7 +59,7 @@ def centred_logs(answers: Tensor) -> Tensor:  # [N, num_classes] -> like answers
 
 def _standardized(answers: Tensor, scale: float) -> Tensor:
     logs = distributions(answers).clamp(min=LEAST).log()
-    # unbiased=False: a single answer has no spread, not an undefined one.
+    # unbiased=False: the deviation of a single answer is 0, not NaN.
     spread = logs.std(0, unbiased=False).clamp(min=1e-6)
     return (scale * (logs - logs.mean(0)) / spread).softmax(1)
 

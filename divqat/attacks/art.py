@@ -15,31 +15,31 @@ def art_classifier(victim: Victim, *, num_classes: int, image_shape: tuple[int, 
     """The victim as an ``art.estimators.classification.BlackBoxClassifier``.
 
     ART's images are float32 [N, C, H, W] arrays in [-1, 1], see :func:`divqat.data.to_float`. Each
-    counts as a query and the budget holds: ART passes the victim's QueryBudgetExceeded on.
-    The victim decides what is shown; ART's ``ClassLabels`` gives all ones for a batch with all
-    classes (release 1.20.1), so ask for ``Victim(..., answer="label")`` instead.
+    image counts as a query, and the query budget applies: ART passes on the victim's
+    QueryBudgetExceeded. For hard labels use ``Victim(..., answer="label")``: ART's ``ClassLabels``
+    gives all ones for a batch that contains all classes (release 1.20.1).
 
-    What to know of the attacks of ART 1.20:
+    Notes on the attacks of ART 1.20:
 
     - ``KnockoffNets`` and ``CopycatCNN`` learn labels only, whatever the answers are, unless
-      ``use_probability=True``; the thief then needs ``torch.nn.CrossEntropyLoss()``. The adaptive
-      strategy always learns labels.
-    - Answers are probabilities; the adaptive strategy's rewards ``loss`` and ``all`` take them for
-      logits.
-    - Rounded and top-k answers do not sum to 1, and ART does not make them.
-    - They ask about one image at a time unless ``batch_size_query`` is given.
-    - They have no seed: seed ``numpy.random`` and torch.
+      ``use_probability=True``; the surrogate then needs ``torch.nn.CrossEntropyLoss()``. The
+      adaptive strategy always learns labels.
+    - Answers are probabilities, but the adaptive strategy's rewards ``loss`` and ``all`` treat them
+      as logits.
+    - Rounded and top-k answers do not sum to 1, and ART does not normalize them.
+    - They query one image at a time unless ``batch_size_query`` is given.
+    - They take no seed: seed ``numpy.random`` and torch.
 
     Args:
-        victim: what is attacked; it goes on counting its queries.
+        victim: the black box; it continues to count its queries.
         num_classes: of the victim.
         image_shape: (C, H, W) of its images.
 
     Raises:
-        TypeError: ``victim`` is none.
+        TypeError: ``victim`` is not a :class:`divqat.victim.Victim`.
         ImportError: ART is not installed.
-        ValueError: (when asked) images of another shape or outside [-1, 1], or a victim with other
-            than ``num_classes`` classes.
+        ValueError: (at a query) images of another shape or outside [-1, 1], or a victim whose
+            number of classes is not ``num_classes``.
 
     Example:
         >>> victim = Victim("model.onnx", query_budget=5000)  # doctest: +SKIP

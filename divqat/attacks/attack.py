@@ -1,4 +1,4 @@
-"""What all attacks share: how they are called, what they own, what they end with."""
+"""The interface of all attacks: settings, call, result."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from divqat.attacks.folder import Folder
 from divqat.data.batches import to_float
 from divqat.victim import QueryBudgetExceeded, Victim
 
-# Answers are stored after this many: what a killed run has to ask again at most.
+# Answers are stored after this many queries: a killed run repeats at most these.
 QUERIES_PER_SAVE = 4096
-# Called with the clone, in eval mode, and a count from 1 whenever the clone is a result: after each
-# epoch over a transfer set, after each round of the attacks that have rounds. It sees, it does not
-# steer. A run that goes on after an interruption may say the last count again.
+# A callback that gets the clone, in eval mode, and a count from 1: after each epoch over a transfer
+# set, or after each round of the attacks that have rounds. It must not change the clone. A resumed
+# run may repeat the last count.
 Watch = Callable[[nn.Module, int], object]
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """What an attack ends with."""
+    """The result of an attack."""
 
     clone: nn.Module  # after the last epoch, in eval mode
     transfer_set: tuple[Tensor, Tensor]  # images uint8 [N, C, H, W], answers float32 [N, classes]
-    queries: int  # images answered for this attack, those before an interruption included
+    queries: int  # images answered for this attack, including those before an interruption
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One call of an attack: what it works on. The clone is the attack's own copy."""
+    """The inputs of one call of an attack. The clone is the attack's own copy."""
 
     victim: Victim
     query_set: Tensor  # uint8 [N, C, H, W]
@@ -50,23 +50,24 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        """Where the clone trains."""
+        """The device on which the clone trains."""
         return next(self.clone.parameters()).device
 
     def ask(self, images: Tensor, name: str = "transfer.pt") -> Tensor:
         """The victim's answers to uint8 ``images``, float32 [N, classes] on the CPU.
 
-        They are kept under ``name``: what is there already is not asked again.
+        They are stored under ``name``; stored answers cost no second query.
 
         Raises:
-            QueryBudgetExceeded: before the first query, when the victim's budget is too small.
-            ValueError: the victim has other classes than the clone, or what is kept are answers to
-                other images, as with other threads or hardware an attack can choose others.
+            QueryBudgetExceeded: before the first query, if the victim's budget is too small.
+            ValueError: victim and clone differ in their number of classes, or the stored answers
+                belong to other images (with another number of threads or other hardware an attack
+                may choose other images).
         """
         of = identity(images)
         parts = self._stored(name, of)
         left = images[sum(map(len, parts)) :]
-        self.afford(len(left))
+        self.check_budget(len(left))
         chunks = left.split(QUERIES_PER_SAVE) if len(left) else ()
         for chunk in progress(chunks, "queries", total=len(chunks), unit="chunk"):
             parts.append(self.query(to_float(chunk)))
@@ -74,10 +75,10 @@ class Task:
         return torch.cat(parts)
 
     def query(self, images: Tensor) -> Tensor:
-        """The victim's answers to float ``images``, float32 [N, classes] on the CPU; not kept.
+        """The victim's answers to float ``images``, float32 [N, classes] on the CPU; not stored.
 
         Raises:
-            ValueError: the victim has other classes than the clone.
+            ValueError: victim and clone differ in their number of classes.
         """
         answers = self.victim(images)
         if answers.shape[1] != self.classes:
@@ -86,12 +87,12 @@ class Task:
             )
         return answers
 
-    def asked(self, name: str) -> int:
-        """How many answers are kept under ``name``."""
+    def stored(self, name: str) -> int:
+        """The number of answers stored under ``name``."""
         return sum(map(len, self._stored(name)))
 
-    def afford(self, queries: int) -> None:
-        """See that the victim allows so many more.
+    def check_budget(self, queries: int) -> None:
+        """Check that the victim allows this many more queries.
 
         Raises:
             QueryBudgetExceeded: it does not.
@@ -106,30 +107,30 @@ class Task:
         stored = self.folder.load(name)
         if stored is not None and of is not None and stored.get("of") != of:
             raise ValueError(
-                f"resume_dir: {self.folder.within(name)} has answers to other images; go on with "
-                "as many threads and the hardware that it was begun with, or in another folder"
+                f"resume_dir: {self.folder.path_of(name)} has answers to other images; resume with "
+                "the same number of threads and the same hardware, or use another folder"
             )
         return [] if stored is None else [stored["answers"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(StepSettings, ABC):
-    """An attack is its settings: ``attack(victim, query_set, clone)`` runs it.
+    """The settings of an attack; ``attack(victim, query_set, clone)`` runs it.
 
-    Every attack trains its clone by SGD with momentum. The clone of the last step is the result,
-    not the best one: choosing would need test data.
+    Every attack trains its clone by SGD with momentum. The result is the clone of the last step,
+    not the best one, as choosing would need test data.
 
     Raises:
-        ConfigError: (a ValueError) an argument of a wrong type or out of its range.
+        ConfigError: (a ValueError) an argument has a wrong type or is out of its range.
     """
 
-    #: Whether it asks the victim at all: one that does not shows what a thief has without it.
+    #: Whether it queries the victim at all; False for a baseline without the victim.
     asks: ClassVar[bool] = True
 
     query_budget: int | None = option(
-        None, "Images asked about at most; None: what the attack has by default.", least=1
+        None, "Maximum number of queried images; None: the default of the attack.", least=1
     )
-    seed: int = option(0, "Everything random follows from it.", least=0)
+    seed: int = option(0, "Seed of everything random.", least=0)
 
     def __call__(
         self,
@@ -144,19 +145,21 @@ class Attack(StepSettings, ABC):
 
         Args:
             victim: the black box.
-            query_set: images the attacker owns, of the size that victim and clone take.
-            clone: initial weights and architecture; it is copied and stays as it was. The copy
-                trains on the device of ``clone``.
-            resume_dir: keeps answers and the clone of every epoch or round. A run that was killed
-                goes on from there, ends with the same bits as one that was not (unless a defense
-                of the victim remembers queries, and has forgotten them), and asks nothing twice.
-                One folder belongs to one victim.
+            query_set: the attacker's images, of the size that victim and clone take.
+            clone: architecture and initial weights of the surrogate; it is copied and not changed.
+                The copy trains on the device of ``clone``.
+            resume_dir: a folder for the answers and the clone of every epoch or round. A killed run
+                resumes from it, repeats no query, and ends with the same bits as an uninterrupted
+                one (unless a defense of the victim remembers queries, and has forgotten them). Use
+                one folder per victim.
             watch: called with the clone and a count from 1 after every epoch or round.
 
         Raises:
-            QueryBudgetExceeded: before the first query, when the victim's budget is too small.
-            TypeError, ValueError: wrong kind of argument, a budget larger than the query set, a
-                clone with other classes than the victim, a ``resume_dir`` of other settings.
+            QueryBudgetExceeded: before the first query, if the victim's budget is too small.
+            TypeError: an argument has a wrong type.
+            ValueError: ``query_set`` is not uint8 [N, C, H, W], a budget is larger than it, victim
+                and clone differ in their number of classes, or ``resume_dir`` belongs to other
+                settings.
             FloatingPointError: the clone's loss is no longer finite.
         """
         if not isinstance(victim, Victim):
@@ -168,9 +171,9 @@ class Attack(StepSettings, ABC):
             )
         self.check(len(query_set))
         clone = copy.deepcopy(clone).to(  # type: ignore[call-overload]
-            memory_format=torch.channels_last  # the faster one for convolutions
+            memory_format=torch.channels_last  # faster for convolutions
         )
-        classes = _classes(clone, query_set[:1])  # a clone that does not fit must cost no query
+        classes = _classes(clone, query_set[:1])  # a clone that does not fit must fail before this
         folder = Folder(resume_dir, self._identity(victim, query_set, clone))
         task = Task(victim, query_set, clone, classes, folder, watch)
         device = task.device
@@ -178,7 +181,7 @@ class Attack(StepSettings, ABC):
             return self._extract(task)
 
     def check(self, images: int) -> None:
-        """See that a query set of so many images is enough for the settings.
+        """Check that a query set of ``images`` images is large enough for the settings.
 
         Raises:
             ValueError: it is not.
@@ -186,7 +189,7 @@ class Attack(StepSettings, ABC):
 
     @property
     def owns(self) -> bool:
-        """Whether it wants images of the victim's kind, see ``owning`` where there is one."""
+        """Whether it needs labeled images of the victim's kind, see :class:`LabeledAttack`."""
         return False
 
     @abstractmethod
@@ -194,7 +197,7 @@ class Attack(StepSettings, ABC):
         """The attack itself. It may seed torch's global generators: the caller restores them."""
 
     def _identity(self, victim: Victim, query_set: Tensor, clone: nn.Module) -> dict[str, object]:
-        """What a folder belongs to."""
+        """The settings and inputs that a ``resume_dir`` belongs to."""
         shapes = {name: list(value.shape) for name, value in clone.state_dict().items()}
         return {
             "attack": type(self).__name__,

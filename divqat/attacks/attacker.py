@@ -1,4 +1,4 @@
-"""What every attacker on a query set owns and does: settings that commands and jobs share."""
+"""The settings of an attacker with a query set, which several commands share."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ FOLDER = "folder"
 
 @dataclass(frozen=True, kw_only=True)
 class Attacker(CloneSettings):
-    """Queries, and how a clone trains on the answers.
+    """The query set, and the training of a clone on the answers.
 
     Raises:
-        ConfigError: a value of a wrong type or out of range.
+        ConfigError: a value has a wrong type or is out of range.
     """
 
     query_set: str = option(
         "photos",
-        f"Images that the attacker asks about; {OWN}: the victim's validation split, for a thief "
-        "who has images of the victim's kind without labels.",
+        f"Images that the attacker queries; {OWN}: the victim's validation split, for an attacker "
+        "who has unlabeled images of the victim's kind.",
         group="attacker",
         choices=(*transfer_names(), OWN),
     )
     query_root: str | None = option(
-        None, "Folder with these images, where they are not found by themselves.", group="attacker"
+        None, "Folder with these images, if they are not found automatically.", group="attacker"
     )
     device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
     threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
 
     @property
     def places(self) -> set[str]:
-        """Settings that say where, not what; a query set that is a folder is what is in it."""
+        """Settings of locations, which do not change results. (The content of a query set that is
+        a folder depends on ``query_root``.)"""
         return {"device"} if self.query_set == FOLDER else {"device", "query_root"}
 
     def load_queries(self, splits: Splits, limit: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several attacks, of which the attacker keeps the best clone."""
+"""Several attacks, from which the attacker keeps the best clone."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from divqat.victim import Victim
 
 @dataclass(frozen=True, eq=False)
 class BestExtraction(Extraction):
-    """The extraction of the best attack, save that ``queries`` are those of all attacks."""
+    """The extraction of the best attack, but with the ``queries`` of all attacks together."""
 
     name: str  # of the best attack
-    accuracies: dict[str, float]  # by attack: its clone's on the holdout, in [0, 1]
+    accuracies: dict[str, float]  # by attack: accuracy of its clone on the holdout, in [0, 1]
     extractions: dict[str, Extraction]  # by attack
 
 
 @dataclass(frozen=True, eq=False)
 class BestOf:
-    """Run several attacks and keep the clone that is most accurate on images of the attacker's own.
+    """Run several attacks and keep the clone that is most accurate on the attacker's own images.
 
-    A defense is worth what it does against the best attack, and a thief who has a few labeled
-    images finds out which that is without the test set. Ties go to the earlier attack.
+    A defense is only as good as it is against the best attack, and an attacker with a few labeled
+    images can choose that attack without the test set. Ties go to the earlier attack.
 
     Args:
-        attacks: by name, which also names a folder in ``resume_dir``.
-        holdout: labeled images that the attacker has beside the query set. They cost no query.
+        attacks: by name; the name is also that of a folder in ``resume_dir``.
+        holdout: labeled images that the attacker has besides the query set. They cost no query.
 
     Raises:
-        ValueError: no attacks, no images, or a name that cannot be a folder's.
+        ValueError: no attacks, no images, or a name that cannot be the name of a folder.
 
     Example:
         >>> from divqat.attacks import KnockoffNets
@@ -65,11 +65,11 @@ class BestOf:
         resume_dir: str | Path | None = None,
         watch: Watch = lambda *_: None,
     ) -> BestExtraction:
-        """Run the attacks one after another, each from ``clone`` and with queries of its own.
+        """Run the attacks one after another, each from ``clone`` and with its own queries.
 
-        Args and errors are those of :meth:`Attack.__call__`. ``watch`` sees the clones of all
-        attacks. An attack that the victim's budget is too small for raises before its own first
-        query; what those before it found is in ``resume_dir``.
+        Arguments and errors are those of :meth:`Attack.__call__`. ``watch`` sees the clones of all
+        attacks. If the remaining query budget is too small for an attack, it raises before its
+        first query; the results of earlier attacks are in ``resume_dir``.
         """
         extractions = {
             name: attack(
@@ -82,10 +82,10 @@ class BestOf:
             for name, attack in self.attacks.items()
         }
         accuracies = {
-            name: accuracy(predict(found.clone, self.holdout.images), self.holdout.labels)
-            for name, found in extractions.items()
+            name: accuracy(predict(extraction.clone, self.holdout.images), self.holdout.labels)
+            for name, extraction in extractions.items()
         }
         name = max(accuracies, key=accuracies.__getitem__)  # the first of equals
         best = extractions[name]
-        queries = sum(found.queries for found in extractions.values())
+        queries = sum(extraction.queries for extraction in extractions.values())
         return BestExtraction(best.clone, best.transfer_set, queries, name, accuracies, extractions)

@@ -13,16 +13,16 @@ from divqat.attacks.knockoff import KnockoffNets
 
 @dataclass(frozen=True, kw_only=True)
 class CopycatCNN(KnockoffNets):
-    """Ask about random natural images and learn the labels only, whatever else is shown.
+    """Query random natural images and learn hard labels only.
 
     "Copycat CNN: Stealing Knowledge by Persuading Confession with Random Non-Labeled Data": the
     stolen label of an image x is argmax_k y'_k(x), and the clone minimizes
-    -log softmax(f(x))_label. A defense that keeps the most probable class does not touch it.
+    -log softmax(f(x))_label. A defense that keeps the most probable class has no effect on it.
 
-    The paper fine-tunes a VGG-16 that is pre-trained on other images, as the caller may by passing
-    such a clone; the authors' solver files train 5 epochs of batches of 32 with mirroring, lr 0.005
-    divided by 10 after each third, momentum 0.9 and weight decay 5e-4. Here the learning rate falls
-    along a cosine, as for every clone.
+    The paper fine-tunes a VGG-16 that is pre-trained on other images; to do so, pass such a clone.
+    The authors' solver files train for 5 epochs with batches of 32, mirroring, lr 0.005 divided by
+    10 after each third, momentum 0.9 and weight decay 5e-4. Here the learning rate follows a
+    cosine, as for every clone.
     """
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:

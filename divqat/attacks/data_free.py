@@ -1,4 +1,4 @@
-"""Attacks without data: a generator looks for images on which clone and victim differ."""
+"""Data-free attacks: a generator searches for images on which clone and victim differ."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ from divqat.attacks.training import autocast, set_lr
 from divqat.attacks.zeroth_order import zeroth_order
 from divqat.data.batches import to_uint8
 
-# After so many rounds everything is stored and the clone shown: what a killed run repeats at most.
+# Rounds between two saves and calls of ``watch``: a killed run repeats at most these.
 ROUNDS_PER_SAVE = 50
-SAME_ANSWERS = 0.25  # share of images whose answers a probe may leave as they are, unwarned
+SAME_ANSWERS = 0.25  # a warning follows if a probe changes no answer for this share of the images
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFree(Attack):
-    """What DFME and MAZE share: rounds of a generator that is rewarded for disagreement and a clone
-    that learns to agree.
+    """The common part of DFME and MAZE: in rounds, a generator is rewarded for disagreement between
+    victim and clone, and the clone learns to agree.
 
-    Per round the generator G takes ``generator_steps``, each on new images x = tanh(G(z)), to
+    In each round the generator G takes ``generator_steps``, each on new images x = tanh(G(z)), to
     increase the mean of a distance d(x) between victim and clone. The victim is a black box, so d
     is differentiated by forward differences (:mod:`divqat.attacks.zeroth_order`). The clone then
-    takes ``clone_steps`` on new images to decrease d, and ``replay_steps`` on images that it took
-    such steps on, in all rounds so far. Both learning rates follow one schedule.
+    takes ``clone_steps`` on new images to decrease d, and ``replay_steps`` on images of its earlier
+    steps, from all rounds so far. Both learning rates follow one schedule.
 
-    Of the query set only the shape of an image is used. Queries are floats, as the differences are
-    far below 1/255; only the memory and the transfer set keep images in 8 bits. Labels in place of
-    probabilities make d piecewise constant, for which these attacks were not made.
+    The query set gives only the shape of an image. Queries are floats, as the differences are far
+    below 1/255; only the memory and the transfer set keep images in 8 bits. Hard labels make d
+    piecewise constant; these attacks are not meant for them.
 
-    A victim that rounds its input to 8 bits, as int8 models do, hardly sees steps of the
-    literature's 1e-3. That hides its gradient, but only until ``smoothing`` moves the average pixel
-    by a level: ε = 2/255 · √D for images of D pixels, 0.06 for 8x8 and 0.43 for 3x32x32.
+    An int8 victim rounds its input to 8 bits and hardly reacts to steps of the literature's 1e-3.
+    That hides its gradient, but only until ``smoothing`` moves the average pixel by one level:
+    ε = 2/255 · √D for images of D pixels, 0.06 for 8x8 and 0.43 for 3x32x32.
 
-    The transfer set of the :class:`Extraction` is what the clone learned in the last round: all of
-    them would be millions. Its ``queries`` are those of whole rounds; the rest of the budget is not
-    spent. A run that was killed repeats up to ``ROUNDS_PER_SAVE`` rounds; what it had asked in
-    these counts for the victim, but not here. The clone is watched after as many rounds.
+    The transfer set of the :class:`Extraction` holds only the images of the clone's last round:
+    all of them would be millions. Its ``queries`` count whole rounds; the rest of the budget is not
+    spent. A killed run repeats up to ``ROUNDS_PER_SAVE`` rounds; the victim counts their queries
+    twice, the :class:`Extraction` once. ``watch`` is called every ``ROUNDS_PER_SAVE`` rounds.
 
     Args:
-        query_budget: at most so many queries, ``queries_per_round`` of them in each round.
-        lr: first learning rate of the clone (SGD with momentum, not Nesterov's).
+        query_budget: the maximum number of queries, ``queries_per_round`` in each round.
+        lr: initial learning rate of the clone (SGD with momentum, without Nesterov's).
         latent: length of z, which is standard normal.
-        directions, smoothing: m and ε of that estimate.
+        directions, smoothing: m and ε of :func:`divqat.attacks.zeroth_order.zeroth_order`.
 
     Raises:
-        ConfigError: (a ValueError) the query budget allows no round.
+        ConfigError: (a ValueError) the query budget is too small for one round.
     """
 
-    query_budget: int = option(20_000_000, "Images asked about at most.", least=1)
+    query_budget: int = option(20_000_000, "Maximum number of queried images.", least=1)
     batch_size: int = option(256, "Images per step.", least=2)
-    lr: float = option(0.1, "First learning rate of the clone.", above=0)
-    generator_lr: float = option(1e-4, "First learning rate of the generator.", above=0)
-    latent: int = option(256, "Numbers that the generator makes an image of.", least=1)
-    generator_steps: int = option(1, "Steps of the generator in a round.", least=1)
-    clone_steps: int = option(5, "Steps of the clone in a round, on new images.", least=1)
-    replay_steps: int = option(0, "Steps of the clone in a round, on old images.", least=0)
-    directions: int = option(1, "Directions in which the generator's loss is probed.", least=1)
-    smoothing: float = option(1e-3, "How far it is probed, before the tanh.", above=0)
+    lr: float = option(0.1, "Initial learning rate of the clone.", above=0)
+    generator_lr: float = option(1e-4, "Initial learning rate of the generator.", above=0)
+    latent: int = option(256, "Length of the generator's input noise.", least=1)
+    generator_steps: int = option(1, "Steps of the generator per round.", least=1)
+    clone_steps: int = option(5, "Steps of the clone per round, on new images.", least=1)
+    replay_steps: int = option(0, "Steps of the clone per round, on old images.", least=0)
+    directions: int = option(1, "Directions of the forward differences.", least=1)
+    smoothing: float = option(1e-3, "Step of the forward differences, before the tanh.", above=0)
 
-    #: Whether the clone's first step is on the images of the generator's last one, asked already.
+    #: Whether the clone's first step reuses the images and answers of the generator's last step.
     reuses_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class DataFree(Attack):
 
     @property
     def queries_per_round(self) -> int:
-        """What a round costs."""
+        """Queries per round."""
         steps = self.generator_steps * (self.directions + 1) + self.clone_steps
         return self.batch_size * (steps - self.reuses_images)
 
@@ -99,19 +99,19 @@ class DataFree(Attack):
 
     @abstractmethod
     def decay(self, done: float) -> float:
-        """The factor of both learning rates after this share of the rounds."""
+        """The factor of both learning rates after the share ``done`` of the rounds."""
 
     @abstractmethod
     def generator_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """How the generator learns."""
+        """The optimizer of the generator."""
 
     def _extract(self, task: Task) -> Extraction:
         rounds = self.query_budget // self.queries_per_round
         duel = Duel(self, task, rounds)
-        task.afford((rounds - duel.round) * self.queries_per_round)
+        task.check_budget((rounds - duel.round) * self.queries_per_round)
         todo = range(duel.round, rounds)
         for _ in progress(todo, type(self).__name__, total=len(todo), unit="round"):
-            duel.play()
+            duel.run_round()
             if duel.round % ROUNDS_PER_SAVE == 0 or duel.round == rounds:
                 duel.save()
                 task.watch(task.clone.eval(), math.ceil(duel.round / ROUNDS_PER_SAVE))
@@ -119,7 +119,7 @@ class DataFree(Attack):
 
 
 class Duel:
-    """Generator against clone: all that changes from round to round."""
+    """The training of generator and clone against each other: the state that rounds change."""
 
     def __init__(self, attack: DataFree, task: Task, rounds: int) -> None:
         self.attack, self.task, self.rounds, self.round = attack, task, rounds, 0
@@ -143,19 +143,19 @@ class Duel:
             if attack.replay_steps
             else None
         )
-        # What the clone learned in the last round: uint8 [M, C, H, W], float32 [M, classes].
+        # Images and answers of the clone's last round: uint8 [M, C, H, W], float32 [M, classes].
         self.learned = (torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, task.classes))
         state = task.folder.load("duel.pt")
         if state is None:
-            self.save()  # before the first query, so that a resumed run has the same weights
+            self.save()  # before the first query, so that a resumed run starts from these weights
         else:
             self._load(state)
 
-    def play(self) -> None:
-        """One round.
+    def run_round(self) -> None:
+        """Run one round.
 
         Raises:
-            FloatingPointError: the distance of victim and clone is no longer finite.
+            FloatingPointError: the distance between victim and clone is no longer finite.
         """
         attack = self.attack
         torch.manual_seed(self.seeds[self.round])
@@ -180,7 +180,7 @@ class Duel:
         self.round += 1
 
     def save(self) -> None:
-        """Keep everything; the state last, as it says how much of the memory counts."""
+        """Save everything; the state last, as it decides how much of the memory counts."""
         folder = self.task.folder
         if self.memory:
             self.memory.save(folder)
@@ -212,43 +212,46 @@ class Duel:
         return images, self.task.query(images).to(self.task.device)
 
     def _generator_step(self) -> tuple[Tensor, Tensor]:
-        """Returns the images, as they were before the step, and the answers."""
+        """Returns the images, as they were before the step, and the answers to them."""
         attack, clone = self.attack, self.task.clone.eval()
 
         @torch.no_grad()
         def distance(images: Tensor, answers: Tensor) -> Tensor:
             return attack.distance(answers, clone(images))
 
-        # Whatever made the images, answers to them are compared in float32: the differences are
-        # too small for less.
+        # Distances are computed in float32 even under autocast: their differences are small.
         raw = self._generate()
         images, answers = self._ask(raw.detach().tanh())
-        here = self._finite(distance(images, answers))
+        value = self._finite(distance(images, answers))
         answers_around = []
 
         def probe(x: Tensor) -> Tensor:
-            moved, answers_there = self._ask(x.tanh())
-            answers_around.append(answers_there)
-            return distance(moved, answers_there)
+            nearby, nearby_answers = self._ask(x.tanh())
+            answers_around.append(nearby_answers)
+            return distance(nearby, nearby_answers)
 
-        gradient = zeroth_order(probe, raw.detach(), here, attack.directions, attack.smoothing)
+        gradient = zeroth_order(probe, raw.detach(), value, attack.directions, attack.smoothing)
         if self.round == 0:
             self._warn_of_same_answers(answers, torch.stack(answers_around))
         self.generator_optimizer.zero_grad()
-        raw.backward(-gradient / len(raw))  # the optimizer descends, the mean of d shall grow
+        raw.backward(-gradient / len(raw))  # the optimizer descends, but the mean of d must grow
         self.generator_optimizer.step()
         return images, answers
 
     def _warn_of_same_answers(self, answers: Tensor, answers_around: Tensor) -> None:
-        """Warn of a victim whose answers do not show so small a step: [N, classes], and
-        [directions, N, classes] after it."""
+        """Warn if ``smoothing`` is too small a step to change the victim's answers.
+
+        Args:
+            answers: [N, classes].
+            answers_around: after the steps, [directions, N, classes].
+        """
         same = float((answers_around == answers).all(2).float().mean())
         if same >= SAME_ANSWERS:
             pixels = math.prod(self.learned[0].shape[1:])
             warnings.warn(
-                f"smoothing: a step of {self.attack.smoothing} left the answers to {same:.0%} of "
-                "the images as they were, so the generator learns little; of an int8 victim with "
-                f"{pixels} numbers per image wanted is about {2 / 255 * math.sqrt(pixels):.2g}",
+                f"smoothing: a step of {self.attack.smoothing} did not change the answers to "
+                f"{same:.0%} of the images, so the generator learns little; for an int8 victim "
+                f"with {pixels} values per image use about {2 / 255 * math.sqrt(pixels):.2g}",
                 stacklevel=2,
             )
 

@@ -12,10 +12,10 @@ from divqat._util.settings import option
 from divqat.attacks.answers import centred_logs, reading
 from divqat.attacks.attack import Task
 from divqat.attacks.residual import cross_fitted, ridge
-from divqat.attacks.shadow import Shadow, as_shown
-from divqat.attacks.sift import explained
+from divqat.attacks.shadow import Shadow, as_released
+from divqat.attacks.sift import decoy_likelihood
 from divqat.data.batches import to_float
-from divqat.nn.decoy import coarse
+from divqat.nn.decoy import coarse_picture
 
 WIDTH, EPOCHS, BATCH = 64, 20, 256  # of the detector
 
@@ -43,7 +43,7 @@ class DetectAndDrop(Shadow):
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         stored = task.folder.load("kept.pt")
         if stored is None:
-            misled = self._misled(task, images, as_shown(answers, task.victim.answer))
+            misled = self._misled(task, images, as_released(answers, task.victim.answer))
             count = max(1, round(self.keep * len(images)))
             stored = {"rows": misled.sort(stable=True).indices[:count].sort().values}
             task.folder.save("kept.pt", stored)
@@ -70,11 +70,11 @@ def signs(
     """What tells a misled answer, and no seed decides; of each with mean 0 and variance 1 over the
     answers of a network."""
     logs = centred_logs(answers).double()
-    shades = torch.cat([coarse(to_float(part)) for part in images.split(4096)]).double()
+    shades = torch.cat([coarse_picture(to_float(part)) for part in images.split(4096)]).double()
     left = logs - cross_fitted(ridge, shades, logs)
     columns = [
         logs.sort(1, descending=True).values,
-        explained(images, answers)[:, None],
+        decoy_likelihood(images, answers)[:, None],
         left.norm(dim=1, keepdim=True),
     ]
     found = torch.cat(columns, 1)

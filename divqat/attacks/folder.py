@@ -1,4 +1,4 @@
-"""Where an attack keeps what it has done."""
+"""The folder in which an attack stores its progress."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from divqat._util.names import check_folder
 
 
 class Folder:
-    """Checkpoints with the settings that they belong to beside them.
+    """A folder of checkpoints, each with the settings that it belongs to.
 
     Args:
-        path: the folder; None keeps nothing.
-        settings: plain data; a checkpoint of other settings is refused.
+        path: the folder; None stores nothing.
+        settings: plain data; checkpoints of other settings are refused.
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
@@ -22,12 +22,12 @@ class Folder:
         self.settings = settings
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Keep ``state`` (plain data and tensors) under ``name``, atomically."""
+        """Store ``state`` (plain data and tensors) under ``name``, atomically."""
         if self.path is not None:
             save_checkpoint(self.path / name, {"settings": self.settings, **state})
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """What was kept under ``name``; None when nothing was.
+        """The state stored under ``name``; None if there is none.
 
         Raises:
             ValueError: it belongs to other settings, or is damaged.
@@ -35,15 +35,15 @@ class Folder:
         if self.path is None or not (self.path / name).exists():
             return None
         state = load_checkpoint(self.path / name)
-        there = state.get("settings", {})
-        for key, here in self.settings.items():
-            if there.get(key) != here:
+        stored = state.get("settings", {})
+        for key, value in self.settings.items():
+            if stored.get(key) != value:
                 raise ValueError(
                     f"resume_dir: {self.path / name} belongs to other settings: "
-                    f"{key} is {there.get(key)} there, {here} here"
+                    f"{key} is {stored.get(key)} there, {value} here"
                 )
         return state
 
-    def within(self, name: str) -> Path | None:
-        """The path of a folder inside it, for a part that keeps its own checkpoints."""
+    def path_of(self, name: str) -> Path | None:
+        """The path of ``name`` in the folder; None if nothing is stored."""
         return None if self.path is None else self.path / name

@@ -1,4 +1,4 @@
-"""The generator of the attacks that have no data."""
+"""The generator of the data-free attacks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 
 class Generator(nn.Module):
-    """Makes images of noise: a linear layer to a quarter of the size, then twice nearest-neighbour
-    upsampling with 3x3 convolutions, batch norm and leaky ReLUs.
+    """Generates images from noise: a linear layer to a quarter of the size, then nearest-neighbor
+    upsampling twice, with 3x3 convolutions, batch norm and leaky ReLUs.
 
     Source: the public code of Truong et al. (DFME, CVPR 2021) and of Kariyappa et al. (MAZE, CVPR
-    2021), which share the network up to the weights of the last batch norm: DFME has none. There
-    images are 32x32; here any size, sizes no multiple of 4 being rounded up and cut by upsampling.
+    2021), which differ only in the last batch norm: that of DFME has no weights. Their images are
+    32x32; here any size is allowed, as upsampling goes to the exact size.
 
     Args:
         latent: length of the noise.
         shape: [C, H, W] of an image.
         learn_range: whether the last batch norm has weights, which set brightness and contrast;
-            without, the pixels of a batch have mean 0 and variance 1 in every channel.
+            without them the pixels of a batch have mean 0 and variance 1 in every channel.
     """
 
     def __init__(self, latent: int, shape: tuple[int, int, int], *, learn_range: bool) -> None:

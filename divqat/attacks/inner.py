@@ -1,4 +1,4 @@
-"""Look inside a clone: it is the attacker's own."""
+"""Inputs and outputs of the layers of a clone, which the attacker owns."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-Seen = dict[str, tuple[Tensor, Tensor]]  # by the name of a layer: what came in, what went out
+Activations = dict[str, tuple[Tensor, Tensor]]  # by the name of a layer: input and output
 
 
-def trace(clone: nn.Module, names: Iterable[str], images: Tensor) -> tuple[Tensor, Seen]:
-    """One forward pass: the logits, and what the named layers saw, in the order of their calls.
+def trace(clone: nn.Module, names: Iterable[str], images: Tensor) -> tuple[Tensor, Activations]:
+    """One forward pass: the logits, and the activations of the named layers in the order of their
+    calls.
 
-    The clone is left without hooks, so that it can be copied and stored.
+    All hooks are removed, so that the clone can be copied and stored.
     """
-    seen: Seen = {}
+    activations: Activations = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = (inputs[0], output)
+            activations[name] = (inputs[0], output)
 
         return hook
 
-    hooks = [clone.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    hooks = [clone.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
     try:
-        return clone(images), seen
+        return clone(images), activations
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,34 +8,34 @@ import torch
 from torch import Generator, Tensor, nn
 
 from divqat._util.settings import option
-from divqat.attacks.jbda import JBDA, ascent
+from divqat.attacks.jbda import JBDA, gradient_sign
 
-STRIDE = 1.85  # the steps together, in units of epsilon
+STRIDE = 1.85  # length of all steps together, in units of epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
 class JBDATR(JBDA):
-    """JBDA whose new images are drawn towards random classes other than the victim's label.
+    """JBDA whose new images move towards random classes other than the victim's label.
 
     Source: Juuti, Szyller, Marchal, Asokan, "PRADA: Protecting against DNN Model Stealing
-    Attacks", EuroS&P 2019, the iterative targeted-random strategy. The numbers are those
-    of ModelGuard (Tang et al., USENIX Security 2024) and of its code: 1000 seeds, a budget of
-    50 000, three images per image and round, each by ``steps`` steps of projected gradient descent
+    Attacks", EuroS&P 2019, the iterative targeted-random strategy. The defaults are those of the
+    code of ModelGuard (Tang et al., USENIX Security 2024): 1000 seeds, a budget of 50 000, three
+    new images per image and round, each by ``steps`` steps of projected gradient descent
 
         δ ← clip(δ + 1.85 ε/T · sign(∇_x log softmax(f(x + δ))_t), -ε, ε),    t ≠ c random.
 
     Deviation: t stays the same for all steps, as in PRADA (ModelGuard's code draws it anew in each
-    and may draw c), and the images made of one image get different t: equal ones would waste a
-    query. For the rest see :class:`JBDA`.
+    step and may draw c), and the new images of one image have different t, as equal ones would
+    waste a query. For the rest see :class:`JBDA`.
 
     Args:
-        epsilon: how far a pixel moves at most, in units of the range of pixels.
+        epsilon: largest change of a pixel, as a fraction of its range.
         steps: T.
-        targets: new images that a round makes of each, with a random class each.
+        targets: new images per image and round, each with a random class.
     """
 
-    query_budget: int = option(50_000, "Images asked about, the seeds included.", least=1)
-    seeds: int = option(1000, "Images to start from.", least=1)
+    query_budget: int = option(50_000, "Queried images, including the seeds.", least=1)
+    seeds: int = option(1000, "Number of seed images.", least=1)
     steps: int = option(8, "Gradient steps per image.", least=1)
     targets: int = option(3, "New images per image and round.", least=1)
 
@@ -44,7 +44,7 @@ class JBDATR(JBDA):
         return self.targets
 
     def _goals(self, labels: Tensor, classes: int, generator: Generator) -> Tensor:
-        # t = c + 1 + (r + i) mod (K - 1) for copy i: uniform, never c, no two alike if they can
+        # t = c + 1 + (r + i) mod (K - 1) for copy i: uniform, never c, distinct where possible
         first = torch.randint(classes - 1, (len(labels), 1), generator=generator)
         offset = 1 + (first + torch.arange(self.targets)) % (classes - 1)  # [N, targets]
         return (labels[:, None] + offset) % classes
@@ -54,6 +54,6 @@ class JBDATR(JBDA):
         low, high = (x - radius).clamp(min=-1), (x + radius).clamp(max=1)
         moved = x
         for _ in range(self.steps):
-            step = STRIDE * radius / self.steps * ascent(clone, moved, goals)
+            step = STRIDE * radius / self.steps * gradient_sign(clone, moved, goals)
             moved = torch.clamp(moved + step, low, high)
         return moved

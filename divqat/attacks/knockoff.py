@@ -15,19 +15,19 @@ from divqat.attacks.training import Loss, Training, TransferAttack, soft_cross_e
 
 @dataclass(frozen=True, kw_only=True)
 class KnockoffNets(TransferAttack):
-    """Ask once about each of ``query_budget`` random images and train a clone on the answers.
+    """Query each of ``query_budget`` random images once, and train a clone on the answers.
 
-    The clone minimizes -sum_k t_k log softmax(f(x))_k, the mean over the transfer set, where ``t``
-    is the victim's answer as ``reading`` takes it: one formula for probabilities, labels (one-hot
-    rows), top-k and rounded answers. With ``pad`` and ``flip`` the answers stay those to the
-    unchanged image. The paper's code trains 100 epochs with lr 0.01, momentum 0.5.
+    The clone minimizes -sum_k t_k log softmax(f(x))_k, averaged over the transfer set, where the
+    target ``t`` is the victim's answer after ``reading``: one formula for probabilities, labels
+    (one-hot rows), top-k and rounded answers. ``pad`` and ``flip`` change the images, not their
+    targets. The paper's code trains for 100 epochs with lr 0.01 and momentum 0.5.
 
     Args:
         query_budget: images drawn from the query set without replacement; None: all of them.
-        reading: what the attacker makes of an answer, see :func:`divqat.attacks.answers.reading`.
+        reading: how an answer becomes a target, see :func:`divqat.attacks.answers.reading`.
     """
 
-    reading: str = option("as_given", f"What the clone learns of an answer: {READINGS}.")
+    reading: str = option("as_given", f"How an answer becomes the clone's target: {READINGS}.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,8 +36,8 @@ class KnockoffNets(TransferAttack):
     def _extract(self, task: Task) -> Extraction:
         generator = torch.Generator().manual_seed(self.seed)
         rows = self._draw(task, generator)
-        *seeds, own = torch.randint(2**62, (self.epochs + 1,), generator=generator).tolist()
-        torch.manual_seed(own)  # the initial weights of what the loss trains
+        *seeds, loss_seed = torch.randint(2**62, (self.epochs + 1,), generator=generator).tolist()
+        torch.manual_seed(loss_seed)  # for the initial weights of a loss that trains
         loss = self._loss(task)
         training = Training(self, task, seeds, head=loss if isinstance(loss, nn.Module) else None)
         asked, answers = self._ask(task, rows)
@@ -53,18 +53,18 @@ class KnockoffNets(TransferAttack):
             )
 
     def _draw(self, task: Task, generator: torch.Generator) -> Tensor:
-        """Which rows of the query set are asked, in order."""
+        """The rows of the query set to query, in order."""
         return torch.randperm(len(task.query_set), generator=generator)[: self.query_budget]
 
     def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What is asked, uint8 [Q, C, H, W], and the answers, float32 [Q, num_classes]."""
+        """Queried images, uint8 [Q, C, H, W], and the answers, float32 [Q, num_classes]."""
         images = task.query_set[rows]
         return images, task.ask(images)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """What the clone learns: images uint8 [M, C, H, W] and rows [M, num_classes] of sum 1."""
+        """Training data: images uint8 [M, C, H, W] and targets [M, num_classes], rows of sum 1."""
         return images, reading(self.reading)(answers)
 
     def _loss(self, task: Task) -> Loss:
-        """How it learns it. A loss that is a module trains with the clone."""
+        """The loss of the clone. A loss that is a module trains together with the clone."""
         return soft_cross_entropy

@@ -26,29 +26,31 @@ ITERATIONS = 20  # of k-means
 
 @dataclass(frozen=True, kw_only=True)
 class KnockoffAdaptive(KnockoffNets):
-    """Learn from the answers which kinds of images to ask about.
+    """Learn from the answers which groups of images to query.
 
     "Knockoff Nets: Stealing Functionality of Black-Box Models", section 4.1.2, which the authors'
-    code leaves out. A gradient bandit over groups of images (:mod:`divqat.attacks.bandit`) chooses
-    the group, in which an image is drawn without replacement. It is rewarded for answers that are
-    certain, that differ from earlier ones, and that a clone, trained as it goes, gets wrong: the
-    cross-entropy -sum_k y'_k log softmax(f(x))_k before it learns the image. At the end a clone
-    with the initial weights trains on the whole transfer set, as in :class:`KnockoffNets`.
+    code omits. A gradient bandit over groups of images (:mod:`divqat.attacks.bandit`) chooses a
+    group, from which an image is drawn without replacement. Rewards are the certainty of the
+    answer, its difference from earlier answers, and the loss on it of a clone that is trained on
+    the way: the cross-entropy -sum_k y'_k log softmax(f(x))_k before the clone learns the image. At
+    the end a clone with the initial weights trains on the whole transfer set, as in
+    :class:`KnockoffNets`.
 
-    Where it differs: the paper's actions are the labels of the query set, in a tree. A query set
-    has no labels here, so the groups are k-means clusters of grey thumbnails, in one level. The
-    paper draws and learns image by image; here a round of ``round_size`` images is drawn before the
-    policy learns from them, one by one. It rescales rewards to [0, 1] without saying how; here
-    within the last ``window`` images, which are also the Delta of its means; its length is ours.
+    Deviations: the paper's actions are the labels of the query set, in a tree. Here the query set
+    has no labels, so the groups are k-means clusters of grey thumbnails, in one level. The paper
+    draws and learns image by image; here a round of ``round_size`` images is drawn before the
+    policy learns from them, one by one. The paper rescales rewards to [0, 1] without saying how;
+    here over the last ``window`` images, which are also the Delta of its means; the paper does not
+    give its length.
 
-    A run that was killed replays its rounds on the answers it has, without asking them again.
+    A killed run replays its rounds on the stored answers, without new queries.
 
     Args:
         query_budget: images drawn from the query set without replacement; None: all of them, which
-            leaves nothing to choose.
+            leaves no choice to the bandit.
     """
 
-    rewards: tuple[str, ...] = option(REWARDS, "What an answer is rewarded for.", choices=REWARDS)
+    rewards: tuple[str, ...] = option(REWARDS, "Rewards of an answer.", choices=REWARDS)
     groups: int = option(32, "Groups of images to choose from.", least=2)
     window: int = option(256, "Images that a reward is compared with.", least=1)
     round_size: int = option(64, "Images drawn before the policy learns.", least=1)
@@ -61,14 +63,14 @@ class KnockoffAdaptive(KnockoffNets):
             )
 
     def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:
-        finished = task.folder.load(TRANSFER)  # the clone may have been trained since
+        finished = task.folder.load(TRANSFER)
         if finished is not None:
             return task.query_set[finished["rows"]], finished["answers"]
-        # Of the random draw only the size counts: it is the checked budget.
+        # Only the number of rows counts: it is the checked budget.
         sizes = [len(part) for part in rows.split(self.round_size)]
         names = [f"round{number}.pt" for number in range(len(sizes))]
-        task.afford(len(rows) - sum(map(task.asked, names)))
-        bandit = GradientBandit(clusters(thumbnails(task.query_set), self.groups))
+        task.check_budget(len(rows) - sum(map(task.stored, names)))
+        bandit = GradientBandit(k_means(thumbnails(task.query_set), self.groups))
         probe = copy.deepcopy(task.clone)
         optimizer = sgd(probe, self)
         chosen: list[int] = []
@@ -79,20 +81,20 @@ class KnockoffAdaptive(KnockoffNets):
             images = task.query_set[drawn]
             start, chosen = len(chosen), chosen + drawn
             answers = torch.cat([answers, task.ask(images, name)])
-            shown = distributions(answers)
-            wrong = self._learn(probe, optimizer, to_float(images), shown[start:])
-            new = [certainty(shown[start:]), diversity(shown, start, self.window), wrong]
+            probs = distributions(answers)
+            losses = self._learn(probe, optimizer, to_float(images), probs[start:])
+            new = [certainty(probs[start:]), diversity(probs, start, self.window), losses]
             rewards = torch.cat([rewards, torch.stack(new, 1)])
-            kinds = rewards[:, [REWARDS.index(kind) for kind in self.rewards]]
-            found = advantages(kinds, start, self.window)
-            for group, policy, advantage in zip(groups, policies, found, strict=True):
+            chosen_rewards = rewards[:, [REWARDS.index(name) for name in self.rewards]]
+            gains = advantages(chosen_rewards, start, self.window)
+            for group, policy, advantage in zip(groups, policies, gains, strict=True):
                 bandit.learn(group, policy, advantage)
         task.folder.save(TRANSFER, {"rows": chosen, "answers": answers})
         return task.query_set[chosen], answers
 
     def _learn(
         self, clone: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, targets: Tensor
-    ) -> Tensor:  # float32 [N], the cross-entropy before
+    ) -> Tensor:  # float32 [N], the cross-entropy before the step
         device = next(clone.parameters()).device
         parts = (rows.to(device).split(self.batch_size) for rows in (images, targets))
         batches = list(zip(*parts, strict=True))
@@ -102,7 +104,7 @@ class KnockoffAdaptive(KnockoffNets):
         before = torch.cat(losses).cpu()
         if not before.isfinite().all():
             raise FloatingPointError(
-                f"the loss of the clone that rewards is not finite; lower lr ({self.lr})"
+                f"the loss of the clone that gives rewards is not finite; lower lr ({self.lr})"
             )
         clone.train()
         for x, y in batches:
@@ -116,13 +118,14 @@ class KnockoffAdaptive(KnockoffNets):
 
 
 def thumbnails(images: Tensor) -> Tensor:  # uint8 [N, C, H, W] -> float32 [N, 64] on the CPU
-    """Grey pictures of 8x8 pixels."""
+    """Grey thumbnails of 8x8 pixels."""
     parts = (to_float(part).mean(1, keepdim=True) for part in images.split(4096))
     return torch.cat([F.adaptive_avg_pool2d(part, THUMBNAIL).flatten(1).cpu() for part in parts])
 
 
-def clusters(points: Tensor, count: int) -> Tensor:  # [N, D] -> int64 [N] from 0 to count - 1
-    """k-means from ``count`` random points of torch's global generator; a cluster may be empty."""
+def k_means(points: Tensor, count: int) -> Tensor:  # [N, D] -> int64 [N] from 0 to count - 1
+    """The cluster of each point, by k-means from ``count`` random points (torch's global
+    generator); a cluster may be empty."""
     centers = points[torch.randperm(len(points))[:count]]
     for _ in range(ITERATIONS):
         group = torch.cdist(points, centers).argmin(1)

@@ -1,4 +1,4 @@
-"""What attacks share that own labeled images of the victim's kind."""
+"""The common part of attacks that own labeled images of the victim's kind."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ L = TypeVar("L", bound="LabeledAttack")
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledAttack(Attack):
-    """An attack that has a few labeled images of the victim's kind, see :meth:`owning`.
+    """An attack with a few labeled images of the victim's kind, see :meth:`owning`.
 
-    Raises:
-        RuntimeError: it owns none.
-        ValueError: they have another shape than the query set, or labels beyond the clone's
-            classes. Both before the first query.
+    Raises (both before the first query):
+        RuntimeError: it has no such images.
+        ValueError: their shape is not that of the query set, or a label exceeds the clone's
+            classes.
     """
 
     @property
@@ -34,31 +34,32 @@ class LabeledAttack(Attack):
         return True
 
     def owning(self: L, images: ImageSet) -> L:
-        """A copy of the attack that has labeled images. They cost no query.
+        """A copy of the attack that owns ``images``. They cost no query.
 
         Args:
-            images: in memory, of the shape of the query set. Their content tells runs apart in
-                ``resume_dir``.
+            images: labeled images in memory, of the shape of the query set. Their content is part
+                of the identity of a ``resume_dir``.
 
         Raises:
-            TypeError: no :class:`divqat.data.ImageSet`. ValueError: none in it.
+            TypeError: ``images`` is not a :class:`divqat.data.ImageSet`.
+            ValueError: it is empty.
         """
         if not isinstance(images, ImageSet):
             raise TypeError(f"images: wanted a divqat.data.ImageSet, got {type(images).__name__}")
         if not len(images):
             raise ValueError("images: wanted at least one labeled image, got 0")
         attack = copy.copy(self)
-        # No field: it is no setting that a file or a command line could name.
+        # Not a field: fields are settings of files and command lines.
         object.__setattr__(attack, "_owned", images)
         return attack
 
     def _labeled(self, task: Task) -> ImageSet:
-        """The labeled images, once they are known to fit the task."""
+        """The labeled images, after a check that they fit the task."""
         images: ImageSet | None = getattr(self, "_owned", None)
         if images is None:
             name = type(self).__name__
             raise RuntimeError(
-                f"{name} has to own labeled images: call {name}(...).owning(images)(victim, ...)"
+                f"{name} needs labeled images: call {name}(...).owning(images)(victim, ...)"
             )
         wanted, got = list(task.query_set.shape[1:]), list(images.image_shape)
         if wanted != got:
@@ -86,14 +87,14 @@ def learn_labels(
     name: str = "clone.pt",
     loss: Loss = soft_cross_entropy,
 ) -> nn.Module:
-    """Train the task's clone, with the weights it has, on labels in place of answers.
+    """Train the task's clone, from its present weights, on labels instead of answers.
 
     Args:
         attack: epochs, learning rate and so on.
-        task: the clone, and the folder that keeps it.
-        labeled: what it learns.
+        task: the clone, and the folder of its checkpoint.
+        labeled: the training images.
         name: of the checkpoint.
-        loss: of a batch; its targets are the labels, one-hot.
+        loss: of a batch; its targets are the one-hot labels.
 
     Returns:
         The clone in eval mode.

@@ -1,4 +1,4 @@
-"""What a thief has without the victim: the yardstick of attacks that own labeled images."""
+"""The baseline of attacks that own labeled images: a clone that never queries the victim."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from divqat.attacks.training import TransferAttack
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledOnly(LabeledAttack, TransferAttack):
-    """Train the clone on the labeled images alone and ask nothing.
+    """Train the clone on the labeled images alone, without a query.
 
-    Only what an attack that owns such images reaches beyond this was stolen from the victim. The
-    transfer set of its :class:`Extraction` is empty.
+    The gain of another attack over this one is what it stole from the victim. The transfer set of
+    its :class:`Extraction` is empty.
 
     Args:
         query_budget: has no effect.
@@ -32,7 +32,7 @@ class LabeledOnly(LabeledAttack, TransferAttack):
 
     epochs: int = option(60, "Passes over the labeled images.", least=1)
     batch_size: int = option(50, "Labeled images per step.", least=1)
-    lr: float = option(0.05, "First learning rate.", above=0)
+    lr: float = option(0.05, "Initial learning rate.", above=0)
 
     def _extract(self, task: Task) -> Extraction:
         clone = learn_labels(self, task, self._labeled(task))

@@ -18,35 +18,36 @@ from divqat.attacks.data_free import DataFree
 
 @dataclass(frozen=True, kw_only=True)
 class MAZE(DataFree):
-    """A generator and a clone that compare distributions; the clone also repeats what it learned.
+    """Data-free extraction that compares the distributions of victim and clone, with experience
+    replay for the clone.
 
     Source: Kariyappa, Prakash, Qureshi, "MAZE: Data-Free Model Stealing Attack Using Zeroth-Order
-    Gradient Estimation", CVPR 2021; numbers as in its public code, whose README has generator_lr
+    Gradient Estimation", CVPR 2021; defaults as in its public code, whose README has generator_lr
     1e-3 for Fashion-MNIST. With y the victim's answer and s the clone's logits
 
         d = KL(y ‖ softmax(s)) = Σ_k y_k (log y_k - log softmax(s)_k)
 
-    SGD for both networks (``momentum`` and ``weight_decay`` are those of both), both learning rates
-    falling to 0 along a cosine. The clone's first step in a round is on the images of the
-    generator's, so that a round costs
-    batch_size · (generator_steps · (directions + 1) + clone_steps - 1) queries.
+    SGD for both networks, with the same ``momentum`` and ``weight_decay``; both learning rates fall
+    to 0 along a cosine. The clone's first step in a round reuses the generator's images, so that a
+    round costs batch_size · (generator_steps · (directions + 1) + clone_steps - 1) queries.
 
-    Deviations: all that the clone learned is repeated (the code keeps one batch of a round), drawn
-    with replacement, from 8-bit images, which takes 5 GB of memory with the defaults and CIFAR-10;
-    the clone is in eval mode while d is differentiated, as in DFME (in train mode its batch norm
-    would couple the images). See also :class:`DataFree`.
+    Deviations: replay draws from all images that the clone has learned (the code keeps one batch
+    per round), with replacement, in 8 bits, which takes 5 GB of memory with the defaults and
+    CIFAR-10; the clone is in eval mode while d is differentiated, as in DFME (in train mode batch
+    norm would couple the images). See also :class:`DataFree`.
 
     Args:
-        learn_range: the generator's last batch norm has weights, as in that code. Its bias hears of
-            every pixel: with rates that get somewhere in 100,000 queries it may run away in the
-            first rounds, until all images are black and the gradient is gone. Then without.
+        learn_range: the generator's last batch norm has weights, as in the public code. The
+            gradients of all pixels add up in its bias: with learning rates that are high enough for
+            100,000 queries it can diverge in the first rounds, until all images are black and the
+            gradient vanishes. In that case set it to False.
     """
 
-    query_budget: int = option(5_000_000, "Images asked about at most.", least=1)
+    query_budget: int = option(5_000_000, "Maximum number of queried images.", least=1)
     batch_size: int = option(128, "Images per step.", least=2)
-    latent: int = option(100, "Numbers that the generator makes an image of.", least=1)
-    replay_steps: int = option(10, "Steps of the clone in a round, on old images.", least=0)
-    directions: int = option(10, "Directions in which the generator's loss is probed.", least=1)
+    latent: int = option(100, "Length of the generator's input noise.", least=1)
+    replay_steps: int = option(10, "Steps of the clone per round, on old images.", least=0)
+    directions: int = option(10, "Directions of the forward differences.", least=1)
     learn_range: bool = option(True, "The generator learns the brightness of its images.")
 
     reuses_images: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""What a clone learned earlier, to be learned again."""
+"""A replay memory of the images and answers that a clone has learned."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from divqat.data.batches import to_float, to_uint8
 class Memory:
     """Batches of images and answers, on the CPU.
 
-    Images are kept in 8 bits, a quarter of the space; they come back at most 1/255 from what was
-    asked. The space for all batches is reserved at once, but costs nothing until it is used.
+    Images are kept in 8 bits, a quarter of the space, with an error of at most 1/255. The space for
+    all batches is reserved at once, but occupies no memory until it is used.
 
     Args:
-        batches, batch_size: as many batches of so many images.
+        batches: capacity.
+        batch_size: images per batch.
         shape: [C, H, W] of an image.
         classes: length of an answer.
     """
@@ -27,26 +28,26 @@ class Memory:
         self.size = self.saved = 0  # in batches
 
     def add(self, images: Tensor, answers: Tensor) -> None:
-        """Remember float images [batch_size, C, H, W] in [-1, 1] and answers."""
+        """Add float images [batch_size, C, H, W] in [-1, 1] and answers [batch_size, classes]."""
         self.images[self.size] = to_uint8(images)
         self.answers[self.size] = answers
         self.size += 1
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` of all, with replacement (torch's global generator): float images, answers."""
+        """Draw ``count`` with replacement (torch's global generator): float images, answers."""
         rows = torch.randint(self.size * self.images.shape[1], (count,))
         return to_float(self.images.flatten(0, 1)[rows]), self.answers.flatten(0, 1)[rows]
 
     def save(self, folder: Folder) -> None:
-        """Keep what is new since the last time, in a file of its own."""
+        """Save the batches that are new since the last save in a separate file."""
         new = slice(self.saved, self.size)
-        # Cloned, as torch.save writes all of what a slice is a part of.
+        # Cloned, as torch.save writes the whole storage of a slice.
         state = {"images": self.images[new].clone(), "answers": self.answers[new].clone()}
         folder.save(f"memory-{self.saved}.pt", state)
         self.saved = self.size
 
     def load(self, folder: Folder, size: int) -> None:
-        """Get what was kept of the first ``size`` batches."""
+        """Load the first ``size`` batches."""
         while self.size < size:
             state = folder.load(f"memory-{self.size}.pt")
             assert state is not None

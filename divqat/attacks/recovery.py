@@ -1,9 +1,9 @@
-"""What attacks share that undo a defense they know: from released answers back to clean ones.
+"""The common part of attacks that know the defense and recover clean answers from released ones.
 
 After the code published with ModelGuard (Tang et al., "ModelGuard: Information-Theoretic Defense
 Against Model Extraction Attacks", USENIX Security 2024; github.com/Yoruko-Tang/ModelGuard). That
-centres the prior on the *clean* answers to the transfer set, which no attacker has. Here it is
-drawn from what the attacker does have, the released ones, so these attacks are weaker than there.
+code centers the prior on the *clean* answers to the transfer set, which no attacker has. Here the
+prior is drawn from the released answers, so these attacks are weaker than the published ones.
 """
 
 from __future__ import annotations
@@ -25,40 +25,41 @@ from divqat.data.batches import to_float
 from divqat.victim import Defense, Victim, defense_text
 
 R = TypeVar("R", bound="Recovery")
-ROWS = 4096  # answered or perturbed at once
+ROWS = 4096  # batch size of a call of the defense
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery(KnockoffNets):
     """KnockoffNets whose clone learns estimates of the clean answers, see :meth:`against`.
 
-    The attacker imitates the victim: it makes up clean answers y, releases them as the victim
-    would, and learns from the pairs (y, y') to get from y' back to y. That costs no query.
+    The attacker simulates the victim: it generates clean answers y, passes them through the
+    defense, and learns from the pairs (y, y') how to recover y from y'. That costs no query.
 
     Args:
-        pairs: most pairs (y, y'). Each costs a call of the defense; slow ones want fewer.
-        reading: what the clone learns of the *recovered* answers.
+        pairs: maximum number of pairs (y, y'). Each costs a call of the defense; use fewer for a
+            slow one.
+        reading: how a *recovered* answer becomes the clone's target.
 
     Raises:
-        RuntimeError: the attack knows no defense.
+        RuntimeError: :meth:`against` was not called.
     """
 
     pairs: int = option(1_000_000, "Pairs of clean and released answers to make.", least=1)
 
     def against(self: R, defense: Defense | None) -> R:
-        """A copy of the attack that knows how the victim gets from clean to released answers.
+        """A copy of the attack that knows the victim's defense.
 
         Args:
-            defense: from probabilities float32 [N, num_classes] and the images float32
-                [N, C, H, W] in [-1, 1] that were asked, both on the CPU, to what is released. A
-                fitted :class:`divqat.defenses.Defense` is the strongest knowledge: settings and
-                networks. A victim that shows less than it (labels, top-k) wants a function that
-                does the same. It is copied: the attack leaves no trace in the victim's. Its text,
-                or name if it is a plain function, tells runs apart in ``resume_dir``. None: there
-                is none, and the answers are taken as they are.
+            defense: a function from probabilities float32 [N, num_classes] and the queried images
+                float32 [N, C, H, W] in [-1, 1], both on the CPU, to released answers. A fitted
+                :class:`divqat.defenses.Defense` is the strongest knowledge: settings and networks.
+                For a victim that releases less (labels, top-k) pass a function that does the same.
+                It is copied, so that the attack does not change the victim's defense. Its text, or
+                the name of a plain function, is part of the identity of a ``resume_dir``. None: the
+                victim has no defense, and the answers are used unchanged.
         """
         attack = copy.copy(self)
-        # No field: it is no setting that a file or a command line could name.
+        # Not a field: fields are settings of files and command lines.
         object.__setattr__(attack, "_defense", copy.deepcopy(defense))
         return attack
 
@@ -66,7 +67,7 @@ class Recovery(KnockoffNets):
         if not hasattr(self, "_defense"):
             name = type(self).__name__
             raise RuntimeError(
-                f"{name} has to know the defense: call {name}(...).against(defense)(victim, ...)"
+                f"{name} needs to know the defense: call {name}(...).against(defense)(victim, ...)"
             )
         return super()._extract(task)
 
@@ -94,37 +95,37 @@ class Recovery(KnockoffNets):
 
         Args:
             task: the task.
-            images: uint8 [N, C, H, W], what was asked.
-            answers: float32 [N, num_classes], what was released.
+            images: the queries, uint8 [N, C, H, W].
+            answers: the released answers, float32 [N, num_classes].
         """
 
     def _release(self, probs: Tensor, images: Tensor, rows: Tensor, answers: Tensor) -> Tensor:
-        """What the victim would release of ``probs`` [M, num_classes], had they been its answers to
-        ``images[rows]`` after it released ``answers`` for ``images``."""
-        # A copy again: what a defense remembers of one run must not change the next.
+        """The answers that the victim would release for clean answers ``probs`` [M, num_classes] to
+        ``images[rows]``, after it released ``answers`` for ``images``."""
+        # Another copy: a defense that remembers queries must not carry them into the next run.
         defense = copy.deepcopy(self._known())
         assert defense is not None
         if getattr(defense, "remembers", False):
-            # It remembers what it released, and that the attacker has seen.
-            for y, asked in zip(answers.split(ROWS), images.split(ROWS), strict=True):
-                defense(y, to_float(asked))
+            # Replay the queries, so that the copy remembers the same as the victim's defense.
+            for y, queried in zip(answers.split(ROWS), images.split(ROWS), strict=True):
+                defense(y, to_float(queried))
         chunks = list(zip(probs.split(ROWS), rows.split(ROWS), strict=True))
         released = torch.cat(
             [defense(y, to_float(images[i])) for y, i in progress(chunks, "defense", unit="chunk")]
         )
         if released.shape != probs.shape or not released.isfinite().all():
             raise ValueError(
-                f"against: {defense} wanted finite {list(probs.shape)}, got "
+                f"against: wanted finite {list(probs.shape)} from {defense}, got "
                 f"{list(released.shape)} with {int((~released.isfinite()).sum())} not finite"
             )
         return released
 
     def _dirichlet(self, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Clean answers as they may be, and for each the row of ``answers`` that it belongs to.
+        """Plausible clean answers, and for each the row of ``answers`` that it belongs to.
 
-        One half is drawn near the released answers, the other from the source's prior for those who
-        have none: near the corners, where trained networks answer and where the first half has
-        nothing when the defense flattens answers.
+        One half is drawn near the released answers, the other from the source's uninformed prior:
+        near the corners of the simplex, where the answers of trained networks lie, and where the
+        first half has no samples if the defense flattens answers.
         """
         classes, half = answers.shape[1], self.pairs // 2
         rows = torch.cat([torch.arange(half), torch.arange(self.pairs - half)]) % len(answers)

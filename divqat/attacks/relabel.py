@@ -1,4 +1,4 @@
-"""Find out what the victim's classes mean with a few labeled images."""
+"""Remap the clone's classes with a few labeled images."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from divqat.attacks.labeled import LabeledAttack
 from divqat.metrics import predict
 
 MAPS = ("permutation", "any")
-NEVER = -1e9  # logit of a class that no class of the clone means: finite, and below any other
+NEVER = -1e9  # logit of a class to which no class of the clone is mapped: finite, below any other
 
 
 @dataclass(frozen=True, kw_only=True)
 class Relabel(LabeledAttack, KnockoffNets):
-    """KnockoffNets whose clone's classes get the meaning that labeled images give them.
+    """KnockoffNets, then a remapping of the clone's classes that fits labeled images best.
 
-    Ours, against victims that answer images unlike their own with wrong classes: a clone of such
-    answers may tell the classes apart and only misname them. n_jk labeled images of class k are
-    answered with class j by the trained clone. The classes j mean those m(j) for which
+    Ours, against victims that give wrong classes to foreign images: a clone of such answers may
+    separate the classes and only confuse their names. Let n_jk be the number of labeled images of
+    class k that the trained clone assigns to class j. Class j is mapped to the class m(j) for which
 
         sum_j n_j,m(j)
 
-    is largest, under ``permutation`` among one-to-one maps (an assignment problem, solved by
-    ``scipy.optimize.linear_sum_assignment``), under ``any`` among all. Of equal maps that one
-    counts which leaves most classes as they are. The result is a :class:`Relabeled`, as is what
-    ``watch`` sees after each epoch.
+    is largest: with ``permutation`` among one-to-one maps (an assignment problem, solved by
+    ``scipy.optimize.linear_sum_assignment``), with ``any`` among all maps. Of equal maps the one
+    that changes the fewest classes is taken. The result is a :class:`Relabeled`, and so are the
+    clones that ``watch`` gets after each epoch.
 
     Args:
         map: ``permutation`` or ``any``.
@@ -42,32 +42,32 @@ class Relabel(LabeledAttack, KnockoffNets):
         Others: see :class:`LabeledAttack`.
     """
 
-    map: str = option("permutation", "Which maps between classes are tried.", choices=MAPS)
+    map: str = option("permutation", "Allowed maps between classes.", choices=MAPS)
 
     def _extract(self, task: Task) -> Extraction:
         labeled = self._labeled(task)
-        meanings = fitting(self.map)  # here, as what is missing must cost no query
+        solve = class_map_solver(self.map)  # a missing SciPy must fail before the first query
 
         def relabeled(clone: nn.Module) -> nn.Module:
-            answered = predict(clone, labeled.images).argmax(1)
+            predicted = predict(clone, labeled.images).argmax(1)
             counts = torch.zeros(task.classes, task.classes, dtype=torch.int64)
-            once = torch.ones_like(answered)
-            counts.index_put_((answered, labeled.labels.cpu()), once, accumulate=True)
-            return Relabeled(clone, meanings(counts).to(task.device)).eval()
+            ones = torch.ones_like(predicted)
+            counts.index_put_((predicted, labeled.labels.cpu()), ones, accumulate=True)
+            return Relabeled(clone, solve(counts).to(task.device)).eval()
 
         watched = replace(task, watch=lambda clone, count: task.watch(relabeled(clone), count))
-        found = super()._extract(watched)
-        return replace(found, clone=relabeled(found.clone))
+        extraction = super()._extract(watched)
+        return replace(extraction, clone=relabeled(extraction.clone))
 
 
 class Relabeled(nn.Module):
-    """A classifier whose class j means class ``meaning[j]``.
+    """A classifier whose class j is mapped to class ``meaning[j]``.
 
-    Where several classes mean one, its probability is the sum of theirs: its logit is the logarithm
-    of the sum of their exponentials. A class that none means gets the logit ``NEVER``.
+    If several classes are mapped to one, its probability is the sum of theirs: its logit is the
+    log-sum-exp of their logits. A class to which none is mapped gets the logit ``NEVER``.
 
     Args:
-        clone: images to logits [N, num_classes].
+        clone: from images to logits [N, num_classes].
         meaning: int64 [num_classes], entries from 0 to num_classes - 1.
     """
 
@@ -81,30 +81,30 @@ class Relabeled(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits = self.clone(images)
         index = self.meaning.expand_as(logits)
-        # g_k = max_j z_j + log sum_j exp(z_j - max), over the j that mean k: exact where one does
+        # g_k = max_j z_j + log sum_j exp(z_j - max) over the j mapped to k: exact for a single j
         top = torch.full_like(logits, NEVER).scatter_reduce(1, index, logits, "amax")
         parts = (logits - top.gather(1, index)).exp()
         sums = torch.zeros_like(logits).scatter_add(1, index, parts)
-        return top + sums.clamp(min=1).log()  # below 1, it is 0: no j means k, and NEVER stays
+        return top + sums.clamp(min=1).log()  # a sum below 1 is 0: no j is mapped to k
 
 
-def fitting(kind: str) -> Callable[[Tensor], Tensor]:
-    """A function from counts n_jk (int64 [C, C]: images of class k answered with class j) to what
-    the classes j mean, int64 [C].
+def class_map_solver(maps: str) -> Callable[[Tensor], Tensor]:
+    """A function from counts n_jk (int64 [C, C]: images of class k that are assigned to class j) to
+    the class m(j) to which each class j is mapped, int64 [C].
 
     Args:
-        kind: of the maps that are allowed: ``permutation`` or ``any``, see :class:`Relabel`.
+        maps: the allowed maps, ``permutation`` or ``any``, see :class:`Relabel`.
 
     Raises:
         ImportError: ``permutation`` without SciPy.
     """
-    if kind == "any":
+    if maps == "any":
         return lambda counts: _preferring_itself(counts).argmax(1)
     assign = require("scipy.optimize", "data").linear_sum_assignment
     return lambda counts: torch.from_numpy(assign(_preferring_itself(counts).numpy(), True)[1])
 
 
 def _preferring_itself(counts: Tensor) -> Tensor:  # int64 [C, C] -> like counts
-    """Counts among which equal maps differ by how many classes keep their meaning, at most C."""
+    """Scaled counts with a tie-break in favor of maps that change fewer classes."""
     classes = len(counts)
     return counts * (classes + 1) + torch.eye(classes, dtype=torch.int64)

@@ -18,7 +18,7 @@ from divqat.attacks.answers import centred_logs, reading
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
-from divqat.nn.decoy import coarse
+from divqat.nn.decoy import coarse_picture
 
 REGRESSIONS = ("ridge", "network")
 PENALTIES = 10.0 ** torch.arange(-6, 3, dtype=torch.float64)  # of ridge, beside a mean square
@@ -37,7 +37,7 @@ class Residual(KnockoffNets):
     seed. The decoy's centred log-probabilities are linear in the coarse picture. So a regression of
     c(log y), c(v) = v - mean(v), on the coarse picture finds them, and the clone learns
 
-        r(softmax(c(log y) - estimate(coarse(x)))),    r the ``reading``.
+        r(softmax(c(log y) - estimate(coarse_picture(x)))),    r the ``reading``.
 
     Each half of the queries is estimated by a regression on the other half: otherwise a large
     regression would take away what the answers say of their own picture. No query more is asked.
@@ -60,7 +60,7 @@ class Residual(KnockoffNets):
         return images, reading(self.reading)(stored["answers"])
 
     def _left(self, task: Task, images: Tensor, answers: Tensor) -> Tensor:
-        shades = torch.cat([coarse(to_float(part)) for part in images.split(4096)]).double()
+        shades = torch.cat([coarse_picture(to_float(part)) for part in images.split(4096)]).double()
         logs = centred_logs(answers).double()
         torch.manual_seed(self.seed)
         if self.regression == "ridge":

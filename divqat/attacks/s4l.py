@@ -1,4 +1,4 @@
-"""Self-supervised semi-supervised learning: the clone also learns how an image was turned."""
+"""Self-supervised semi-supervised learning: the clone also predicts the rotation of an image."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.training import Loss
 from divqat.data.batches import augment, to_float
 
-TURNS = 4  # by 0, 90, 180 and 270 degrees
+ROTATIONS = 4  # by 0, 90, 180 and 270 degrees
 
 
 @dataclass(frozen=True, kw_only=True)
 class S4L(KnockoffNets):
-    """Train on the answers and, on images with and without, on telling quarter turns apart.
+    """Train on the answers and, with and without answers, on predicting the rotation of an image.
 
     S4L-Rotation of Zhai, Oliver, Kolesnikov, Beyer, "S4L: Self-Supervised Semi-Supervised
     Learning" (ICCV 2019, section 3), used for extraction by Jagielski et al., "High Accuracy and
@@ -29,28 +29,28 @@ class S4L(KnockoffNets):
 
         L = -sum_k t_k log softmax(f(x))_k + weight/4 sum_r -log softmax(h(g(turn_r(x))))_r
 
-    g is what enters the clone's last linear or convolutional layer, its mean over the pixels where
-    it has some, and h a linear layer that is trained with the clone and then dropped. The first
-    term is the mean over the asked images, the second over these and as many that were not asked.
-    Turned images are no queries: nothing is known of the victim's answers to them, so the first
-    term leaves them out. All run through the clone in one batch, whose statistics batch norm takes.
+    g is the input of the clone's last linear or convolutional layer, averaged over the pixels if it
+    is a feature map, and h a linear layer that is trained with the clone and then dropped. The
+    first term is the mean over the queried images, the second over these and as many others.
+    Rotated images are not queries: the victim's answers to them are unknown, so the first term
+    leaves them out. All images go through the clone in one batch and share its batch statistics.
 
-    Where it differs: ModelGuard's code turns the asked images alone, as ``unlabeled=False`` does,
-    and in batches of their own. The paper trains with mini-batches of labeled and of unlabeled
-    images that are equally large, as here.
+    Deviations: ModelGuard's code rotates only the queried images, as with ``unlabeled=False``, and
+    in separate batches. The paper uses mini-batches of labeled and of unlabeled images of equal
+    size, as here.
 
     Raises:
-        ValueError: images that are not square, or a clone whose last linear or convolutional layer
-            has other outputs than the classes.
+        ValueError: the images are not square, or the clone's last linear or convolutional layer
+            does not give the logits.
     """
 
     weight: float = option(1.0, "Weight of the rotation loss.", least=0)
-    unlabeled: bool = option(True, "Turn the images of the query set that are not asked, too.")
+    unlabeled: bool = option(True, "Also rotate images of the query set that are not queried.")
 
     def _loss(self, task: Task) -> Loss:
         height, width = task.query_set.shape[2:]
         if height != width:
-            raise ValueError(f"query_set: wanted square images to turn, got {height}x{width}")
+            raise ValueError(f"query_set: wanted square images to rotate, got {height}x{width}")
         rest = torch.full((len(task.query_set),), self.unlabeled)
         rest[self._draw(task, torch.Generator().manual_seed(self.seed))] = False
         layer, size = _last_layer(task)
@@ -64,19 +64,19 @@ class _RotationLoss(nn.Module):
         super().__init__()
         self.attack, self.layer = attack, layer
         self.register_buffer("unlabeled", unlabeled, persistent=False)  # uint8 [U, C, H, W]
-        self.head = nn.Linear(size, TURNS)
+        self.head = nn.Linear(size, ROTATIONS)
 
     def forward(self, clone: nn.Module, images: Tensor, targets: Tensor, done: float) -> Tensor:
         upright = torch.cat([images, self._more(len(images))])
-        turned = torch.cat([upright.rot90(turn, (2, 3)) for turn in range(TURNS)])
-        turns = torch.arange(TURNS, device=images.device).repeat_interleave(len(upright))
-        logits, seen = trace(clone, [self.layer], turned)
-        told = self.head(_vectors(seen[self.layer][0]))  # [4 * len(upright), 4]
+        rotated = torch.cat([upright.rot90(turns, (2, 3)) for turns in range(ROTATIONS)])
+        rotations = torch.arange(ROTATIONS, device=images.device).repeat_interleave(len(upright))
+        logits, activations = trace(clone, [self.layer], rotated)
+        predictions = self.head(_vectors(activations[self.layer][0]))  # [4 * len(upright), 4]
         loss = F.cross_entropy(logits[: len(images)], targets)
-        return loss + self.attack.weight * F.cross_entropy(told, turns)
+        return loss + self.attack.weight * F.cross_entropy(predictions, rotations)
 
     def _more(self, count: int) -> Tensor:
-        """``count`` random images that are not asked; none when there are none."""
+        """``count`` random images that are not queried; empty if there are none."""
         size = len(self.unlabeled)
         rows = torch.randint(size, (count,)) if size else torch.empty(0, dtype=torch.int64)
         images = self.unlabeled[rows.to(self.unlabeled.device)]
@@ -86,14 +86,14 @@ class _RotationLoss(nn.Module):
 
 
 def _last_layer(task: Task) -> tuple[str, int]:
-    """The name of the layer that gives the logits, and the length of the features it takes."""
-    kinds = (nn.Linear, nn.Conv2d)
-    names = [name for name, layer in task.clone.named_modules() if isinstance(layer, kinds)]
+    """The name of the layer that gives the logits, and the length of its input features."""
+    types = (nn.Linear, nn.Conv2d)
+    names = [name for name, layer in task.clone.named_modules() if isinstance(layer, types)]
     with torch.no_grad():
         image = to_float(task.query_set[:1]).to(task.device)
-        logits, seen = trace(task.clone, names, image)
-    name, (features, output) = next(reversed(seen.items()), ("", (image, image)))
-    if not seen or output.shape[1] != logits.shape[1]:
+        logits, activations = trace(task.clone, names, image)
+    name, (features, output) = next(reversed(activations.items()), ("", (image, image)))
+    if not activations or output.shape[1] != logits.shape[1]:
         raise ValueError(
             f"clone: wanted a last linear or convolutional layer that gives the {task.classes} "
             f"logits, got {name or 'none'}"

@@ -1,4 +1,4 @@
-"""Learn only the answers that the victim is surest of."""
+"""Learn only the victim's most confident answers."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from divqat.victim.answers import label_only
 
 @dataclass(frozen=True, kw_only=True)
 class Selective(KnockoffNets):
-    """KnockoffNets on the share of its queries whose answers have the largest top probability.
+    """KnockoffNets on the queries whose answers have the largest top probability.
 
-    Ours, against victims that mislead about images unlike their own: where such a victim is sure,
-    it may mean it. The share is taken of each answered class by itself, for a victim may answer
-    all that is foreign to it with one class, and surely. Every query is asked and counted, those
-    that are dropped, too; the :class:`Extraction` has all of them.
+    Ours, against victims that give misleading answers to foreign images: their confident answers
+    may be right. The share is taken within each predicted class, as a victim may give all foreign
+    images one class with high confidence. Dropped queries count, too, and are part of the
+    :class:`Extraction`.
 
-    Answers that show a label alone are all equally sure: then the earlier queries are kept.
+    Hard labels are all equally confident: then the earlier queries are kept.
 
     Args:
-        keep: this share of the queries of each answered class, rounded, but at least one.
-        reading: what the clone learns of the answers that are kept.
+        keep: share of the queries of each predicted class, rounded, but at least one.
+        reading: how a kept answer becomes the clone's target.
     """
 
     keep: float = option(0.5, "Share of the answers of each class to learn.", above=0, most=1)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        rows = surest(answers, self.keep)
+        rows = most_confident(answers, self.keep)
         return super()._targets(task, images[rows], answers[rows])
 
 
-def surest(answers: Tensor, share: float) -> Tensor:  # [N, num_classes] -> int64 [M], ascending
-    """Of the rows with each top-1 class the ``share`` with the largest entries, at least one.
+def most_confident(
+    answers: Tensor,  # [N, num_classes]
+    share: float,
+) -> Tensor:  # int64 [M], ascending
+    """For each top-1 class, the ``share`` of its rows with the largest entries, at least one.
 
-    Of equal rows the earlier ones; of equal entries in a row the first is the top-1 class.
+    Ties go to the earlier row, and within a row to the first class.
     """
     label, top = label_only(answers).argmax(1), answers.amax(1)
     kept = []

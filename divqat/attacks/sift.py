@@ -1,4 +1,4 @@
-"""Leave out the answers that where a picture is light explains."""
+"""Drop the answers that the brightness map of an image explains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
-from divqat.nn.decoy import coarse
+from divqat.nn.decoy import coarse_picture
 from divqat.victim.answers import label_only
 
 DECAY = 1e-4  # of the regression's weights, beside a mean cross-entropy
@@ -21,34 +21,34 @@ ITERATIONS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Sift(KnockoffNets):
-    """KnockoffNets on the answers that are least likely to be a decoy's.
+    """KnockoffNets on the answers that are least likely to come from a decoy.
 
-    Ours, against :class:`divqat.nn.decoy.Decoy`, by a thief who knows how it works and not its
-    seed: a multinomial regression on the coarse pictures learns the decoy from all answers, and
-    those stay that it gives the lowest probability. Against an undefended victim it makes a worse
-    clone than all answers do. Every query is asked and counted; the :class:`Extraction` has all.
+    Ours, against :class:`divqat.nn.decoy.Decoy`, by an attacker who knows how it works but not its
+    seed: a multinomial regression on coarse pictures learns the decoy from all answers, and those
+    with the lowest probability under it are kept. Against an undefended victim the clone is worse
+    than one from all answers. Dropped queries count, too, and are part of the :class:`Extraction`.
 
     Args:
-        keep: this share of the queries, rounded, at least one.
-        reading: what the clone learns of the answers that are kept.
+        keep: share of the queries, rounded, at least one.
+        reading: how a kept answer becomes the clone's target.
     """
 
     keep: float = option(0.15, "Share of the answers to learn.", above=0, most=1)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         count = max(1, round(self.keep * len(images)))
-        order = explained(images, answers).sort(stable=True).indices
+        order = decoy_likelihood(images, answers).sort(stable=True).indices
         rows = order[:count].sort().values
         return super()._targets(task, images[rows], answers[rows])
 
 
-def explained(
+def decoy_likelihood(
     images: Tensor,  # uint8 [N, C, H, W]
     answers: Tensor,  # [N, num_classes]
 ) -> Tensor:  # float64 [N]
-    """log p of each answer's top-1 class, by a regression on where the pictures are light."""
+    """log p of each answer's top-1 class under a regression on coarse pictures."""
     label = label_only(answers).argmax(1)
-    shades = coarse(to_float(images)).double()
+    shades = coarse_picture(to_float(images)).double()
     inputs = torch.cat([shades, torch.ones(len(images), 1, dtype=torch.float64)], 1)
     weight = torch.zeros(inputs.shape[1], answers.shape[1], dtype=torch.float64)
     weight.requires_grad_()
@@ -60,6 +60,6 @@ def explained(
         loss.backward()
         return loss
 
-    optimizer.step(objective)  # convex: from any start the same
+    optimizer.step(objective)  # convex: the start does not matter
     with torch.no_grad():
         return -F.cross_entropy(inputs @ weight, label, reduction="none")

@@ -1,4 +1,4 @@
-"""Smoothing: ask about altered copies of an image and average the answers."""
+"""Smoothing: query augmented copies of an image and average the answers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from divqat._util.settings import option
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
 
-CHUNK = 4096  # images that are altered at once, for the sake of memory
+CHUNK = 4096  # images that are augmented at a time, to bound the memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothing(KnockoffNets):
-    """Ask about ``copies`` of each image and learn the mean of the answers.
+    """Query ``copies`` of each image and learn the mean of the answers.
 
     The smoothing attack in the evaluation of ModelGuard (Tang et al., USENIX Security 2024), after
     the smooth retraining of Lukas et al., "SoK: How Robust is Image Classification Deep Neural
@@ -26,19 +26,21 @@ class Smoothing(KnockoffNets):
     averages out. With ``reading`` r the target of an image x is r(1/copies sum_i y'(a_i(x))); the
     clone sees x itself.
 
-    Where it differs: a_1 is the identity, so that one copy is :class:`KnockoffNets`, where
-    ModelGuard's code alters all copies. That shifts small images by up to 4 of 32 pixels and
-    mirrors them, as the defaults do here, and does not turn them. It calls the number of images the
-    budget, so that it asks three times as often as the other attacks; here every copy counts.
+    Deviations: a_1 is the identity, so that one copy is :class:`KnockoffNets`; ModelGuard's code
+    augments all copies. It shifts small images by up to 4 of 32 pixels and mirrors them, like the
+    defaults here, but does not rotate them. Its budget is the number of images, so that it queries
+    three times as often as the other attacks; here every copy counts.
 
     Args:
-        query_budget: images asked about, copies counted: ``query_budget // copies`` images are
-            drawn from the query set; None: all of them, ``copies`` times.
+        query_budget: maximum number of queries, including copies: ``query_budget // copies`` images
+            are drawn from the query set; None: all images, ``copies`` times.
     """
 
-    copies: int = option(3, "Queries per image; the first shows the image itself.", least=1)
-    shift: float = option(0.125, "Largest shift of a copy, of its side.", least=0, below=1)
-    angle: float = option(10.0, "Largest turn of a copy, in degrees.", least=0, most=180)
+    copies: int = option(3, "Queries per image; the first is the image itself.", least=1)
+    shift: float = option(
+        0.125, "Largest shift of a copy, as a fraction of its side.", least=0, below=1
+    )
+    angle: float = option(10.0, "Largest rotation of a copy, in degrees.", least=0, most=180)
     mirror: bool = option(True, "Mirror the copies at random.")
 
     def check(self, images: int) -> None:
@@ -56,25 +58,25 @@ class Smoothing(KnockoffNets):
 
     def _ask(self, task: Task, rows: Tensor) -> tuple[Tensor, Tensor]:
         images = task.query_set[rows]
-        altered = [self._altered(images) for _ in range(self.copies - 1)]
-        asked = torch.cat([images, *altered])  # [copies * N, C, H, W]
-        return asked, task.ask(asked)
+        augmented = [self._augment(images) for _ in range(self.copies - 1)]
+        queries = torch.cat([images, *augmented])  # [copies * N, C, H, W]
+        return queries, task.ask(queries)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         count = len(images) // self.copies
         mean = answers.view(self.copies, count, -1).mean(0)
         return super()._targets(task, images[:count], mean)
 
-    def _altered(self, images: Tensor) -> Tensor:  # uint8 [N, C, H, W] -> like images
-        """Every image turned, mirrored and shifted at random; what comes in is black."""
-        return torch.cat([self._alter(part) for part in images.split(CHUNK)])
+    def _augment(self, images: Tensor) -> Tensor:  # uint8 [N, C, H, W] -> like images
+        """Every image rotated, mirrored and shifted at random, with black borders."""
+        return torch.cat([self._augment_chunk(chunk) for chunk in images.split(CHUNK)])
 
-    def _alter(self, images: Tensor) -> Tensor:
+    def _augment_chunk(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         turn, right, down = torch.rand(3, len(images)) * 2 - 1  # [N] each, in [-1, 1)
         turn = turn * math.radians(self.angle)
         side = 1 - 2 * (torch.rand(len(images)) < 0.5) * self.mirror  # 1, or -1 where mirrored
-        # Where a pixel of the copy comes from, in units of half a side:
+        # The source of a pixel of the copy, in units of half a side:
         # x' = side (x cos t - y sin t H/W) + 2 shift,  y' = x sin t W/H + y cos t + 2 shift
         rows = [
             [side * turn.cos(), -side * turn.sin() * height / width, 2 * self.shift * right],

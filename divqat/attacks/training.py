@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from divqat._util.progress import progress
 from divqat.attacks.attack import Attack, Task
 from divqat.attacks.clone_settings import CloneSettings
-from divqat.data.batches import augment, batches, steps_of
+from divqat.data.batches import augment, batches, steps_per_epoch
 from divqat.data.sets import ImageSet
 
-# loss(clone, images [B, C, H, W], targets [B, num_classes], share of the training done) -> []
+# loss(clone, images [B, C, H, W], targets [B, num_classes], finished share of the training) -> []
 Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
@@ -29,22 +29,22 @@ def soft_cross_entropy(clone: nn.Module, images: Tensor, targets: Tensor, done: 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferAttack(CloneSettings, Attack):
-    """An attack whose clone learns a transfer set: images and answers that stay as they are.
+    """An attack whose clone learns a fixed transfer set of images and answers.
 
-    SGD with Nesterov momentum, the learning rate falling to 0 along a cosine, step by step.
+    SGD with Nesterov momentum; in every step the learning rate follows a cosine to 0.
     """
 
 
 class Training:
-    """The training of the task's clone; made before the first query, so that a resumed run starts
-    from the same weights.
+    """The training of the task's clone. Create it before the first query, so that a resumed run
+    starts from the same weights.
 
     Args:
         attack: epochs, learning rate and so on.
-        task: the clone, and the folder that keeps it.
-        seeds: one per epoch: the order of the batches, the augmentation and dropout.
+        task: the clone, and the folder of its checkpoint.
+        seeds: one per epoch, for the order of the batches, augmentation and dropout.
         name: of the checkpoint.
-        head: a module that the loss uses beside the clone and that trains with it.
+        head: a module of the loss that trains together with the clone.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Training:
         targets: Tensor,  # float32 [N, num_classes], rows of sum 1
         loss: Loss = soft_cross_entropy,
     ) -> nn.Module:
-        """The epochs that are left; returns the clone in eval mode.
+        """Run the remaining epochs; returns the clone in eval mode.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -92,7 +92,7 @@ class Training:
     def _run_epoch(self, data: ImageSet, targets: Tensor, loss: Loss) -> None:
         attack, seed, clone = self.attack, self.seeds[self.epoch], self.task.clone
         torch.manual_seed(seed)  # dropout
-        steps, drop_last = steps_of(len(data), attack.batch_size)
+        steps, drop_last = steps_per_epoch(len(data), attack.batch_size)
         loader = batches(
             data,
             attack.batch_size,
@@ -142,12 +142,13 @@ def sgd(modules: nn.Module, attack: Attack) -> torch.optim.SGD:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate from now on."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def autocast(attack: Attack, device: torch.device) -> Any:
-    """The context in which the clone computes."""
-    on = attack.precision != "float32"
-    return torch.autocast(device.type, getattr(torch, attack.precision) if on else None, on)
+    """The autocast context of the attack's precision; disabled for float32."""
+    enabled = attack.precision != "float32"
+    dtype = getattr(torch, attack.precision) if enabled else None
+    return torch.autocast(device.type, dtype, enabled)

@@ -1,4 +1,4 @@
-"""Image data sets and query sets that are on this machine; nothing is ever downloaded.
+"""Image data sets and query sets from local files; nothing is ever downloaded.
 
 Example:
     >>> splits = load("digits")

@@ -1,4 +1,4 @@
-"""From uint8 images to batches of floats; whole batches at a time."""
+"""From uint8 images to batches of floats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The nearest uint8 images to floats in [-1, 1], which are clipped: undoes ``to_float``."""
+    """Floats in [-1, 1] to the nearest uint8 images, with clipping: the inverse of ``to_float``."""
     return images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -39,19 +39,19 @@ def augment(
 ) -> Tensor:  # like images
     """Shift every image by up to ``pad`` pixels and mirror it with probability 1/2.
 
-    Pixels from outside are black: 0 for uint8 images, -1 for float images (see :func:`to_float`).
+    Pixels from outside the image are black: 0 in uint8, -1 in float (see :func:`to_float`).
 
     Args:
         images: [N, C, H, W] on any device, uint8 or float in [-1, 1].
         generator: a CPU generator; it alone determines the result.
         pad: largest shift in each direction.
-        flip: mirror left-right as well.
-        rows, total: ``images`` are these rows of a batch of ``total``, whose numbers are drawn for
-            all of it: the result is ``augment(batch, generator, …)[rows]``.
+        flip: also mirror left-right.
+        rows, total: ``images`` are these rows of a batch of ``total`` images. Random numbers are
+            drawn for the whole batch: the result is ``augment(batch, generator, …)[rows]``.
 
     Raises:
-        ValueError: ``images`` is not 4-dimensional, ``pad`` is negative, or the images are not as
-            many as ``rows`` of ``total`` are.
+        ValueError: ``images`` is not 4-dimensional, ``pad`` is negative, or the number of images
+            is not that of ``rows`` of ``total``.
     """
     if images.dim() != 4:
         raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
@@ -61,7 +61,7 @@ def augment(
     total, device = n if total is None else total, images.device
     if len(range(total)[rows]) != n:
         raise ValueError(
-            f"images must be {len(range(total)[rows])}, as {rows} of {total} are, got {n}"
+            f"wanted {len(range(total)[rows])} images, as for {rows} of {total}, got {n}"
         )
     draws = torch.randint(2 * pad + 1, (2, total, 1), generator=generator)
     if flip:
@@ -89,9 +89,7 @@ def batches(
     drop_last: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate once over ``data``.
-
-    Nothing here waits for a GPU that ``data`` is on.
+    """Iterate once over ``data``, without a host sync if it is on a GPU.
 
     Args:
         data: the images.
@@ -99,10 +97,10 @@ def batches(
         generator: a CPU generator that shuffles and augments; None: in order.
         augment: called as ``augment(images_uint8, generator)``, for example
             ``functools.partial(divqat.data.augment, pad=2, flip=True)``; needs ``generator``. With
-            several shards also with ``rows`` and ``total``, see :func:`augment`.
-        drop_last: leave out a last batch that is not full.
-        shard: (rank, size): of each batch its rows rank, rank + size, rank + 2 size ..., see
-            :func:`shard_rows`; the batches of all shards together are those of ``(0, 1)``.
+            several shards it also gets ``rows`` and ``total``, see :func:`augment`.
+        drop_last: drop an incomplete last batch.
+        shard: (rank, size): yield the rows rank, rank + size, rank + 2 size ... of each batch, see
+            :func:`shard_rows`; all shards together have the batches of ``(0, 1)``.
 
     Yields:
         images float32 [batch, C, H, W] in [-1, 1] and labels int64 [batch], on the set's device.
@@ -119,26 +117,26 @@ def batches(
     return _batches(data, batch_size, generator, augment, drop_last, shard)
 
 
-def steps_of(size: int, batch_size: int) -> tuple[int, bool]:
-    """How many batches an epoch trains on, and whether it leaves out the last one.
+def steps_per_epoch(size: int, batch_size: int) -> tuple[int, bool]:
+    """The number of batches of an epoch of ``size`` images, and whether the last one is dropped.
 
-    It does where that would be a single image, on which batch norm cannot train.
+    A last batch of a single image is dropped, as batch norm cannot train on it.
     """
     drop_last = size > batch_size and size % batch_size == 1
     return (size // batch_size if drop_last else -(-size // batch_size)), drop_last
 
 
 def shard_rows(total: int, shard: tuple[int, int]) -> slice:
-    """The rows of a batch of ``total`` images that ``shard`` (rank, size) gets.
+    """The rows of a batch of ``total`` images for ``shard`` (rank, size).
 
-    A batch with fewer images than shards leaves nothing for some, which get its first image:
-    they have something to run, and must let it count for nothing.
+    If a batch has fewer images than there are shards, the remaining shards get its first image, so
+    that they have something to run; they must give it no weight.
     """
     rank, size = shard
     return slice(rank, total, size) if rank < total else slice(0, 1)
 
 
-# The checks above must not wait for the first batch, so the generator function is this one.
+# A separate generator function, so that the checks above run before the first batch.
 def _batches(
     data: LabeledImages,
     batch_size: int,
@@ -152,9 +150,9 @@ def _batches(
     end = n - n % batch_size if drop_last else n
     totals = [min(batch_size, end - start) for start in range(0, end, batch_size)]
     slices = [shard_rows(total, shard) for total in totals]
-    own = [batch[rows] for batch, rows in zip(order[:end].split(totals), slices, strict=True)]
-    # The images first: they are asked for once more after the last batch, to clean up.
-    gathered = data.gather(torch.cat([order[:0], *own]), [len(rows) for rows in own])
+    parts = [batch[rows] for batch, rows in zip(order[:end].split(totals), slices, strict=True)]
+    # `gathered` comes first in zip, which exhausts it: a streamed set then cleans up.
+    gathered = data.gather(torch.cat([order[:0], *parts]), [len(rows) for rows in parts])
     for (images, labels), total, rows in zip(gathered, totals, slices, strict=True):
         if augment is not None and shard[1] > 1:
             images = augment(images, generator, rows=rows, total=total)

@@ -1,4 +1,4 @@
-"""The data sets by name: where their files lie, and how they become :class:`Splits`."""
+"""The data sets by name: the location of their files, and their conversion to :class:`Splits`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from divqat.data import formats, pictures
 from divqat.data.pictures import STREAM, Reading
 from divqat.data.sets import DataNotFound, ImageSet, LabeledImages, Splits, hold_out
 
-TEST_FRACTION = 0.2  # of a data set that comes without a test split
-PICTURES = ("gtsrb", "folder")  # of picture files, which can be streamed
+TEST_FRACTION = 0.2  # for data sets without a test split
+PICTURES = ("gtsrb", "folder")  # data sets of picture files, which can be streamed
 _DIGITS = tuple("0123456789")
 _FASHION = (
     "T-shirt/top",
@@ -34,23 +34,24 @@ _FASHION = (
 
 @dataclass(frozen=True)
 class _Raw:
-    """What a reader found; a split that the files do not have is None."""
+    """The result of a reader; a split that the files do not have is None."""
 
     classes: tuple[str, ...]
     train: LabeledImages
     test: LabeledImages | None = None
     validation: LabeledImages | None = None
-    groups: Tensor | None = None  # int64 [N] of the training images, see hold_out
+    groups: Tensor | None = None  # groups of the training images, int64 [N], see hold_out
 
 
 @dataclass(frozen=True)
 class _Source:
-    """``read(folder, reading)`` of the first folder that holds ``probe`` (a glob)."""
+    """Possible layouts of a data set: the first whose folder contains ``probe`` (a glob) is read by
+    ``read(folder, reading)``."""
 
     # (subfolder, probe, read)
     layouts: tuple[tuple[str, str, Callable[[Path, Reading], _Raw]], ...]
     remedy: str  # how to get the data
-    system: str | None = None  # where a package of the operating system puts it
+    system: str | None = None  # the folder of an operating system's package
 
 
 def _digits() -> _Raw:
@@ -123,14 +124,13 @@ def _folder(folder: Path, reading: Reading) -> _Raw:
     empty = [name for label, name in enumerate(classes) if label not in filled]
     if empty:
         raise ValueError(
-            f"{root} has class folders without a picture: {', '.join(empty)}; fill them, or delete "
-            "them"
+            f"{root} has class folders without a picture: {', '.join(empty)}; fill or delete them"
         )
-    if "train" in split:  # else the folders beside it are classes, even one that is named test
+    if "train" in split:  # otherwise all folders are classes, even one that is named test
         rows |= {name: pictures.labeled_pictures(split[name], classes, folder) for name in split}
     sets = [data for data, _ in reading.sets(list(rows.values()), channels, "crop")]
-    found = dict(zip(rows, sets, strict=True))
-    return _Raw(classes, found["train"], found.get("test"), found.get("val"))
+    splits = dict(zip(rows, sets, strict=True))
+    return _Raw(classes, splits["train"], splits.get("test"), splits.get("val"))
 
 
 _SOURCES = {
@@ -180,7 +180,7 @@ _SOURCES = {
 def find(
     places: Sequence[str | Path | None], probes: Sequence[tuple[str, str]]
 ) -> tuple[Path, int] | None:
-    """The first folder ``place/subfolder`` that holds the glob ``probe``.
+    """The first folder ``place/subfolder`` that contains the glob ``probe``.
 
     Args:
         places: folders; None is skipped.
@@ -214,25 +214,26 @@ def load(
 
     Args:
         name: one of :func:`names`.
-        data_root: the folder with the data set's files or with a folder ``name`` of them; they are
-            looked for nowhere else then. Not needed for ``digits``, nor for ``fashion-mnist`` where
+        data_root: the folder with the data set's files, or one with a subfolder ``name`` of them;
+            no other place is searched then. Not needed for ``digits``, nor for ``fashion-mnist`` if
             its Debian package is installed.
-        validation_fraction: part of the training images, class by class, that becomes the
-            validation split. The split is the same in every run. Frames of one GTSRB track stay
-            on one side. Unused for a ``folder`` with a ``val/``.
+        validation_fraction: share of the training images of each class that becomes the validation
+            split, which is the same in every run. Frames of one GTSRB track stay in one split.
+            Unused for a ``folder`` with a ``val/``.
         image_size: height and width of ``gtsrb`` and ``folder``, whose pictures vary in size.
         stream: ``always`` leaves the pictures of ``gtsrb`` and ``folder`` in their files, and
             decodes them batch by batch: all splits are a :class:`StreamedSet`. ``never`` decodes
-            them now. ``auto`` streams what would take more than 4 GiB decoded. The batches are the
-            same bit for bit, except that a damaged picture is left out here and an error there.
-        workers: processes that decode streamed pictures; None: one per core but one, shared by the
-            processes of torchrun; 0: decode in this process.
+            them now. ``auto`` streams if the decoded images take more than 4 GiB. The batches are
+            the same, bit for bit, except that damaged pictures are left out with ``never``, but
+            raise an error when streamed.
+        workers: number of processes that decode streamed pictures; None: number of cores minus
+            one, shared by the processes of torchrun; 0: decode in this process.
 
     Raises:
-        DataNotFound: the files are not there.
-        ValueError: unknown name, a fraction outside [0, 1), ``always`` for another data set than
-            these two, negative ``workers``, or a damaged file.
-        ImportError: an optional dependency that reads this data set is missing.
+        DataNotFound: the files are missing.
+        ValueError: unknown name, a fraction outside [0, 1), ``always`` for a data set without
+            picture files, negative ``workers``, or a damaged file.
+        ImportError: an optional dependency for this data set is missing.
     """
     if name not in names():
         raise unknown_name("data set", name, names())
@@ -246,13 +247,14 @@ def load(
         raw = _digits()
     else:
         source = _SOURCES[name]
-        # Data that was asked for must not be another copy, from elsewhere.
+        # With data_root, never fall back to another copy of the data.
         places = [source.system] if data_root is None else [data_root, Path(data_root) / name]
-        found = find(places, [layout[:2] for layout in source.layouts])
-        if found is None:
+        match = find(places, [layout[:2] for layout in source.layouts])
+        if match is None:
             where = "" if data_root is None else f" in {data_root}"
             raise DataNotFound(f"data set {name!r} was not found{where}: {source.remedy}")
-        raw = source.layouts[found[1]][2](found[0], Reading(image_size, stream, workers))
+        folder, index = match
+        raw = source.layouts[index][2](folder, Reading(image_size, stream, workers))
     train, test, validation = raw.train, raw.test, raw.validation
     if test is None:
         train, test = hold_out(train, TEST_FRACTION, seed=1)

@@ -1,4 +1,4 @@
-"""What is wrong with a data set, although it can be trained on."""
+"""Warnings about data sets that can be trained on but have defects."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from divqat.data.sets import ImageSet, LabeledImages, Splits
 from divqat.data.streaming import StreamedSet
 
-TAIL = 4096  # bytes at the end of a picture file, which tell most of one size apart
+TAIL = 4096  # bytes at the end of a picture file, which differ for most files of the same size
 
 
 def check_classes(splits: Splits) -> list[str]:
-    """A line for each split with classes that have no image there.
+    """A line for each split in which some classes have no image.
 
     Raises:
-        ValueError: there are no two classes to train on.
+        ValueError: the training images have fewer than two classes.
     """
-    found = []
+    lines = []
     for split in ("train", "test"):
         data: LabeledImages = getattr(splits, split)
         present = set(data.labels.unique().tolist())
@@ -28,33 +28,33 @@ def check_classes(splits: Splits) -> list[str]:
             raise ValueError(f"{splits.name}: wanted training images of two classes, got {names}")
         absent = [name for label, name in enumerate(splits.classes) if label not in present]
         if absent:
-            found.append(f"{splits.name}: classes without a {split} image: {_some(absent)}")
-    return found
+            lines.append(f"{splits.name}: classes without a {split} image: {_shortened(absent)}")
+    return lines
 
 
 def find_copies(splits: Splits) -> list[str]:
-    """A line for each split that test images are in as well, which makes the test too easy.
+    """A line for each split that contains copies of test images, which make the test too easy.
 
-    They are compared bit by bit: the decoded images, or of streamed ones the files.
+    Decoded images are compared bit by bit; of streamed sets, the files.
     """
-    found = []
+    lines = []
     for split in ("train", "validation"):
         copies = _copies(getattr(splits, split), splits.test)
         if copies:
-            found.append(
-                f"{splits.name}: {len(copies)} of {len(splits.test)} test images are in {split} as "
-                f"well: {_some(copies)}"
+            lines.append(
+                f"{splits.name}: {len(copies)} of {len(splits.test)} test images are also in "
+                f"{split}: {_shortened(copies)}"
             )
-    return found
+    return lines
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _shortened(names: Sequence[str], most: int = 5) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def _copies(train: LabeledImages, test: LabeledImages) -> list[str]:
-    """Which images of ``test`` are in ``train``, by their numbers or files."""
+    """The images of ``test`` that are also in ``train``, by number or file."""
     if isinstance(train, StreamedSet) and isinstance(test, StreamedSet):
         return _same_files(train.paths, test.paths)
     if isinstance(train, ImageSet) and isinstance(test, ImageSet):
@@ -73,7 +73,8 @@ def _digests(data: ImageSet) -> list[bytes]:
 
 
 def _same_files(train: Sequence[str], test: Sequence[str]) -> list[str]:
-    """Files are read only as far as others look like them: by size, by their ends, as a whole."""
+    """Equal files, by size, then by their last bytes, then by their content: a file is read
+    only as far as another one matches it."""
     keys: dict[str, tuple[object, ...]] = {path: () for path in (*train, *test)}
     for key in (os.path.getsize, _tail, _content):
         keys |= {path: (*keys[path], key(path)) for path in {*train, *test}}

@@ -1,4 +1,4 @@
-"""What identifies images."""
+"""Digests that identify sets of images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from divqat.data.streaming import StreamedSet
 
 
 def digest(data: LabeledImages) -> str:
-    """16 hexadecimal digits that identify the images: their pixels; of files names, sizes and times
-    of change."""
-    found = hashlib.sha256(repr((len(data), data.image_shape)).encode())
+    """16 hexadecimal digits that identify images in memory by their pixels, and streamed ones by
+    the names, sizes and modification times of their files."""
+    sha = hashlib.sha256(repr((len(data), data.image_shape)).encode())
     if isinstance(data, StreamedSet):
         for path in data.paths:
             state = os.stat(path)
-            found.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
+            sha.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
     else:
-        found.update(data.images.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha.update(data.images.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Ways to make an image that is near a given one but not of its task, or noise of its size."""
+"""Distortions that turn an image into a similar one outside its task, and noise of its size."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-GRID = 4  # patches along an axis; of fewer, whole parts of a thing can be seen
-COARSE = 4  # points along an axis, from which a smooth field is interpolated
-REACH = 0.4  # farthest that a pixel is bent, in halves of the side
+GRID = 4  # patches along an axis; with fewer, whole parts of an object stay visible
+COARSE = 4  # points along an axis from which a smooth field is interpolated
+REACH = 0.4  # largest displacement by warping, in halves of the side
 PASTED = 3  # images in a collage, on top of each other
 
 
 def noise(images: Tensor, generator: Generator) -> Tensor:
-    """White noise, or (every other image, at random) smooth noise, from dark to light."""
+    """White noise or smooth noise, each with probability 1/2, from dark to light."""
     m, channels, height, width = images.shape
     white = rand(images, m, channels, height, width, generator=generator)
     smooth = _smooth(rand(images, m, channels, COARSE, COARSE, generator=generator), images)
@@ -26,8 +26,8 @@ def noise(images: Tensor, generator: Generator) -> Tensor:
 
 
 def shuffled(images: Tensor, generator: Generator) -> Tensor:
-    """The 4 x 4 patches of each image in another order; what is left over at the right and lower
-    edge stays."""
+    """The 4 x 4 patches of each image in random order; remaining pixels at the right and lower edge
+    stay in place."""
     m, channels, height, width = images.shape
     high, wide = height // GRID, width // GRID  # of a patch
     order = rand(images, m, GRID * GRID, generator=generator).argsort(1)
@@ -47,7 +47,7 @@ def shuffled(images: Tensor, generator: Generator) -> Tensor:
 
 
 def rotated(images: Tensor, generator: Generator) -> Tensor:
-    """Turned by 60° to 300°; what comes in at the corners is mirrored."""
+    """Rotated by 60° to 300°, with reflection padding."""
     m, _, height, width = images.shape
     angle = math.radians(60) + math.radians(240) * rand(images, m, generator=generator)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
@@ -57,12 +57,12 @@ def rotated(images: Tensor, generator: Generator) -> Tensor:
 
 
 def inverted(images: Tensor, generator: Generator) -> Tensor:
-    """Dark for light."""
+    """Dark and light exchanged."""
     return 255 - images
 
 
 def warped(images: Tensor, generator: Generator) -> Tensor:
-    """Bent smoothly, each pixel by up to about a fifth of the side along each axis."""
+    """Warped smoothly, each pixel by up to about a fifth of the side along each axis."""
     m = len(images)
     bend = 2 * rand(images, m, 2, COARSE, COARSE, generator=generator) - 1
     identity = torch.eye(2, 3, device=images.device).expand(m, 2, 3)
@@ -71,30 +71,31 @@ def warped(images: Tensor, generator: Generator) -> Tensor:
 
 
 def zoomed(images: Tensor, generator: Generator) -> Tensor:
-    """A thing that is small, 30 to 55 % of the side, or a part of one, 2 to 3.5 times as large;
-    somewhere, mirrored along either axis or not. What comes in at the edge goes on outwards."""
+    """Shrunk to 30 to 55 % of the side, or magnified 2 to 3.5 times, at a random position, randomly
+    mirrored along each axis. The border is replicated."""
     m = len(images)
     near = rand(images, m, 1, generator=generator) < 0.5
     shrunk = 0.3 + 0.25 * rand(images, m, 1, generator=generator)
     magnified = 2 + 1.5 * rand(images, m, 1, generator=generator)
     step = 1 / torch.where(near, magnified, shrunk)  # in the image, per pixel of the result
     mirror = torch.where(rand(images, m, 2, generator=generator) < 0.5, -1, 1)
-    aside = 0.8 * (step - 1).abs() * (2 * rand(images, m, 2, generator=generator) - 1)
-    theta = torch.cat([(step * mirror).diag_embed(), aside[:, :, None]], dim=2)
+    offset = 0.8 * (step - 1).abs() * (2 * rand(images, m, 2, generator=generator) - 1)
+    theta = torch.cat([(step * mirror).diag_embed(), offset[:, :, None]], dim=2)
     return _to_bytes(_sampled(images, _grid(images, theta), "border"))
 
 
 def collage(images: Tensor, generator: Generator) -> Tensor:
-    """Three images, 25 to 70 % of the side, turned, some inverted, on paper of one shade."""
+    """Three images, 25 to 70 % of the side, rotated, some inverted, on a uniform background."""
     m, _, height, width = images.shape
     shade = 255 * rand(images, m, 1, 1, 1, generator=generator)
     black = rand(images, m, 1, 1, 1, generator=generator) < 0.5
     picture = torch.where(black, 0, shade).expand(images.shape)
     ratio = height / width
     for _ in range(PASTED):
-        own = images[choose(images, images, m, generator)].float()
-        own = torch.where(rand(images, m, 1, 1, 1, generator=generator) < 0.3, 255 - own, own)
-        own = own * (0.4 + 0.6 * rand(images, m, 1, 1, 1, generator=generator))
+        pasted = images[choose(images, images, m, generator)].float()
+        invert = rand(images, m, 1, 1, 1, generator=generator) < 0.3
+        pasted = torch.where(invert, 255 - pasted, pasted)
+        pasted = pasted * (0.4 + 0.6 * rand(images, m, 1, 1, 1, generator=generator))
         angle = 2 * math.pi * rand(images, m, generator=generator)
         step = 1 / (0.25 + 0.45 * rand(images, m, generator=generator))
         x, y = (1.4 * rand(images, 2, m, generator=generator) - 0.7).unbind()  # its center
@@ -102,14 +103,14 @@ def collage(images: Tensor, generator: Generator) -> Tensor:
         rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
         rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
         grid = _grid(images, torch.stack(rows, dim=1).view(m, 2, 3))
-        inside = grid.abs().amax(-1)[:, None] < 0.9  # without what only a border is
-        picture = torch.where(inside, _sampled(own, grid), picture)
+        inside = grid.abs().amax(-1)[:, None] < 0.9  # without the border
+        picture = torch.where(inside, _sampled(pasted, grid), picture)
     return _to_bytes(picture)
 
 
 def edges(images: Tensor, generator: Generator) -> Tensor:
-    """How steep each channel is (Sobel), the steepest place of an image white."""
-    # Differences: a kernel's numbers would be copied to the GPU, and the host would wait for it.
+    """The Sobel gradient magnitude of each channel, with the largest value of an image white."""
+    # Differences instead of a convolution: copying its kernel to a GPU would be a host sync.
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
     across, down = padded[..., 2:] - padded[..., :-2], padded[:, :, 2:] - padded[:, :, :-2]
     across = across[:, :, :-2] + 2 * across[:, :, 1:-1] + across[:, :, 2:]
@@ -119,7 +120,7 @@ def edges(images: Tensor, generator: Generator) -> Tensor:
 
 
 def thresholded(images: Tensor, generator: Generator) -> Tensor:
-    """White where a channel is above its mean in the image, black elsewhere."""
+    """White where a channel exceeds its mean over the image, black elsewhere."""
     mean = images.float().mean((2, 3), keepdim=True)
     return (images > mean).to(torch.uint8) * 255
 
@@ -130,24 +131,24 @@ def mixed(
     rows: Tensor,  # int64 [M]
     generator: Generator,
 ) -> Tensor:  # uint8 [M, C, H, W]
-    """``images[rows]``, each with 40 to 60 % of an image of another class (Zhang et al., "mixup:
-    Beyond empirical risk minimization", ICLR 2018, §2, there over all shares). Without labels, of
-    any image, and where all images are of one class, of the first."""
-    liking = rand(images, len(rows), len(images), generator=generator)
+    """``images[rows]``, each mixed with 40 to 60 % of an image of another class (Zhang et al.,
+    "mixup: Beyond empirical risk minimization", ICLR 2018, §2, there with any share). Without
+    labels the other image is any; if all images have one class, it is the first."""
+    scores = rand(images, len(rows), len(images), generator=generator)
     if labels is not None:
-        liking = liking.masked_fill(labels[rows, None] == labels, -1)
+        scores = scores.masked_fill(labels[rows, None] == labels, -1)
     share = 0.4 + 0.2 * rand(images, len(rows), 1, 1, 1, generator=generator)
-    others = images[liking.argmax(1)].float()
+    others = images[scores.argmax(1)].float()
     return _to_bytes(torch.lerp(images[rows].float(), others, share))
 
 
 def rand(like: Tensor, *shape: int, generator: Generator) -> Tensor:
-    """From 0 to 1, float32, on the device of ``like``."""
+    """Uniform random numbers in [0, 1), float32, on the device of ``like``."""
     return torch.rand(shape, generator=generator, device=like.device)
 
 
 def choose(like: Tensor, pool: Tensor, count: int, generator: Generator) -> Tensor:
-    """Rows of ``pool``, int64 [count], on the device of ``like``."""
+    """Random rows of ``pool``, int64 [count], on the device of ``like``."""
     return torch.randint(len(pool), (count,), generator=generator, device=like.device)
 
 
@@ -157,7 +158,7 @@ def _smooth(coarse: Tensor, like: Tensor) -> Tensor:
 
 
 def _grid(images: Tensor, theta: Tensor) -> Tensor:
-    """Where to read, [M, H, W, 2], for affine maps [M, 2, 3] of coordinates from -1 to 1."""
+    """Sampling grids [M, H, W, 2] of affine maps [M, 2, 3] of coordinates from -1 to 1."""
     return F.affine_grid(theta, list(images.shape), align_corners=False)
 
 

@@ -1,7 +1,7 @@
 """Readers of the file formats in which image data sets are distributed.
 
-Every reader raises ``ValueError`` naming the file when it is truncated or something else, or is
-unpacked to more than ``MAX_IMAGES`` bytes.
+Every reader raises a ``ValueError`` that names the file if it is truncated, has another format, or
+unpacks to more than ``MAX_IMAGES`` bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_idx(path: str | Path) -> Tensor:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(raw) > MAX_IMAGES:
-        raise ValueError(f"{path}: wanted at most {MAX_IMAGES} bytes, got more when it is unpacked")
+        raise ValueError(f"{path}: wanted at most {MAX_IMAGES} bytes unpacked, got more")
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] == 0:
         raise ValueError(f"{path} is not an idx file of bytes: it starts with {raw[:4]!r}")
     start = 4 + 4 * raw[3]
@@ -61,7 +61,7 @@ def read_idx_pair(images: str | Path, labels: str | Path) -> ImageSet:
         raise ValueError(f"{images} must hold [N, H, W] images, got {list(pixels.shape)}")
     if classes.shape != pixels.shape[:1]:
         raise ValueError(
-            f"{labels} must hold {len(pixels)} labels as many as {images} has images, "
+            f"{labels} must hold {len(pixels)} labels, one per image in {images}, "
             f"got {list(classes.shape)}"
         )
     return ImageSet(pixels[:, None], classes.long())
@@ -74,12 +74,12 @@ def _cifar_batch(path: Path, label_key: bytes) -> ImageSet:
         data, labels = content[b"data"], content[label_key]
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
             raise ValueError(f"data must be uint8 [N, 3072], got {data.dtype} {data.shape}")
-        # Not what lists of lists of lists would become.
+        # No nested lists, which could become large tensors.
         if isinstance(labels, list) and not all(type(label) is int for label in labels):
             raise ValueError("labels must be numbers")
         labels = torch.tensor(labels, dtype=torch.int64)
         return ImageSet(torch.tensor(data).view(-1, 3, 32, 32), labels)
-    # A damaged pickle raises nearly anything: EOFError, KeyError, IndexError, TypeError ...
+    # A damaged pickle may raise anything: EOFError, KeyError, IndexError, TypeError ...
     except Exception as error:
         raise ValueError(f"{path} is not a whole CIFAR batch: {error!r}") from error
 
@@ -123,8 +123,8 @@ def read_cifar_binary(paths: Sequence[Path], label_bytes: int) -> ImageSet:
         raw = np.fromfile(path, np.uint8)
         if raw.size == 0 or raw.size % (label_bytes + 3072):
             raise ValueError(
-                f"{path} is truncated or no CIFAR binary file: {raw.size} bytes are no multiple "
-                f"of {label_bytes + 3072}"
+                f"{path} is truncated or not a CIFAR binary file: {raw.size} bytes are not a "
+                f"multiple of {label_bytes + 3072}"
             )
         records = torch.from_numpy(raw).view(-1, label_bytes + 3072)
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
@@ -139,7 +139,7 @@ def read_svhn(path: str | Path) -> ImageSet:
     with open(path, "rb") as file:
         try:
             plain = _unpacked_mat(file)
-            # Before anything is read: a struct or a cell allocates what its header says.
+            # Checked before reading: a struct or a cell allocates the size in its header.
             for name, shape, kind in scipy.whosmat(plain):
                 if name == "X" and (kind != "uint8" or len(shape) != 4 or shape[:3] != (32, 32, 3)):
                     raise ValueError(f"X must be uint8 [32, 32, 3, N], got {kind} {list(shape)}")
@@ -154,12 +154,12 @@ def read_svhn(path: str | Path) -> ImageSet:
 
 
 def _unpacked_mat(file: BinaryIO) -> BinaryIO:
-    """A MATLAB 5 file without compression: 128 bytes, then elements of a type, a length and data;
-    type 15 is another element behind zlib (MAT-File Format, MathWorks)."""
+    """A MATLAB 5 file, decompressed: 128 bytes, then elements of a type, a length and data; type 15
+    is another element compressed by zlib (MAT-File Format, MathWorks)."""
     plain = io.BytesIO()
     plain.write(file.read(128))
     if plain.getvalue()[126:128] != b"IM":
-        raise ValueError("it is no little-endian MATLAB 5 file")
+        raise ValueError("it is not a little-endian MATLAB 5 file")
     while tag := file.read(8):
         kind, length = struct.unpack("<II", tag)
         data = file.read(length)
@@ -169,6 +169,6 @@ def _unpacked_mat(file: BinaryIO) -> BinaryIO:
             plain.write(tag)
         plain.write(data)
         if plain.tell() > MAX_IMAGES:
-            raise ValueError(f"wanted at most {MAX_IMAGES} bytes, got more when it is unpacked")
+            raise ValueError(f"wanted at most {MAX_IMAGES} bytes unpacked, got more")
     plain.seek(0)
     return plain

@@ -1,7 +1,7 @@
-"""Drawings of nothing in particular: ellipses, polygons, strokes and lines of script.
+"""Abstract drawings: ellipses, polygons, scribbles and lines of script.
 
-Drawn from signed distances on the device, a batch at a time, without files or fonts. All lengths
-are in halves of the picture's side: a picture spans [-1, 1] along both axes.
+They are drawn from signed distances on the device, a batch at a time, without files or fonts. All
+lengths are in halves of the picture's side: a picture spans [-1, 1] along both axes.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-SHAPES = 3  # at most, on top of each other in one picture
-CORNERS = 6  # of a polygon, at most
-TURNS, LETTERS, PER_LETTER = 5, 4, 3  # strokes of a scribble; letters of a script, and of one
+SHAPES = 3  # maximum number of shapes in a picture
+CORNERS = 6  # maximum number of corners of a polygon
+TURNS, LETTERS, PER_LETTER = 5, 4, 3  # strokes of a scribble; letters of script, strokes of one
 
 
 def glyphs(images: Tensor, generator: Generator) -> Tensor:
-    """Random drawings, light on dark and dark on light, filled, outlined or as lines.
+    """Random drawings, light on dark or dark on light, filled, outlined or as lines.
 
-    A quarter each are ellipses, convex polygons, scribbles and script (a row of letters of three
-    strokes between nine points); up to three of one kind lie on top of each other.
+    One quarter each are ellipses, convex polygons, scribbles and script (a row of letters of three
+    strokes between nine points), with up to three of one kind on top of each other.
 
     Args:
-        images: [M, C, H, W]; only their shape and device count.
+        images: [M, C, H, W]; only their shape and device are used.
         generator: on their device.
 
     Returns:
@@ -49,11 +49,11 @@ def glyphs(images: Tensor, generator: Generator) -> Tensor:
     outlined = rand(n, 1) < 0.5
     distance = torch.where(outlined, solid.abs() - line, solid)
     distance = torch.where(kind < 2, distance, _to_strokes(points, strokes) - line)
-    # The edge is one pixel wide, so that small pictures are not ragged.
+    # An edge of one pixel, for antialiasing.
     ink = (0.5 - distance * min(height, width) / 2).clamp(0, 1)  # [n, P]
-    # The first shape is always there.
-    shown = (rand(m, SHAPES) < 0.5) | (torch.arange(SHAPES, device=device) == 0)
-    ink = (ink.view(m, SHAPES, height * width) * shown[..., None])[:, :, None]  # [m, SHAPES, 1, P]
+    # The first shape is always drawn.
+    drawn = (rand(m, SHAPES) < 0.5) | (torch.arange(SHAPES, device=device) == 0)
+    ink = (ink.view(m, SHAPES, height * width) * drawn[..., None])[:, :, None]  # [m, SHAPES, 1, P]
     paper = 0.3 * rand(m, channels, 1)
     color = 0.5 + 0.5 * rand(m, SHAPES, channels, 1)
     picture = paper.expand(m, channels, height * width)
@@ -64,7 +64,7 @@ def glyphs(images: Tensor, generator: Generator) -> Tensor:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The pixels' places (x, y) in images [M, C, H, W]: [P, 2], P = H · W."""
+    """The coordinates (x, y) of the pixels of images [M, C, H, W]: [P, 2], P = H · W."""
     height, width = images.shape[2:]
     y, x = (2 * (torch.arange(k, device=images.device) + 0.5) / k - 1 for k in (height, width))
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).view(
@@ -73,7 +73,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def _ellipses(rand: Callable[..., Tensor], n: int, points: Tensor) -> Tensor:
-    """About the signed distance of points [n, P, 2] from ellipses around 0: [n, P]."""
+    """The approximate signed distance of points [n, P, 2] from ellipses around 0: [n, P]."""
     radii = 0.15 + 0.65 * rand(n, 1, 2)
     angle = math.pi * rand(n, 1)
     cos, sin = angle.cos(), angle.sin()

@@ -1,4 +1,4 @@
-"""Dead leaves: shapes of all sizes that hide each other, as things in photos do."""
+"""Dead leaves: shapes of all sizes that occlude each other, like objects in photos."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import Generator, Tensor
 from divqat.data.glyphs import pixels
 
 LEAVES = 24  # in a picture, one on top of the other
-SMALLEST = 0.12  # half of a leaf's length, in halves of the picture's side; the largest is 1
+SMALLEST = 0.12  # smallest half length of a leaf, in halves of the picture's side; the largest is 1
 
 
 def leaves(images: Tensor, generator: Generator) -> Tensor:
-    """Random pictures full of diamonds, ellipses and boxes, the large ones further back.
+    """Random pictures full of diamonds, ellipses and boxes, with large ones in the background.
 
-    They have the edges and the sharp differences of shade of photos, but nothing that one would
-    recognize (Lee, Mumford and Huang, "Occlusion models for natural images: a statistical study of
-    a scale-invariant dead leaves model", IJCV 41, 2001; as images to learn from: Baradad et al.,
-    "Learning to see by looking at noise", NeurIPS 2021, arXiv 2106.05963). The shade of a leaf
-    changes along it.
+    They have the edges and contrasts of photos, but no recognizable objects (Lee, Mumford and
+    Huang, "Occlusion models for natural images: a statistical study of a scale-invariant dead
+    leaves model", IJCV 41, 2001; as training images: Baradad et al., "Learning to see by looking at
+    noise", NeurIPS 2021, arXiv 2106.05963). Each leaf has a gradient of brightness.
 
     Args:
-        images: [M, C, H, W]; only their shape and device count.
+        images: [M, C, H, W]; only their shape and device are used.
         generator: on their device.
 
     Returns:
@@ -37,10 +36,10 @@ def leaves(images: Tensor, generator: Generator) -> Tensor:
     x, y = pixels(images).unbind(-1)  # [P], P = H · W
     picture = rand(m, channels, 1).expand(m, channels, height * width)
     for k in range(LEAVES):
-        # Evenly in the logarithm, from the smallest to a largest that shrinks from leaf to leaf.
+        # Log-uniform, from the smallest length to a largest that decreases from leaf to leaf.
         length = SMALLEST ** (1 - (1 - k / LEAVES) * rand(m, 1))
         breadth = length * (0.3 + 0.7 * rand(m, 1))
-        across, down = (2.4 * rand(2, m, 1) - 1.2).unbind()  # some reach in from outside
+        across, down = (2.4 * rand(2, m, 1) - 1.2).unbind()  # some centers lie outside
         angle = math.pi * rand(m, 1)
         cos, sin = angle.cos(), angle.sin()
         u = ((x - across) * cos + (y - down) * sin) / length  # [m, P]

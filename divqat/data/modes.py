@@ -1,4 +1,4 @@
-"""The pixel modes of Pillow, each read right or refused by name."""
+"""The pixel modes of Pillow: each is converted correctly or refused by name."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from typing import Any
 
 import numpy as np
 
-# Those that Pillow itself converts right, with their transparency: 8 bits per channel, or 1.
+# Modes that Pillow converts correctly, including transparency: 8 bits per channel, or 1.
 PLAIN = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}  # without color
 SIXTEEN_BITS = GREY - {"1", "L", "LA", "La", "I"}
-# Its mode I has 32 bits; from these formats the values are those of 16.
+# Mode I has 32 bits, but files of these formats have 16-bit values.
 SIXTEEN_BIT_FORMATS = {"PNG", "PPM"}
 
 
 class UnknownScale(ValueError):
-    """A picture whose pixels do not say which value is white."""
+    """A picture whose pixel mode does not define which value is white."""
 
 
 def to_rgba(picture: Any) -> Any:
     """A ``PIL.Image`` of any mode in mode RGBA; 16 bits are rounded to 8.
 
     Raises:
-        UnknownScale: the mode does not say which value is white; or it is one that is not known.
+        UnknownScale: the mode is unknown, or does not define which value is white.
     """
     mode = picture.mode
     if mode in PLAIN:
         return picture.convert("RGBA")
-    if mode == "La":  # grey times its opacity
+    if mode == "La":  # grey, premultiplied by alpha
         return picture.convert("LA").convert("RGBA")
     if mode in SIXTEEN_BITS or (mode == "I" and picture.format in SIXTEEN_BIT_FORMATS):
         return _from_sixteen_bits(picture)
     raise UnknownScale(
         f"{getattr(picture, 'filename', 'a picture')}: wanted pixels of 8 or 16 bits, got Pillow's "
-        f"mode {mode}, which does not say which value is white; save it as a PNG"
+        f"mode {mode}, which does not define which value is white; save it as a PNG"
     )
 
 
 def on_white(picture: Any) -> Any:
-    """An RGBA picture with white behind it."""
+    """An RGBA picture on a white background."""
     from PIL import Image
 
     canvas = Image.new("RGBA", picture.size, "white")

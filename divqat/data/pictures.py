@@ -26,12 +26,12 @@ from divqat.data.modes import GREY, UnknownScale, to_rgba
 from divqat.data.sets import ImageSet, LabeledImages
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-# Theirs, whatever a file's name: Pillow knows others, and gives EPS to Ghostscript to run.
+# The formats of these suffixes, for any file name: Pillow would also run EPS in Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 Fit = Literal["stretch", "crop", "contain"]
 GTSRB_CLASSES = 43
 STREAM = ("auto", "always", "never")
-Row = tuple[Path, int]  # a picture and its label
+Row = tuple[Path, int]  # picture file and label
 
 
 def list_pictures(
@@ -41,11 +41,11 @@ def list_pictures(
 
     Args:
         root: the folder.
-        within: a larger one that links may lead to; None: ``root``.
-        links: else they are left out.
+        within: a parent folder into which links may point; None: ``root``.
+        links: include symbolic links.
 
     Raises:
-        ValueError: one is a link that leads elsewhere, a pipe, a device ...
+        ValueError: a link points elsewhere, or a file is a pipe, a device ...
     """
     paths = sorted(
         Path(folder, name)
@@ -67,7 +67,8 @@ def open_picture(path: str | Path) -> Any:
 
 
 def check_pixels(picture: Any) -> None:
-    """Refuse, by ValueError, one whose pixels would take half a gigabyte and more."""
+    """Check that a picture has at most ``MAX_PIXELS`` pixels (about half a gigabyte decoded);
+    ValueError if not."""
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"wanted at most {MAX_PIXELS} pixels, got {list(picture.size)}")
 
@@ -77,7 +78,7 @@ def _open(path: str | Path, size: tuple[int, int], channels: int, fit: Fit) -> n
 
     height, width = size
     with open_picture(path) as file:
-        file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded smaller, much faster
+        file.draft("RGB", (2 * width, 2 * height))  # decodes a JPEG at a smaller size, much faster
         check_pixels(file)
         picture = to_rgba(file)
     if fit == "contain":
@@ -98,13 +99,13 @@ def _open_or_none(path: Path, **options: Any) -> np.ndarray | None:
         return _open(path, **options)
     except UnknownScale:
         raise
-    except Exception:  # a damaged file raises nearly anything
+    except Exception:  # a damaged file may raise anything
         return None
 
 
 def _open_alone(path: str, **options: Any) -> np.ndarray:
-    """Like :func:`decode` of one file, but a damaged or too large one is an error. Not for several
-    threads: they share the filter of warnings."""
+    """Like :func:`decode` of one file, but a damaged or too large one is an error. Not thread-safe,
+    as threads share the warning filters."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -129,30 +130,30 @@ def decode(
         and those beyond Pillow's size limit are left out, with one warning that counts them.
 
     Raises:
-        ValueError: ``channels`` is neither 1 nor 3, no file is readable, or the mode of one does
-            not say which value is white.
+        ValueError: ``channels`` is neither 1 nor 3, no file is readable, or the mode of a file does
+            not define which value is white.
         ImportError: Pillow is missing.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     Image: Any = require("PIL.Image", "data")
-    # Decoding releases the interpreter lock, so threads suffice.
+    # Decoding releases the GIL, so threads suffice.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         opened = pool.map(partial(_open_or_none, size=size, channels=channels, fit=fit), paths)
         pixels = list(progress(opened, "decoding pictures", total=len(paths)))
-    good = [(i, array) for i, array in enumerate(pixels) if array is not None]
-    if not good:
+    readable = [(i, array) for i, array in enumerate(pixels) if array is not None]
+    if not readable:
         where = f", the first is {paths[0]}" if paths else ""
         raise ValueError(f"none of {len(paths)} picture files is readable{where}")
-    if len(good) < len(paths):
+    if len(readable) < len(paths):
         bad = next(path for path, array in zip(paths, pixels, strict=True) if array is None)
         warnings.warn(
-            f"left out {len(paths) - len(good)} of {len(paths)} picture files (damaged or too "
+            f"left out {len(paths) - len(readable)} of {len(paths)} picture files (damaged or too "
             f"large), the first is {printable(bad)}",
             stacklevel=2,
         )
-    return torch.from_numpy(np.stack([array for _, array in good])), [i for i, _ in good]
+    return torch.from_numpy(np.stack([array for _, array in readable])), [i for i, _ in readable]
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ class Reading:
     def sets(
         self, splits: Sequence[Sequence[Row]], channels: int, fit: Fit
     ) -> list[tuple[LabeledImages, list[int]]]:
-        """The set of each split, and the indices of its rows: all, but without damaged pictures
-        where they are decoded now."""
+        """The set of each split, and the indices of its rows; those of damaged pictures are missing
+        if pictures are decoded now."""
         shape = (channels, self.size, self.size)
         nbytes = sum(map(len, splits)) * math.prod(shape)
         if self.stream == "never" or (self.stream == "auto" and nbytes <= streaming.STREAM_ABOVE):
@@ -214,23 +215,25 @@ def _gtsrb_table(path: Path) -> list[tuple[str, int]]:
     for name, label in rows:
         if Path(name).name != name or not 0 <= label < GTSRB_CLASSES:
             raise ValueError(
-                f"{path}: wanted names of files beside it, and classes below {GTSRB_CLASSES}, got "
-                f"{name!r} and {label}"
+                f"{path}: wanted names of files in its folder and classes below {GTSRB_CLASSES}, "
+                f"got {name!r} and {label}"
             )
     return rows
 
 
 def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImages, Tensor]:
-    """The German traffic signs, as in ``GTSRB_Final_*_Images.zip`` and ``GTSRB_Final_Test_GT.zip``.
+    """Read the German traffic signs, as in ``GTSRB_Final_*_Images.zip`` and
+    ``GTSRB_Final_Test_GT.zip``.
 
     Args:
-        root: holds ``Final_Training/Images/00000/GT-00000.csv`` and so on, and
-            ``Final_Test/Images``; ``GT-final_test.csv`` lies in either folder.
+        root: contains ``Final_Training/Images/00000/GT-00000.csv`` and so on, and
+            ``Final_Test/Images``; ``GT-final_test.csv`` may be in ``root``, its parent, or
+            ``Final_Test`` and its ``Images``.
         reading: every picture is stretched to its size; the originals vary.
 
     Returns:
-        train, test and the track (int64 [N]) of each training image. Thirty frames of one
-        track show one sign.
+        train, test, and the track (int64 [N]) of each training image. The thirty frames of a track
+        show one sign.
     """
     for part in ("Final_Training", "Final_Test"):
         check_inside(root / part, root)
@@ -238,13 +241,11 @@ def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImag
     tables = sorted((root / "Final_Training" / "Images").glob("*/GT-*.csv"))
     rows = [(table.parent / name, label) for table in tables for name, label in _gtsrb_table(table)]
     pictures = root / "Final_Test" / "Images"
-    places = [root.parent, root, pictures.parent, pictures]
-    answers = next(
-        (p / "GT-final_test.csv" for p in places if (p / "GT-final_test.csv").is_file()), None
-    )
-    if answers is None:
+    folders = [root.parent, root, pictures.parent, pictures]
+    tables_found = [path for f in folders if (path := f / "GT-final_test.csv").is_file()]
+    if not tables_found:
         raise ValueError(f"GT-final_test.csv (from GTSRB_Final_Test_GT.zip) is missing in {root}")
-    test_rows = [(pictures / name, label) for name, label in _gtsrb_table(answers)]
+    test_rows = [(pictures / name, label) for name, label in _gtsrb_table(tables_found[0])]
     (train, kept), (test, _) = reading.sets([rows, test_rows], 3, "stretch")
     tracks = [rows[i][0].name.split("_")[0] for i in kept]  # 00003_00017.ppm: track 3, frame 17
     _, numbers = np.unique(tracks, return_inverse=True)
@@ -252,17 +253,23 @@ def read_gtsrb(root: Path, reading: Reading) -> tuple[LabeledImages, LabeledImag
 
 
 def labeled_pictures(root: Path, classes: Sequence[str], within: Path) -> list[Row]:
-    """The pictures in one folder per class; links may lead to what is ``within`` a folder.
+    """The pictures of ``root``, which has one folder per class, with their labels.
+
+    Args:
+        root: the folder.
+        classes: names of the class folders, in the order of the labels.
+        within: the folder into which links may point.
 
     Raises:
-        ValueError: a folder that is not in ``classes``, no picture, or see :func:`list_pictures`.
+        ValueError: a folder is not in ``classes``, there is no picture, or see
+            :func:`list_pictures`.
     """
     for name in classes:
         check_inside(root / name, within)
     extra = set(class_folders(root)) - set(classes)
     if extra:
         raise ValueError(
-            f"{root} has folders that are no training class: {', '.join(sorted(extra))}"
+            f"{root} has folders that are not training classes: {', '.join(sorted(extra))}"
         )
     rows = [
         (path, i)
@@ -280,7 +287,7 @@ def class_folders(root: Path) -> list[str]:
 
 
 def is_grey(paths: Sequence[Path]) -> bool:
-    """Whether all pictures are stored without color; files that cannot be opened do not count."""
+    """Whether all pictures are stored without color; unreadable files are ignored."""
     require("PIL.Image", "data")
 
     def mode(path: Path) -> str:

@@ -1,11 +1,11 @@
-"""Proxies of what a thief may ask about: images near the training set, but outside it.
+"""Proxies of an attacker's queries: images near the training set, but outside it.
 
-An attacker's queries are not known when a model is trained. A thief's images have shapes, edges and
-textures, and are not of the task: so are training images that are shuffled, turned or bent, and
-drawings, noise and photos. (To train on outliers that stand for unknown ones: Hendrycks, Mazeika
-and Dietterich, "Deep anomaly detection with outlier exposure", ICLR 2019, arXiv 1812.04606, there
-to detect them.) The clip art that this package attacks with is not among them, or a defense
-would be measured on what it has learned.
+An attacker's queries are not known when a model is trained. They have shapes, edges and textures,
+but do not belong to the task. The same holds for training images that are shuffled, rotated or
+warped, and for drawings, noise and photos. (Outlier exposure, training on outliers that represent
+unknown ones, is due to Hendrycks, Mazeika and Dietterich, "Deep anomaly detection with outlier
+exposure", ICLR 2019, arXiv 1812.04606, there for detection.) The clip art of this package's attacks
+is not among the proxies; otherwise a defense would be measured on its own training data.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from divqat.data.glyphs import glyphs
 from divqat.data.leaves import leaves
 from divqat.data.transfer import transfer_set
 
-POOL, POOL_BYTES = 10_000, 2**28  # images of a kind that are read from files, at most
-DRAWINGS, DRAWN_BYTES = 4096, 2**26  # that are drawn, at most
-AT_ONCE = 2**17  # bytes drawn at once; that takes some hundred times as much memory
+POOL, POOL_BYTES = 10_000, 2**28  # limits of a pool that is read from files
+DRAWINGS, DRAWN_BYTES = 4096, 2**26  # limits of a pool of drawings
+BATCH_BYTES = 2**17  # drawn at a time, with about a hundred times as much working memory
 
-# name → what makes one image of each that it is given
+# name → function that makes one proxy of each given image
 MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "glyphs": glyphs,
     "noise": noise,
@@ -54,10 +54,10 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "zoomed": zoomed,
     "collage": collage,
 }
-DRAWN = ("glyphs", "leaves", "noise")  # from nothing
+DRAWN = ("glyphs", "leaves", "noise")  # do not depend on the given images
 READ = ("photos", "folder")
 NAMES = (*MADE, "mixed", *READ)
-# Those that a defense is trained on if nothing is said.
+# The default proxies of a defense.
 PROXIES = (
     "glyphs", "leaves", "noise", "shuffled", "rotated", "inverted", "warped", "zoomed", "collage",
     "edges",
@@ -72,22 +72,25 @@ def proxy_pools(
     folder: str | Path | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The images of ``glyphs``, ``leaves``, ``noise``, ``photos`` and ``folder``, as far as they
-    are among ``names``: what is not made from training images is made once.
+    """Pools of the proxies that do not depend on training images, which are made only once:
+    ``glyphs``, ``leaves``, ``noise``, ``photos`` and ``folder``, as far as ``names`` has them.
 
-    Of each at most 4096 drawings, 64 MiB, drawn on the CPU and so the same everywhere, or 10,000
-    pictures, 256 MiB, read as :func:`divqat.data.transfer_set` does.
+    A pool has at most 4096 drawings (64 MiB), drawn on the CPU and thus the same on all devices, or
+    10,000 pictures (256 MiB), read by :func:`divqat.data.transfer_set`.
 
     Args:
-        names: of :data:`NAMES`. image_shape: (C, H, W). device: where they are kept.
-        folder: the pictures of ``folder``. seed: which drawings, patches, pictures and variants.
+        names: from :data:`NAMES`.
+        image_shape: (C, H, W).
+        device: of the pools.
+        folder: the pictures of ``folder``.
+        seed: of the drawings, patches, pictures and variants.
 
     Returns:
         uint8 [P, C, H, W] by name.
 
     Raises:
-        DataNotFound: the pictures are not on this machine. ImportError: Pillow or scikit-learn is
-            missing.
+        DataNotFound: the pictures are not on this machine.
+        ImportError: Pillow or scikit-learn is missing.
     """
     channels, height, width = image_shape
     size = {"channels": channels, "image_size": (height, width), "seed": seed}
@@ -105,8 +108,8 @@ def _draw(name: str, image_shape: tuple[int, int, int], seed: int) -> Tensor:
     """A pool of ``DRAWN``, uint8 [P, C, H, W] on the CPU."""
     generator, size = Generator().manual_seed(seed), math.prod(image_shape)
     paper = torch.empty(1, *image_shape, dtype=torch.uint8)
-    total, at_once = max(1, min(DRAWINGS, DRAWN_BYTES // size)), max(1, AT_ONCE // size)
-    counts = [min(at_once, total - done) for done in range(0, total, at_once)]
+    total, batch = max(1, min(DRAWINGS, DRAWN_BYTES // size)), max(1, BATCH_BYTES // size)
+    counts = [min(batch, total - done) for done in range(0, total, batch)]
     return torch.cat([MADE[name](paper.expand(n, -1, -1, -1), generator) for n in counts])
 
 
@@ -119,18 +122,17 @@ def proxy_batch(
     labels: Tensor | None = None,  # int64 [N]
     pools: Mapping[str, Tensor] | None = None,
 ) -> Tensor:  # uint8 [count, C, H, W]
-    """Proxies in random order, of each name as many as of any other.
+    """Proxies of all names in equal numbers, in random order. There is no host sync.
 
-    Where ``count`` is no multiple of the names' number, chance leaves some out. Nothing here
-    waits for a GPU.
+    If ``count`` is not a multiple of the number of names, the surplus is dropped at random.
 
     Args:
-        names: of :data:`NAMES`.
-        images: what they are made from, each as often as chance has it.
-        generator: on the device of ``images``; with them it alone determines the result.
-        count: how many; 0 or more.
+        names: from :data:`NAMES`.
+        images: images from which proxies are made, drawn with replacement.
+        generator: on the device of ``images``; the result depends only on it and the arguments.
+        count: number of proxies, 0 or more.
         labels: of ``images``, for ``mixed``.
-        pools: of :func:`proxy_pools`, for ``photos`` and ``folder``; drawn kinds without one are
+        pools: from :func:`proxy_pools`, for ``photos`` and ``folder``; drawings without a pool are
             drawn anew.
 
     Raises:
@@ -141,20 +143,20 @@ def proxy_batch(
         raise TypeError(f"images must be uint8, got {images.dtype}")
     if count == 0:
         return images[:0]
-    each = -(-count // len(names))
-    made = []
+    per_name = -(-count // len(names))
+    proxies = []
     for name in names:
         if pools is not None and name in pools:
-            made.append(pools[name][choose(images, pools[name], each, generator)])
+            proxies.append(pools[name][choose(images, pools[name], per_name, generator)])
             continue
-        rows = choose(images, images, each, generator)
+        rows = choose(images, images, per_name, generator)
         if name in MADE:
-            made.append(MADE[name](images[rows], generator))
+            proxies.append(MADE[name](images[rows], generator))
         elif name == "mixed":
-            made.append(mixed(images, labels, rows, generator))
+            proxies.append(mixed(images, labels, rows, generator))
         elif name in READ:
             raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
         else:
             raise unknown_name("proxy", name, NAMES)
-    order = rand(images, each * len(names), generator=generator).argsort()
-    return torch.cat(made)[order[:count]]
+    order = rand(images, per_name * len(names), generator=generator).argsort()
+    return torch.cat(proxies)[order[:count]]

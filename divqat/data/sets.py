@@ -1,4 +1,4 @@
-"""What a data set is: images, labels and three splits."""
+"""Data sets: images, labels and three splits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ S = TypeVar("S", bound="LabeledImages")
 
 
 class DataNotFound(FileNotFoundError):
-    """A data set is not on this machine; the message says which command brings it."""
+    """A data set is not on this machine; the message says how to get it."""
 
 
 class LabeledImages(Protocol):
-    """What splits and batches need of a set: an :class:`ImageSet` or a ``StreamedSet``."""
+    """The interface of a set of images: an :class:`ImageSet` or a ``StreamedSet``."""
 
     @property
     def images(self) -> Tensor: ...  # uint8 [N, C, H, W]
@@ -34,10 +34,11 @@ class LabeledImages(Protocol):
 
 
 def check_labels(labels: Tensor, n: int) -> None:
-    """Refuse what is no int64 [n], not negative.
+    """Check that labels are int64 [n] and not negative.
 
     Raises:
-        TypeError: wrong dtype. ValueError: wrong shape or a negative label.
+        TypeError: wrong dtype.
+        ValueError: wrong shape or a negative label.
     """
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
@@ -49,7 +50,7 @@ def check_labels(labels: Tensor, n: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labeled images in memory, the host's or a device's.
+    """Labeled images in the memory of the host or a device.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -91,12 +92,12 @@ class ImageSet:
 
         Args:
             rows: int64 [M] on the CPU, those of the first batch, of the second, and so on.
-            lengths: how many of them each batch has; their sum is M.
+            lengths: the size of each batch; their sum is M.
 
         Yields:
             images uint8 [length, C, H, W] and labels int64 [length] on the set's device.
         """
-        # All at once: no batch has to wait for its indices.
+        # One upload of all indices, so that no batch waits for its own.
         for index in to_device(rows, self.images.device).split(list(lengths)):
             yield self.images[index], self.labels[index]
 
@@ -107,11 +108,11 @@ class Splits:
 
     Args:
         name: of the data set.
-        classes: their names, as many as there are classes.
-        train, validation, test: labels below the number of classes.
+        classes: the names of the classes.
+        train, validation, test: the images, with labels below the number of classes.
 
     Raises:
-        TypeError: ``classes`` are no names.
+        TypeError: ``classes`` is not a tuple of strings.
         ValueError: image shapes differ between the splits, or a label has no class.
     """
 
@@ -163,10 +164,13 @@ def hold_out(
         data: the images.
         fraction: in [0, 1), rounded to whole groups class by class.
         groups: int64 [N]; images of one class and group stay together (frames of one video).
-        seed: the split depends on it and on the labels alone.
+        seed: of the split, which depends only on it, the labels and the groups.
 
     Returns:
-        Both parts in the order of ``data``.
+        Both parts, in the order of ``data``.
+
+    Raises:
+        ValueError: ``fraction`` is out of range.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")

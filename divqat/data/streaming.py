@@ -1,4 +1,4 @@
-"""Image sets that are decoded while they are iterated over, by worker processes."""
+"""Image sets that worker processes decode during iteration."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from divqat.data.sets import check_labels
 from divqat.data.upload import to_device
 
-STREAM_ABOVE = 4 * 2**30  # bytes of a data set's decoded images that are still held in memory
-PIECE = 32  # images that a worker decodes at a time, so that all of them share a large batch
-AHEAD = 2  # batches that are decoded ahead, at least
+STREAM_ABOVE = 4 * 2**30  # largest size in bytes of decoded images that are held in memory
+PIECE = 32  # images that a worker decodes at a time, so that all workers share a large batch
+AHEAD = 2  # minimum number of batches that are decoded ahead
 CPU = torch.device("cpu")
 
 
 def default_workers() -> int:
-    """One per core but one, at least 1; the processes that torchrun starts share the cores."""
+    """The number of cores minus one, at least 1; processes of torchrun share the cores."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 class Decoder:
-    """Turns files into images, in order. Its workers start at the first use and wait in between.
+    """Decodes files to images, in order. Its workers start at the first use and then stay idle
+    between uses.
 
-    Sets that share a decoder share the workers, which hold nothing: a worker is sent the names of
-    its files.
+    Sets that share a decoder share the workers, which keep no state: they receive the names of the
+    files to decode.
 
     Args:
-        read: from the path of a file to uint8 [C, H, W]; can be pickled.
+        read: a picklable function from the path of a file to uint8 [C, H, W].
         shape: (C, H, W).
-        workers: processes; None: :func:`default_workers`; 0: decode in this one.
+        workers: number of processes; None: :func:`default_workers`; 0: decode in this process.
 
     Raises:
         ValueError: ``workers`` is negative.
@@ -61,13 +62,14 @@ class Decoder:
     def __call__(
         self, paths: Sequence[str], lengths: Sequence[int], device: torch.device
     ) -> Iterator[Tensor]:
-        """Decode ``paths`` in batches of ``lengths``, the next ones while one is in use.
+        """Decode ``paths`` in batches of ``lengths``, ahead of their use.
 
         Yields:
             uint8 [length, C, H, W] on ``device``.
 
         Raises:
-            ValueError: a file cannot be decoded. RuntimeError: a worker died. Both name the file.
+            ValueError: a file cannot be decoded; the message names it.
+            RuntimeError: a worker died; the message names its file.
         """
         pieces, start = list[Sequence[str]](), 0
         for length in lengths:
@@ -83,7 +85,7 @@ class Decoder:
                 images[done : done + len(piece)].copy_(piece, non_blocking=True)
                 done += len(piece)
             yield images
-        next(decoded, None)  # gives the workers back
+        next(decoded, None)  # returns the workers
 
     def _decode(
         self, pieces: list[Sequence[str]], longest: int, device: torch.device
@@ -97,15 +99,15 @@ class Decoder:
         loader = self._take(ahead, device.type == "cuda")
         loader.sampler.pieces = pieces  # type: ignore[attr-defined]
         try:
-            yield from map(_checked, _begun(loader, device))
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: while it was sending
+            yield from map(_checked, _start(loader, device))
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while sending
             raise loader.dataset.death(error, pieces) from error  # type: ignore[attr-defined]
-        # Not reached when the caller stops early or a file is damaged: these workers, with their
-        # work begun, end with the loader.
+        # Not reached if the caller stops early or a file is damaged: these workers have unfinished
+        # work, and end with the loader.
         self._idle = loader
 
     def _take(self, ahead: int, pin: bool) -> DataLoader:
-        """The idle loader, or a new one where it is in use, prefetches less or does not pin."""
+        """The idle loader; a new one if there is none with this pinning and enough prefetching."""
         idle, self._idle = self._idle, None
         if idle is not None and idle.pin_memory == pin and (idle.prefetch_factor or 0) >= ahead:
             return idle
@@ -117,31 +119,31 @@ class Decoder:
             prefetch_factor=ahead,
             persistent_workers=True,
             pin_memory=pin,
-            # Its own, as a DataLoader draws a seed for its workers: from the global generator that
-            # would change the dropout of a training.
+            # A DataLoader draws a seed for its workers: taken from the global generator, it would
+            # change the dropout of a training.
             generator=torch.Generator(),
         )
 
 
-def _begun(loader: DataLoader, device: torch.device) -> Iterator[Tensor | str]:
-    """``iter(loader)``, made in another thread.
+def _start(loader: DataLoader, device: torch.device) -> Iterator[Tensor | str]:
+    """``iter(loader)``, called in another thread.
 
-    One that is made in the main thread sets a handler of SIGCHLD, which raises in the middle of
-    whatever the training does when a worker dies, and does not know the file. Without it the error
-    comes at the next batch.
+    In the main thread it would set a handler of SIGCHLD. When a worker dies, this handler raises at
+    an arbitrary point of the training, and does not know the file. Without it the error is raised
+    at the next batch.
     """
 
-    def begin() -> Iterator[Tensor | str]:
+    def start() -> Iterator[Tensor | str]:
         if device.type == "cuda":  # per thread; the loader pins its images for this device
             torch.cuda.set_device(device)
         return iter(loader)
 
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(begin).result()
+        return thread.submit(start).result()
 
 
 class _Pieces(Sampler):
-    """(number, paths) of each piece of the pass that is going on."""
+    """(number, paths) of each piece of the current pass."""
 
     pieces: Sequence[Sequence[str]] = ()
 
@@ -150,12 +152,12 @@ class _Pieces(Sampler):
 
 
 class _Files(Dataset):
-    """The side of the workers. A damaged file is an answer, not an exception, which would come with
-    a worker's traceback in its message."""
+    """The data set inside the workers. For a damaged file it returns a message instead of raising,
+    as an exception would carry the worker's traceback in its message."""
 
     def __init__(self, read: Callable[[str], np.ndarray], workers: int) -> None:
         self.read = read
-        # Process, piece and file that each worker is at, or 0; in shared memory, to outlive it.
+        # Current process, piece and file of each worker, or 0; in shared memory, to survive it.
         self.progress = torch.zeros(workers, 3, dtype=torch.int64).share_memory_()
 
     def __getitem__(self, item: tuple[int, Sequence[str]]) -> Tensor | str:
@@ -166,26 +168,26 @@ class _Files(Dataset):
             at.copy_(torch.tensor([os.getpid(), number, index]))
             try:
                 images.append(self.read(path))
-            except Exception as error:  # a damaged file raises nearly anything
+            except Exception as error:  # a damaged file may raise anything
                 return (
                     f"{path} cannot be decoded ({error!r}); a streamed set cannot leave it out: "
-                    "delete it, or replace it"
+                    "delete or replace it"
                 )
             finally:
                 at.zero_()
         return torch.from_numpy(np.stack(images))
 
     def death(self, error: Exception, pieces: Sequence[Sequence[str]]) -> RuntimeError:
-        """What to raise where a worker has died: it names the file that it was at."""
-        where: list[str] = []
-        for _ in range(10):  # its pipes close a moment before it is known to have ended
+        """The error for a dead worker, which names its current file."""
+        files: list[str] = []
+        for _ in range(10):  # its pipes close a moment before it counts as dead
             alive = {child.pid for child in active_children()}
-            seen = [(pid, pieces[piece][i]) for pid, piece, i in self.progress.tolist() if pid]
-            where = [path for pid, path in seen if pid not in alive]
-            if where:
+            current = [(pid, pieces[piece][i]) for pid, piece, i in self.progress.tolist() if pid]
+            files = [path for pid, path in current if pid not in alive]
+            if files:
                 break
             time.sleep(0.1)
-        at = f" at {', '.join(where)}" if where else ""
+        at = f" at {', '.join(files)}" if files else ""
         return RuntimeError(f"a process that decodes images died{at}: {error!r}")
 
 
@@ -197,15 +199,15 @@ def _checked(piece: Tensor | str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class StreamedSet:
-    """Labeled images that stay in their files until a batch wants them.
+    """Labeled images that stay in their files until a batch needs them.
 
-    Gives the batches of an :class:`ImageSet` of the same images, bit for bit.
+    Its batches are those of an :class:`ImageSet` of the same images, bit for bit.
 
     Args:
         paths: N files.
         labels: int64 [N], not negative.
         decoder: reads the files.
-        device: where the batches come; that of ``labels``.
+        device: of the batches; the same as that of ``labels``.
 
     Raises:
         TypeError: wrong dtype.
@@ -235,15 +237,15 @@ class StreamedSet:
 
     @property
     def images(self) -> Tensor:
-        """All images, decoded now: uint8 [N, C, H, W] on ``device``. Meant for a small subset.
+        """All images, decoded now: uint8 [N, C, H, W] on ``device``. Use it for a small subset.
 
         Raises:
-            ValueError: they are too many for the memory, or see :class:`Decoder`.
+            ValueError: they exceed ``STREAM_ABOVE`` bytes, or see :class:`Decoder`.
         """
         if self.nbytes > STREAM_ABOVE:
             raise ValueError(
                 f"{len(self)} streamed images are {self.nbytes / 2**30:.1f} GiB: "
-                "take a subset(), or go through them with divqat.data.batches"
+                "take a subset(), or iterate over them with divqat.data.batches"
             )
         ((images, _),) = self.gather(torch.arange(len(self)), [len(self)])
         return images
@@ -261,5 +263,5 @@ class StreamedSet:
         """See :meth:`ImageSet.gather`."""
         paths = [self.paths[i] for i in rows.tolist()]
         labels = self.labels[to_device(rows, self.device)].split(list(lengths))
-        # The decoder first: it is asked once more after the last batch, and gives its workers back.
+        # The decoder comes first in zip, which exhausts it: it then returns its workers.
         yield from zip(self.decoder(paths, lengths, self.device), labels, strict=True)

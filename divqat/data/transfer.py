@@ -1,4 +1,4 @@
-"""Query sets for model extraction: images that have nothing to do with the victim's classes."""
+"""Query sets for model extraction: images that are unrelated to the victim's classes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from divqat.data.sets import DataNotFound
 CLIPART_ROOT = "/usr/share/openclipart/png"
 CLIPART_VARIANTS = 4  # 6,885 readable files give 27,540 queries
 ICONS_ROOT = "/usr/share/icons/oxygen/base/48x48"
-# Of what scikit-image ships; the rest are drawings, texts, and files that are broken on purpose.
+# The photos of scikit-image; its other files are drawings, texts, or broken on purpose.
 SKIMAGE_PHOTOS = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
     "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
     "motorcycle_left.png", "retina.jpg", "rocket.jpg",
 )  # fmt: skip
-ROOT = "data_root (--query-root, of proxies --proxy-root)"  # as functions and commands call it
-GENERATED = 10_000  # images of `photos` and `noise` without a limit
+ROOT = "data_root (--query-root, of proxies --proxy-root)"  # its name in functions and commands
+GENERATED = 10_000  # default number of images of `photos` and `noise`
 
 
 def transfer_names() -> list[str]:
@@ -44,28 +44,28 @@ def transfer_set(
     limit: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """A set of unlabeled images to query a victim with.
+    """A set of unlabeled images for queries to a victim.
 
-    - ``openclipart``: 6,900 drawings of the Debian package ``openclipart-png``, or with a
-      ``data_root`` those in ``data_root/openclipart``. Every file is queried as it is first; the
-      rest are variants, mirrored, rotated, cropped. Grey ones on a light background are inverted,
-      because Fashion-MNIST's background is dark.
-    - ``icons``: in the same way, the 1,100 pictures of the Debian package ``oxygen-icon-theme``:
-      to tune a defense with, so that ``openclipart`` stays unseen.
-    - ``photos``: patches, at several scales, of the photos below ``data_root``, or without one of
-      those that scikit-learn and, where installed, scikit-image ship. Patches of about fifteen
-      photos are correlated.
+    - ``openclipart``: the 6,900 drawings of the Debian package ``openclipart-png``, or those in
+      ``data_root/openclipart`` if ``data_root`` is given. First comes every file unchanged; the
+      rest are variants, mirrored, rotated and cropped. Grey images with a light background are
+      inverted, because Fashion-MNIST's background is dark.
+    - ``icons``: likewise the 1,100 pictures of the Debian package ``oxygen-icon-theme``. Use it to
+      tune a defense, so that ``openclipart`` remains unseen.
+    - ``photos``: patches, at several scales, of the photos below ``data_root``; without
+      ``data_root``, of those in scikit-learn and, if installed, scikit-image. Patches of these
+      fifteen or so photos are correlated.
     - ``noise``: uniform noise of four grain sizes.
-    - ``folder``: the pictures below ``data_root``, then, beyond their number, their variants.
+    - ``folder``: the pictures below ``data_root``, then, beyond their number, variants of them.
 
     Args:
         name: one of :func:`transfer_names`.
         channels: 1 (grey) or 3 (RGB).
         image_size: (H, W), or one number for both.
-        data_root: the folder of pictures for ``folder``; see also the others.
-        limit: number of images; None: four per drawing, 10,000 patches or noise images, one per
-            picture of a folder.
-        seed: which images come, in which order and in which variants.
+        data_root: a folder of pictures, see above.
+        limit: number of images; None: four per drawing or icon, 10,000 patches or noise images, one
+            per picture of a folder.
+        seed: of the choice of images, their order and their variants.
 
     Returns:
         uint8 [N, C, H, W], in random order; a smaller ``limit`` prefers distinct files.
@@ -90,11 +90,11 @@ def transfer_set(
     if name == "photos":
         return _patches(_photos(data_root), limit or GENERATED, channels, size, generator)
     if name in ("openclipart", "icons"):
-        usual = CLIPART_ROOT if name == "openclipart" else ICONS_ROOT
-        root = usual if data_root is None else Path(data_root) / name
+        default = CLIPART_ROOT if name == "openclipart" else ICONS_ROOT
+        root = default if data_root is None else Path(data_root) / name
         package = "openclipart-png" if name == "openclipart" else "oxygen-icon-theme"
         remedy = f"apt-get install {package}, or pass {ROOT} DIR with DIR/{name}"
-        # A link is a second name of a drawing in another category.
+        # Links are second names of drawings in other categories.
         paths = _pictures(name, root, remedy, links=False)
         variants = CLIPART_VARIANTS
     else:
@@ -119,18 +119,18 @@ def _drawings(
     generator: Generator,
     invert: bool,
 ) -> Tensor:
-    """Round 0 is every picture, the following rounds are variants of every picture."""
+    """Round 0 has every picture, the following rounds have variants of every picture."""
     chosen = torch.randperm(len(paths), generator=generator)[:limit].tolist()
-    # Twice the final size, so that a crop or rotation still has detail.
+    # Twice the final size, so that crops and rotations still have detail.
     double, _ = decode([paths[i] for i in chosen], (2 * size[0], 2 * size[1]), channels, "contain")
     if invert and channels == 1:
         double = _darken_background(double)
-    wanted = limit or variants * len(double)
+    count = limit or variants * len(double)
     rounds = [_shrink(double)]
-    for _ in progress(range(1, math.ceil(wanted / len(double))), "varying pictures"):
+    for _ in progress(range(1, math.ceil(count / len(double))), "varying pictures"):
         order = torch.randperm(len(double), generator=generator)
         rounds.append(torch.cat([_vary(part, generator) for part in double[order].split(1024)]))
-    return torch.cat(rounds)[:wanted]
+    return torch.cat(rounds)[:count]
 
 
 def _to_bytes(images: Tensor) -> Tensor:
@@ -150,13 +150,13 @@ def _darken_background(images: Tensor) -> Tensor:
 
 
 def _vary(double: Tensor, generator: Generator) -> Tensor:
-    """Mirror, rotate by up to 30 degrees, crop to 60-100 %: uint8 [N, C, 2H, 2W] to half size."""
+    """Mirror, rotate by up to 30 degrees, crop to 60-100 % and halve uint8 [N, C, 2H, 2W]."""
     n, channels, height, width = double.shape
     draw = torch.rand(5, n, generator=generator)
     mirror = 1 - 2 * (draw[0] < 0.5).float()
     angle = (draw[1] - 0.5) * math.radians(60)
     zoom = 0.6 + 0.4 * draw[2]
-    shift = (2 * draw[3:] - 1) * (1 - zoom)  # the crop stays within the picture
+    shift = (2 * draw[3:] - 1) * (1 - zoom)  # keeps the crop within the picture
     ratio = height / width  # grid coordinates run from -1 to 1 along both axes
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     theta = torch.stack(
@@ -173,8 +173,7 @@ def _vary(double: Tensor, generator: Generator) -> Tensor:
 
 
 def _photos(root: str | Path | None) -> list[Path]:
-    """Photos of a folder, or that the installed packages ship; nothing of scikit-image is
-    imported."""
+    """Photos of a folder, or of the installed packages, without importing scikit-image."""
     if root is not None:
         return _pictures("photos", root, f"pass {ROOT} DIR with photos, or none")
     shipped = Path(require("sklearn.datasets", "data").__file__).parent / "images"
@@ -194,15 +193,15 @@ def _photos(root: str | Path | None) -> list[Path]:
 def _patches(
     paths: list[Path], count: int, channels: int, size: tuple[int, int], generator: Generator
 ) -> Tensor:
-    """Patches at random places of every photo and of its halvings."""
+    """Patches at random positions of every photo at full, half, quarter ... size."""
     require("PIL.Image", "data")
-    levels = []
+    levels = []  # every photo at every size
     for path in paths:
         try:
             with open_picture(path) as file:
                 check_pixels(file)
                 picture = on_white(to_rgba(file)).convert("L" if channels == 1 else "RGB")
-        except Exception as error:  # a damaged file raises nearly anything
+        except Exception as error:  # a damaged file may raise anything
             raise ValueError(f"{path} cannot be decoded ({error!r}): delete it") from error
         pixels = np.array(picture)
         level = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
@@ -214,11 +213,11 @@ def _patches(
     choice = torch.randint(len(levels), (count,), generator=generator)
     out = torch.empty(count, channels, *size, dtype=torch.uint8)
     for index, level in enumerate(levels):
-        here = (choice == index).nonzero()[:, 0]
+        rows = (choice == index).nonzero()[:, 0]
         windows = level.unfold(1, size[0], 1).unfold(2, size[1], 1)  # a view [C, Y, X, H, W]
-        y = torch.randint(windows.shape[1], (len(here),), generator=generator)
-        x = torch.randint(windows.shape[2], (len(here),), generator=generator)
-        out[here] = windows[:, y, x].transpose(0, 1)
+        y = torch.randint(windows.shape[1], (len(rows),), generator=generator)
+        x = torch.randint(windows.shape[2], (len(rows),), generator=generator)
+        out[rows] = windows[:, y, x].transpose(0, 1)
     return out
 
 

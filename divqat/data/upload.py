@@ -1,4 +1,4 @@
-"""From the host's memory to a device, without waiting for it."""
+"""Copies from the host to a device without a host sync."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; itself if it is there.
+    """``tensor`` on ``device``; the same tensor if it is already there.
 
-    A copy to a GPU from ordinary memory waits until the GPU has done all that it was given. One
-    from pinned memory is put in its queue like a kernel, and the host goes on.
+    A copy from pageable memory waits until the GPU has finished all queued work. A copy from pinned
+    memory is queued like a kernel, and the host continues.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Post-hoc defenses: what a deployed model releases in place of its probabilities."""
+"""Post-hoc defenses: a deployed model releases perturbed answers instead of its probabilities."""
 
 from divqat.defenses.adaptive_misinformation import AdaptiveMisinformation
 from divqat.defenses.calibrate import calibrated, l1_distance
@@ -13,7 +13,7 @@ from divqat.defenses.reverse_sigmoid import ClampedReverseSigmoid, ReverseSigmoi
 from divqat.defenses.stingy import Stingy
 from divqat.defenses.temperature import Temperature
 
-#: By the name that the command line and YAML files know.
+#: Defenses by their name on the command line and in YAML files.
 DEFENSES: dict[str, type[Defense]] = {
     "label": LabelOnly,
     "top": TopK,

@@ -17,7 +17,7 @@ from divqat.victim.runners import logits_function
 def misinformation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """-log(1 - softmax(z)_label), mean over [N, num_classes] logits and int64 [N] labels.
 
-    From the logits, so that it stays finite where the label's probability rounds to 1.
+    Computed from the logits, so that it stays finite if the label's probability rounds to 1.
     """
     # log(1 - p_y) = logsumexp of log p over the other classes
     others = logits.log_softmax(1).scatter(1, labels[:, None], -math.inf)
@@ -26,23 +26,23 @@ def misinformation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveMisinformation(Defense):
-    """Answer with a network that is wrong on purpose where the victim is not sure.
+    """Replace unconfident answers by those of a network that is trained to be wrong.
 
         a = 1 / (1 + exp(nu (s - tau))),    y' = (1 - a) y + a f(x),    s = max_k y_k
 
     Kariyappa, Qureshi: "Defending Against Model Stealing Attacks with Adaptive Misinformation",
     CVPR 2020 (arXiv 1911.07100). :meth:`fit` trains f from scratch on the owner's training set
     to avoid the right class, see :func:`misinformation_loss`. nu, the five epochs and the
-    optimizer are those of Khaled et al., ICMLA 2023; tau is what is varied.
+    optimizer are those of Khaled et al., ICMLA 2023, who vary tau.
 
-    Left out, as there: in the paper the victim itself is trained with outlier exposure, so that s
-    is small on foreign images, and f sees those images as well. A post-hoc defense takes the victim
-    as it is.
+    Deviation, as there: in the paper the victim itself is trained with outlier exposure, so that s
+    is small on foreign images, and f learns from those images, too. A post-hoc defense does not
+    change the victim.
 
     Args:
         tau: answers less confident than this are replaced; above 1 all of them.
-        nu: steepness of the gate. (1000; the authors' code has 10000.)
-        epochs, batch_size, lr: of the training of f.
+        nu: steepness of the gate (default 1000; the authors' code has 10000).
+        epochs, batch_size, lr: settings of the training of f.
     """
 
     keeps_top1: ClassVar[bool] = False
@@ -52,9 +52,9 @@ class AdaptiveMisinformation(Defense):
     nu: float = option(1000.0, "Steepness of the gate.", above=0)
     epochs: int = option(5, "Passes over the training set.", least=1)
     batch_size: int = option(32, "Images per step.", least=1)
-    lr: float = option(0.001, "First learning rate.", above=0)
+    lr: float = option(0.001, "Initial learning rate.", above=0)
 
-    _network: ClassVar[nn.Module | None] = None  # of a fitted one, its own
+    _network: ClassVar[nn.Module | None] = None  # set on the instance by fit
 
     def fit(self, owner: Owner) -> AdaptiveMisinformation:
         fitted = super().fit(owner)
@@ -65,7 +65,7 @@ class AdaptiveMisinformation(Defense):
             batch_size=self.batch_size,
             lr=self.lr,
         )
-        object.__setattr__(fitted, "_network", network)  # frozen are the settings
+        object.__setattr__(fitted, "_network", network)  # the dataclass is frozen
         return fitted
 
     def __call__(self, probs: Tensor, images: Tensor) -> Tensor:

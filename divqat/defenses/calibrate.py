@@ -1,4 +1,4 @@
-"""Bring defenses to the same L1 distance, at which they can be compared."""
+"""Set the strength of defenses to the same L1 distance, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from divqat.defenses.defense import Defense
 
 D = TypeVar("D", bound=Defense)
 
-LARGEST = 2.0**20  # the strength that stands for infinity where a setting has no upper bound
-HALVINGS = 60  # a float64 has no digits left then
+LARGEST = 2.0**20  # stands for infinity in settings without an upper bound
+HALVINGS = 60  # exhausts the precision of float64
 
 
 def l1_distance(a: Tensor, b: Tensor) -> float:
@@ -33,22 +33,22 @@ def l1_distance(a: Tensor, b: Tensor) -> float:
 def calibrated(
     defense: D, probs: Tensor, images: Tensor, l1: float, *, tolerance: float = 1e-3
 ) -> D:
-    """A copy of ``defense`` whose answers are at a mean L1 distance of ``l1`` from the clean ones.
+    """A copy of ``defense`` whose answers have a mean L1 distance of ``l1`` from the clean ones.
 
-    Its ``strength`` setting is found by bisection, as the distance grows with it; all others stay.
-    A defense that has to be fitted has to be fitted already. A few thousand answers are enough,
-    and every step of the search defends all of them.
+    Its ``strength`` setting is found by bisection, as the distance grows with it; all other
+    settings stay. Call ``fit`` first, if the defense needs it. A few thousand answers are enough;
+    every step of the search defends all of them.
 
     Args:
         defense: any with a ``strength``.
         probs: clean answers, float32 [N, num_classes], rows of sum 1.
-        images: what was asked, float32 [N, C, H, W] in [-1, 1].
+        images: the queries, float32 [N, C, H, W] in [-1, 1].
         l1: wanted mean of |y' - y|_1.
-        tolerance: how far from ``l1`` the mean may be.
+        tolerance: largest deviation of the mean from ``l1``.
 
     Raises:
-        ValueError: the defense has no strength, or cannot come within ``tolerance`` of ``l1``; the
-            message tells what it reaches.
+        ValueError: the defense has no strength, or cannot reach ``l1`` within ``tolerance``; the
+            message gives the range that it reaches.
     """
     name = defense.strength
     if name is None:
@@ -58,10 +58,10 @@ def calibrated(
         return l1_distance(_with(defense, name, value)(probs, images), probs)
 
     (setting,) = (field for field in fields(defense) if field.name == name)
-    most = setting.metadata["bounds"].get("at most", LARGEST)
-    low, high = defense.neutral, min(defense.neutral + 1, most)
-    while (reached := distance(high)) < l1 and high < most:
-        low, high = high, min(2 * high, most)
+    largest = setting.metadata["bounds"].get("at most", LARGEST)
+    low, high = defense.neutral, min(defense.neutral + 1, largest)
+    while (reached := distance(high)) < l1 and high < largest:
+        low, high = high, min(2 * high, largest)
     if not 0 <= l1 <= reached + tolerance:
         raise ValueError(
             f"l1: wanted 0 to {reached:.4g}, which {type(defense).__name__} reaches with "
@@ -74,14 +74,14 @@ def calibrated(
             return _with(defense, name, middle)
         low, high = (middle, high) if got < l1 else (low, middle)
     raise ValueError(
-        f"l1: wanted one that {type(defense).__name__} reaches; at {name}={high:g} it jumps from "
-        f"{distance(low):.4g} to {distance(high):.4g}, got {l1:g}"
+        f"l1: wanted a distance that {type(defense).__name__} reaches; at {name}={high:g} it jumps "
+        f"from {distance(low):.4g} to {distance(high):.4g}, got {l1:g}"
     )
 
 
 def _with(defense: D, name: str, value: float) -> D:
-    """A copy with another setting. It keeps what was fitted, unlike ``dataclasses.replace``, and
-    shares no memory of queries."""
+    """A copy with another setting. Unlike ``dataclasses.replace`` it keeps fitted networks, and it
+    does not share remembered queries."""
     changed = copy.deepcopy(defense)
     object.__setattr__(changed, name, value)
     return changed

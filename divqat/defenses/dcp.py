@@ -1,4 +1,4 @@
-"""The defense of Khaled et al., ICMLA 2023: reverse sigmoid where the victim is not sure."""
+"""The defense of Khaled et al., ICMLA 2023: reverse sigmoid on unconfident answers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ class DCP(Defense):
         a = 1 / (1 + exp(nu (s - beta))),    y'_k  ~  y_k - a r_k
 
     with r the clamped reverse sigmoid, see
-    :class:`~divqat.defenses.reverse_sigmoid.ClampedReverseSigmoid`. ``beta`` is its amplitude and
-    the threshold at once. Khaled, Dhaouadi, Gohring de Magalhães, Nicolescu: "Efficient Defense
-    Against Model Stealing Attacks on Convolutional Neural Networks", ICMLA 2023 (arXiv 2309.01838).
-    nu and gamma as in their code, which has gamma 0.1 on CIFAR-100 and 0.2 elsewhere; beta is what
-    they vary. What of the odds is clamped, and that one number serves twice, is known from that
-    code. The most probable class never changes if s > 1/2 and beta, gamma are at most 1; it can
-    otherwise.
+    :class:`~divqat.defenses.reverse_sigmoid.ClampedReverseSigmoid`. ``beta`` is both its amplitude
+    and the threshold. Khaled, Dhaouadi, Gohring de Magalhães, Nicolescu: "Efficient Defense Against
+    Model Stealing Attacks on Convolutional Neural Networks", ICMLA 2023 (arXiv 2309.01838). nu and
+    gamma are those of their code, which has gamma 0.1 on CIFAR-100 and 0.2 elsewhere; they vary
+    beta. The clamping of the odds and the double role of beta come from that code. If s > 1/2 and
+    beta and gamma are at most 1, the most probable class never changes; otherwise it can.
 
     Args:
         beta: threshold and amplitude; above 1 every answer is perturbed.
@@ -37,7 +36,7 @@ class DCP(Defense):
     keeps_top1: ClassVar[bool] = False
     strength: ClassVar[str | None] = "beta"
 
-    beta: float = option(0.9, "Answers less confident than this change, by so much.", least=0)
+    beta: float = option(0.9, "Threshold of confidence, and amplitude of the change.", least=0)
     gamma: float = option(0.2, "How fast the perturbation saturates.", above=0)
     nu: float = option(1000.0, "Steepness of the gate.", above=0)
 

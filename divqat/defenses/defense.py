@@ -1,4 +1,4 @@
-"""What all post-hoc defenses share."""
+"""The interface of all post-hoc defenses."""
 
 from __future__ import annotations
 
@@ -18,48 +18,49 @@ D = TypeVar("D", bound="Defense")
 
 @dataclass(frozen=True, eq=False)
 class Owner:
-    """What the victim's owner has, to set a defense up with."""
+    """The resources of the victim's owner, for fitting a defense."""
 
-    train: LabeledImages  # what the victim learned
-    model: Any  # the victim itself: whatever divqat.evaluate.predict takes
-    build: Callable[[], nn.Module]  # a new network with the victim's inputs and classes
+    train: LabeledImages  # the victim's training set
+    model: Any  # the victim itself, in any form that divqat.metrics.predict takes
+    build: Callable[[], nn.Module]  # creates a network with the victim's inputs and classes
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(Options, ABC):
-    """A defense is its settings: ``Victim(model, defense=defense.fit(owner))`` wears it.
+    """The settings of a defense; use it as ``Victim(model, defense=defense.fit(owner))``.
 
-    Its text (``str``) names the settings, so that results and resumed attacks tell defenses apart.
+    ``str(defense)`` lists the settings, so that results and resumed attacks can distinguish
+    defenses.
 
     Raises:
-        ConfigError: (a ValueError) a setting of a wrong type or out of its range.
+        ConfigError: (a ValueError) a setting has a wrong type or is out of its range.
     """
 
-    #: The setting that the L1 distance to the clean answers grows with; None: there is none.
+    #: Name of the setting with which the L1 distance to the clean answers grows, or None.
     strength: ClassVar[str | None]
-    #: The value of that setting at which the answers stay clean.
+    #: The value of that setting at which answers do not change.
     neutral: ClassVar[float] = 0.0
-    #: Whether an answer depends on what was asked before.
+    #: Whether answers depend on earlier queries.
     remembers: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def keeps_top1(self) -> bool:
-        """Whether the most probable class never changes, ties aside. A class variable where it
+        """Whether the most probable class never changes, except for ties. A class variable if it
         does not depend on the settings."""
 
     def fit(self: D, owner: Owner) -> D:
-        """A copy that is ready to use: networks trained, no memory of earlier queries."""
+        """A copy that is ready to use: with trained networks and without remembered queries."""
         return copy.deepcopy(self)
 
     @abstractmethod
     def __call__(self, probs: Tensor, images: Tensor) -> Tensor:
-        """What is released in place of the probabilities.
+        """The released answers.
 
         Args:
             probs: clean answers, float32 [N, num_classes], rows of sum 1, on the CPU.
-            images: what was asked, float32 [N, C, H, W] in [-1, 1], on the CPU.
+            images: the queries, float32 [N, C, H, W] in [-1, 1], on the CPU.
 
         Returns:
             float32 [N, num_classes], non-negative, rows of sum 1.

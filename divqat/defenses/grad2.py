@@ -16,40 +16,40 @@ from divqat.defenses.simplex import fill
 from divqat.defenses.surrogate import SurrogateDefense
 from divqat.victim import Victim
 
-CHUNK = 32  # images whose gradients of all parameters are in memory at once
+CHUNK = 32  # images whose gradients of all parameters are in memory at the same time
 
 Parameters = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRAD2(SurrogateDefense):
-    """Turn the gradient that an answer gives an attacker towards a direction z.
+    """Redirect the gradient that an attacker gets from an answer towards a direction z.
 
         max_y' <G^T y', z>,   G_k = grad_w log F(x)_k,   y' in the simplex, |y' - y|_1 <= epsilon
 
     Mazeika, Li, Forsyth: "How to Steer Your Adversary: Targeted and Efficient Model Stealing
     Defenses with Gradient Redirection", ICML 2022 (arXiv 2206.14157). F is a surrogate and w all of
     its parameters. The objective is linear in y', so the best answer is found exactly: with the
-    scores c = G z, mass goes from the classes of the lowest scores to the one of the highest.
+    scores c = G z, mass moves from the classes with the lowest scores to the one with the highest.
     The top class may change.
 
-    ``"all-ones"`` is z = (1, …, 1); all scores of an image are then one directional derivative of
-    log F(x). ``"min-ip"`` is z = -G^T y, away from the clean gradient.
+    ``"all-ones"`` is z = (1, …, 1); the scores of an image are then a single directional derivative
+    of log F(x). ``"min-ip"`` is z = -G^T y, away from the clean gradient.
 
     The surrogate learns the victim's clean answers with soft cross-entropy by SGD: learning rate
     0.1, Nesterov momentum 0.9, weight decay 5e-4, batches of 128, for 10 epochs ("ALL-ONES_10" in
     the authors' code). That is :class:`divqat.attacks.KnockoffNets` on the victim.
 
-    Differences to that code: it distills on the attacker's query set, which an owner does not have,
-    here it is the owner's training set; it stops a cosine schedule of 50 epochs after 10, here the
-    schedule ends there. Its z has the size of the victim's parameters, here it is that of the
-    surrogate's. For min-ip it takes the mean clean gradient of a batch, so that an answer depends
-    on what else is asked; here an answer depends on its own image alone.
+    Deviations from that code: it distills on the attacker's query set, which an owner does not
+    have; here it is the owner's training set. It stops a cosine schedule of 50 epochs after 10;
+    here the schedule ends there. Its z has the size of the victim's parameters; here it has that of
+    the surrogate's. For min-ip it takes the mean clean gradient of a batch, so that an answer
+    depends on the other queries; here an answer depends on its own image only.
 
     Args:
         epsilon: see :class:`SurrogateDefense`.
         epochs: of the surrogate on the owner's training set.
-        direction: ``"all-ones"`` or ``"min-ip"``, some three times slower.
+        direction: ``"all-ones"`` or ``"min-ip"``, which is about three times slower.
 
     Raises:
         FloatingPointError: (:meth:`fit`) the surrogate's loss is no longer finite.
@@ -59,7 +59,7 @@ class GRAD2(SurrogateDefense):
 
     epochs: int = option(10, "Passes of the surrogate over the owner's training set.", least=1)
     direction: str = option(
-        "all-ones", "Where the gradient is to point.", choices=("all-ones", "min-ip")
+        "all-ones", "Direction of the gradient.", choices=("all-ones", "min-ip")
     )
 
     def _train(self, network: nn.Module, owner: Owner, seed: int) -> nn.Module:
@@ -87,7 +87,7 @@ def redirect(y: Tensor, scores: Tensor, epsilon: float) -> Tensor:
     order = scores.argsort(1)  # from the worst class to the best
     y = y.gather(1, order)
     others, best = y[:, :-1], y[:, -1:]
-    # the best class gets min(epsilon / 2, all there is), from the worst ones first
+    # the best class gets min(epsilon / 2, 1 - its mass), from the worst classes first
     taken = fill(torch.full_like(best, epsilon / 2), others)
     moved = torch.cat([others - taken, best + taken.sum(1, keepdim=True)], 1)
     return torch.empty_like(y).scatter(1, order, moved)

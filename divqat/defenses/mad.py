@@ -11,49 +11,49 @@ from torch import Tensor, nn
 from divqat._util.settings import option
 from divqat.defenses.surrogate import SurrogateDefense
 
-MOST_ENUMERATED = 10  # classes up to which all argmax-preserving vertices are tried
-MARGIN = 1e-5  # that the top class of such a vertex is ahead, before it is scaled to sum 1
+MOST_ENUMERATED = 10  # largest number of classes for which all argmax-preserving vertices are tried
+MARGIN = 1e-5  # lead of the top class of such a vertex, before it is scaled to sum 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAD(SurrogateDefense):
-    """Turn the gradient that an answer gives an attacker as far away as the L1 ball allows.
+    """Turn the gradient that an attacker gets from an answer as far as the L1 ball allows.
 
         max_y' |u / |u| - v / |v||²,    u = G^T y',   v = G^T y,   G_k = grad_w log F(x)_k
 
     Orekondy, Schiele, Fritz: "Prediction Poisoning: Towards Defenses Against DNN Model Stealing
     Attacks", ICLR 2020 (arXiv 1906.10908), section 4. As there, F is a surrogate with random
-    weights and w the weights of its last layer; the best vertex y* of the allowed region is
-    searched, and the answer moves towards it until it leaves the L1 ball (the line search; the
+    weights and w the weights of its last layer. The best vertex y* of the allowed region is
+    searched, and the answer moves towards it to the border of the L1 ball (the line search; the
     angle grows on the way). Vertices are the one-hot rows, or with ``argmax_preserving`` the rows
-    that are uniform over a set of classes with the top one among them ("MAD-argmax"): all such
-    sets up to 10 classes, beyond that a greedy search that adds the best class again and again.
+    that are uniform over a set of classes that contains the top one ("MAD-argmax"): all such sets
+    for up to 10 classes, beyond that a greedy search that repeatedly adds the best class.
 
     The surrogate has to end in a linear layer. Then G_k is (e_k - p) times its input features,
     p = softmax(F(x)), and the angle between u and v is that between y' - p and y - p: features and
-    biases drop out, and no gradient has to be computed.
+    biases cancel, and no gradient has to be computed.
 
-    The objective is the paper's. The authors' code by default ranks vertices by |u - v| instead,
-    in which p drops out too: it always moves to the least likely class. The code of Mazeika et al.
+    The objective is the paper's. The authors' code by default ranks vertices by |u - v| instead, in
+    which p cancels, too: it always moves to the least likely class. The code of Mazeika et al.
     (ICML 2022) maximizes 1 - cos(u, v), half of the objective, but does not stop at y*.
 
     Args:
         epsilon: see :class:`SurrogateDefense`.
-        argmax_preserving: the top class stays.
+        argmax_preserving: keep the top class.
     """
 
-    argmax_preserving: bool = option(False, "The most probable class stays.")
+    argmax_preserving: bool = option(False, "Keep the most probable class.")
 
     @property
     def keeps_top1(self) -> bool:
-        """Whether the most probable class never changes, ties aside."""
+        """Whether the most probable class never changes, except for ties."""
         return self.argmax_preserving
 
     def _poison(self, surrogate: nn.Module, y: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
             p = surrogate(images).double().softmax(1).cpu()  # [N, K]
         y = y.double()
-        # top class first, and the lower index first where classes tie
+        # top class first; ties go to the lower index
         order = y.sort(dim=1, descending=True, stable=True).indices
         best = self._vertices(y.gather(1, order), p.gather(1, order))
         target = torch.empty_like(y).scatter(1, order, best)
@@ -77,18 +77,18 @@ class MAD(SurrogateDefense):
 
 
 def _best(v: Tensor, p: Tensor, sets: Tensor) -> Tensor:
-    """Of ``sets``, 0 or 1 [M, K], the one for each row of v and p [N, K]: [N, K] of 0 or 1."""
+    """The best of ``sets`` (0 or 1, [M, K]) for each row of v and p [N, K]: 0 or 1, [N, K]."""
     sets = sets.to(v)
     return sets[_cosines(v, p, v @ sets.T, p @ sets.T, sets.sum(1)).argmin(1)]
 
 
 def _greedy(v: Tensor, p: Tensor) -> Tensor:
-    """A set with the first class for each row of v and p [N, K]: [N, K] of 0 or 1."""
+    """A set that contains the first class, for each row of v and p [N, K]: 0 or 1, [N, K]."""
     chosen = torch.zeros_like(v)
     chosen[:, 0] = 1
     best, least = chosen, _cosines(v, p, v[:, :1], p[:, :1], 1)
     for size in range(2, v.shape[1] + 1):
-        in_v, in_p = ((chosen * each).sum(1, keepdim=True) + each for each in (v, p))
+        in_v, in_p = ((chosen * x).sum(1, keepdim=True) + x for x in (v, p))
         cosines = _cosines(v, p, in_v, in_p, size).masked_fill(chosen > 0, math.inf)
         cosine, k = cosines.min(1, keepdim=True)
         chosen = chosen.scatter(1, k, 1.0)
@@ -106,7 +106,7 @@ def _cosines(v: Tensor, p: Tensor, in_v: Tensor, in_p: Tensor, size: Tensor | in
         size: of the sets, [M] or one for all.
 
     Returns:
-        [N, M]. |v| is left in: it is the same for all sets of a row, and may be 0.
+        [N, M]. The factor |v| remains: it is the same for all sets of a row, and may be 0.
     """
     # <u, v> = sum_S v / s - <p, v>,    |u|² = 1 / s - 2 sum_S p / s + |p|²
     inner = in_v / size - (p * v).sum(1, keepdim=True)

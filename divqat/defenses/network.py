@@ -1,4 +1,4 @@
-"""Train a network that a defense needs beside the victim."""
+"""Train a network that a defense needs besides the victim."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from divqat._util.progress import progress
 from divqat._util.seeds import derived_seed
-from divqat.data.batches import batches, steps_of
+from divqat.data.batches import batches, steps_per_epoch
 from divqat.defenses.defense import Owner
 
 
@@ -22,16 +22,16 @@ def train_network(
     batch_size: int,
     lr: float,
 ) -> nn.Module:
-    """A network of the owner's that has learned the owner's training set from scratch.
+    """Train a network of the owner from scratch on the owner's training set.
 
-    SGD with Nesterov momentum 0.9 and weight decay 5e-4, the learning rate falling to 0 along a
-    cosine, step by step. Initial weights, order and dropout follow from ``owner.seed``; the global
-    generators are left as they were.
+    SGD with Nesterov momentum 0.9 and weight decay 5e-4; in every step the learning rate follows a
+    cosine to 0. Initial weights, order and dropout depend on ``owner.seed``; the state of the
+    global generators is restored.
 
     Args:
-        owner: whose ``build`` makes the network, and decides on the device.
+        owner: its ``build`` creates the network, on the device for training.
         loss: from logits [B, num_classes] and labels int64 [B] to a mean [].
-        epochs, batch_size, lr: of the training; nothing is learned in 0 epochs.
+        epochs, batch_size, lr: of the training; with 0 epochs nothing is learned.
 
     Returns:
         The network in eval mode.
@@ -39,7 +39,7 @@ def train_network(
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
-    # Not the owner's seed itself: a clone made with the same one would begin with these weights.
+    # Not the owner's seed itself: a clone with the same seed would start from these weights.
     seed = derived_seed(owner.seed, "defense")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -49,7 +49,7 @@ def train_network(
         optimizer = torch.optim.SGD(
             network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
-        steps, drop_last = steps_of(len(owner.train), batch_size)
+        steps, drop_last = steps_per_epoch(len(owner.train), batch_size)
         schedule = CosineAnnealingLR(optimizer, epochs * steps)
         for epoch in range(epochs):
             total = torch.zeros((), device=device)

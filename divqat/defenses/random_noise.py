@@ -1,4 +1,4 @@
-"""Random perturbation of the answers, the baseline of all that choose theirs."""
+"""Random perturbation of the answers, the baseline of defenses that choose a perturbation."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class RandomNoise(Defense):
         y' = (1 - epsilon / 2) y + (epsilon / 2) e_j,    |y' - y|_1 = epsilon (1 - y_j) <= epsilon
 
     The baseline "Random" of Mazeika, Li, Forsyth, "How to Steer Your Adversary", ICML 2022 and of
-    Khaled et al., ICMLA 2023. They draw j anew for every answer, and whoever asks again averages
-    the noise away. Here j is a keyed hash of the image in 8 bits: the same image, or one that
-    differs by less than a gray level can show, always gets the same class. An image that really
-    differs, were it by one pixel, gets a draw of its own. The most probable class can change, and
-    does in any case for epsilon > 2 s / (1 + s), where s is its probability.
+    Khaled et al., ICMLA 2023. They draw j anew for every answer, so that repeated queries average
+    the noise out. Here j is a keyed hash of the image in 8 bits: the same image, or one that
+    differs by less than a grey level, always gets the same class. An image that differs in one
+    pixel gets another draw. The most probable class can change, and always does for
+    epsilon > 2 s / (1 + s), where s is its probability.
 
     Args:
         epsilon: bound of the L1 distance, 0 to 2.
-        seed: the key of the hash; keep it secret.
+        seed: key of the hash; keep it secret.
     """
 
     keeps_top1: ClassVar[bool] = False
     strength: ClassVar[str | None] = "epsilon"
 
     epsilon: float = option(0.5, "Bound of the L1 distance.", least=0, most=2)
-    seed: int = option(0, "Secret that the random classes follow from.", least=0)
+    seed: int = option(0, "Secret seed of the random classes.", least=0)
 
     def __call__(self, probs: Tensor, images: Tensor) -> Tensor:
         # j = top + d mod C with d uniform over 1 ... C - 1

@@ -1,4 +1,4 @@
-"""Moving mass between the classes of an answer."""
+"""Distribution of mass over the classes of an answer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def fill(
     mass: Tensor,  # [N, 1]
     room: Tensor,  # [N, K], non-negative
 ) -> Tensor:  # [N, K]
-    """How much each class gets when the first is filled up first, then the second, and so on.
+    """The mass that each class gets if the first is filled up first, then the second, and so on.
 
-    Rows sum to ``mass``, or to that of ``room`` where this is less; a negative mass counts as 0.
+    Rows sum to ``mass``, or to the sum of ``room`` if that is less; a negative mass counts as 0.
     """
     return (mass - (room.cumsum(1) - room)).clamp(min=0).minimum(room)

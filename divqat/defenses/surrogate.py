@@ -1,4 +1,4 @@
-"""What defenses share that poison the gradients of an attacker whose network they do not know."""
+"""The common part of defenses that poison the gradients of an unknown attacker's network."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from divqat.defenses.defense import Defense, Owner
 
 S = TypeVar("S", bound="SurrogateDefense")
 
-BATCH = 256  # images that the surrogate sees at once
+BATCH = 256  # images per forward pass of the surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurrogateDefense(Defense):
-    """A defense that computes gradients of a network of the owner's, the surrogate, in eval mode.
+    """A defense that computes gradients of a surrogate, a network of the owner, in eval mode.
 
-    :meth:`fit` makes it; its weights follow from the owner's seed.
+    :meth:`fit` creates the surrogate; its weights depend on the owner's seed.
 
     Args:
-        epsilon: most that an answer may differ from the clean one: |y' - y|_1, 0 to 2. (The papers
-            show whole curves; 1 is what the code of Tang et al., USENIX Security 2024, has.)
+        epsilon: bound of |y' - y|_1, 0 to 2. (The papers show whole curves; 1 is from the code of
+            Tang et al., USENIX Security 2024.)
     """
 
     strength: ClassVar[str | None] = "epsilon"
 
     epsilon: float = option(1.0, "Largest L1 distance to the clean answer.", least=0, most=2)
 
-    _surrogate: ClassVar[nn.Module | None] = None  # of a fitted one, its own
+    _surrogate: ClassVar[nn.Module | None] = None  # set on the instance by fit
 
     def fit(self: S, owner: Owner) -> S:
         fitted = super().fit(owner)
-        # Not the owner's seed itself: an attacker's clone that starts from the same one would have
-        # the very weights of the surrogate.
+        # Not the owner's seed itself: an attacker's clone with the same seed would start from the
+        # weights of the surrogate.
         seed = derived_seed(owner.seed, "surrogate")
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             network = owner.build()
         surrogate = self._train(network, owner, seed).eval().requires_grad_(False)
-        object.__setattr__(fitted, "_surrogate", surrogate)  # frozen are the settings
+        object.__setattr__(fitted, "_surrogate", surrogate)  # the dataclass is frozen
         return fitted
 
     def _train(self, network: nn.Module, owner: Owner, seed: int) -> nn.Module:
-        """The surrogate, made of one with random weights."""
+        """The surrogate, from a network with random weights; here unchanged."""
         return network
 
     def __call__(self, probs: Tensor, images: Tensor) -> Tensor:
@@ -67,4 +67,4 @@ class SurrogateDefense(Defense):
         y: Tensor,  # float32 [N, num_classes] on the CPU
         images: Tensor,  # float32 [N, C, H, W] on the surrogate's device
     ) -> Tensor:  # [N, num_classes] on the CPU
-        """What is released in place of clean answers ``y``."""
+        """The released answers for clean answers ``y``."""

@@ -1,4 +1,4 @@
-"""Output temperature: the simplest change of confidence."""
+"""Output temperature, the simplest change of confidence."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Temperature(Defense):
     """softmax(z / T) of the victim's logits z: softer answers for T above 1, sharper ones below.
 
     (Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section
-    4.2, who fit T to calibrate.) The control for what a change of confidence alone is worth: an
-    attacker who knows T undoes it. A class whose float32 probability is 0 keeps 0. The order of the
-    classes stays, but a large T can leave probabilities apart by less than float32 can tell.
+    4.2, who fit T to calibrate.) It is the control for the effect of a change of confidence alone:
+    an attacker who knows T can invert it. A class whose float32 probability is 0 keeps 0. The order
+    of the classes stays, but with a large T probabilities may become equal in float32.
     """
 
     keeps_top1: ClassVar[bool] = True
@@ -28,5 +28,5 @@ class Temperature(Defense):
     temperature: float = option(2.0, "T; 1 changes nothing.", above=0)
 
     def __call__(self, probs: Tensor, images: Tensor) -> Tensor:
-        # y' = softmax(log(y) / T), the same as softmax(z / T): log y is z less a constant
+        # y' = softmax(log(y) / T), the same as softmax(z / T): log y is z minus a constant
         return (probs.log() / self.temperature).softmax(1)

@@ -1,4 +1,4 @@
-"""How extractable is a model? Victims behind defenses, attacked in every way.
+"""How extractable is a model? Attack every victim, behind every defense, with every attack.
 
 Example:
     >>> from divqat.evaluate import Grid, Subject, evaluate

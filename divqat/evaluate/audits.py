@@ -1,4 +1,4 @@
-"""Questions that an evaluation has to answer before its numbers mean anything."""
+"""Checks that an evaluation has to pass before its numbers mean anything."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from divqat.evaluate.results import HARD, SOFT, Cell, Evaluation, Released, best
 from divqat.evaluate.specs import CONTROL, UNDEFENDED, is_control, owns, steals
 from divqat.evaluate.tables import floor
 
-ACCURACY_LOSS = 0.005  # a defense may cost so much accuracy before it is flagged
-AGREEMENT = 0.99  # of the fake-quantized and the exported model
+ACCURACY_LOSS = 0.005  # a defense that costs more accuracy is flagged
+AGREEMENT = 0.99  # least argmax agreement of the fake-quantized and the exported model
 ABOVE_CHANCE = 0.1  # an attack that gains less on plain QAT is too weak to test a defense
 SEEDS = 3
-NEAR_CHANCE = 0.1  # a clone of shuffled answers may be better than chance by so much
+NEAR_CHANCE = 0.1  # a clone of shuffled answers may be at most this much better than chance
 
 
 @dataclass(frozen=True)
 class Audit:
-    """One question, whether the answer is the wanted one, and the numbers behind it."""
+    """One check: what it asserts, whether that holds, and the numbers behind it."""
 
     name: str
     ok: bool
@@ -29,24 +29,30 @@ class Audit:
 
 
 def audits(result: Evaluation) -> list[Audit]:
-    """All audits of an evaluation; what was not measured counts as not ok."""
+    """All audits of an evaluation; a check whose numbers were not measured is not ok."""
     done = [row for row in result.released if not row.unreachable]
-    found = [_seeds(result), _control(result), _attacks(result), _works(result), _chance(result)]
-    found += _owned(result)
+    checks = [
+        _seeds(result),
+        _control(result),
+        _attacks(result),
+        _effective(result),
+        _chance(result),
+    ]
+    checks += _labels_alone(result)
     for field, name, good in (
         ("deterministic", "victims are deterministic, in eval mode", "same images, same answers"),
         ("distributions", "answers are distributions", "non-negative, sum 1"),
     ):
         bad = [row for row in done if getattr(row, field) is not True]
-        found.append(Audit(name, bool(done) and not bad, f"not {_names(bad)}" if bad else good))
-    found += [_deployed(result), _budget(result), _overlap(result), _epochs(result)]
-    return found + _costs(result) + _floors(result)
+        checks.append(Audit(name, bool(done) and not bad, f"not {_names(bad)}" if bad else good))
+    checks += [_deployed(result), _budget(result), _overlap(result), _epochs(result)]
+    return checks + _costs(result) + _floors(result)
 
 
 def _seeds(result: Evaluation) -> Audit:
     counts = [len(_seeds_of(result, *pair)) for pair in result.pairs()]
     least = min(counts, default=0)
-    return Audit("seeds", least >= SEEDS, f"at least {least}; a spread wants {SEEDS}")
+    return Audit("seeds", least >= SEEDS, f"at least {least}; a spread needs {SEEDS}")
 
 
 def _seeds_of(result: Evaluation, victim: str, defense: str) -> set[int]:
@@ -54,9 +60,10 @@ def _seeds_of(result: Evaluation, victim: str, defense: str) -> set[int]:
 
 
 def _control(result: Evaluation) -> Audit:
-    found = result.select(result.released, victim=result.control, defense=UNDEFENDED)
+    controls = result.select(result.released, victim=result.control, defense=UNDEFENDED)
     name = "a control without a defense is in the table"
-    return Audit(name, bool(found), _names(found) if found else "no victim of method qat")
+    detail = _names(controls) if controls else "no victim of method qat"
+    return Audit(name, bool(controls), detail)
 
 
 def _attacks(result: Evaluation) -> Audit:
@@ -76,11 +83,11 @@ def _attacks(result: Evaluation) -> Audit:
     return Audit("attacked from soft and from hard answers", not bad and bool(result.cells), detail)
 
 
-def _works(result: Evaluation) -> Audit:
+def _effective(result: Evaluation) -> Audit:
     best = [
         cell
         for victim in dict.fromkeys(row.victim for row in result.released)
-        for cell in result.per_seed(victim, UNDEFENDED, _best_from_answers)
+        for cell in result.per_seed(victim, UNDEFENDED, _best_without_labels)
     ]
     name = "the attack works on an undefended victim"
     if not best:
@@ -90,13 +97,13 @@ def _works(result: Evaluation) -> Audit:
     return Audit(name, accuracy >= result.chance + ABOVE_CHANCE, detail)
 
 
-def _best_from_answers(cells: list[Cell]) -> Cell | None:
-    """The best attack that has nothing but answers: others might owe their clone to labels."""
+def _best_without_labels(cells: list[Cell]) -> Cell | None:
+    """The best attack without labeled images: with them, a clone may owe its accuracy to labels."""
     return best_of([cell for cell in cells if not owns(cell.attack)])
 
 
-def _owned(result: Evaluation) -> list[Audit]:
-    """Whether it is known how far labels alone get a thief who owns some."""
+def _labels_alone(result: Evaluation) -> list[Audit]:
+    """Whether the accuracy that an attacker's labeled images give without the victim is known."""
     attacks = [attack for attack in result.grid["attacks"] if steals(attack) and owns(attack)]
     alone = [cell.accuracy for cell in result.cells if not steals(cell.attack)
              and owns(cell.attack) and not is_control(cell.attack)]  # fmt: skip
@@ -104,19 +111,19 @@ def _owned(result: Evaluation) -> list[Audit]:
     if best is None:
         return []
     detail = f"{mean(alone):.1%} without a query" if alone else "not tried: add labeled-only"
-    name = "what owned images teach without the victim is known"
+    name = "the baseline without the victim is known"
     return [Audit(name, bool(alone), f"{detail}; best clone that starts from them {best:.1%}")]
 
 
 def _chance(result: Evaluation) -> Audit:
     controls = [cell for cell in result.cells if is_control(cell.attack)]
-    found = [cell.accuracy for cell in controls if not owns(cell.attack)]  # labels do teach
+    values = [cell.accuracy for cell in controls if not owns(cell.attack)]  # labels alone teach
     name = "answers to other images teach nothing"
-    if not found:
+    if not values:
         detail = f"not tried: add the attack knockoff:reading={CONTROL}"
         return Audit(name, False, detail)
-    detail = f"clones of shuffled answers {mean(found):.1%}, chance {result.chance:.1%}"
-    return Audit(name, mean(found) <= result.chance + NEAR_CHANCE, detail)
+    detail = f"clones of shuffled answers {mean(values):.1%}, chance {result.chance:.1%}"
+    return Audit(name, mean(values) <= result.chance + NEAR_CHANCE, detail)
 
 
 def _deployed(result: Evaluation) -> Audit:
@@ -138,8 +145,8 @@ def _budget(result: Evaluation) -> Audit:
 def _overlap(result: Evaluation) -> Audit:
     detail = ", ".join(f"{count} {name}" for name, count in result.overlap.items()) or "not checked"
     owned = any(owns(cell.attack) for cell in result.cells)
-    mine = ("queries", "validation") if owned else ("queries",)  # what clones were trained on
-    counts = {name: count for name, count in result.overlap.items() if name.startswith(mine)}
+    sets = ("queries", "validation") if owned else ("queries",)  # that clones were trained on
+    counts = {name: count for name, count in result.overlap.items() if name.startswith(sets)}
     unknown = {"queries in train", "queries in test"} - set(result.overlap)
     if unknown:
         detail += f"; not compared, as the set is streamed: {', '.join(sorted(unknown))}"
@@ -156,13 +163,14 @@ def _epochs(result: Evaluation) -> Audit:
 
 
 def _costs(result: Evaluation) -> list[Audit]:
-    """Whether each victim and defense keeps the accuracy of the undefended control, by seed."""
+    """Whether each victim behind each defense keeps the accuracy of the undefended control,
+    compared seed by seed."""
     control = {
         row.seed: row.accuracy
         for row in result.select(result.released, victim=result.control, defense=UNDEFENDED)
         if row.accuracy is not None
     }
-    found = []
+    checks = []
     for victim, defense in result.pairs():
         rows = result.select(result.released, victim=victim, defense=defense)
         losses = [
@@ -173,21 +181,21 @@ def _costs(result: Evaluation) -> list[Audit]:
         if losses and (victim, defense) != (result.control, UNDEFENDED):
             detail = f"{-100 * mean(losses):+.2f} points, -{100 * ACCURACY_LOSS} allowed"
             name = f"{victim} behind {defense} keeps the accuracy of {result.control}"
-            found.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
-    return found
+            checks.append(Audit(name, mean(losses) <= ACCURACY_LOSS, detail))
+    return checks
 
 
 def _floors(result: Evaluation) -> list[Audit]:
     lowest = floor(result)
-    found = []
+    checks = []
     for victim, defense in result.pairs():
         best = result.per_seed(victim, defense, best_of)
         if lowest is not None and best and (victim, defense) != (result.control, UNDEFENDED):
             accuracy = mean(cell.accuracy for cell in best)
             detail = f"best of all attacks {accuracy:.1%}, floor {lowest:.1%}"
             name = f"{victim} behind {defense} beats showing labels only"
-            found.append(Audit(name, accuracy < lowest, detail))
-    return found
+            checks.append(Audit(name, accuracy < lowest, detail))
+    return checks
 
 
 def _names(rows: list[Released]) -> str:

@@ -20,12 +20,13 @@ CURVE_IMAGES = 2000  # test images that every epoch's clone is measured on
 
 
 class Curve:
-    """Watches a clone's test accuracy; what an interrupted attack has seen is kept in ``file``."""
+    """Records the test accuracy of a clone after every epoch; ``file`` keeps the values of an
+    interrupted attack."""
 
     def __init__(self, file: Path, test: ImageSet) -> None:
         self.file, self.test = file, test.subset(slice(CURVE_IMAGES))
-        found = read_json(file, (dict, list)) if file.is_file() else []
-        self.values: list[float] = found["values"] if isinstance(found, dict) else found
+        stored = read_json(file, (dict, list)) if file.is_file() else []
+        self.values: list[float] = stored["values"] if isinstance(stored, dict) else stored
 
     def __call__(self, clone: nn.Module, count: int) -> None:
         value = accuracy(predict(clone, self.test), self.test.labels)
@@ -40,17 +41,18 @@ def run_attack(
     :class:`divqat.evaluate.results.Cell`.
 
     Args:
-        attack: an attack that wants to know the defense (it has ``against``) is told,
-            and so is one that wants to know the decoy.
+        attack: one with a method ``against`` gets to know the defense, and
+            :class:`divqat.attacks.KnownDecoy` the decoy.
         defended: the victim.
-        clone: with its first weights.
+        clone: the surrogate, with its initial weights.
         holdout: the attacker's labeled images.
-        work: keeps the checkpoints.
+        work: the folder for the checkpoints.
     """
     deployed = defended.deployed
     test = deployed.test
     if defended.defense is not None and defended.defense.remembers:
-        shutil.rmtree(work, ignore_errors=True)  # half of the answers, and a defense of none
+        # The stored answers are of no use: this copy of the defense has forgotten those queries.
+        shutil.rmtree(work, ignore_errors=True)
     if hasattr(attack, "against"):
         attack = attack.against(copy.deepcopy(defended.defense))
     if isinstance(attack, KnownDecoy):

@@ -1,4 +1,4 @@
-"""Plots of trainings: their curves, what a budget costs and keeps, the noise of each layer."""
+"""Plots of trainings: curves, accuracy budget, quantization noise of each layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from divqat._util.bounds import MAX_TABLE, check_file
 from divqat._util.figures import COLORS, colors, save_plot
 from divqat._util.files import check_beside
 
-# Columns of metrics.csv and the label of their axis.
+# Columns of metrics.csv and the labels of their axes.
 CURVES = {
     "validation_accuracy": "validation accuracy (%)",
     "ce": "cross-entropy (nats)",
@@ -21,15 +21,15 @@ CURVES = {
     "misled": "proxies answered as misled (%)",
 }
 IN_PERCENT = ("validation_accuracy", "misled")
-Values = list[tuple[float, float]]  # of one curve: (epoch, value)
+Values = list[tuple[float, float]]  # the points of one curve: (epoch, value)
 
 
 def training_curves(files: dict[str, list[Path]], path: Path) -> Path | None:
     """Accuracy, cross-entropy, divergence and mean top probability over the epochs.
 
     Args:
-        files: the ``metrics.csv`` of every seed by victim name, with a column ``epoch`` and those
-            of ``CURVES``; columns and values that are missing are left out.
+        files: by victim name, the ``metrics.csv`` of every seed, with a column ``epoch`` and those
+            of ``CURVES``; missing columns and values are skipped.
         path: the PNG to write.
 
     Returns:
@@ -66,10 +66,11 @@ def training_curves(files: dict[str, list[Path]], path: Path) -> Path | None:
 
 
 def budget_path(budget: dict[str, Any], path: Path) -> Path:
-    """What the way back to undefended weights costs and keeps.
+    """Validation accuracy and misled proxies on the line from the reference's weights to the
+    defended ones.
 
     Args:
-        budget: of a ``summary.json``.
+        budget: the entry ``budget`` of a ``summary.json``.
         path: the PNG to write.
 
     Raises:
@@ -93,8 +94,9 @@ def budget_path(budget: dict[str, Any], path: Path) -> Path:
 
 
 def layer_sqnr(layers: dict[str, list[tuple[str, float]]], path: Path) -> Path | None:
-    """Signal to quantization noise of every layer: (layer, dB) by victim; see
-    :func:`training_curves` for the arguments and errors."""
+    """The signal to quantization noise ratio (SQNR) of every layer: (layer, dB) by victim.
+
+    Arguments and errors are those of :func:`training_curves`."""
     names = list(dict.fromkeys(name for rows in layers.values() for name, _ in rows))
     if not names:
         return None
@@ -143,5 +145,5 @@ def _read_curves(path: Path) -> dict[str, Values]:
                         scale = 100 if column in IN_PERCENT else 1
                         curves.setdefault(column, []).append((float(row["epoch"]), scale * value))
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of epochs: {error!r}") from error
+        raise ValueError(f"{path} is not a table of epochs: {error!r}") from error
     return curves

@@ -1,4 +1,4 @@
-"""A deployed model behind a defense, and what that releases."""
+"""A deployed model behind a defense, and the answers that it releases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from divqat.evaluate.subject import Deployed
 from divqat.metrics import Confidence, accuracy, are_distributions, fidelity
 from divqat.victim import Victim
 
-CALIBRATION_IMAGES = 2048  # queries that a strength is chosen on
+CALIBRATION_IMAGES = 2048  # queries on which the strength of a defense is chosen
 DETERMINISM_IMAGES = 256
 
 
@@ -30,28 +30,29 @@ class OutOfReach(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Defended:
-    """A model that releases what ``defense`` makes of its probabilities."""
+    """A model whose probabilities pass through ``defense`` before they are released."""
 
     deployed: Deployed
     defense: Defense | None
 
     def victim(self, query_budget: int | None = None) -> Victim:
-        """The black box; a defense that remembers queries has seen none."""
+        """The black box, with a copy of the defense that remembers no queries."""
         model, defense = self.deployed.model, copy.deepcopy(self.defense)
         return Victim(model, defense=defense, query_budget=query_budget)
 
     @functools.cached_property
     def test_answers(self) -> Tensor:
-        """What is released for the test images: [N, num_classes]."""
+        """The released answers to the test images, [N, num_classes]."""
         return self.release(self.deployed.test.images, self.deployed.test_logits)
 
     def release(self, images: Tensor, logits: Tensor) -> Tensor:
-        """What is released for uint8 ``images`` with these ``logits``, both of N rows: [N, C]."""
+        """The answers released for uint8 ``images`` with these ``logits``, both of N rows:
+        [N, num_classes]."""
         probs, defense = logits.softmax(1), copy.deepcopy(self.defense)
         if defense is None:
             return probs
-        parts = zip(probs.split(256), images.split(256), strict=True)
-        return torch.cat([defense(part, to_float(some)) for part, some in parts])
+        batches = zip(probs.split(256), images.split(256), strict=True)
+        return torch.cat([defense(p, to_float(x)) for p, x in batches])
 
     def measure(self) -> dict[str, Any]:
         """The measured fields of :class:`divqat.evaluate.results.Released`."""
@@ -60,9 +61,9 @@ class Defended:
         start = time.perf_counter()
         released = [self.test_answers, self.release(deployed.queries, deployed.model.logits)]
         seconds = time.perf_counter() - start
-        # Of the model itself: one that knows its answers gives the same ones for certain.
+        # The model itself: one with cached answers would be deterministic in any case.
         victim = Victim(deployed.subject.model, defense=copy.deepcopy(self.defense))
-        some = to_float(deployed.queries[:DETERMINISM_IMAGES])
+        repeated = to_float(deployed.queries[:DETERMINISM_IMAGES])
         return {
             "settings": str(self.defense or "none"),
             "accuracy": accuracy(clean[0], labels),
@@ -73,7 +74,7 @@ class Defended:
             "l1_queries": l1_distance(released[1], clean[1]),
             "microseconds": 1e6 * seconds / sum(map(len, released)) if self.defense else 0.0,
             "distributions": all(map(are_distributions, released)),
-            "deterministic": torch.equal(victim(some), victim(some)),
+            "deterministic": torch.equal(victim(repeated), victim(repeated)),
             "test": asdict(Confidence.of(released[0])),
             "queries": asdict(Confidence.of(released[1])),
         }
@@ -87,9 +88,10 @@ def defend(
     seed: int,
     fitted: dict[str, Defense],
 ) -> Defended:
-    """Set the defense of a spec up, at the wanted L1 distance on the queries if it names one.
+    """Fit the defense of a spec, with the strength that gives the spec's L1 distance, if any.
 
-    ``fitted`` keeps defenses before their strength is chosen: networks are trained once for all.
+    ``fitted`` caches fitted defenses, before their strength is chosen, so that their networks are
+    trained only once.
 
     Raises:
         ConfigError: see :func:`divqat.evaluate.specs.make_defense`.
@@ -105,10 +107,10 @@ def defend(
             fitted[key] = defense.fit(Owner(train, deployed.model, build, seed))
     defense = copy.deepcopy(fitted[key])
     if l1 is not None:
-        some = deployed.queries[:CALIBRATION_IMAGES]
-        probs = deployed.model.logits[: len(some)].softmax(1)
+        images = deployed.queries[:CALIBRATION_IMAGES]
+        probs = deployed.model.logits[: len(images)].softmax(1)
         try:
-            defense = calibrated(defense, probs, to_float(some), l1)
+            defense = calibrated(defense, probs, to_float(images), l1)
         except ValueError as error:
             raise OutOfReach(str(error)) from error
     return Defended(deployed, defense)

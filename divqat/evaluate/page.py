@@ -39,13 +39,13 @@ class Section:
 
 
 def escape(text: str) -> str:
-    """What other people wrote may be in any text."""
+    """Text for HTML: any of it may come from other people."""
     return escape_html(printable(text))
 
 
 def write_page(folder: Path, title: str, sections: list[Section]) -> Path:
-    """Write ``folder/report.md``, which shows the plots' files, and ``folder/report.html``, which
-    needs nothing else; returns the latter."""
+    """Write ``folder/report.md``, which links the plots, and ``folder/report.html``, which is
+    self-contained; returns the path of the latter."""
     write_text(folder / "report.md", _markdown(title, sections, folder))
     return write_text(folder / "report.html", _html(title, sections))
 

@@ -1,4 +1,4 @@
-"""Plots of an evaluation; see :func:`divqat.evaluate.plots.save_plot` for the errors."""
+"""Plots of an evaluation; :func:`divqat._util.figures.save_plot` lists the errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WHISKER = {"ecolor": "#909090", "capsize": 2, "lw": 1}
 
 
 def front(result: Evaluation, path: Path) -> Path | None:
-    """The trade-off: accuracy of what is released against that of the best clone."""
+    """The trade-off: accuracy of the released answers against accuracy of the best clone."""
     points = {}
     for victim, defense in result.pairs():
         rows = result.select(result.released, victim=victim, defense=defense)
-        theirs = [100 * cell.accuracy for cell in result.per_seed(victim, defense, best_of)]
-        ours = [100 * row.released_accuracy for row in rows if row.released_accuracy is not None]
-        if ours and theirs:
-            points[victim, defense] = (theirs, ours)
+        clones = [100 * cell.accuracy for cell in result.per_seed(victim, defense, best_of)]
+        answers = [100 * row.released_accuracy for row in rows if row.released_accuracy is not None]
+        if answers and clones:
+            points[victim, defense] = (clones, answers)
     if not points:
         return None
     defenses = list(dict.fromkeys(defense for _, defense in points))
@@ -37,9 +37,10 @@ def front(result: Evaluation, path: Path) -> Path | None:
     def draw(figure: Any) -> None:
         ax = figure.subplots()
         markers = {defense: _marker(i) for i, defense in enumerate(defenses)}
-        for (victim, defense), (theirs, ours) in points.items():
+        for (victim, defense), (clones, answers) in points.items():
             ax.errorbar(
-                mean(theirs), mean(ours), _std(ours), _std(theirs), ls="", color=victims[victim],
+                mean(clones), mean(answers), _std(answers), _std(clones), ls="",
+                color=victims[victim],
                 ecolor="#b0b0b0", elinewidth=1, **markers[defense],
             )  # fmt: skip
         for victim, color in victims.items():
@@ -59,14 +60,15 @@ def front(result: Evaluation, path: Path) -> Path | None:
 
 
 def _marker(number: int) -> dict[str, Any]:
-    """A marker of its own for each defense; when there are no more, the same ones hollow."""
+    """The marker of a defense; when all are used, the same ones come again hollow."""
     hollow = number >= len(MARKERS)
     marker = {"marker": MARKERS[number % len(MARKERS)], "ms": 7}
     return {**marker, "mfc": "none"} if hollow else marker
 
 
 def bars(result: Evaluation, path: Path) -> Path | None:
-    """Soft, hard and best clone of every victim and defense."""
+    """Clones from soft answers, from hard answers, and the best of all, of every victim and
+    defense."""
     pairs = [pair for pair in result.pairs() if result.per_seed(*pair, best_of)]
     if not pairs:
         return None
@@ -79,8 +81,8 @@ def bars(result: Evaluation, path: Path) -> Path | None:
 
 
 def attacks(result: Evaluation, path: Path) -> Path | None:
-    """What every attack makes of every undefended victim, with the largest budget; None
-    where only one attack was tried."""
+    """Clone accuracy of every attack on every undefended victim, at the largest query budget; None
+    if only one attack was tried."""
     cells = result.select(result.cells, defense=UNDEFENDED, budget=result.budget)
     names = list(dict.fromkeys((cell.attack, cell.clone) for cell in cells))
     if len(names) < 2:
@@ -93,29 +95,29 @@ def attacks(result: Evaluation, path: Path) -> Path | None:
         for victim in dict.fromkeys(cell.victim for cell in cells)
     }
     several = len({clone for _, clone in names}) > 1
-    places = [f"{attack} ({clone})" if several else attack for attack, clone in names]
-    return _bars(result, places, groups, colors(), path)
+    labels = [f"{attack} ({clone})" if several else attack for attack, clone in names]
+    return _bars(result, labels, groups, colors(), path)
 
 
 def _bars(
     result: Evaluation,
-    places: list[str],
-    groups: dict[str, list[list[float]]],  # by label, for each place the accuracies of the seeds
+    rows: list[str],  # labels of the y axis
+    groups: dict[str, list[list[float]]],  # by legend entry, for each row the seeds' accuracies
     palette: Iterable[str],
     path: Path,
 ) -> Path:
-    """Horizontal bars, those of a place beside each other."""
+    """Horizontal bars; those of a row stand beside each other."""
     width = 0.75 / len(groups)
 
     def draw(figure: Any) -> None:
         ax = figure.subplots()
         for i, (color, (label, values)) in enumerate(zip(palette, groups.items(), strict=False)):
-            known = [(n, [100 * x for x in some]) for n, some in enumerate(values) if some]
+            known = [(row, [100 * x for x in seeds]) for row, seeds in enumerate(values) if seeds]
             ax.barh(
-                [place + width * (i - (len(groups) - 1) / 2) for place, _ in known],
-                [mean(some) for _, some in known],
+                [row + width * (i - (len(groups) - 1) / 2) for row, _ in known],
+                [mean(seeds) for _, seeds in known],
                 0.92 * width,
-                xerr=[_std(some) for _, some in known],
+                xerr=[_std(seeds) for _, seeds in known],
                 error_kw=WHISKER,
                 color=color,
                 label=label,
@@ -124,16 +126,16 @@ def _bars(
         lowest = floor(result)
         if lowest is not None:
             ax.axvline(100 * lowest, ls="--", label="label-only floor", **LINE)
-        ax.set_yticks(range(len(places)), places, fontsize=8)
-        ax.set(xlabel="clone's test accuracy (%)", xlim=(0, 100), ylim=(len(places) - 0.5, -0.5))
+        ax.set_yticks(range(len(rows)), rows, fontsize=8)
+        ax.set(xlabel="clone's test accuracy (%)", xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5))
         ax.grid(axis="y", visible=False)
         figure.legend(loc="outside upper center", ncols=5)
 
-    return save_plot(path, (8.0, max(0.42, 0.14 * len(groups)) * len(places) + 1.2), draw)
+    return save_plot(path, (8.0, max(0.42, 0.14 * len(groups)) * len(rows) + 1.2), draw)
 
 
 def budget_curve(result: Evaluation, path: Path) -> Path | None:
-    """Clone accuracy against queries, on undefended victims; None with one budget."""
+    """Clone accuracy against queries, on undefended victims; None if there is only one budget."""
     cells = [c for c in result.cells if c.defense == UNDEFENDED and not is_control(c.attack)]
     budgets = sorted({cell.budget for cell in cells})
     if len(budgets) < 2:
@@ -144,19 +146,19 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(victims), sharey=True, squeeze=False)[0]
         for ax, victim in zip(axes, victims, strict=True):
-            # Another kind of line where the colors come again.
-            looks = ({"color": color, "ls": ls} for ls in DASHES for color in COLORS)
-            for look, (attack, clone) in zip(itertools.cycle(looks), attacks, strict=False):
+            # Another dash pattern when the colors repeat.
+            styles = ({"color": color, "ls": ls} for ls in DASHES for color in COLORS)
+            for style, (attack, clone) in zip(itertools.cycle(styles), attacks, strict=False):
                 points = []
                 for budget in budgets:
-                    some = result.select(
+                    seeds = result.select(
                         cells, victim=victim, attack=attack, clone=clone, budget=budget
                     )
-                    if some:
-                        values = [100 * cell.accuracy for cell in some]
+                    if seeds:
+                        values = [100 * cell.accuracy for cell in seeds]
                         points.append((budget, mean(values), _std(values)))
                 if points:
-                    ax.errorbar(*zip(*points, strict=True), **look, marker="o", ms=4,
+                    ax.errorbar(*zip(*points, strict=True), **style, marker="o", ms=4,
                                 capsize=2, label=attacks[attack, clone])  # fmt: skip
             ax.set(title=victim, xlabel="queries", xscale="log")
             ax.axhline(100 * result.chance, ls=":", **LINE)
@@ -164,7 +166,7 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
         entries = axes[0].get_legend_handles_labels()
         figure.legend(*entries, loc="outside upper center", ncols=columns, fontsize=8)
 
-    # A legend that is wider than the figure would be cut off.
+    # A legend wider than the figure would be cut off.
     entry = 0.5 + 0.07 * max(map(len, attacks.values()))  # inches
     width = max(5.0, 3.4 * len(victims), entry)
     columns = int(width // entry)
@@ -172,7 +174,7 @@ def budget_curve(result: Evaluation, path: Path) -> Path | None:
 
 
 def answers(result: Evaluation, path: Path) -> Path | None:
-    """How sure the undefended victims are of test images and of the attacker's."""
+    """Histogram of the undefended victims' top probability, on test images and on queries."""
     rows = [row for row in result.select(result.released, defense=UNDEFENDED) if row.test]
     if not rows:
         return None
@@ -183,8 +185,8 @@ def answers(result: Evaluation, path: Path) -> Path | None:
         edges = [i / HISTOGRAM_BINS for i in range(HISTOGRAM_BINS + 1)]
         for ax, name in zip(axes, ("test", "queries"), strict=True):
             for color, victim in zip(colors(), victims, strict=False):
-                found = [getattr(row, name).histogram for row in rows if row.victim == victim]
-                counts = [sum(column) for column in zip(*found, strict=True)]
+                histograms = [getattr(row, name).histogram for row in rows if row.victim == victim]
+                counts = [sum(column) for column in zip(*histograms, strict=True)]
                 shares = [100 * count / sum(counts) for count in counts]
                 ax.stairs(shares, edges, color=color, lw=1.6, label=victim)
             ax.set(title=name, xlabel="victim's top probability", xlim=(0, 1))

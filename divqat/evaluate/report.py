@@ -20,11 +20,12 @@ def write_report(folder: str | Path) -> Path:
     """Write the report of an evaluation into its folder.
 
     Returns:
-        ``folder/report.html``: one file that needs nothing else. ``folder/report.md`` says the same
-        and shows ``folder/plots/*.png``.
+        ``folder/report.html``, which is self-contained. ``folder/report.md`` has the same content
+        and links ``folder/plots/*.png``.
 
     Raises:
-        FileNotFoundError, ValueError: there is no ``evaluation.json``, or it is none.
+        FileNotFoundError: there is no ``evaluation.json``.
+        ValueError: it is not an evaluation.
         ImportError: matplotlib is missing.
     """
     folder = Path(folder)
@@ -47,52 +48,51 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
         f"Attacked: {result.deployed}. Percent on {_measured(grid)}, mean ± standard deviation "
         f"over the seeds, for {result.budget} queries of {grid['query_set']}. Clones "
         f"({', '.join(grid['clones'])}) train with {settings_text(training)} unless their attack "
-        "says otherwise. Soft: from the answers as they are given; hard: from their largest entry; "
-        f"best of all: of every attack and clone, the one that does best on {grid['holdout']} "
-        f"labeled images of the attacker's own.{_labeled(result)} Fidelity: same top-1 as the "
-        f"released answers. {_floor(result)}"
+        "says otherwise. Soft: trained on the released probabilities; hard: on the largest entry "
+        "alone; best of all: among all attacks and clones, the one that is most accurate on "
+        f"{grid['holdout']} labeled images of the attacker's own.{_labeled(result)} Fidelity: "
+        f"share of images with the same top-1 as the released answers. {_floor(result)}"
     )
     sections = [
         *warning_sections(result, folder),
         Section("Results", main, tables.main_table(result)),
-        Section("Trade-off", "Left of the dashed line a clone is worse than what labels alone "
-                "give away; dotted: chance.", plot=plots.front(result, drawn / "front.png")),
+        Section("Trade-off", "Dashed: the label-only floor, the clone that labels alone give; "
+                "dotted: chance.", plot=plots.front(result, drawn / "front.png")),
         Section("Clones", plot=plots.bars(result, drawn / "clones.png")),
         Section("Audits", audits=tuple(audits(result))),
         Section(
             "All attacks",
-            "Clone accuracy by victim; what choosing the best epoch with the test set would add, "
-            "in points; seconds of an attack.",
+            "Clone accuracy by victim; best epoch: points that choosing the best epoch with the "
+            "test set would add; seconds per attack.",
             tables.attacks_table(result),
             plots.attacks(result, drawn / "attacks.png"),
         ),
-        *_beside(result),
+        *_side_effects(result),
         Section("More queries", plot=plots.budget_curve(result, drawn / "budget.png")),
         Section(
             "Answers",
-            "What is released, before any attack.",
+            "The released answers, before any attack.",
             tables.released_table(result),
             plots.answers(result, drawn / "answers.png"),
         ),
         *training_sections(result, folder),
     ]  # fmt: skip
-    shown = [section for section in sections if section.table or section.plot or section.audits]
-    return [*shown, Section("How this was made", table=_provenance(result))]
+    visible = [section for section in sections if section.table or section.plot or section.audits]
+    return [*visible, Section("How this was made", table=_provenance(result))]
 
 
-def _beside(result: Evaluation) -> list[Section]:
+def _side_effects(result: Evaluation) -> list[Section]:
     if not result.side_effects:
         return []
     images = {row.images for run in result.side_effects for row in run.adversarial}
     text = (
-        "What may have changed in a victim besides: the deployed model on the test set, without a "
-        "defense in front, in percent. ECE: expected calibration error, 15 bins; top prob.: mean "
-        "largest probability. FGSM and PGD: accuracy on "
-        f"{f'the first {max(images)} ' if images else ''}test images that were moved against the "
-        "trained model, each pixel by no more than the given part of its range, along gradients "
-        "that pass straight through its rounding. White-box accuracy is measured by these two "
-        "attacks only: it is an upper bound, and a model whose loss is flat can hide its gradients "
-        "from them and look robust."
+        "The deployed model on the test set, without a defense in front, in percent. ECE: expected "
+        "calibration error, 15 bins; top prob.: mean largest probability. FGSM and PGD: accuracy "
+        f"on {f'the first {max(images)} ' if images else ''}test images perturbed against the "
+        "trained model, each pixel by at most the given fraction of its range, with "
+        "straight-through gradients. Only these two attacks measure white-box accuracy: it is an "
+        "upper bound, and a model with a flat loss can hide its gradients from them and look "
+        "robust."
     )
     if not images:
         text += " Not measured: no epsilons were given, or there is no model to take gradients of."
@@ -101,13 +101,15 @@ def _beside(result: Evaluation) -> list[Section]:
 
 def _labeled(result: Evaluation) -> str:
     names = [attack for attack in result.grid["attacks"] if owns(attack)]
-    return f" {', '.join(names)}: with {result.grid['labeled']} others." if names else ""
+    return f" {', '.join(names)}: {result.grid['labeled']} others." if names else ""
 
 
 def _floor(result: Evaluation) -> str:
     lowest = tables.floor(result)
     if lowest is None:
-        return "Label-only floor: unknown, no hard-label attack on an undefended control was run."
+        return (
+            "Label-only floor: unknown, as no hard-label attack on an undefended control was run."
+        )
     return f"Label-only floor (hard-label clone of undefended {result.control}): {lowest:.1%}."
 
 

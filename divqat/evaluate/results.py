@@ -1,8 +1,8 @@
-"""What an evaluation found out: the schema of ``OUT/evaluation.json``.
+"""The results of an evaluation: the schema of ``OUT/evaluation.json``.
 
-The file is ``Evaluation.to_dict()`` and its checksum: three flat lists of rows: victims behind
-defenses, attacks on them, and how calibrated and robust the victims are. Shares are fractions in
-[0, 1]; there is no NaN.
+The file holds ``Evaluation.to_dict()`` and its checksum. It has three flat lists of rows: victims
+behind defenses, attacks on them, and the calibration and robustness of the victims. Shares are
+fractions in [0, 1]; there is no NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from divqat._util.rows import made
 from divqat.evaluate.specs import split_spec, steals
 from divqat.metrics import Confidence
 
-SOFT, HARD = "as_given", "label"  # readings of KnockoffNets
+SOFT, HARD = "as_given", "label"  # values of KnockoffNets' setting ``reading``
 EVALUATION = "evaluation.json"
 R = TypeVar("R", "Released", "Cell", "SideEffects")
 
@@ -30,20 +30,20 @@ class Released:
     victim: str  # name
     method: str  # fp, qat, divqat ...; "qat" is the undefended control
     defense: str  # spec
-    settings: str  # of the defense, its strength included
-    unreachable: str = ""  # why the wanted L1 distance was not set; then nothing below is there
+    settings: str  # of the defense, including its strength
+    unreachable: str = ""  # why no strength gives the wanted L1 distance; then all below is None
     accuracy: float | None = None  # of the deployed model, on the test set
     released_accuracy: float | None = None  # of the largest released entry
-    top1_kept: float | None = None  # share of test images
-    top1_kept_queries: float | None = None
+    top1_kept: float | None = None  # share of test images whose top-1 class the defense keeps
+    top1_kept_queries: float | None = None  # share of queries
     l1_test: float | None = None  # mean L1 distance from clean to released answers
     l1_queries: float | None = None
-    microseconds: float | None = None  # that the defense takes per query
+    microseconds: float | None = None  # time of the defense per query
     distributions: bool | None = None  # released answers are non-negative and sum to 1
-    deterministic: bool | None = None  # the same images answered twice alike
-    agreement: float | None = None  # of the trained and the deployed model
-    test: Confidence | None = None  # of the released answers
-    queries: Confidence | None = None
+    deterministic: bool | None = None  # the same images got the same answers twice
+    agreement: float | None = None  # argmax agreement of the trained and the deployed model
+    test: Confidence | None = None  # of the released answers to test images
+    queries: Confidence | None = None  # and to the query set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +65,22 @@ class Cell:
 
     @property
     def gain(self) -> float:
-        """What choosing the best epoch with these test images would add: no attacker can."""
+        """Accuracy that choosing the best epoch on these test images would add; an attacker, who
+        does not have them, cannot do that."""
         return max(self.curve) - self.curve[-1]
 
     @property
     def reading(self) -> str | None:
-        """What plain KnockoffNets makes of the answers; None for any other attack."""
+        """The setting ``reading`` of plain KnockoffNets; None for any other attack."""
         name, settings = split_spec(self.attack)
         return settings.get("reading", SOFT) if name == "knockoff" else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adversarial:
-    """Accuracy of a deployed model on test images that were moved against it."""
+    """Accuracy of a deployed model on adversarial test images."""
 
-    epsilon: float  # how far each pixel, in parts of its range
+    epsilon: float  # largest change of a pixel, as a fraction of its range
     images: int
     fgsm: float
     pgd: float
@@ -87,15 +88,15 @@ class Adversarial:
 
 @dataclass(frozen=True, kw_only=True)
 class SideEffects:
-    """What may have changed in a victim besides: the deployed model on the test set, without a
-    defense in front of it."""
+    """Calibration and robustness of a deployed model on the test set, without a defense in front
+    of it."""
 
     seed: int
     victim: str
     accuracy: float
     ece: float  # expected calibration error, see divqat.metrics.calibration
     top_probability: float  # mean
-    adversarial: list[Adversarial] = field(default_factory=list)  # not measured: none
+    adversarial: list[Adversarial] = field(default_factory=list)  # empty: not measured
 
     def __str__(self) -> str:
         moved = (
@@ -107,37 +108,38 @@ class SideEffects:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All of ``evaluation.json``."""
+    """The content of ``evaluation.json``."""
 
     dataset: str
     num_classes: int
-    chance: float  # test accuracy of always naming the most frequent class
-    query_images: int
-    overlap: dict[str, int]  # images of one set that are in another, by "a in b"
+    chance: float  # test accuracy of always predicting the most frequent class
+    query_images: int  # size of the query set
+    overlap: dict[str, int]  # number of images of one set that are in another, by "a in b"
     grid: dict[str, Any]
-    deployed: str  # what the victims are
+    deployed: str  # description of the victims
     command: str
     date: str  # ISO 8601
     versions: dict[str, str]
     hardware: str
     released: list[Released]
     cells: list[Cell]
-    side_effects: list[SideEffects] = field(default_factory=list)  # older files have none
+    side_effects: list[SideEffects] = field(default_factory=list)  # absent from older files
 
     @property
     def budget(self) -> int:
-        """The largest budget: the one that tables show."""
+        """The largest query budget, which the tables show."""
         return max((cell.budget for cell in self.cells), default=self.query_images)
 
     @property
     def control(self) -> str | None:
-        """The victim that all are compared with: the first of method ``qat``, else the only one."""
+        """The victim with which all are compared: the first of method ``qat``, else the only
+        one; None if there are several others."""
         names = list(dict.fromkeys(row.victim for row in self.released))
         plain = [row.victim for row in self.released if row.method == "qat"]
         return plain[0] if plain else names[0] if len(names) == 1 else None
 
     def select(self, rows: Iterable[R], **wanted: object) -> list[R]:
-        """The rows whose fields are as ``wanted``."""
+        """The rows whose fields equal ``wanted``."""
         return [
             row
             for row in rows
@@ -151,7 +153,7 @@ class Evaluation:
     def per_seed(
         self, victim: str, defense: str, pick: Callable[[list[Cell]], Cell | None]
     ) -> list[Cell]:
-        """What ``pick`` takes of each seed's attacks at the largest budget."""
+        """The cell that ``pick`` chooses among each seed's attacks at the largest budget."""
         cells = self.select(self.cells, victim=victim, defense=defense, budget=self.budget)
         picks = (pick(self.select(cells, seed=seed)) for seed in sorted({c.seed for c in cells}))
         return [cell for cell in picks if cell is not None]
@@ -169,11 +171,12 @@ class Evaluation:
         """Read ``evaluation.json``.
 
         Raises:
-            FileNotFoundError, ValueError: it is missing or is no evaluation.
+            FileNotFoundError: it is missing.
+            ValueError: it is not an evaluation.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"no evaluation at {path}: divqat run, study and evaluate write it"
+                f"no evaluation at {path}: divqat run, study and evaluate write one"
             )
         data = read_json(path)
         try:
@@ -188,25 +191,26 @@ class Evaluation:
 
 
 def released(data: dict[str, Any]) -> Released:
-    """A row of plain data."""
+    """A row of ``released`` from plain data."""
     nested = {key: made(Confidence, data[key]) for key in ("test", "queries") if data.get(key)}
     return made(Released, {**data, **nested})
 
 
 def side_effects(data: dict[str, Any]) -> SideEffects:
-    """A row of plain data."""
-    moved = [made(Adversarial, row) for row in data["adversarial"]]
-    return made(SideEffects, {**data, "adversarial": moved})
+    """A row of ``side_effects`` from plain data."""
+    adversarial = [made(Adversarial, row) for row in data["adversarial"]]
+    return made(SideEffects, {**data, "adversarial": adversarial})
 
 
 def epsilon_text(epsilon: float) -> str:
-    """``8/255`` where it is a whole number of grey levels, else as it is."""
+    """``8/255`` if it is a whole number of grey levels, else the number itself."""
     levels = round(255 * epsilon)
     return f"{levels}/255" if abs(255 * epsilon - levels) < 0.005 else f"{epsilon:g}"
 
 
 def reads(reading: str) -> Callable[[list[Cell]], Cell | None]:
-    """Picks plain KnockoffNets with this reading; the best clone where there are several."""
+    """A function that picks plain KnockoffNets with this ``reading``; of several, the clone that is
+    most accurate on the holdout."""
     return lambda cells: max(
         (cell for cell in cells if cell.reading == reading),
         key=lambda cell: cell.holdout_accuracy,
@@ -215,8 +219,8 @@ def reads(reading: str) -> Callable[[list[Cell]], Cell | None]:
 
 
 def best_of(cells: list[Cell]) -> Cell | None:
-    """Picks the attack whose clone is best on the attacker's labeled images; on equal terms the
-    first. Clones that owe nothing to the victim do not count."""
+    """The attack whose clone is most accurate on the attacker's labeled images; of equals the
+    first. Attacks that take nothing from the victim do not count."""
     return max(
         (cell for cell in cells if steals(cell.attack)),
         key=lambda cell: cell.holdout_accuracy,

@@ -1,4 +1,4 @@
-"""Run an evaluation: every victim behind every defense, attacked in every way.
+"""Run an evaluation: attack every victim, behind every defense, with every attack.
 
 OUT/evaluation.json, report.html, report.md, plots/
 OUT/cells/…   see divqat.evaluate.assessment
@@ -37,31 +37,31 @@ def evaluate(
     deployed: str = "the model as it was given",
     log: Log = print,
 ) -> Evaluation:
-    """Run what is left of an evaluation, and write its report.
+    """Run the unfinished part of an evaluation, and write its report.
 
-    What is finished in ``out`` is kept as long as victim, images and settings are the same; a
-    killed attack goes on where it was.
+    Finished cells in ``out`` are kept as long as victim, images and settings are the same; a killed
+    attack resumes.
 
     Args:
         subjects: the victims.
-        splits: their data, of which :meth:`Grid.measured` says what is measured on. Attacks see
-            none of it but ``grid.holdout`` images of the validation split, which choose the best
-            clone, and ``grid.labeled`` others, for the attacks that train on some; defenses that
-            train see the training images.
-        grid: what is tried.
-        out: the folder of the evaluation; made if it does not exist.
-        queries: ``grid.queries(splits)`` if it is loaded already.
-        command: what the report says made it.
-        deployed: what the report says the victims are.
-        log: takes a line per attack.
+        splits: their data; accuracies are measured on ``grid.measured(splits).test``. Attacks see
+            only ``grid.holdout`` images of the validation split, which choose the best clone, and
+            ``grid.labeled`` others, for the attacks that train on some. Defenses that train see the
+            training images.
+        grid: attacks, defenses, query budgets and clones.
+        out: the folder of the evaluation; created if it does not exist.
+        queries: ``grid.queries(splits)``, if already loaded.
+        command: the command, for the report.
+        deployed: a description of the victims, for the report.
+        log: receives one line per attack.
 
     Returns:
         The content of ``OUT/evaluation.json``.
 
     Raises:
-        TypeError: ``subjects`` is one.
-        ValueError: two victims of one name and seed, no victim, or too few validation images.
-        Others: as the attacks and defenses.
+        TypeError: ``subjects`` is a single Subject.
+        ValueError: two victims have the same name and seed; no victim; too few validation images.
+        Others: see the attacks and defenses.
     """
     check_tree(check_folder("out", out))
     if isinstance(subjects, Subject):

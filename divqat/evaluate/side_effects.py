@@ -1,4 +1,4 @@
-"""How calibrated and how robust a victim is: what training for another aim may have changed."""
+"""Calibration and adversarial robustness of a victim, which its training may have changed."""
 
 from __future__ import annotations
 
@@ -26,33 +26,32 @@ def measure(
 ) -> dict[str, Any]:
     """The measured fields of :class:`divqat.evaluate.results.SideEffects`.
 
-    Adversarial images are made with the gradients of the subject's module, which for a quantized
-    one pass straight through its rounding, and given to the model as it is deployed, which rounds
-    them to the grid of its input itself: what is reported is the deployed model's accuracy.
-    White-box accuracy is measured by FGSM and PGD only: see :mod:`divqat.metrics.adversarial` for
-    what a model that hides its gradients does to it.
+    Adversarial images follow the gradients of the subject's module (a fake-quantized one has
+    straight-through gradients). Their accuracy is that of the deployed model, which rounds them to
+    the grid of its input. FGSM and PGD alone measure white-box accuracy: see
+    :mod:`divqat.metrics.adversarial` for models that hide their gradients.
 
     Args:
         deployed: the victim.
-        epsilons: how far FGSM and PGD may move a pixel, in parts of its range.
-        images: how many test images they move: the first ones, all if there are fewer.
+        epsilons: how far FGSM and PGD may move a pixel, as fractions of its range.
+        images: number of test images that they move: the first ones, all if there are fewer.
         seed: of PGD's random starts.
     """
     probs, test = softmax(deployed.test_logits), deployed.test
-    model, some = deployed.subject.gradients, test.subset(slice(images))
-    clean = to_float(some.images)
+    model, attacked = deployed.subject.gradients, test.subset(slice(images))
+    clean, labels = to_float(attacked.images), attacked.labels
 
-    def correct(moved: Tensor) -> float:
-        # its labels are the largest logits: probabilities may tie where logits do not
-        return accuracy(Victim(deployed.subject.model, answer="label")(moved), some.labels)
+    def correct(adversarial: Tensor) -> float:
+        # Labels come from logits, which may differ where probabilities tie.
+        return accuracy(Victim(deployed.subject.model, answer="label")(adversarial), labels)
 
     start = derived_seed(seed, "pgd")
     adversarial = [] if model is None else [
         {
             "epsilon": epsilon,
-            "images": len(some),
-            "fgsm": correct(fgsm(model, clean, some.labels, epsilon)),
-            "pgd": correct(pgd(model, clean, some.labels, epsilon, seed=start)),
+            "images": len(attacked),
+            "fgsm": correct(fgsm(model, clean, labels, epsilon)),
+            "pgd": correct(pgd(model, clean, labels, epsilon, seed=start)),
         }
         for epsilon in epsilons
     ]  # fmt: skip

@@ -12,8 +12,8 @@ from divqat.attacks.training import TransferAttack
 from divqat.defenses import DEFENSES, Defense
 
 UNDEFENDED = "none"
-CONTROL = "shuffled"  # a reading of answers, see divqat.attacks.answers
-FOR_ALL = {"query_budget", "seed", "precision", "pad", "flip"}
+CONTROL = "shuffled"  # a value of ``reading``, see divqat.attacks.answers
+COMMON = {"query_budget", "seed", "precision", "pad", "flip"}  # defaults that any attack may take
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -21,7 +21,7 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
     """``"jbda:rounds=4,flip=true"`` as ``("jbda", {"rounds": 4, "flip": True})``.
 
     Raises:
-        ConfigError: a part is no ``setting=value``, or a setting comes twice.
+        ConfigError: a part is not ``setting=value``, or a setting is given twice.
     """
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
@@ -36,27 +36,27 @@ def split_spec(text: str) -> tuple[str, dict[str, Any]]:
 def _value(text: str) -> Any:
     if text.lower() in WORDS:
         return WORDS[text.lower()]
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return kind(text)
+            return number(text)
         except ValueError:
             continue
     return text
 
 
 def is_control(text: str) -> bool:
-    """Whether an attack learns from answers to other images."""
+    """Whether an attack is the control that learns from answers to other images."""
     return split_spec(text)[1].get("reading") == CONTROL
 
 
 def steals(text: str) -> bool:
-    """Whether an attack's clone owes anything to the victim: a control's does not, nor does that of
-    an attack which asks nothing.
+    """Whether an attack takes anything from the victim: controls and attacks without queries do
+    not.
 
     Raises:
         ConfigError: an unknown attack.
     """
-    return _kind(text).asks and not is_control(text)
+    return _attack_class(text).asks and not is_control(text)
 
 
 def owns(text: str) -> bool:
@@ -73,22 +73,21 @@ def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
 
     Args:
         text: its spec.
-        defaults: what the spec leaves out. How a clone trains (epochs, learning rate ...) is taken
-            by the attacks that train it on answers to a transfer set; the others have their own
-            way.
+        defaults: values for the settings that the spec leaves out. Only attacks that train a clone
+            on the answers to a transfer set take the settings of that training (epochs, learning
+            rate ...); the others keep their own defaults.
 
     Raises:
         ConfigError: an unknown attack or setting, or a bad value.
     """
-    kind, settings = _kind(text), split_spec(text)[1]
-    check_keys(settings, kind.names(), where=text)
-    learns_answers = issubclass(kind, TransferAttack) and kind.asks
-    taken = defaults if learns_answers else set(defaults) & FOR_ALL & set(kind.names())
-    usual = {key: defaults[key] for key in taken}
-    return kind.from_dict({**usual, **settings}, where=text)
+    attack, settings = _attack_class(text), split_spec(text)[1]
+    check_keys(settings, attack.names(), where=text)
+    learns_answers = issubclass(attack, TransferAttack) and attack.asks
+    taken = defaults if learns_answers else set(defaults) & COMMON & set(attack.names())
+    return attack.from_dict({**{key: defaults[key] for key in taken}, **settings}, where=text)
 
 
-def _kind(text: str) -> type[Attack]:
+def _attack_class(text: str) -> type[Attack]:
     name = split_spec(text)[0]
     if name not in ATTACKS:
         raise ConfigError(str(unknown_name("attack", name, ATTACKS)))
@@ -96,28 +95,29 @@ def _kind(text: str) -> type[Attack]:
 
 
 def make_defense(text: str) -> tuple[Defense | None, float | None]:
-    """The defense that ``text`` names, and the L1 distance that it is to be set to.
+    """The defense that ``text`` names (None for ``none``), and its ``l1`` (None if not given).
 
-    ``none`` is None. Beside the defense's own settings a spec takes ``l1``: the mean L1 distance
-    between clean and released answers to the query set that its strength is chosen for.
+    Besides the defense's own settings a spec takes ``l1``: the strength is then chosen so that the
+    mean L1 distance between clean and released answers to the query set is ``l1``.
 
     Raises:
-        ConfigError: an unknown defense or setting, a bad value, or ``l1`` where nothing decides it.
+        ConfigError: an unknown defense or setting, a bad value, or ``l1`` for a defense whose
+            strength is given or that has none.
     """
     name, settings = split_spec(text)
     if name == UNDEFENDED and not settings:
         return None, None
     if name not in DEFENSES:
         raise ConfigError(str(unknown_name("defense", name, [UNDEFENDED, *DEFENSES])))
-    kind = DEFENSES[name]
+    defense = DEFENSES[name]
     l1 = settings.pop("l1", None)
-    check_keys(settings, kind.names(), where=text)
+    check_keys(settings, defense.names(), where=text)
     if l1 is not None and not (isinstance(l1, (int, float)) and 0 < l1 < 2):
         raise ConfigError(f"{text}: l1: wanted a number between 0 and 2, got {l1!r}")
-    if l1 is not None and (kind.strength is None or kind.strength in settings):
+    if l1 is not None and (defense.strength is None or defense.strength in settings):
         raise ConfigError(
             f"{text}: l1: {name} has no strength to choose"
-            if kind.strength is None
-            else f"{text}: l1: wanted it or {kind.strength}, not both"
+            if defense.strength is None
+            else f"{text}: l1: wanted it or {defense.strength}, not both"
         )
-    return kind.from_dict(settings, where=text), l1
+    return defense.from_dict(settings, where=text), l1

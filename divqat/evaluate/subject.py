@@ -1,4 +1,4 @@
-"""A deployed model that is to be evaluated, and its answers, each computed once."""
+"""A deployed model under evaluation, and its answers, each computed once."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ class Subject:
     """A victim.
 
     Args:
-        name: in tables; victims of several seeds share it.
-        model: whatever :class:`divqat.victim.Victim` takes: an ``nn.Module`` in eval mode, the path
-            of an ONNX file, an open session, or a function from float images to logits.
+        name: for tables; victims of several seeds share it.
+        model: anything that :class:`divqat.victim.Victim` takes: an ``nn.Module`` in eval mode, the
+            path of an ONNX file, an open session, or a function from float images to logits.
         method: how it was trained; ``qat`` is the undefended control.
         seed: of its training, and of the attacks on it; None: it is attacked with every seed.
-        agreement: share of test images that the trained and the deployed model put in one class.
+        agreement: share of test images to which the trained and the deployed model give the same
+            class.
         gradients: the module, in eval mode, whose gradients a white-box attacker of ``model``
-            follows: the fake-quantized model that was exported, or ``model`` itself; None: there is
-            none, and how robust ``model`` is is not measured.
+            follows: the fake-quantized model that was exported, or ``model`` itself; None: the
+            robustness of ``model`` is not measured.
         decoy: from float32 images [N, C, H, W] to what ``model`` was trained to answer to foreign
             ones, [N, num_classes], for the attack that knows it; None: there is none.
 
     Raises:
-        TypeError: ``gradients`` is no module. ValueError: ``name`` cannot be that of a folder.
+        TypeError: ``gradients`` is not a module.
+        ValueError: ``name`` cannot be the name of a folder.
     """
 
     name: str
@@ -57,24 +59,24 @@ class Subject:
             raise TypeError(f"gradients: wanted an nn.Module or None, got {kind}")
 
     def fingerprint(self, images: Tensor) -> str:
-        """What identifies the model: its file or weights, where it has them, and what it answers to
-        uint8 ``images``: not all of a model is there (an ONNX file can keep weights in another)."""
-        found: dict[str, Any] = {"logits": predict(self.model, images)}
+        """A digest of the model's file or weights, if it has them, and of its answers to uint8
+        ``images`` [N, C, H, W]: an ONNX file, for example, can keep its weights in another file."""
+        parts: dict[str, Any] = {"logits": predict(self.model, images)}
         if isinstance(self.model, (str, Path)):
-            found["file"] = file_fingerprint(Path(self.model))
+            parts["file"] = file_fingerprint(Path(self.model))
         if isinstance(self.model, nn.Module):
-            # Its classes: the last bits of its logits depend on the number of threads.
-            found = {"classes": found["logits"].argmax(1), **self.model.state_dict()}
-        return fingerprint(found)
+            # Classes, as the last bits of the logits depend on the number of threads.
+            parts = {"classes": parts["logits"].argmax(1), **self.model.state_dict()}
+        return fingerprint(parts)
 
 
-class Remembered:
-    """A model as a function from float images [N, C, H, W] to logits [N, num_classes], which knows
-    those of given images: many attacks ask the same questions, and the model is the slow part.
+class CachedModel:
+    """A function from float images [N, C, H, W] to logits [N, num_classes] that caches the logits
+    of given images: many attacks ask about the same ones, and the model is the slow part.
 
     Args:
-        model: as of :class:`Subject`.
-        images: uint8 [N, C, H, W].
+        model: see :class:`Subject`.
+        images: uint8 [N, C, H, W], to be cached.
     """
 
     def __init__(self, model: Any, images: Tensor) -> None:
@@ -93,47 +95,48 @@ class Remembered:
 
 
 class Deployed:
-    """A subject with what is computed once for all attacks on it.
+    """A subject, with the results that all attacks on it share.
 
     Args:
         subject: the victim.
         queries: the attacker's images, uint8 [N, C, H, W].
-        test: where victims and clones are measured.
+        test: the images on which victims and clones are measured.
     """
 
     def __init__(self, subject: Subject, queries: Tensor, test: ImageSet) -> None:
         self.subject, self.queries, self.test = subject, queries, test
         self.source = subject.fingerprint(queries[:256])
 
-    @functools.cached_property  # a finished evaluation asks for neither
-    def model(self) -> Remembered:
-        """The model, which knows its answers to the queries."""
-        return Remembered(self.subject.model, self.queries)
+    @functools.cached_property  # a finished evaluation needs neither
+    def model(self) -> CachedModel:
+        """The model, with cached answers to the queries."""
+        return CachedModel(self.subject.model, self.queries)
 
     @functools.cached_property
     def test_logits(self) -> Tensor:
-        """Its answers to the test images, [N, num_classes]."""
+        """Its logits for the test images, [N, num_classes]."""
         return predict(self.subject.model, self.test.images)
 
 
 def image_keys(images: Tensor) -> list[bytes]:
-    """What tells the images of a batch [N, ...] apart."""
+    """A digest of each image of a batch [N, ...]."""
     rows = images.cpu().contiguous().flatten(1).numpy()
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
 
 
 def data_fingerprint(splits: Splits, queries: Tensor) -> str:
-    """What identifies the images, and the labels, that all numbers of an evaluation come from."""
+    """A digest of all images and labels that an evaluation uses."""
     sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    found: dict[str, Any] = {"queries": queries}
+    parts: dict[str, Any] = {"queries": queries}
     for name, images in sets.items():
-        found |= {name: digest(images), f"{name} labels": images.labels}
-    return fingerprint(found)
+        parts |= {name: digest(images), f"{name} labels": images.labels}
+    return fingerprint(parts)
 
 
 def overlaps(splits: Splits, queries: Tensor) -> dict[str, int]:
-    """How many images of one set are in another, pixel by pixel; sets that are streamed are left
-    out, as reading them all takes too long.
+    """How many images of one set are in another, pixel by pixel, by "a in b".
+
+    Streamed sets are left out, as reading them takes too long.
 
     Args:
         splits: the victim's data.
@@ -142,10 +145,10 @@ def overlaps(splits: Splits, queries: Tensor) -> dict[str, int]:
     sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     keys = {"queries": image_keys(queries)}
     keys |= {k: image_keys(s.images) for k, s in sets.items() if isinstance(s, ImageSet)}
-    found = {}
+    counts = {}
     for one, other in (("queries", "train"), ("queries", "test"), ("test", "train"),
                        ("validation", "test")):  # fmt: skip
         if one in keys and other in keys:
-            there = set(keys[other])
-            found[f"{one} in {other}"] = sum(key in there for key in keys[one])
-    return found
+            others = set(keys[other])
+            counts[f"{one} in {other}"] = sum(key in others for key in keys[one])
+    return counts

@@ -1,4 +1,4 @@
-"""A table, readable as Markdown and on a terminal, and what stands in its cells."""
+"""A table as Markdown, which is readable on a terminal, or as HTML; text for its cells."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class Table:
 
 
 def spread(values: Iterable[float | None], *, scale: float = 1, digits: int = 1) -> str:
-    """Mean ± sample standard deviation of what is there: ``92.5 ± 0.1``; a dash for nothing."""
+    """Mean ± sample standard deviation of the values that are not None: ``92.5 ± 0.1``; a dash if
+    there are none."""
     known = [scale * value for value in values if value is not None]
     if not known:
         return ABSENT

@@ -21,11 +21,11 @@ from divqat.evaluate.specs import UNDEFENDED
 from divqat.evaluate.table import ABSENT, Table, percent, spread
 
 NOT_MEASURED = "not measured"
-BESIDE = ("accuracy", "ece", "top_probability")
+CLEAN = ("accuracy", "ece", "top_probability")  # fields of SideEffects on unchanged images
 
 
 def main_table(result: Evaluation) -> Table:
-    """One row per victim and defense: what it costs, and what the attackers get."""
+    """One row per victim and defense: accuracy that it costs, and accuracy of the clones."""
     header = (
         "Victim|Defense|Victim acc|Released acc|L1 queries|Clone soft|Clone hard|Best of all|"
         "Fidelity|Best attack"
@@ -46,14 +46,15 @@ def main_table(result: Evaluation) -> Table:
                 _spread(released, "l1_queries", 2),
                 *(percent(cell.accuracy for cell in cells) for cells in (soft, hard, best)),
                 percent(cell.fidelity for cell in best),
-                _most(cell.attack for cell in best),
+                _most_frequent(cell.attack for cell in best),
             ]
         )
     return Table(header.split("|"), rows, text_columns=2)
 
 
 def defenses_table(result: Evaluation) -> Table:
-    """One row per defense, for each victim what is right of its answers and of the best clone's."""
+    """One row per defense; for each victim the accuracy of its released answers and of the best
+    clone."""
     victims = list(dict.fromkeys(row.victim for row in result.released))
     rows = []
     for defense in dict.fromkeys(row.defense for row in result.released):
@@ -83,17 +84,17 @@ def budgets_table(result: Evaluation, victim: str) -> Table:
     for attack in dict.fromkeys(cell.attack for cell in cells):
         row = [attack]
         for clone, budget in columns:
-            some = result.select(cells, attack=attack, clone=clone, budget=budget)
-            row.append(percent(cell.accuracy for cell in some))
-        most = result.select(cells, attack=attack, clone=columns[0][0], budget=result.budget)
-        rows.append([*row, spread((cell.seconds for cell in most), digits=0)])
+            seeds = result.select(cells, attack=attack, clone=clone, budget=budget)
+            row.append(percent(cell.accuracy for cell in seeds))
+        largest = result.select(cells, attack=attack, clone=columns[0][0], budget=result.budget)
+        rows.append([*row, spread((cell.seconds for cell in largest), digits=0)])
     header = [f"{clone}, {budget}" for clone, budget in columns]
     return Table(["Attack", *header, "Seconds"], rows)
 
 
 def floor(result: Evaluation) -> float | None:
-    """Mean accuracy of hard-label clones of the undefended control: what showing nothing but labels
-    leaves to an attacker; None where it was not measured."""
+    """Label-only floor: mean accuracy of hard-label clones of the undefended control; None if it
+    was not measured."""
     control = result.control
     cells = [] if control is None else result.per_seed(control, "none", reads(HARD))
     return mean(cell.accuracy for cell in cells) if cells else None
@@ -115,7 +116,7 @@ def attacks_table(result: Evaluation) -> Table:
                 attack,
                 clone,
                 str(max(cell.queries for cell in same)),
-                *(percent(cell.accuracy for cell in some) for some in cells),
+                *(percent(cell.accuracy for cell in seeds) for seeds in cells),
                 _gain(same),
                 spread((cell.seconds for cell in same), digits=0),
             ]
@@ -125,7 +126,7 @@ def attacks_table(result: Evaluation) -> Table:
 
 
 def released_table(result: Evaluation) -> Table:
-    """What each defense does to the answers, and what it costs."""
+    """How each defense changes the answers, and the time that it takes."""
     header = (
         "Victim|Defense|Top-1 kept, test|Top-1 kept, queries|L1 test|L1 queries|Top prob. test|"
         "Top prob. queries|Entropy test (nats)|Entropy queries (nats)|µs per query"
@@ -143,8 +144,8 @@ def released_table(result: Evaluation) -> Table:
                 percent(row.top1_kept_queries for row in released),
                 _spread(released, "l1_test", 2),
                 _spread(released, "l1_queries", 2),
-                *(spread((c.top_probability for c in some), digits=3) for some in answers),
-                *(spread((c.entropy for c in some), digits=2) for some in answers),
+                *(spread((c.top_probability for c in seeds), digits=3) for seeds in answers),
+                *(spread((c.entropy for c in seeds), digits=2) for seeds in answers),
                 _spread(released, "microseconds", 1),
             ]
         )
@@ -152,16 +153,17 @@ def released_table(result: Evaluation) -> Table:
 
 
 def side_effects_table(result: Evaluation) -> Table:
-    """One row per victim: how calibrated and how robust the deployed model is."""
-    found = result.side_effects
-    epsilons = sorted({row.epsilon for one in found for row in one.adversarial})
+    """One row per victim: calibration and robustness of the deployed model."""
+    everything = result.side_effects
+    epsilons = sorted({row.epsilon for run in everything for row in run.adversarial})
     rows = []
-    for victim in dict.fromkeys(row.victim for row in found):
-        runs = result.select(found, victim=victim)
-        rows.append([victim, *(_measured(getattr(run, name) for run in runs) for name in BESIDE)])
+    for victim in dict.fromkeys(run.victim for run in everything):
+        runs = result.select(everything, victim=victim)
+        rows.append([victim, *(_measured(getattr(run, name) for run in runs) for name in CLEAN)])
         for epsilon in epsilons or (None,):
-            moved = [row for run in runs for row in run.adversarial if row.epsilon == epsilon]
-            rows[-1] += [_measured(getattr(row, name) for row in moved) for name in ("fgsm", "pgd")]
+            attacked = [row for run in runs for row in run.adversarial if row.epsilon == epsilon]
+            for name in ("fgsm", "pgd"):
+                rows[-1].append(_measured(getattr(row, name) for row in attacked))
     header = ["Victim", "Accuracy", "ECE", "Top prob."]
     for text in map(epsilon_text, epsilons) if epsilons else ("",):
         header += [f"FGSM {text}".strip(), f"PGD {text}".strip()]
@@ -174,7 +176,7 @@ def _measured(values: Iterable[float]) -> str:
 
 
 def _settings(released: list[Released]) -> str:
-    """The settings of a defense, which a wanted L1 distance decides seed by seed."""
+    """The settings of a defense; with ``l1=`` they differ from seed to seed."""
     return released[0].settings + (" …" if len({row.settings for row in released}) > 1 else "")
 
 
@@ -187,6 +189,6 @@ def _gain(cells: list[Cell]) -> str:
     return f"+{100 * mean(cell.gain for cell in cells):.1f}"
 
 
-def _most(names: Iterable[str]) -> str:
+def _most_frequent(names: Iterable[str]) -> str:
     counts = Counter(names).most_common()
     return " / ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts) or ABSENT

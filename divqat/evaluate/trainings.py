@@ -1,4 +1,4 @@
-"""What lies beside an evaluation in the folder of a study: its trainings and their exports."""
+"""Sections about the trainings and exports beside an evaluation, in the folder of a study."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TEACHER = "fp"  # trained in every study, whether it is evaluated or not
 
 
 def training_sections(result: Evaluation, folder: Path) -> list[Section]:
-    """Deployment, curves and quantization noise of the trainings in ``folder``, which are
-    ``folder/seed<n>/<victim>/``; of an evaluation without any, nothing.
+    """Deployment, curves and quantization noise of the trainings in ``folder/seed<n>/<victim>/``;
+    empty if there are none.
 
     Raises:
-        ValueError: a file there cannot be read, or a name in ``result`` is none of a folder.
+        ValueError: a file cannot be read, or a name in ``result`` cannot be the name of a folder.
     """
     plots = folder / "plots"
     metrics = _files(result, folder, "metrics.csv", TEACHER)
@@ -54,21 +54,21 @@ def training_sections(result: Evaluation, folder: Path) -> list[Section]:
 
 
 def _files(result: Evaluation, folder: Path, name: str, *others: str) -> dict[str, list[Path]]:
-    """The files of that name that exist, by victim.
+    """The existing files of that name, by victim.
 
-    A victim without any keeps its place, and so its color is the same in all plots.
+    A victim without files keeps its entry, so that its color is the same in all plots.
     """
     seeds = dict.fromkeys(row.seed for row in result.released)
-    found: dict[str, list[Path]] = {}
+    by_victim: dict[str, list[Path]] = {}
     for victim in dict.fromkeys([*(row.victim for row in result.released), *others]):
-        place = check_name("victim", victim)  # which the file may say as it likes
-        files = (folder / check_name("seed", f"seed{seed}") / place / name for seed in seeds)
-        found[victim] = [file for file in files if file.is_file()]
-    return found
+        inner = check_name("victim", victim)  # names come from evaluation.json: not trusted
+        files = (folder / check_name("seed", f"seed{seed}") / inner / name for seed in seeds)
+        by_victim[victim] = [file for file in files if file.is_file()]
+    return by_victim
 
 
 def warning_sections(result: Evaluation, folder: Path) -> list[Section]:
-    """What the trainings warned of; nothing where they did not."""
+    """The warnings of the trainings; empty if there are none."""
     rows = [
         [name, file.parent.parent.name, str(warning)]
         for name, files in _files(result, folder, "summary.json", TEACHER).items()
@@ -106,7 +106,7 @@ def _own_settings(result: Evaluation, folder: Path) -> Table:
 
 
 def _deployment(result: Evaluation, folder: Path) -> Table:
-    """What quantization and export did to each victim."""
+    """Accuracy of each victim before and after export, and its quantized layers."""
     rows = []
     for name, files in _files(result, folder, "verify.json").items():
         verified = [read_json(file) for file in files]
@@ -132,7 +132,7 @@ def _deployment(result: Evaluation, folder: Path) -> Table:
 
 
 def _same(values: Iterable[Any]) -> str:
-    """The values as text, each only once: all seeds normally agree."""
+    """The distinct values as text; normally all seeds have the same one."""
     return " / ".join(dict.fromkeys(map(str, values))) or ABSENT
 
 
@@ -142,4 +142,4 @@ def _sqnr(path: Path) -> list[tuple[str, float]]:
         known = [(row["layer"], row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None]
         return [(str(layer), value) for layer, value in known if math.isfinite(value)]
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is no summary of layers: {error!r}") from error
+        raise ValueError(f"{path} is not a summary of layers: {error!r}") from error

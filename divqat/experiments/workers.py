@@ -32,6 +32,14 @@ from divqat._util import progress, streams
 from divqat._util.errors import require
 from divqat._util.foreign import trust, trusted
 
+# What the server of processes imports, if it is installed: units need it, and it takes seconds.
+IMPORTED = [
+    "divqat.experiments.units",
+    "matplotlib.figure",
+    "onnxscript",
+    "onnxruntime",
+    "sklearn.datasets",
+]
 ATTEMPTS = 3  # at a unit whose process dies each time
 _alone = threading.Lock()  # the number of threads and the random state belong to a whole process
 
@@ -170,7 +178,12 @@ class _Processes(Executor):
             self._idle.put(pool)
 
     def _new(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")  # a fork has torch's locks without threads
+        # A fork of this process has torch's locks without its threads. One of a server has neither,
+        # and need not import everything again.
+        methods = multiprocessing.get_all_start_methods()
+        method = "forkserver" if "forkserver" in methods else "spawn"
+        multiprocessing.set_forkserver_preload(IMPORTED)
+        context = multiprocessing.get_context(method)
         return ProcessPoolExecutor(1, context, _start, (self._share,))
 
     def terminate(self) -> None:

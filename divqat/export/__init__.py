@@ -1,4 +1,4 @@
-"""Export a trained model and prove that the export is the trained model."""
+"""Export a trained model and verify the export against it."""
 
 from divqat.export.onnx import ExportReport, export_onnx
 from divqat.export.verify import VerifyReport, verify

@@ -1,4 +1,4 @@
-"""What has to be mended in an ONNX graph that PyTorch's exporter made."""
+"""Corrections of the ONNX graphs of PyTorch's exporter."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from torch import fx
 
 
 def separate_constants(graph: Any) -> None:
-    """Give every reader of a weight the weight's codes, their zero point and their DequantizeLinear
-    for itself; the exporter merges what is equal, and a layer may be called twice.
+    """Give every consumer of a weight separate codes, zero point and DequantizeLinear. They may be
+    shared because the exporter merges equal constants, or because a layer is called twice.
 
-    For ``session.x64quantprecision``: ONNX Runtime 1.32 shifts weights and their zero points to
-    uint8 one layer at a time, and fails at one that it has shifted before.
+    ``session.x64quantprecision`` needs this: ONNX Runtime 1.32 shifts weights and their zero points
+    to uint8 one layer at a time, and fails at one that is already shifted.
     """
     constants = {constant.name: constant for constant in graph.initializer}
-    makers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
-    taken = set()
+    producers = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    used = set()
 
-    def separate(maker: Any) -> None:
-        for place in (0, 2):
-            name = maker.input[place]
-            if name in taken:
-                own = graph.initializer.add()
-                own.CopyFrom(constants[name])
-                own.name = maker.input[place] = f"{maker.output[0]}/{name}"
-                constants[own.name] = own
-            taken.add(maker.input[place])
+    def separate(producer: Any) -> None:
+        for index in (0, 2):
+            name = producer.input[index]
+            if name in used:
+                duplicate = graph.initializer.add()
+                duplicate.CopyFrom(constants[name])
+                duplicate.name = producer.input[index] = f"{producer.output[0]}/{name}"
+                constants[duplicate.name] = duplicate
+            used.add(producer.input[index])
 
-    for reader in list(graph.node):
-        for place, name in enumerate(reader.input):
-            maker = makers.get(name)
-            if maker is None or maker.input[0] not in constants:
+    for consumer in list(graph.node):
+        for index, name in enumerate(consumer.input):
+            producer = producers.get(name)
+            if producer is None or producer.input[0] not in constants:
                 continue
-            if name in taken:
-                again = copy.deepcopy(maker)
-                again.name = again.output[0] = reader.input[place] = f"{reader.name}/{name}"
+            if name in used:
+                again = copy.deepcopy(producer)
+                again.name = again.output[0] = consumer.input[index] = f"{consumer.name}/{name}"
                 separate(again)
-                graph.node.insert([*graph.node].index(reader), again)
+                graph.node.insert([*graph.node].index(consumer), again)
             else:
-                separate(maker)
-            taken.add(name)
+                separate(producer)
+            used.add(name)
 
 
 def module_name(node: Any) -> str:
-    """The module that a node comes from, as PyTorch's exporter notes it; else the node's name."""
+    """The module of a node, from the metadata of PyTorch's exporter; else the node's name."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
             *modules, _ = ast.literal_eval(entry.value)
@@ -55,11 +55,11 @@ def module_name(node: Any) -> str:
     return node.name
 
 
-def refuse_divisors(graph: fx.Graph) -> None:
-    """Refuse an average pooling with a divisor of its own, which the exporter would leave out.
+def check_divisors(graph: fx.Graph) -> None:
+    """Check that no average pooling has a ``divisor_override``, which the exporter would drop.
 
     Raises:
-        ValueError: there is one.
+        ValueError: one has.
     """
     for node in graph.nodes:
         if node.target not in (
@@ -76,26 +76,26 @@ def refuse_divisors(graph: fx.Graph) -> None:
             )
 
 
-def mend_average_pools(graph: Any) -> None:
-    """Leave padding out of the mean in every average pooling with ``ceil_mode``, which changes
-    nothing where there is none.
+def fix_average_pools(graph: Any) -> None:
+    """Clear ``count_include_pad`` of every average pooling with ``ceil_mode``, which changes
+    nothing if there is no padding.
 
-    ONNX Runtime's integer kernel (1.32) otherwise divides by a whole window where that hangs over
-    the edge.
+    With it, ONNX Runtime's integer kernel (1.32) divides by the whole window even where the window
+    extends beyond the edge.
 
     Raises:
         ValueError: one has padding and counts it.
     """
     for node in graph.node:
-        attributes = {each.name: each for each in node.attribute}
-        wanted = ("ceil_mode", "count_include_pad")
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        flags = ("ceil_mode", "count_include_pad")
         if node.op_type != "AveragePool" or not all(
-            name in attributes and attributes[name].i for name in wanted
+            name in attributes and attributes[name].i for name in flags
         ):
             continue
         if "pads" in attributes and any(attributes["pads"].ints):
             raise ValueError(
                 f"{module_name(node)}: count_include_pad: wanted False in an average pooling with "
-                "ceil_mode and padding, which ONNX Runtime computes otherwise, got True"
+                "ceil_mode and padding, which ONNX Runtime computes differently, got True"
             )
         attributes["count_include_pad"].i = 0

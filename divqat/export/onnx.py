@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from divqat._util.errors import require
 from divqat._util.files import write_atomic
-from divqat.export.graph import mend_average_pools, refuse_divisors, separate_constants
+from divqat.export.graph import check_divisors, fix_average_pools, separate_constants
 from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, runtime_kernels
 from divqat.export.saturation import Saturating, advice, saturating
 from divqat.quantize.convert import convert
@@ -24,17 +24,18 @@ from divqat.quantize.deployed import IntegerLayer
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported.
+    """The result of an export.
 
     Attributes:
-        path: the file. bytes: its size.
-        layers: quantized convolutions and linear layers in the model.
-        int8_layers, float_layers: how many convolutions and matrix products ONNX Runtime runs with
-            an integer and with a float kernel, counted in its optimized graph: a layer once per
-            call, and those of float layers and of ``torch.matmul`` as well.
-        kernels: how often each operation occurs in that graph.
-        runtime: ONNX Runtime's version.
-        saturating: the layers that x86 CPUs without VNNI may compute otherwise, see
+        path: the file.
+        bytes: its size.
+        layers: number of quantized convolutions and linear layers in the model.
+        int8_layers, float_layers: number of convolutions and matrix products that ONNX Runtime runs
+            with integer and with float kernels, counted in its optimized graph: once per call of a
+            layer, and including those of float layers and of ``torch.matmul``.
+        kernels: number of occurrences of each operation in that graph.
+        runtime: version of ONNX Runtime.
+        saturating: layers whose sums may saturate on x86 CPUs without VNNI, see
             :mod:`divqat.export.saturation`; empty with the default width of weights.
     """
 
@@ -60,23 +61,24 @@ class ExportReport:
 
 
 def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> ExportReport:
-    """Convert a prepared model and write it as ONNX, opset 20, batch dimension free.
+    """Convert a prepared model and write it as ONNX, opset 20, with a dynamic batch dimension.
 
     The input is called ``images``, the output ``logits``, both float32. Weights are stored as
-    int8, biases as :func:`divqat.convert` makes them. The file appears only when ONNX Runtime has
-    loaded it. A warning says where an x86 CPU without VNNI saturates, which weights of more than 7
-    bits can make it do.
+    int8, biases as in :func:`divqat.convert`. The file is only written if ONNX Runtime can load it.
+    A warning names the layers whose sums may saturate on an x86 CPU without VNNI, which can happen
+    with weights of more than 7 bits.
 
     Args:
-        model: made by :func:`divqat.prepare`, after training.
+        model: a trained model, made by :func:`divqat.prepare`.
         example_input: float32 [N, C, H, W], any N.
         path: the file to write; replaced if it exists.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        TypeError: ``example_input`` is not float32; the model may be cast to anything.
-        ValueError: as :func:`divqat.convert`; or an average pooling that ONNX does not know or that
-            ONNX Runtime computes otherwise. RuntimeError: the exporter or the runtime failed.
+        TypeError: ``example_input`` is not float32 (the model may have any dtype).
+        ValueError: see :func:`divqat.convert`; or an average pooling that ONNX does not support or
+            that ONNX Runtime computes differently.
+        RuntimeError: the exporter or the runtime failed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, "export")
@@ -85,7 +87,7 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
             f"example_input: wanted float32, as runtimes compute it, got {example_input.dtype}"
         )
     converted = convert(model)
-    example = torch.cat([example_input[:1]] * 2)  # two, as a batch of one would be specialized
+    example = torch.cat([example_input[:1]] * 2)  # two, as torch.export specializes a batch of one
     batch = torch.export.Dim("batch")
     with _quiet():
         try:
@@ -102,10 +104,10 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
         except torch.onnx.OnnxExporterError as error:
             raise RuntimeError(f"model: torch.onnx.export failed: {_cause(error)}") from error
     assert program is not None and program.exported_program is not None
-    refuse_divisors(program.exported_program.graph)
+    check_divisors(program.exported_program.graph)
     proto = program.model_proto
     separate_constants(proto.graph)
-    mend_average_pools(proto.graph)
+    fix_average_pools(proto.graph)
     kernels: dict[str, int] = {}
     layers: list[Saturating] = []
 
@@ -133,10 +135,10 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence two remarks of the exporter about itself; other warnings pass."""
+    """Silence two messages of the exporter about itself; other warnings pass."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # that torchvision's operators are not there
+    logger.setLevel(logging.ERROR)  # "torchvision is not installed"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
@@ -146,7 +148,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """What was wrong in the first place; the exporter wraps it in advice of how to report it."""
+    """The first cause of an error; the exporter wraps it in advice on how to report it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a file on a CPU."""
+"""The optimized graph and the kernels of ONNX Runtime on a CPU."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# What ONNX Runtime calls its integer kernels, and the float ones that it leaves in place.
+# ONNX Runtime's names of integer kernels, and of the float kernels that may remain.
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger")
 FLOAT_KERNELS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul")
 
 
 def optimized_graph(path: str | Path) -> Any:
-    """The ``onnx.GraphProto`` that ONNX Runtime runs by default, whatever the CPU.
+    """The ``onnx.GraphProto`` that ONNX Runtime runs by default, the same on every CPU.
 
     Raises:
         RuntimeError: ONNX Runtime cannot load the file.
@@ -32,7 +32,7 @@ def optimized_graph(path: str | Path) -> Any:
 
 
 def runtime_kernels(path: str | Path) -> dict[str, int]:
-    """How often each operation occurs in ONNX Runtime's optimized CPU graph of a model.
+    """The number of occurrences of each operation in ONNX Runtime's optimized graph of a model.
 
     Raises:
         RuntimeError: ONNX Runtime cannot load the file.

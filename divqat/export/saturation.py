@@ -1,11 +1,11 @@
-"""Where the 16-bit sums of integer kernels saturate, and what a file answers then.
+"""Saturation of the 16-bit sums of integer kernels, and its effect on the answers of a file.
 
 An x86 CPU without VNNI multiplies uint8 activations by int8 weights with ``vpmaddubsw``, which adds
-two neighbouring products in 16 bits and stops at −32768 and 32767. Weights of up to ±64 cannot get
-there: 2 · 255 · 64 = 32640. In ONNX Runtime's kernels (MLAS) neighbours are, of a linear layer, the
-inputs 2k and 2k + 1; of a convolution, which reads images with channels last, two such channels of
-a pixel (of an odd number of channels also the last of a pixel and the first of the next one). A
-depthwise convolution adds nothing in 16 bits.
+two neighboring products in 16 bits and saturates at −32768 and 32767. Weights of up to ±64 cannot
+saturate: 2 · 255 · 64 = 32640. In ONNX Runtime's kernels (MLAS) the neighbors of a linear layer are
+the inputs 2k and 2k + 1. Those of a convolution, which reads images in channels-last order, are
+the channels 2k and 2k + 1 of a pixel (if the number of channels is odd, also the last channel of a
+pixel and the first of the next one). A depthwise convolution has no 16-bit sums.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from divqat._util.errors import require
 from divqat.export.graph import module_name
 from divqat.export.runtime import optimized_graph
 
-LOWEST, HIGHEST, TOP = -(2**15), 2**15 - 1, 255  # of an int16; of a uint8
-# Integer kernel → which inputs are the scale and zero point of x, the weight and its scale.
+LOWEST, HIGHEST, TOP = -(2**15), 2**15 - 1, 255  # ends of int16; largest uint8
+# Integer kernel → indices of the inputs: scale and zero point of x, weight, scale of the weight.
 INPUTS = {
     "QLinearConv": (1, 2, 3, 4),
     "QGemm": (1, 2, 3, 4),
@@ -34,12 +34,13 @@ INPUTS = {
 
 @dataclass(frozen=True)
 class Saturating:
-    """A layer of which sums can saturate.
+    """A layer whose sums can saturate.
 
     Attributes:
-        layer: the module's name. pairs: how many pairs of neighbouring weights are too large
-            together; of: how many pairs there are.
-        largest: the largest sum of two products, in absolute value, that activations can make.
+        layer: the module's name.
+        pairs: number of pairs of neighboring weights that can saturate.
+        of: number of all pairs.
+        largest: the largest possible sum of two products, in absolute value.
     """
 
     layer: str
@@ -50,16 +51,16 @@ class Saturating:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """An integer kernel, its weights in the order of the products, and which pairs are critical."""
+    """An integer kernel, its weights in the order of the products, and its critical pairs."""
 
-    node: str  # in the file
-    weight: np.ndarray  # int64 [C_out, K], with a 0 more if their number is odd
-    size: int  # that number
-    spatial: tuple[int, ...]  # the filter's, () of a matrix product
+    node: str  # name in the file
+    weight: np.ndarray  # int64 [C_out, K], padded with a 0 to an even K
+    size: int  # K without padding
+    spatial: tuple[int, ...]  # spatial size of the filter; () for a matrix product
     x_scale: float
-    x_zero_point: int  # of codes from 0 to 255
-    scale: np.ndarray  # float32 [C_out]
-    critical: np.ndarray  # bool [C_out, K / 2]
+    x_zero_point: int  # for codes from 0 to 255
+    scale: np.ndarray  # scale of the weight, float32 [C_out]
+    critical: np.ndarray  # pairs that can saturate, bool [C_out, K / 2]
     largest: int
 
 
@@ -67,11 +68,12 @@ def saturating(path: str | Path) -> list[Saturating]:
     """The layers of an ONNX file whose sums can saturate on an x86 CPU without VNNI.
 
     Raises:
-        RuntimeError: ONNX Runtime cannot load the file. ValueError: its nodes have no names of
-            their own. ImportError: onnx is missing.
+        RuntimeError: ONNX Runtime cannot load the file.
+        ValueError: the names of its nodes are missing or not unique.
+        ImportError: onnx is missing.
     """
     onnx = require("onnx", "export")
-    kernels = list(_critical(path))
+    kernels = list(_critical_kernels(path))
     graph = onnx.load(path, load_external_data=False).graph
     return [
         Saturating(
@@ -85,9 +87,9 @@ def saturating(path: str | Path) -> list[Saturating]:
 
 
 def advice(layers: Sequence[Saturating]) -> str:
-    """What saturates, and what to do."""
+    """A sentence on the layers that can saturate and the remedies."""
     worst = sorted(layers, key=lambda layer: -layer.pairs / layer.of)
-    named = ", ".join(f"{each.layer} ({each.pairs} of {each.of} pairs)" for each in worst[:3])
+    named = ", ".join(f"{layer.layer} ({layer.pairs} of {layer.of} pairs)" for layer in worst[:3])
     more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
     return (
         f"sums of int8 products can saturate on x86 CPUs without VNNI, in {named}{more}: "
@@ -96,18 +98,19 @@ def advice(layers: Sequence[Saturating]) -> str:
 
 
 def emulated_session(path: str | Path) -> Any:
-    """An ``onnxruntime.InferenceSession`` that answers, on any CPU, as one without VNNI does.
+    """An ``onnxruntime.InferenceSession`` that emulates, on any CPU, one without VNNI.
 
-    Layers are computed in float, and to what they give is added what their pairs of products lack
-    where they saturate. Rounding apart, it is what the default session gives on such a CPU.
+    Layers are computed in float, and the error of the saturating pairs of products is added to
+    their output. Except for rounding, the answers are those of a default session on such a CPU.
 
     Raises:
-        RuntimeError: ONNX Runtime cannot load the file. ValueError: its nodes have no names of
-            their own. ImportError: onnx is missing.
+        RuntimeError: ONNX Runtime cannot load the file.
+        ValueError: the names of its nodes are missing or not unique.
+        ImportError: onnx is missing.
     """
     onnx, onnxruntime = require("onnx", "export"), require("onnxruntime", "export")
     model = onnx.load(path)
-    for kernel in _critical(path):
+    for kernel in _critical_kernels(path):
         _saturate(model.graph, _node(model.graph, kernel), kernel)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -117,21 +120,21 @@ def emulated_session(path: str | Path) -> Any:
 
 
 def _node(graph: Any, kernel: _Kernel) -> Any:
-    """What became ``kernel`` in ONNX Runtime, which keeps names that are there and unique.
+    """The node from which ONNX Runtime made ``kernel``; it keeps existing, unique names.
 
     Raises:
-        ValueError: they are not.
+        ValueError: there is not exactly one node of that name.
     """
-    found = [node for node in graph.node if node.name == kernel.node]
-    if len(found) != 1:
+    nodes = [node for node in graph.node if node.name == kernel.node]
+    if len(nodes) != 1:
         raise ValueError(
-            f"onnx_path: wanted a file as export_onnx writes it, got {len(found)} nodes "
+            f"onnx_path: wanted a file written by export_onnx, got {len(nodes)} nodes "
             f"of the name {kernel.node!r}"
         )
-    return found[0]
+    return nodes[0]
 
 
-def _critical(path: str | Path) -> Iterator[_Kernel]:
+def _critical_kernels(path: str | Path) -> Iterator[_Kernel]:
     from onnx import helper, numpy_helper
 
     graph = optimized_graph(path)
@@ -139,15 +142,15 @@ def _critical(path: str | Path) -> Iterator[_Kernel]:
     for node in graph.node:
         if node.op_type not in INPUTS:
             continue
-        names = [node.input[place] for place in INPUTS[node.op_type]]
+        names = [node.input[index] for index in INPUTS[node.op_type]]
         if any(name not in constants for name in names):
-            continue  # products of two activations, which are uint8, are added in 32 bits
+            continue  # products of two uint8 activations are added in 32 bits
         x_scale, x_zero_point, weight, scale = (
             numpy_helper.to_array(constants[name]) for name in names
         )
         if weight.dtype != np.int8:
             continue
-        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         rows, spatial = weight, weight.shape[2:]
         if node.op_type == "QLinearConv":
             if attributes.get("group", 1) == len(weight) and weight.shape[1] == 1:
@@ -164,7 +167,7 @@ def _critical(path: str | Path) -> Iterator[_Kernel]:
         critical = (high > HIGHEST) | (low < LOWEST)
         if critical.any():
             yield _Kernel(
-                node=re.sub(r"_token_\d+$", "", node.name),  # of a copy for channels last
+                node=re.sub(r"_token_\d+$", "", node.name),  # suffix of a channels-last copy
                 weight=rows,
                 size=size,
                 spatial=spatial,
@@ -177,8 +180,8 @@ def _critical(path: str | Path) -> Iterator[_Kernel]:
 
 
 def _saturate(graph: Any, node: Any, kernel: _Kernel) -> None:
-    """Add min(max(s, −32768), 32767) − s to the output of ``node``, for every critical pair of
-    products and their sum s."""
+    """Add min(max(s, −32768), 32767) − s to the output of ``node``, for the sum s of every critical
+    pair of products."""
     from onnx import helper, numpy_helper
 
     def constant(name: str, value: Any) -> str:
@@ -195,22 +198,22 @@ def _saturate(graph: Any, node: Any, kernel: _Kernel) -> None:
     added: list[Any] = []
     channels, pairs = np.nonzero(kernel.critical)  # [P] each
     products = np.arange(len(pairs))
-    some = np.zeros((len(pairs), kernel.weight.shape[1]))  # [P, K]
-    for place in (2 * pairs, 2 * pairs + 1):
-        some[products, place] = kernel.weight[channels, place]
-    offset = constant("offset", kernel.x_zero_point * some.sum(1))
+    weights = np.zeros((len(pairs), kernel.weight.shape[1]))  # of each pair alone, [P, K]
+    for column in (2 * pairs, 2 * pairs + 1):
+        weights[products, column] = kernel.weight[channels, column]
+    offset = constant("offset", kernel.x_zero_point * weights.sum(1))
     back = np.zeros((len(kernel.weight), len(pairs)))  # [C_out, P]
     back[channels, products] = kernel.x_scale * kernel.scale[channels]
     output = node.output[0]
     node.output[0] = f"{node.name}/exact"
-    # Codes less their zero point, so that padding is 0.
+    # Codes minus their zero point, so that padding is 0.
     codes = add("Round", add("Div", node.input[0], constant("scale", kernel.x_scale)))
     if kernel.spatial:
-        attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        filters = _filters(some[:, : kernel.size], channels, kernel, attributes.pop("group", 1))
-        sums = add("Conv", codes, constant("some", filters), offset, **attributes)
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        filters = _filters(weights[:, : kernel.size], channels, kernel, attributes.pop("group", 1))
+        sums = add("Conv", codes, constant("pairs", filters), offset, **attributes)
     else:
-        sums = add("MatMul", codes, constant("some", some[:, : kernel.size].T))
+        sums = add("MatMul", codes, constant("pairs", weights[:, : kernel.size].T))
         sums = add("Add", sums, offset)
     limits = constant("lowest", LOWEST), constant("highest", HIGHEST)
     lost = add("Sub", add("Clip", sums, *limits), sums)
@@ -221,21 +224,21 @@ def _saturate(graph: Any, node: Any, kernel: _Kernel) -> None:
         lost = add("MatMul", lost, constant("back", back.T))
     add("Add", node.output[0], lost, output=output)
     after = [*graph.node].index(node) + 1
-    for each in reversed(added):
-        graph.node.insert(after, each)
+    for new in reversed(added):
+        graph.node.insert(after, new)
 
 
 def _filters(
-    some: np.ndarray,  # [P, K]
+    weights: np.ndarray,  # [P, K]
     channels: np.ndarray,  # [P]
     kernel: _Kernel,
     groups: int,
 ) -> np.ndarray:  # [P, C_in, *spatial]
-    """Rows of products as filters over all input channels, those of other groups 0."""
-    filters = np.moveaxis(some.reshape(len(some), *kernel.spatial, -1), -1, 1)
+    """Rows of weights as filters over all input channels; those of other groups are 0."""
+    filters = np.moveaxis(weights.reshape(len(weights), *kernel.spatial, -1), -1, 1)
     width = filters.shape[1]
-    whole = np.zeros((len(some), groups * width, *kernel.spatial))
+    whole = np.zeros((len(weights), groups * width, *kernel.spatial))
     group = channels // (len(kernel.weight) // groups)
     inputs = group[:, None] * width + np.arange(width)  # [P, C_in / groups]
-    whole[np.arange(len(some))[:, None], inputs] = filters
+    whole[np.arange(len(weights))[:, None], inputs] = filters
     return whole

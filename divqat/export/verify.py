@@ -1,4 +1,4 @@
-"""Is the exported model the trained one, wherever it runs?"""
+"""Comparison of an exported model with the trained one, on this CPU and on those without VNNI."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from divqat.victim.runners import open_onnx
 
 @dataclass(frozen=True)
 class Deployed:
-    """One way to run a file beside the fake-quantized model.
+    """Another way to run the file, compared with the fake-quantized model.
 
     Attributes:
-        argmax_agreement: share with the same top-1 class, in [0, 1]. accuracy: against the labels.
+        argmax_agreement: share of images with the same top-1 class, in [0, 1].
+        accuracy: top-1 accuracy against the labels, in [0, 1].
     """
 
     argmax_agreement: float
@@ -30,18 +31,20 @@ class Deployed:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The fake-quantized model beside ONNX Runtime, with its default options, on the same images.
+    """The fake-quantized model compared with ONNX Runtime (default options) on the same images.
 
     Attributes:
-        n: images. argmax_agreement: share with the same top-1 class, in [0, 1].
+        n: number of images.
+        argmax_agreement: share of images with the same top-1 class, in [0, 1].
         accuracy_fake, accuracy_onnx: top-1 accuracy against the labels, in [0, 1].
-        max_diff: largest |difference| of a logit. mean_diff: the mean of |difference|.
+        max_diff: largest |difference| of a logit.
+        mean_diff: mean of |difference|.
         step: one output step: the range of the logits (largest minus smallest) over 255.
         max_diff_steps: ``max_diff / step``.
         runtime: the runtime and its version.
-        saturating: the layers that x86 CPUs without VNNI may compute otherwise. Only where there
-            are some, ``precise``: with the option ``session.x64quantprecision``, and ``emulated``:
-            what such a CPU answers without it, whatever this one is.
+        saturating: layers whose sums may saturate on x86 CPUs without VNNI.
+        precise: with the option ``session.x64quantprecision``; None if no layer can saturate.
+        emulated: default options on an emulated CPU without VNNI; None if no layer can saturate.
     """
 
     n: int
@@ -59,7 +62,7 @@ class VerifyReport:
 
     @property
     def least_agreement(self) -> float:
-        """The agreement with default options on the CPU that is worst for it."""
+        """The agreement with default options on the worst CPU: this one, or one without VNNI."""
         emulated = 1.0 if self.emulated is None else self.emulated.argmax_agreement
         return min(self.argmax_agreement, emulated)
 
@@ -76,14 +79,14 @@ class VerifyReport:
             f"logit difference  {self.max_diff:.4f} at most ({self.max_diff_steps:.1f} steps "
             f"of {self.step:.4f}), {self.mean_diff:.5f} on average",
         ]
-        for where, found in (
+        for name, deployed in (
             ("CPUs without VNNI (emulated)", self.emulated),
             ("session.x64quantprecision", self.precise),
         ):
-            if found is not None:
+            if deployed is not None:
                 lines.append(
-                    f"{where}: agreement {found.argmax_agreement:.2%}, "
-                    f"accuracy {found.accuracy:.2%}"
+                    f"{name}: agreement {deployed.argmax_agreement:.2%}, "
+                    f"accuracy {deployed.accuracy:.2%}"
                 )
         if self.saturating:
             lines.append(advice(self.saturating))
@@ -100,22 +103,26 @@ def verify(
 ) -> VerifyReport:
     """Compare a prepared model in eval mode with its export in ONNX Runtime, image by image.
 
-    The file runs as a user would run it, with default options. Integer kernels round in other
-    places than float ones, so logits differ by steps of the grid; what must agree is the class.
+    The file runs with default options, as most users run it. Integer kernels round at other points
+    than float kernels, so logits differ by steps of the grid; the classes must agree.
 
     Args:
         model: made by :func:`divqat.prepare` or :func:`divqat.convert`.
-        onnx_path: what ``export_onnx`` wrote.
-        images: uint8, or a set. labels: int64.
+        onnx_path: a file written by ``export_onnx``.
+        images: uint8 [N, C, H, W], or a set.
+        labels: int64 [N].
+        batch_size: images per forward pass.
 
     Raises:
-        ImportError: onnxruntime or onnx is missing. FileNotFoundError: no file at ``onnx_path``.
+        ImportError: onnxruntime or onnx is missing.
+        FileNotFoundError: there is no file at ``onnx_path``.
         FloatingPointError: a logit is NaN or Inf.
-        ValueError: ``images`` and ``labels`` differ in length, or there are none.
+        ValueError: ``images`` and ``labels`` differ in length, or are empty.
     """
     if len(images) != len(labels) or not len(labels):
         raise ValueError(
-            f"images, labels: wanted as many of both, got {len(images)} and {len(labels)}"
+            f"images, labels: wanted the same number of both, at least 1, got {len(images)} and "
+            f"{len(labels)}"
         )
     runtime = require("onnxruntime", "export")
     b = predict(open_onnx(Path(onnx_path), precise=False), images, batch_size=batch_size)
@@ -150,8 +157,8 @@ def verify(
 
 
 def as_attacked(verified: Mapping[str, Any]) -> tuple[float, float]:
-    """Accuracy and agreement, by ``verify.json``, of the file as a victim runs it: the same on
-    every CPU, see :func:`divqat.victim.runners.open_onnx`."""
+    """Accuracy and agreement, from ``verify.json``, of the file as a victim runs it, which is the
+    same on every CPU: see :func:`divqat.victim.runners.open_onnx`."""
     precise = verified.get("precise")
     if precise is None:
         return verified["accuracy_onnx"], verified["argmax_agreement"]

@@ -1,4 +1,4 @@
-"""Numbers about models: accuracy and agreement, calibration, adversarial robustness."""
+"""Metrics of models: accuracy and agreement, calibration, adversarial robustness."""
 
 from divqat.metrics.accuracy import (
     HISTOGRAM_BINS,

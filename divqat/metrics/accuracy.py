@@ -1,4 +1,4 @@
-"""Numbers about a victim and its clone. Shares are fractions in [0, 1], never percent."""
+"""Metrics of a victim and its clone. Shares are fractions in [0, 1], never percent."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def predict(model: Any, images: Tensor | LabeledImages, *, batch_size: int = 256
     Args:
         model: an ``nn.Module`` in eval mode, an ONNX path or session, or a function from float
             images to logits; see :class:`divqat.victim.Victim`.
-        images: uint8 [N, C, H, W], or a set, of which one batch after another is read.
-        batch_size: images at once.
+        images: uint8 [N, C, H, W], or a set, which is read batch by batch.
+        batch_size: images per forward pass.
 
     Returns:
         float32 [N, num_classes] on the CPU.
 
     Raises:
         FloatingPointError: a logit is NaN or Inf.
-        TypeError, ValueError: not a model, a module in training mode, wrong or no images.
+        TypeError, ValueError: ``model`` is not a model, or a module in training mode; wrong or no
+            images.
     """
     shape = [*images.shape] if isinstance(images, Tensor) else [len(images), *images.image_shape]
     if len(shape) != 4 or not shape[0]:
@@ -53,8 +54,12 @@ def softmax(logits: Tensor) -> Tensor:  # [N, num_classes] -> float32 [N, num_cl
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """Share of rows of ``outputs`` (logits or probabilities [N, num_classes]) whose largest entry
-    is at ``labels`` (int64 [N])."""
-    _same_length(outputs, labels)
+    is at the index in ``labels`` (int64 [N]).
+
+    Raises:
+        ValueError: other shapes, different lengths, or no rows.
+    """
+    _check_lengths(outputs, labels)
     return (outputs.argmax(1) == labels).double().mean().item()
 
 
@@ -64,7 +69,7 @@ def fidelity(a: Tensor, b: Tensor) -> float:
 
 
 def chance(labels: Tensor) -> float:
-    """Accuracy of always naming the most frequent class of ``labels`` (int64 [N])."""
+    """Accuracy of always predicting the most frequent class of ``labels`` (int64 [N])."""
     return labels.bincount().max().item() / len(labels)
 
 
@@ -79,7 +84,7 @@ def entropy(probs: Tensor) -> float:
 
 
 def top_probability_histogram(probs: Tensor) -> list[int]:
-    """How many rows of ``probs`` have their largest probability in each 20th of [0, 1]."""
+    """Number of rows of ``probs`` with their largest probability in each 20th of [0, 1]."""
     top = probs.max(1).values.cpu().double()
     counts = torch.histogram(top.clamp(0, 1), HISTOGRAM_BINS, range=(0.0, 1.0)).hist
     return [int(count) for count in counts]
@@ -91,12 +96,12 @@ def are_distributions(answers: Tensor, *, tolerance: float = 1e-4) -> bool:
 
 
 def is_deterministic(victim: Victim, images: Tensor) -> bool:
-    """Whether ``victim`` gives uint8 ``images`` the same answers twice; costs twice their number
-    of queries."""
+    """Whether ``victim`` gives uint8 ``images`` the same answers twice; costs two queries per
+    image."""
     return torch.equal(victim(to_float(images)), victim(to_float(images)))
 
 
-def _same_length(outputs: Tensor, labels: Tensor) -> None:
+def _check_lengths(outputs: Tensor, labels: Tensor) -> None:
     if outputs.dim() != 2 or labels.dim() != 1 or len(outputs) != len(labels) or not len(labels):
         raise ValueError(
             "wanted outputs [N, num_classes] and labels [N] with N of at least 1, "

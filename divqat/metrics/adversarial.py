@@ -1,11 +1,12 @@
-"""Images that are moved, by so little that nobody sees it, to where a model is wrong.
+"""White-box adversarial examples: small changes of images that make a model wrong.
 
-The attacker knows the model and follows its gradient. Images are in [-1, 1], as every model here
-takes them (:func:`divqat.data.to_float`); distances ε and α are in parts of the range of a pixel,
-as in the literature: 8/255 are 8 of 255 grey levels, and twice as much in [-1, 1].
+The attacker knows the model and follows its gradient. Images are in [-1, 1], like the inputs of all
+models here (:func:`divqat.data.to_float`); distances ε and α are fractions of the range of a pixel,
+as in the literature: 8/255 is 8 of 255 grey levels, and twice as much in [-1, 1].
 
-What these two attacks leave right is an upper bound of what an attacker would. A model whose loss
-is flat around the images shows them no way (gradient masking): it looks robust and need not be.
+The accuracy under these two attacks is an upper bound of that under a stronger attacker. A model
+with a flat loss around the images can hide its gradients (gradient masking) and look more robust
+than it is.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ def fgsm(
 
     Args:
         model: from images to logits [N, num_classes], in eval mode, on any device. A fake-quantized
-            one passes gradients straight through its rounding. Its weights, their ``.grad`` and
-            its mode stay as they are.
+            model has straight-through gradients. Weights, their ``.grad`` and the mode do not
+            change.
         images: float [N, C, H, W] in [-1, 1].
-        labels: int64 [N], the classes to lead away from.
-        epsilon: 0 to 1, in parts of the range of a pixel.
-        batch_size: images at once.
+        labels: int64 [N], the true classes.
+        epsilon: 0 to 1, as a fraction of the range of a pixel.
+        batch_size: images per forward pass.
 
     Returns:
         New images like ``images``, on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind, shape or range, a model in training
-            mode, or one without a gradient at its images.
+        TypeError, ValueError: an argument has a wrong type, shape or range, or the model is in
+            training mode or not differentiable in its images.
         FloatingPointError: NaN or Inf in the gradient.
     """
     _check(model, images, labels, epsilon, batch_size)
-    return _climb(model, images, images, labels, epsilon, epsilon, 1, batch_size)
+    return _ascend(model, images, images, labels, epsilon, epsilon, 1, batch_size)
 
 
 def pgd(
@@ -64,27 +65,27 @@ def pgd(
 ) -> Tensor:
     """Projected gradient descent in the L∞ ball of radius ε around each image.
 
-    From a point drawn uniformly from the ball, ``steps`` times
+    Start from a point drawn uniformly from the ball, then ``steps`` times
 
         x ← Π(x + α sign(∇_x CE(f(x), y))),
 
-    Π the projection to the ball and to [-1, 1]; the last point is the result.
+    with Π the projection to the ball and to [-1, 1]; the last point is the result.
 
     Source: Madry, Makelov, Schmidt, Tsipras, Vladu, "Towards Deep Learning Models Resistant to
     Adversarial Attacks", ICLR 2018, section 2.1, with one random start of section 3. Steps and α
     are not the paper's: ten steps of 2.5 ε / 10 reach the border of the ball from every start.
 
     Args:
-        model, images, labels, epsilon, batch_size: as :func:`fgsm`.
+        model, images, labels, epsilon, batch_size: see :func:`fgsm`.
         steps: at least 1.
-        alpha: above 0, in parts of the range of a pixel; None: 2.5 ε / steps.
+        alpha: above 0, as a fraction of the range of a pixel; None: 2.5 ε / steps.
         seed: of the random start, which does not depend on ``batch_size``.
 
     Returns:
         New images like ``images``, on the CPU.
 
     Raises:
-        As :func:`fgsm`.
+        See :func:`fgsm`.
     """
     _check(model, images, labels, epsilon, batch_size)
     if steps < 1:
@@ -95,10 +96,10 @@ def pgd(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(images.shape, generator=generator, dtype=images.dtype)
     starts = images.cpu() + epsilon * RANGE * (2 * noise - 1)
-    return _climb(model, images, starts, labels, epsilon, alpha, steps, batch_size)
+    return _ascend(model, images, starts, labels, epsilon, alpha, steps, batch_size)
 
 
-def _climb(
+def _ascend(
     model: nn.Module,
     images: Tensor,
     starts: Tensor,
@@ -108,7 +109,7 @@ def _climb(
     steps: int,
     batch_size: int,
 ) -> Tensor:
-    """``steps`` steps uphill from ``starts``, which are projected like every step."""
+    """Take ``steps`` ascent steps from ``starts``, which are projected like every step."""
     device = next(chain(model.parameters(), model.buffers()), images).device
     parts = []
     for batch in zip(*(x.split(batch_size) for x in (images, starts, labels)), strict=True):
@@ -117,12 +118,12 @@ def _climb(
         high = (center + RANGE * epsilon).clamp(max=1)
         x = x.clamp(low, high)
         for _ in range(steps):
-            x = (x + RANGE * alpha * _uphill(model, x, goal)).clamp(low, high)
+            x = (x + RANGE * alpha * _gradient_sign(model, x, goal)).clamp(low, high)
         parts.append(x.cpu())
     return torch.cat(parts)
 
 
-def _uphill(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+def _gradient_sign(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """sign(∇_x CE(f(x), y)), entries -1, 0 or 1."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -148,6 +149,6 @@ def _check(
         )
     check_labels(labels, len(images))
     if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon: wanted 0 to 1, a part of the range of a pixel, got {epsilon}")
+        raise ValueError(f"epsilon: wanted 0 to 1, a fraction of a pixel's range, got {epsilon}")
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")

@@ -1,4 +1,4 @@
-"""Whether a model is as often right as it is sure."""
+"""Calibration: whether confidence matches accuracy."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from divqat.metrics.accuracy import are_distributions
 
 
 def expected_calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 15) -> float:
-    """How far confidence and accuracy are apart on average.
+    """The mean gap between confidence and accuracy (ECE).
 
     With B_m the images whose largest probability lies in ((m - 1) / M, m / M], m = 1 ... M,
 
         ECE = Σ_m |B_m| / n · |acc(B_m) - conf(B_m)|,
 
-    acc the share of B_m that is classified right and conf its mean largest probability. A value on
-    the border of two bins is in the lower one; an empty bin adds nothing; of equal probabilities
-    the class with the lower index counts as the answer.
+    with acc the accuracy on B_m and conf its mean largest probability. A value on the border of two
+    bins belongs to the lower one; empty bins add nothing; ties go to the class with the lower
+    index.
 
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017,
     section 2, with the 15 bins of its experiments.
 
     Args:
-        probs: [N, num_classes], float32 or float64, N at least 1; of logits take
+        probs: [N, num_classes], float32 or float64, N at least 1; convert logits with
             :func:`divqat.metrics.softmax`.
         labels: int64 [N].
         bins: M.
@@ -34,13 +34,13 @@ def expected_calibration_error(probs: Tensor, labels: Tensor, *, bins: int = 15)
 
     Raises:
         TypeError: labels of another dtype.
-        ValueError: ``probs`` is no matrix of distributions (logits, NaN), the labels do not belong
-            to it, or ``bins`` is below 1.
+        ValueError: the rows of ``probs`` are not distributions (logits, NaN), the labels do not
+            match, or ``bins`` is below 1.
     """
     if probs.dim() != 2 or not len(probs) or not are_distributions(probs):
         raise ValueError(
-            "probs: wanted [N, num_classes] with N of at least 1, rows not negative with sum 1, "
-            f"got {list(probs.shape)}, row sums {_span(probs)}; softmax makes them of logits"
+            "probs: wanted [N, num_classes] with N of at least 1, non-negative rows with sum 1, "
+            f"got {list(probs.shape)}, row sums {_span(probs)}; convert logits with softmax"
         )
     check_labels(labels, len(probs))
     if labels.max() >= probs.shape[1]:

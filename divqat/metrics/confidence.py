@@ -1,4 +1,4 @@
-"""How sure a model is of its answers."""
+"""Confidence of a model in its answers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from divqat.metrics.accuracy import entropy, mean_top_probability, top_probabili
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence:
-    """How sure the deployed victim is of its answers on one set of images."""
+    """Confidence of the released answers on one set of images."""
 
     top_probability: float  # mean
     entropy: float  # mean, nats
-    histogram: list[int]  # images per 20th of [0, 1] that the top probability lies in
+    histogram: list[int]  # number of images with the top probability in each 20th of [0, 1]
 
     @classmethod
     def of(cls, probs: Tensor) -> Confidence:

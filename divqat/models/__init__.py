@@ -1,6 +1,6 @@
-"""Small convolutional networks for small images, all traceable by torch.fx, and networks of others.
+"""Small CNNs for small images, all traceable by torch.fx, and a way to build your own networks.
 
-They take images float [N, C, H, W] and return logits [N, num_classes].
+They map float images [N, C, H, W] to logits [N, num_classes].
 
 Example:
     >>> import torch
@@ -37,7 +37,7 @@ def build(
 
     Args:
         name: one of :func:`names`, or ``module:function``: a function (or class) that takes the
-            three settings below by name, ``image_size`` as (H, W), and returns the network; see
+            three arguments below by keyword, ``image_size`` as (H, W), and returns the network; see
             :func:`divqat._util.foreign.foreign`.
         in_channels: channels of the images, at least 1.
         num_classes: number of logits, at least 1.

@@ -1,4 +1,4 @@
-"""What the networks share: the convolution block and the initialization."""
+"""The convolution block and the initialization of all networks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def conv_bn(
 
 
 def initialize(model: nn.Module) -> None:
-    """Kaiming normal weights (fan-in, so that depthwise layers are right too), zero biases."""
+    """Kaiming normal weights (fan-in, which is also right for depthwise layers), zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

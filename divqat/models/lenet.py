@@ -8,7 +8,7 @@ from divqat.models.blocks import conv_bn, initialize
 
 
 class LeNet(nn.Module):
-    """Two 5x5 convolutions and three linear layers; needs to know the image size."""
+    """Two 5x5 convolutions and three linear layers, whose size depends on that of the image."""
 
     def __init__(self, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> None:
         super().__init__()

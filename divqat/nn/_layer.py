@@ -1,4 +1,4 @@
-"""What the quantized layers share: a quantized weight and, if asked, a quantized input."""
+"""The base of the quantized layers: a quantized weight and, optionally, a quantized input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
 from divqat.ops import fake_quantize_weights
 from divqat.ops.reference import weight_scale
 
-# Deployed weights of fewer bits are spread over so many: over eight, sums of two products could
+# Deployed weights of fewer bits are spread over this many: with eight, sums of two products could
 # saturate on CPUs without VNNI.
 SPREAD_BITS = 7
 
@@ -22,26 +22,30 @@ SPREAD_BITS = 7
 class QuantLayer(QuantState):
     """Mixin before ``nn.Conv2d``, ``nn.ConvTranspose2d`` or ``nn.Linear``.
 
-    In eval mode the bias is what an integer kernel adds: a multiple of input scale · weight scale.
-    Both are coarse where bits are few, so codes of fewer than 7 bits are deployed as multiples of
-    2^(7 − bits), on a scale as much finer: the same weights, and finer biases. The bias stays in
-    float where the scale of the input is not known (``divqat.quantize.link_inputs``)
-    and on symmetric int8 activations, TensorRT's: it takes no int32 through DequantizeLinear.
+    In eval mode the bias is rounded as for an integer kernel, to a multiple of input scale · weight
+    scale. With few bits both scales are coarse, so codes of fewer than 7 bits are deployed as
+    multiples of 2^(7 − bits), on a scale that is finer by this factor: the same weights, and finer
+    biases. The bias stays in float if the scale of the input is not known
+    (``divqat.quantize.link_inputs``), and with symmetric int8 activations: TensorRT has no
+    DequantizeLinear for int32.
 
     Args:
         *args, **kwargs: those of the layer.
         weight_spec: the weight's grid; signed and symmetric.
-        input_spec: the input's grid, or None where the input is quantized elsewhere.
+        input_spec: the input's grid; None: the input is quantized elsewhere.
+
+    Raises:
+        ValueError: ``weight_spec`` is not signed and symmetric.
     """
 
-    WEIGHT_AXIS = 0  # the output channels of the weight
+    WEIGHT_AXIS = 0  # axis of the weight's output channels
     weight: Any  # nn.Parameter, declared by the base class that follows
     bias: Any
-    # The two of a forward that group_weights has opened; class attributes as well, so that models
+    # State of one forward under group_weights; class attributes as well, so that models that were
     # pickled without them load.
-    _group: Callable[[], None] | None = None  # hands this layer and its neighbours their weights
-    _handed: tuple[Tensor, Tensor | None] | None = None  # as quantized_weight returns it
-    # Where the input was quantized, if not here; in a tuple, so that it is no submodule.
+    _group: Callable[[], None] | None = None  # quantizes the weights of this layer's bucket
+    _grouped_weight: tuple[Tensor, Tensor | None] | None = None  # its result for quantized_weight
+    # The quantizer of the input, if not in this layer; in a tuple, so that it is not a submodule.
     _source: tuple[FakeQuantize | LearnedStepFakeQuantize, ...] = ()
 
     def __init__(
@@ -56,7 +60,7 @@ class QuantLayer(QuantState):
         self.set_weight_spec(weight_spec)
 
     def set_weight_spec(self, weight_spec: QuantSpec) -> None:
-        """Quantize the weight on another grid from now on."""
+        """Set the grid of the weight."""
         if not weight_spec.symmetric or not weight_spec.signed:
             raise ValueError(f"weight_spec: wanted a signed symmetric grid, got {weight_spec}")
         self.weight_spec = weight_spec
@@ -73,12 +77,12 @@ class QuantLayer(QuantState):
         return self.WEIGHT_AXIS if self.weight_spec.per_channel else None
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-        """The layer's own operation with the given weight and bias, and what else it is called
-        with."""
+        """The layer's float operation with the given weight, bias and further arguments of the
+        call."""
         raise NotImplementedError
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """``x`` through the layer's own input quantizer, if it has one."""
+        """``x`` after the layer's own input quantizer, if it has one."""
         return x if self.input_fake_quantize is None else self.input_fake_quantize(x)
 
     def quantize_weight(self, weight: Tensor) -> Tensor:
@@ -92,25 +96,25 @@ class QuantLayer(QuantState):
         return self.weight_spec.quant_min, self.weight_spec.quant_max, self._weight_axis
 
     def scaled_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The tensor that an observed grid is laid over, and the factor of the weight in it."""
+        """The tensor that is quantized with an observed scale, and its factor over the weight."""
         return self.weight, None
 
     def quantized_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The quantized :meth:`scaled_weight` and its factor, quantized in a group if there is one.
+        """The quantized :meth:`scaled_weight` and its factor, from the bucket if there is one.
 
-        What a group computed serves one call: a second may find another state of its BatchNorm.
+        The result of a bucket serves one call: before a second call BatchNorm may have changed.
         """
         if self._group is not None:
             self._group()
-        handed = self._handed
-        if handed is not None:
-            self._handed = None
-            return handed
+        grouped = self._grouped_weight
+        if grouped is not None:
+            self._grouped_weight = None
+            return grouped
         weight, factor = self.scaled_weight()
         return self.quantize_weight(weight), factor
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in float as they are deployed."""
+        """The float weight and bias of the deployed layer."""
         return self.weight, self.bias
 
     @torch.no_grad()
@@ -122,13 +126,12 @@ class QuantLayer(QuantState):
 
     @property
     def input_quantizer(self) -> FakeQuantize | LearnedStepFakeQuantize | None:
-        """What puts the input on its grid, where that is known."""
-        own = self.input_fake_quantize
-        return own if own is not None else next(iter(self._source), None)
+        """The quantizer of the input; None if it is unknown."""
+        quantizer = self.input_fake_quantize
+        return quantizer if quantizer is not None else next(iter(self._source), None)
 
     def input_scale(self) -> Tensor | None:
-        """The scale of the input, float32 [], on which the bias becomes integer; None: it does
-        not."""
+        """The scale of the input, float32 []; None if the bias stays in float."""
         quantizer = self.input_quantizer
         if quantizer is None or (quantizer.spec.signed and quantizer.spec.symmetric):
             return None
@@ -136,7 +139,7 @@ class QuantLayer(QuantState):
 
     @property
     def spread(self) -> int:
-        """The power of two that deployed codes are multiples of."""
+        """The power of two of which deployed codes are multiples."""
         return 2 ** max(0, SPREAD_BITS - self.weight_spec.bits)
 
     @torch.no_grad()
@@ -146,21 +149,23 @@ class QuantLayer(QuantState):
         """The scales of the deployed weight, float32 [] or [C], and bias, [C_out] or None.
 
         Args:
-            bias: the deployed bias in float. input_scale: see :meth:`input_scale`.
+            bias: the deployed bias in float.
+            input_scale: see :meth:`input_scale`.
         """
         spread = self.spread
         scale = self.weight_qparams()
         if bias is None or input_scale is None:
             return scale / spread, None
-        # An all but empty channel has so small a scale that its bias would not fit.
+        # The scale of an almost empty channel is so small that its bias would not fit into int32.
         needed = bias.abs() / (input_scale * (2.0**30 / spread))
-        # One weight scale serves a channel of every group of a transposed convolution.
+        # In a transposed convolution one weight scale serves one channel of every group.
         needed = needed.view(-1, scale.numel()).amax(0).view_as(scale)
-        scale = torch.maximum(scale, needed) / spread  # a power of two: no weight changes by a bit
+        scale = torch.maximum(scale, needed) / spread  # spread is a power of two: exact
         return scale, (input_scale * scale).flatten().repeat(len(bias) // scale.numel())
 
     def deployed_bias(self, bias: Tensor | None) -> Tensor | None:
-        """``bias`` in eval mode, as an integer kernel adds it; its gradient is passed through."""
+        """``bias``, in eval mode rounded as for an integer kernel; the gradient passes straight
+        through."""
         quantizer = self.input_quantizer
         if self.training or bias is None or quantizer is None or not quantizer.quantizes():
             return bias

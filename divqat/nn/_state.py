@@ -1,5 +1,4 @@
-"""State that outlives versions, casts and copies: extra state of plain numbers, float checkpoints
-welcome."""
+"""Module state that survives versions, casts and copies, and loads from float checkpoints."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ VERSION = 2
 
 
 class QuantState(nn.Module):
-    """Mixin: the switches named in ``SWITCHES`` travel in versioned extra state, and a checkpoint
-    that knows nothing of quantization loads without complaint.
+    """Mixin: stores the switches named in ``SWITCHES`` in versioned extra state, and loads
+    checkpoints of float models.
 
-    Extra state is a tensor, int64 [version, switches, then :meth:`_grid`], as what walks over a
-    state dict (an average of weights, safetensors) expects nothing else in it. Version 1 was a
-    dict.
+    Extra state is an int64 tensor [version, switches, then :meth:`_grid`], because code that
+    iterates over a state dict (weight averaging, safetensors) expects only tensors. In version 1 it
+    was a dict.
     """
 
     SWITCHES: tuple[str, ...] = ()
 
     def _grid(self) -> tuple[int, ...]:
-        """The ends of a grid that a checkpoint's numbers mean nothing without; none if they do."""
+        """The ends of the grid, if the numbers of a checkpoint depend on it; else empty."""
         return ()
 
     def get_extra_state(self) -> Tensor:
@@ -51,7 +50,7 @@ class QuantState(nn.Module):
             setattr(self, name, bool(value))
 
     def _quant_keys(self) -> set[str]:
-        """The keys of this module's own that a float checkpoint lacks."""
+        """The keys of this module that a float checkpoint lacks."""
         return {"_extra_state"}
 
     def _load_from_state_dict(
@@ -68,18 +67,18 @@ class QuantState(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         ours = {prefix + key for key in self._quant_keys()}
-        if not ours & state_dict.keys():  # a float checkpoint; otherwise a gap is an error
+        if not ours & state_dict.keys():  # a float checkpoint; otherwise missing keys are errors
             missing_keys[:] = [key for key in missing_keys if key not in ours]
 
 
 class QuantizerState(QuantState):
-    """Mixin of the quantizers: their own tensors keep their dtype when the model is cast
-    (``.half()``, ``.double()``), and are as new when it comes from the meta device."""
+    """Mixin of the quantizers: their tensors keep their dtype when the model is cast (``.half()``,
+    ``.double()``), and are reset when it leaves the meta device."""
 
     scale: Tensor | nn.Parameter
 
     def reset_parameters(self) -> None:
-        """Forget all that was observed or learned."""
+        """Reset everything that was observed or learned."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizerState:

@@ -23,7 +23,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` whose weight, and input unless ``input_spec=None``, are
-    fake-quantized. The weight is [C_in, C_out / groups, kH, kW]: channels lie along axis 1.
+    fake-quantized. The weight is [C_in, C_out / groups, kH, kW]: the channel axis is 1.
 
     Args: those of ``nn.ConvTranspose2d``, and those of :class:`QuantLayer`.
     """
@@ -40,5 +40,5 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
         """[N, C_in, H, W] → [N, C_out, H', W']."""
         stride, padding, dilation = self.stride, self.padding, self.dilation
         sizes: Any = (output_size, stride, padding, self.kernel_size, 2, dilation)
-        rest = self._output_padding(x, *sizes)
-        return F.conv_transpose2d(x, weight, bias, stride, padding, rest, self.groups, dilation)  # type: ignore[arg-type]
+        extra = self._output_padding(x, *sizes)
+        return F.conv_transpose2d(x, weight, bias, stride, padding, extra, self.groups, dilation)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A convolution and its BatchNorm, folded as they will be deployed."""
+"""A convolution and its BatchNorm, folded during training as in deployment."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from divqat.ops.reference import EPS
 class QuantConvBn2d(QuantConv2d):
     """``nn.Conv2d`` followed by ``nn.BatchNorm2d``, trained with the folded weight quantized.
 
-    Deployed is one convolution with weight W·γ/σ and bias β + (b − μ)·γ/σ, μ and σ² the running
-    statistics. Training must therefore quantize W·s with s = γ/σ (Jacob et al. 2018, §3.2):
+    The deployed layer is one convolution with weight W·γ/σ and bias β + (b − μ)·γ/σ, where μ and σ²
+    are the running statistics. Training must therefore quantize W·s with s = γ/σ (Jacob et al.
+    2018, §3.2):
 
-    * Batch statistics: y = BN(conv(x, Q(W·s)/s)). Dividing the output by s, as is usual, costs a
-      pass over the activations; dividing the quantized *weight* is the same in exact arithmetic
-      (convolution is linear in each output channel) and costs a pass over the weight. BatchNorm
-      stays PyTorch's own.
+    * Batch statistics: y = BN(conv(x, Q(W·s)/s)). The usual division of the output by s costs a
+      pass over the activations. Dividing the quantized *weight* is the same in exact arithmetic
+      (convolution is linear in each output channel) and costs a pass over the weight only.
+      BatchNorm remains PyTorch's own.
     * Frozen statistics and eval mode: y = conv(x, Q(W·s)) + β + (b − μ)·s, the deployed sum.
 
-    γ = 0 is defined: where |γ| is tiny, another factor takes its place in Q(W·s)/s. With a scale
-    per channel γ still gets its gradient; with one scale the channel stays off. In the deployed
-    form its weight is 0 and its output β.
+    γ = 0 is defined: where |γ| is tiny, another factor replaces it in Q(W·s)/s. With a scale per
+    channel γ still gets its gradient; with one scale per tensor the channel stays off. In the
+    deployed form its weight is 0 and its output is β.
 
     Args:
         *args, **kwargs: those of ``nn.Conv2d``.
         eps, momentum: those of ``nn.BatchNorm2d``.
-        weight_spec, input_spec: as :class:`QuantConv2d`. A learned weight scale must be per
+        weight_spec, input_spec: see :class:`QuantConv2d`. A learned weight scale must be per
             channel: it is the scale of W, and that of W·s is |s| times it.
+
+    Raises:
+        ValueError: a learned weight scale per tensor.
     """
 
     SWITCHES = ("frozen",)
@@ -57,7 +61,7 @@ class QuantConvBn2d(QuantConv2d):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        self.frozen = False  # use the running statistics in training mode too
+        self.frozen = False  # use the running statistics in training mode, too
 
     def freeze(self) -> None:
         """Stop updating and using batch statistics; γ and β stay trainable."""
@@ -93,11 +97,11 @@ class QuantConvBn2d(QuantConv2d):
         if self._deployed():
             return self._fold(self.bn.weight)
         gamma = self.bn.weight.detach()
-        # A channel switched off by γ ≈ 0 must not become 0/0. With a scale of its own, Q(W·s)/s
-        # does not depend on the size of s; with a shared scale it has to stay small.
+        # A channel that γ ≈ 0 switches off must not become 0/0. With a scale per channel, Q(W·s)/s
+        # does not depend on the size of s; with a shared scale s has to stay small.
         tiny = self.bn.eps
         floor = 1.0 if self.weight_spec.per_channel else tiny
-        # BatchNorm is about to move the variance that s comes from.
+        # A copy: BatchNorm is about to update the variance that s depends on.
         (s,) = snapshot(self._fold(torch.where(gamma.abs() < tiny, floor, gamma)))
         return s
 
@@ -107,21 +111,23 @@ class QuantConvBn2d(QuantConv2d):
         return self.weight * s, s
 
     def quantized_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Q(W·s) and s: a learned scale is W's own, an observed one comes from W·s."""
+        """Q(W·s) and s: a learned scale is that of W, an observed one that of W·s."""
         if self.weight_fake_quantize is None:
             return super().quantized_weight()
         s = self._factor()
         return self.quantize_weight(self.weight) * s, s
 
     def _check_statistics(self) -> None:
-        """Refuse frozen statistics that ``torch.optim.swa_utils.update_bn`` has reset, which it
-        does with a momentum of None; where that is the layer's own, it waits for a GPU."""
+        """Check that ``torch.optim.swa_utils.update_bn`` has not reset frozen statistics.
+
+        It sets the momentum to None meanwhile; only if the layer has that momentum itself, the
+        check needs a host sync."""
         bn = self.bn
         suspicious = self.training and bn.momentum is None and not torch.compiler.is_compiling()
         if suspicious and bn.num_batches_tracked == 0:
             raise RuntimeError(
                 "frozen: wanted a BatchNorm with statistics, got one that was reset (by "
-                "update_bn?); set frozen = False in every QuantConvBn2d before"
+                "update_bn?); first set frozen = False in every QuantConvBn2d"
             )
 
     def forward(self, input: Tensor) -> Tensor:

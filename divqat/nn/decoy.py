@@ -1,4 +1,4 @@
-"""A decoy: answers to foreign images that have nothing to do with the task."""
+"""A decoy: answers to foreign images that are unrelated to the task."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 GRID = 8  # points along an axis of the coarse picture
-DIMENSIONS = 4  # of the coarse picture, that the decoy looks at
+DIMENSIONS = 4  # components of the coarse picture that the decoy uses
 SHARPNESS = 4.0  # β
-NOTHING = 1e-12  # a variance that is rounding; rows have length 1
+NEGLIGIBLE = 1e-12  # a variance of rounding errors only; rows have length 1
 
 
 class Sample(NamedTuple):
-    """What a decoy is fitted to.
+    """Images to which a decoy is fitted.
 
     Attributes:
         proxies: float32 [M, C, H, W].
-        images, labels: of the task, float32 [N, C, H, W] and int64 [N].
+        images, labels: those of the task, float32 [N, C, H, W] and int64 [N].
     """
 
     proxies: Tensor
@@ -29,25 +29,28 @@ class Sample(NamedTuple):
 
 
 class Decoy(nn.Module):
-    """t(x) = softmax(β W z(x)), z the coarse picture of x.
+    """t(x) = softmax(β W z(x)), with four components z(x) of the coarse picture of x.
 
-    x is averaged to 8 x 8 and made free of brightness and contrast; z [4] are principal components
-    of that over proxies, each with mean 0 and variance 1, so that no class comes nearly always; no
-    more of them, as what is simple is learned at more proxies, and a thief can tell apart where it
-    is not. W [num_classes, 4] has random rows of length 1. A picture's lights and shades decide and
-    not what it shows: a thief who learns t learns no more than where a picture is light.
+    The coarse picture is x averaged to 8 x 8, without brightness and contrast. z [4] are principal
+    components of it over proxies, each with mean 0 and variance 1, so that no class dominates. Only
+    four are used: the network learns a simple t on more proxies, and an attacker could recognize
+    the images on which it did not. W [num_classes, 4] has random rows of length 1. Hence t depends
+    on the distribution of brightness and not on the content of an image: an attacker who learns t
+    learns only where an image is bright.
 
-    Where a picture is light may tell what it shows, and a thief with a few labeled images would
-    read that off t. So z are the leading components of what is at right angles to all differences
-    between the mean pictures of the task's classes, which all have the same z.
+    The distribution of brightness may still reveal the class, and an attacker with a few labeled
+    images could read that from t. So z are the leading components in the subspace that is
+    orthogonal to all differences between the mean pictures of the task's classes: the mean pictures
+    all have the same z.
 
-    A constant class would say as little, but a network is constant only nearly, and what varies
-    around a constant can be told and amplified. For the same reason t is not the largest class
-    alone: where a network gives up one class, the others stay in the order that the picture has in
-    its task, and a thief can learn to read it. Here the picture's shades decide their order, too.
+    A constant class would reveal as little, but a network is only approximately constant, and an
+    attacker could amplify the deviations. For the same reason t is not a single class: if a network
+    only suppressed the right class, the order of the others would still depend on the task, and an
+    attacker could learn from it. Here the brightness decides their order, too.
 
     Args:
-        num_classes: at least 2. channels: of the images.
+        num_classes: at least 2.
+        channels: of the images.
         seed: of W.
     """
 
@@ -63,43 +66,46 @@ class Decoy(nn.Module):
         self.register_buffer("directions", torch.zeros(size, num_classes))
 
     def fit(self, parts: Iterable[Sample]) -> None:
-        """Learn on the CPU what varies between proxies and not between the classes.
+        """Find, on the CPU, the components that vary between proxies but not between class means.
 
-        With many classes and few pixels only the half of the directions in which the classes' means
-        differ most is left out. Of one proxy, or where nothing varies, they are arbitrary.
+        With many classes and few pixels, only the half of the directions in which the class means
+        differ most is excluded. If there is one proxy, or no variance, the components are
+        arbitrary.
         """
         proxies, images, labels = zip(*parts, strict=True)
-        shades, own = (
-            torch.cat([coarse(part) for part in kind]).double() for kind in (proxies, images)
+        pictures, task_pictures = (
+            torch.cat([coarse_picture(part) for part in batches]).double()
+            for batches in (proxies, images)
         )
-        rest = self._common(own, torch.cat(labels))
-        covariance = (shades @ rest).T.cov(correction=min(1, len(shades) - 1))
+        basis = self._common_subspace(task_pictures, torch.cat(labels))
+        covariance = (pictures @ basis).T.cov(correction=min(1, len(pictures) - 1))
         variances, components = torch.linalg.eigh(covariance)  # ascending
         largest = float(variances[-1])
-        varied = largest > NOTHING
-        spread = variances.clamp(min=1e-6 * largest).sqrt() if varied else torch.ones(())
-        whitening = rest @ (components / spread)[:, -DIMENSIONS:]
-        self.mean.copy_(shades.mean(0))
+        varies = largest > NEGLIGIBLE
+        deviation = variances.clamp(min=1e-6 * largest).sqrt() if varies else torch.ones(())
+        whitening = basis @ (components / deviation)[:, -DIMENSIONS:]
+        self.mean.copy_(pictures.mean(0))
         self.directions.copy_(whitening @ self.rows.double().T)
 
-    def _common(self, shades: Tensor, labels: Tensor) -> Tensor:
-        """An orthonormal basis, float64 [C · 64, K], of what all classes' mean pictures share."""
-        means = torch.stack([shades[labels == label].mean(0) for label in labels.unique()])
+    def _common_subspace(self, pictures: Tensor, labels: Tensor) -> Tensor:
+        """An orthonormal basis, float64 [C · 64, K], of the subspace in which the mean pictures of
+        all classes are equal."""
+        means = torch.stack([pictures[labels == label].mean(0) for label in labels.unique()])
         basis = torch.linalg.svd(means - means.mean(0)).Vh  # rows, the largest differences first
-        return basis[min(len(means) - 1, shades.shape[1] // 2) :].T
+        return basis[min(len(means) - 1, pictures.shape[1] // 2) :].T
 
     def forward(
         self,
         images: Tensor,  # float32 [M, C, H, W]
     ) -> Tensor:  # float32 [M, num_classes]
         """The answer to each image, rows of sum 1."""
-        return (SHARPNESS * (coarse(images) - self.mean) @ self.directions).softmax(1)
+        return (SHARPNESS * (coarse_picture(images) - self.mean) @ self.directions).softmax(1)
 
 
-def coarse(
+def coarse_picture(
     images: Tensor,  # float32 [M, C, H, W]
 ) -> Tensor:  # [M, C · 64]
-    """Images of 8 x 8, flat; each row with mean 0 and, unless all is of one shade, length 1."""
+    """Flattened images of 8 x 8; each row has mean 0 and, unless the image is uniform, length 1."""
     shades = F.adaptive_avg_pool2d(images, GRID).flatten(1)
     shades = shades - shades.mean(1, keepdim=True)
     return shades / shades.norm(dim=1, keepdim=True).clamp(min=1e-3)

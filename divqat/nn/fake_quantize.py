@@ -1,4 +1,4 @@
-"""Fake-quantizers as modules: with an observed and with a learned scale."""
+"""Fake-quantizer modules with an observed or a learned scale."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from divqat.nn.spec import ACTIVATION, QuantSpec
 from divqat.ops import fake_quantize_lsq
 from divqat.ops.qparams import EPS, choose_qparams, positive
 
-# A scale that was never set. Negative, finite and far away: an average that began with it stays
-# negative, and is told from one that did not.
+# A scale that was never set. It is negative, finite and huge: an average that began with it stays
+# negative and can be detected.
 UNSET = -(2.0**100)
 
 
 class FakeQuantize(MovingAverageMinMaxObserver):
     """Observe the range in training mode and fake-quantize with it.
 
-    ``observer_enabled`` and ``fake_quant_enabled`` are Python bools (a tensor flag would break
-    export and CUDA graphs) and travel in the state dict. Before any batch was observed the input
-    passes unchanged, whatever its range. A copy that was made before may be given its range by
-    its buffers alone, as a weight average is: until then it looks for one whenever it is called
-    without observing, which waits for a GPU.
+    ``observer_enabled`` and ``fake_quant_enabled`` are Python bools (tensor flags would break
+    export and CUDA graphs) and part of the state dict. Before the first observed batch the input
+    passes unchanged. A copy from before the first batch, such as a weight average, may get a range
+    by its buffers alone: until it has one, every call without observation checks for it, with a
+    host sync.
 
     Args:
-        spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
+        spec, ch_axis, num_channels: see :class:`MovingAverageMinMaxObserver`.
         mode: ``"exact"`` or ``"delayed"``, see :func:`divqat.ops.fake_quantize_observed`; the
-            first batch is exact in either. ``torch.utils.checkpoint`` wants ``"exact"``: the range
-            before a batch is gone when it runs the forward again, which raises a RuntimeError.
+            first batch is exact in both. ``torch.utils.checkpoint`` needs ``"exact"``: with
+            ``"delayed"`` the range before the batch is lost when it recomputes the forward, which
+            raises a RuntimeError.
         relu: apply ReLU first, in the same op.
-        inplace: write over the input, see :func:`divqat.ops.fake_quantize_observed`.
+        inplace: overwrite the input, see :func:`divqat.ops.fake_quantize_observed`.
     """
 
     SWITCHES = ("observer_enabled", "fake_quant_enabled", "calibrated")
@@ -55,10 +56,10 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         self.relu = relu
         self.inplace = inplace
         self.fake_quant_enabled = True
-        self.calibrated = False  # known to have a range: scale and zero point mean something
+        self.calibrated = False  # known to have a range: scale and zero point are valid
 
     def reset_parameters(self) -> None:
-        """Forget the range."""
+        """Reset the range."""
         super().reset_parameters()
         self.calibrated = False
 
@@ -66,16 +67,16 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         """``x`` fake-quantized; any shape, dtype kept."""
         observing = self._observes()
         if not self.training:
-            self.calculate_qparams()  # of a range that may be an average
-        # Not read where it makes no difference: torch.compile guards on what was read, and would
-        # compile again after the first batch.
+            self.calculate_qparams()  # the range may be an average
+        # self.calibrated is read only where needed: torch.compile guards on what was read, and
+        # would recompile after the first batch.
         calibrated = (observing and self.mode == "exact") or self.calibrated
         if not (observing or calibrated):
             if torch.compiler.is_compiling():
-                return self._if_ranged(x)
+                return self._quantize_if_ranged(x)
             self.calibrated = calibrated = self.has_range()
             if not calibrated and self.fake_quant_enabled:
-                _say_float()
+                _warn_float()
         if observing and x.numel():
             self.calibrated = True
         return self._observed(
@@ -87,9 +88,9 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         )
 
     def has_range(self) -> bool:
-        """Whether scale and zero point mean something; reads the buffers on the host.
+        """Whether scale and zero point are valid; reads the buffers on the host.
 
-        A first batch of NaN or Inf sets ``calibrated`` but leaves the range empty.
+        A first batch with NaN or Inf sets ``calibrated`` but leaves the range empty.
 
         Raises:
             RuntimeError: the range is an average that began before the first batch.
@@ -99,51 +100,52 @@ class FakeQuantize(MovingAverageMinMaxObserver):
         empty = self.running_min.isposinf() & self.running_max.isneginf()
         untouched = empty & (self.scale == 1) & (self.zero_point == 0)
         if not (untouched | self.running_min.isfinite() & self.running_max.isfinite()).all():
-            raise spoiled("running_min, running_max", "a range", self.running_min, self.running_max)
+            raise _average_error(
+                "running_min, running_max", "a range", self.running_min, self.running_max
+            )
         return False
 
     def quantizes(self) -> bool:
-        """Whether the last call put its input on the grid."""
+        """Whether the last call quantized its input."""
         return self.fake_quant_enabled and self.calibrated
 
     def _ranged(self) -> Tensor:  # bool []
         return (self.running_min.isfinite() & self.running_max.isfinite()).all()
 
-    def _if_ranged(self, x: Tensor) -> Tensor:
-        """``x`` quantized if there is a range, found out on the device."""
+    def _quantize_if_ranged(self, x: Tensor) -> Tensor:
+        """``x``, quantized if there is a range; decided on the device, without a host sync."""
         positive = x.relu() if self.relu else x
         if not self.fake_quant_enabled:
             return positive
         return torch.where(self._ranged(), self._observed(x, relu=self.relu), positive)
 
     def disable_observer(self) -> None:
-        """Keep scale and zero point as they are from now on."""
+        """Freeze scale and zero point."""
         self.observer_enabled = False
 
     def enable_observer(self) -> None:
-        """Observe again."""
+        """Resume observation."""
         self.observer_enabled = True
 
 
 class LearnedStepFakeQuantize(QuantizerState):
-    """Fake-quantization with a trained scale (LSQ) and, if the grid is affine, a trained offset
-    (LSQ+).
+    """Fake quantization with a learned scale (LSQ) and, on an affine grid, a learned offset (LSQ+).
 
-    On a symmetric grid the scale starts at 2 · mean|x| / sqrt(quant_max) of the first batch seen
-    in training (Esser et al. 2020, §2.1); on an affine one scale and offset start at the batch's
-    range. A first batch with NaN or Inf leaves both at 1 and 0. The gradients of both are
-    multiplied by 1 / sqrt(n · quant_max) with n the number of elements that share a scale (§2.2).
+    On a symmetric grid the scale starts at 2 · mean|x| / sqrt(quant_max) of the first training
+    batch (Esser et al. 2020, §2.1); on an affine grid scale and offset start at the batch's range.
+    If the first batch has NaN or Inf, they start at 1 and 0. Both gradients are multiplied by
+    1 / sqrt(n · quant_max), with n the number of elements that share a scale (§2.2).
 
-    A scale that a step took to ε = 2⁻²³ or below is set to ε by the next forward in training mode,
-    and its gradient there only raises it (:func:`divqat.ops.fake_quantize_lsq`): it finds back
-    whatever the optimizer and its step size. Nothing is ever quantized with a smaller one.
+    If an optimizer step moves the scale to ε = 2⁻²³ or below, the next forward in training mode
+    sets it to ε, where its gradient can only raise it (:func:`divqat.ops.fake_quantize_lsq`). So
+    the scale recovers with any optimizer and step size, and no smaller scale is ever used.
 
     Args:
-        spec, ch_axis, num_channels: as :class:`MovingAverageMinMaxObserver`.
+        spec, ch_axis, num_channels: see :class:`MovingAverageMinMaxObserver`.
     """
 
     SWITCHES = ("fake_quant_enabled", "initialized")
-    relu = False  # never applied by this one: its gradient of the scale would have to know
+    relu = False  # never fused here: the gradient of the scale would have to account for it
 
     def __init__(
         self,
@@ -167,7 +169,7 @@ class LearnedStepFakeQuantize(QuantizerState):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget scale and offset."""
+        """Reset scale and offset."""
         spec = self.spec
         middle = (spec.quant_max + 1) // 2 if spec.symmetric and not spec.signed else 0
         self.scale.fill_(UNSET)
@@ -176,7 +178,7 @@ class LearnedStepFakeQuantize(QuantizerState):
 
     def set_extra_state(self, state: Any) -> None:
         super().set_extra_state(state)
-        if not self.initialized and isinstance(state, dict):  # once, an unset scale was 1
+        if not self.initialized and isinstance(state, dict):  # in version 1 an unset scale was 1
             self.reset_parameters()
 
     def _grid(self) -> tuple[int, ...]:
@@ -189,7 +191,7 @@ class LearnedStepFakeQuantize(QuantizerState):
         return positive(self.scale.detach()), zero_point.to(torch.int32)
 
     def has_range(self) -> bool:
-        """Whether scale and zero point mean something; may read the scale on the host.
+        """Whether scale and zero point are valid; may read the scale on the host.
 
         Raises:
             RuntimeError: the scale is an average that began before the first batch.
@@ -197,11 +199,11 @@ class LearnedStepFakeQuantize(QuantizerState):
         if self.initialized or (self.scale > 0).all():
             return True
         if not (self.scale == UNSET).all():
-            raise spoiled("scale", "one above 0", self.scale)
+            raise _average_error("scale", "one above 0", self.scale)
         return False
 
     def quantizes(self) -> bool:
-        """Whether the last call put its input on the grid."""
+        """Whether the last call quantized its input."""
         return self.fake_quant_enabled and self.initialized
 
     @torch.no_grad()
@@ -215,7 +217,7 @@ class LearnedStepFakeQuantize(QuantizerState):
         low, high = rows.amin(1).clamp(max=0.0), rows.amax(1).clamp(min=0.0)
         usable = (low.isfinite() & high.isfinite()).view_as(self.scale)
         if self.spec.symmetric:
-            # the sum of a mean may be too large for float32
+            # float64: the sum may overflow float32
             scale = 2 * rows.abs().mean(1, dtype=torch.float64) / math.sqrt(self.spec.quant_max)
             scale = scale.clamp(EPS, torch.finfo(torch.float32).max).float()
         else:
@@ -242,12 +244,12 @@ class LearnedStepFakeQuantize(QuantizerState):
         if compiling:
             return torch.where((self.scale > 0).all(), self._quantized(x), x)
         if x.numel():
-            _say_float()
+            _warn_float()
         return x
 
     def _quantized(self, x: Tensor) -> Tensor:
         if self.training and self.initialized:
-            # Not by its version: the same scale may quantize, unchanged, several inputs of a graph.
+            # .data: no version bump, as the same scale may quantize several inputs of a graph.
             self.scale.data.clamp_(min=EPS)
         sharing = x.numel() // max(1, self.scale.numel())
         return fake_quantize_lsq(
@@ -267,25 +269,25 @@ class LearnedStepFakeQuantize(QuantizerState):
         return f"{self.spec}, ch_axis={self.ch_axis}"
 
 
-def _say_float() -> None:
-    # One text at one place, so that Python shows it once.
+def _warn_float() -> None:
+    # One text from one line, so that Python shows it only once.
     warnings.warn(
         "a quantizer that has not seen a batch in training mode leaves its input in float (an "
-        "average of weights made before the first batch wants the buffers, too)",
+        "average of weights that began before the first batch must include the buffers)",
         stacklevel=1,
     )
 
 
-def spoiled(name: str, wanted: str, *values: Tensor) -> RuntimeError:
-    """The error for a quantizer that has neither seen a batch nor is as new."""
+def _average_error(name: str, wanted: str, *values: Tensor) -> RuntimeError:
+    """The error for a quantizer whose state is neither valid nor the initial one."""
     got = ", ".join(str(value.detach().flatten()[0].item()) for value in values)
     return RuntimeError(
-        f"{name}: wanted {wanted}, got {got}: averages that began before the first batch. Begin "
-        "them after it (divqat.quantize.observe_first shows a model one), or copy buffers instead "
-        "of averaging them"
+        f"{name}: wanted {wanted}, got {got}: an average that began before the first batch. Begin "
+        "it after the first batch (see divqat.quantize.observe_first), or copy buffers instead of "
+        "averaging them"
     )
 
 
 def activation_quantizer(spec: QuantSpec) -> FakeQuantize | LearnedStepFakeQuantize:
-    """The quantizer that ``spec`` asks for, one scale for the whole tensor."""
+    """The quantizer of ``spec``, with one scale for the whole tensor."""
     return LearnedStepFakeQuantize(spec) if spec.learned else FakeQuantize(spec)

@@ -16,17 +16,20 @@ from divqat.ops.divergence_loss import CLASSES, DIRECTIONS
 class DivQATLoss(nn.CrossEntropyLoss):
     """CE − λ T² · divergence from a frozen teacher; see :func:`divqat.ops.divergence_loss`.
 
-    A ``nn.CrossEntropyLoss`` without class weights: ``weight`` is λ.
+    An ``nn.CrossEntropyLoss`` without class weights: ``weight`` is λ.
 
-    ``loss(logits, target, teacher_logits)``; without ``teacher_logits`` λ must be 0, and the loss
-    is ``nn.CrossEntropyLoss``. After a call ``ce`` and ``divergence`` hold the two means, [],
-    detached and still on the device.
+    Call it as ``loss(logits, target, teacher_logits)``. Without ``teacher_logits`` λ must be 0, and
+    the loss is ``nn.CrossEntropyLoss``. After a call ``ce`` and ``divergence`` hold the two means,
+    [], detached and on the device.
 
     Args:
-        weight: λ; negative to move towards the teacher (knowledge distillation). temperature,
-            direction, classes, bound, guard: as the op.
+        weight: λ; negative to move towards the teacher (knowledge distillation).
+        temperature, direction, classes, bound, guard: see the op.
         warmup_steps: λ rises linearly from 0 over this many calls of :meth:`step`.
         label_smoothing, ignore_index: those of ``nn.CrossEntropyLoss``.
+
+    Raises:
+        ValueError: a value is out of its range.
     """
 
     final_weight: Tensor
@@ -56,8 +59,8 @@ class DivQATLoss(nn.CrossEntropyLoss):
         self.bound = bound
         self.guard = guard
         self.warmup_steps = warmup_steps
-        # λ and how far the warm-up is, as tensors: a new value neither recompiles nor leaves a
-        # captured graph behind.
+        # λ and the step of the warm-up are tensors, so that a new value neither triggers a
+        # recompilation nor outdates a captured CUDA graph.
         self.register_buffer("final_weight", torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.set_weight(weight)
@@ -65,18 +68,18 @@ class DivQATLoss(nn.CrossEntropyLoss):
         self.divergence: Tensor | None = None
 
     def set_weight(self, weight: float) -> None:
-        """λ from now on (after the warm-up)."""
+        """Set λ, as it is after the warm-up."""
         if not math.isfinite(weight):
             raise ValueError(f"weight: wanted a number, got {weight}")
         self.final_weight.fill_(weight)
-        self.enabled = weight != 0  # λ = 0 is plain cross-entropy, by the op's own rule
+        self.enabled = weight != 0  # for the op, λ = 0 is plain cross-entropy
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.enabled = bool(self.final_weight != 0)
 
     def step(self) -> None:
-        """One more training step has been made: the warm-up goes on."""
+        """Advance the warm-up; call it after every training step."""
         self.steps += 1
 
     def forward(
@@ -85,15 +88,20 @@ class DivQATLoss(nn.CrossEntropyLoss):
         target: Tensor,  # [N]
         teacher_logits: Tensor | None = None,  # [N, C]
     ) -> Tensor:
-        """The loss, []; its gradient goes to ``input`` only."""
+        """The loss, []; its gradient goes to ``input`` only.
+
+        Raises:
+            ValueError: ``teacher_logits`` is None although λ is not 0, or ``classes`` is
+                ``non_label`` with two classes.
+        """
         weight: float | Tensor = 0.0
         if self.enabled:
             if teacher_logits is None:
-                raise ValueError("teacher_logits: wanted [N, C] as weight is not 0, got None")
+                raise ValueError("teacher_logits: wanted [N, C], as weight is not 0, got None")
             if self.classes == "non_label" and input.shape[-1] == 2:
                 raise ValueError(
-                    "classes: wanted all with two classes, got non_label: the other class alone "
-                    "always has the probability 1, and the divergence would be 0"
+                    "classes: wanted all with two classes, got non_label: a single other class "
+                    "always has probability 1, so the divergence would be 0"
                 )
             weight = self.final_weight
             if self.warmup_steps:

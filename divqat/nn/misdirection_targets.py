@@ -1,4 +1,4 @@
-"""What is to be answered to foreign images."""
+"""The targets that the model learns for foreign images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergen
 
 
 class MisdirectionTerms(NamedTuple):
-    """What a batch of foreign images comes to, each [], sums over the images.
+    """Sums over a batch of foreign images, each [].
 
     Attributes:
-        loss: has the gradient.
-        misled: how often the model's top class is that of t(x~), or, where ``divergence`` has no
-            t, not the teacher's; float64.
+        loss: with gradient.
+        misled: number of images whose top class is that of t(x~) or, for ``divergence``, which has
+            no t, is not the teacher's; float64.
     """
 
     loss: Tensor
@@ -29,31 +29,32 @@ class MisdirectionTerms(NamedTuple):
 
 
 class MisdirectionTargets(nn.Module):
-    """t(x~), a class that has not to do with the teacher's, or an answer of that kind, and the loss
-    CE(q(x~), t(x~)) of each image.
+    """The target t(x~) of each foreign image, and the loss CE(q(x~), t(x~)).
 
-    ``target``, with the teacher's classes in the order of its probabilities p:
+    ``target``, with the teacher's classes ranked by its probabilities p:
 
-    - ``decoy``: an answer that the picture's lights and shades decide, see :class:`Decoy`. A thief
-      cannot undo it, as it can the next, which gives each class another name;
-    - ``permuted``: π(first), π a random permutation that leaves no class where it is;
-    - ``per_image``: a class other than the first, by a keyed hash of the image, so that the same
-      image always has the same;
-    - ``least_likely``: the last;
-    - ``second``: the second;
-    - ``divergence``: none. The loss is log 2 − JS(q, p) instead, at least 0, with
+    - ``decoy``: an answer that depends on the image's brightness, see :class:`Decoy`. An attacker
+      cannot undo it, unlike ``permuted``, which only renames the classes;
+    - ``permuted``: π(first class), with a random permutation π without fixed points;
+    - ``per_image``: a class other than the first, by a keyed hash of the image, so that it is
+      always the same for the same image;
+    - ``least_likely``: the last class;
+    - ``second``: the second class;
+    - ``divergence``: no target. The loss is log 2 − JS(q, p) instead, at least 0, with
       JS = KL(p‖m) / 2 + KL(q‖m) / 2, m = (p + q) / 2, at temperature 1. At q = p, where QAT starts,
       its gradient is 0, and quantization noise has to break the tie.
 
     Args:
-        target: one of these. num_classes: at least 2. image_shape: (C, H, W).
-        seed: decoy, permutation and key follow from it.
-        confidence: images whose top probability p by the teacher is above it count 1 − p only;
-            None: all count 1.
+        target: one of these.
+        num_classes: at least 2.
+        image_shape: (C, H, W).
+        seed: of decoy, permutation and key.
+        confidence: images whose top probability p by the teacher exceeds it have weight 1 − p;
+            None: all have weight 1.
 
     Attributes:
-        decoy: for that target; :meth:`Decoy.fit` comes first.
-        needs_teacher: whether the teacher's answers to the images are needed.
+        decoy: for the target ``decoy``, else None; call :meth:`Decoy.fit` first.
+        needs_teacher: whether calls need the teacher's logits.
     """
 
     permutation: Tensor
@@ -70,9 +71,9 @@ class MisdirectionTargets(nn.Module):
         super().__init__()
         self.target, self.confidence = target, confidence
         generator = Generator().manual_seed(derived_seed(seed, "misdirection"))
-        own = torch.arange(num_classes)
-        permutation = own
-        while (permutation == own).any():  # e times on average
+        identity = torch.arange(num_classes)
+        permutation = identity
+        while (permutation == identity).any():  # e times on average
             permutation = torch.randperm(num_classes, generator=generator)
         key = torch.randint(2**62, (math.prod(image_shape),), generator=generator)
         self.register_buffer("permutation", permutation, persistent=target == "permuted")
@@ -88,8 +89,7 @@ class MisdirectionTargets(nn.Module):
         teacher_logits: Tensor | None,  # float32 [M, num_classes], if ``needs_teacher``
         images: Tensor,  # float32 [M, C, H, W], from -1 to 1
     ) -> MisdirectionTerms:
-        """The loss of foreign images; its gradient goes to ``logits`` only. Nothing is read on the
-        host."""
+        """The loss of foreign images, without a host sync; its gradient goes to ``logits`` only."""
         answered = logits.detach().argmax(1)
         if self.target == "divergence":
             assert teacher_logits is not None
@@ -106,7 +106,7 @@ class MisdirectionTargets(nn.Module):
         return MisdirectionTerms(losses.sum(), misled.double().sum())
 
     def forward(self, teacher_logits: Tensor | None, images: Tensor) -> Tensor:
-        """t(x~): classes, int64 [M], for ``decoy`` answers, float32 [M, num_classes]; not for
+        """t(x~): classes int64 [M], or answers float32 [M, num_classes] for ``decoy``; not for
         ``divergence``."""
         if self.decoy is not None:
             return self.decoy(images)
@@ -118,9 +118,9 @@ class MisdirectionTargets(nn.Module):
         first = teacher_logits.argmax(1)
         if self.target == "permuted":
             return self.permutation[first]
-        # Multiply and add modulo 2^64, and keep the upper bits: as integers, in any order the same
-        # (Dietzfelbinger, "Universal hashing and k-wise independent random variables via integer
-        # arithmetic without primes", STACS 1996).
+        # Multiply and add modulo 2^64, and keep the upper bits: integers, so that the order of the
+        # sum does not matter (Dietzfelbinger, "Universal hashing and k-wise independent random
+        # variables via integer arithmetic without primes", STACS 1996).
         bits = images.flatten(1).contiguous().view(torch.int32).long()  # [M, C · H · W]
         hashed = ((bits * self.key).sum(1) >> 32) & (2**31 - 1)
         classes = teacher_logits.shape[1]
@@ -131,7 +131,7 @@ def jensen_shannon(
     logits: Tensor,  # float [M, num_classes]
     other: Tensor,  # float [M, num_classes]
 ) -> Tensor:  # [M]
-    """Jensen-Shannon divergence of the softmaxes, in nats: from 0 to log 2."""
+    """Jensen-Shannon divergence of the two softmaxes, in nats, from 0 to log 2."""
     log_q, log_p = logits.log_softmax(1), other.log_softmax(1)
     log_m = torch.logaddexp(log_q, log_p) - math.log(2)
     # (Σ q (log q − log m) + Σ p (log p − log m)) / 2

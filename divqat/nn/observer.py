@@ -1,4 +1,4 @@
-"""Observers: what range a tensor has."""
+"""Observers of the range of a tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from divqat.ops._library import op
 
 
 def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
-    """[] for one scale, [num_channels] for one per channel."""
+    """The shape of a scale: [] per tensor, [num_channels] per channel."""
     if (ch_axis is None) != (num_channels is None):
         raise ValueError(
             f"ch_axis, num_channels: wanted both or neither, got {ch_axis} and {num_channels}"
@@ -25,20 +25,23 @@ def qparam_shape(ch_axis: int | None, num_channels: int | None) -> list[int]:
 class MovingAverageMinMaxObserver(QuantizerState):
     """Moving average of min and max, per tensor or per channel; passes its input through.
 
-    Buffers (float32, int32): ``running_min``, ``running_max``, ``scale``, ``zero_point``, each []
-    or [C]. Until the first batch the range is empty (+Inf, −Inf). The latter two follow from the
-    range, also from one that another grid has observed, that is an average of ranges or that was
-    set by hand.
+    Buffers: ``running_min``, ``running_max``, ``scale`` (float32) and ``zero_point`` (int32), each
+    [] or [C]. Until the first batch the range is empty (+Inf, −Inf). Scale and zero point follow
+    from the range, even if the range comes from an observer with another grid, is an average, or
+    was set by hand.
 
-    What ``torch.utils.checkpoint`` runs again in the backward is not observed again; the scale is
-    the one of the first run, unless another batch was observed in between. A compiled forward
-    cannot tell: put ``torch.compile`` outside of the checkpoint.
+    When ``torch.utils.checkpoint`` recomputes the forward, the input is not observed again; the
+    scale is that of the first run, unless another batch was observed in between. A compiled forward
+    cannot detect the recomputation: apply ``torch.compile`` outside the checkpoint.
 
     Args:
         spec: the grid; ``spec.averaging_constant`` is the weight of a new batch (Jacob et al.
             2018, §3.1).
-        ch_axis: the channel axis; None observes the whole tensor.
+        ch_axis: the channel axis; None: one range for the whole tensor.
         num_channels: C, needed with ``ch_axis``.
+
+    Raises:
+        ValueError: only one of ``ch_axis`` and ``num_channels`` is given.
     """
 
     SWITCHES: tuple[str, ...] = ("observer_enabled",)
@@ -66,7 +69,7 @@ class MovingAverageMinMaxObserver(QuantizerState):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget the range."""
+        """Reset the range."""
         self.running_min.fill_(float("inf"))
         self.running_max.fill_(float("-inf"))
         self.scale.fill_(1)
@@ -74,8 +77,8 @@ class MovingAverageMinMaxObserver(QuantizerState):
 
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point (int32), each [] or [C], of the range seen so far."""
-        # A batch of the two ends moves neither, and one of an empty range is none.
+        """Scale (float32) and zero point (int32), each [] or [C], of the current range."""
+        # A batch of just the two ends changes neither; that of an empty range is ignored.
         ends = torch.stack([self.running_min, self.running_max])
         spec, axis = self.spec, None if self.ch_axis is None else 1
         buffers = self.running_min, self.running_max, self.scale, self.zero_point
@@ -108,7 +111,7 @@ class MovingAverageMinMaxObserver(QuantizerState):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if args[2].get("assign_to_params_buffers"):  # not into the tensors of the checkpoint
+        if args[2].get("assign_to_params_buffers"):  # do not write to the checkpoint's tensors
             self.scale, self.zero_point = self.scale.clone(), self.zero_point.clone()
         self.calculate_qparams()
 

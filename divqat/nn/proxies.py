@@ -1,4 +1,4 @@
-"""Proxies of a thief's images as a module: the pools that they are drawn from move with it."""
+"""A module that draws proxies of an attacker's queries; its pools of images move with it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class ProxySource(nn.Module):
     """Draws proxies, see :mod:`divqat.data.proxies`.
 
     Args:
-        kinds: of :data:`divqat.data.proxies.NAMES`; as many of each.
+        kinds: from :data:`divqat.data.proxies.NAMES`, in equal numbers.
         image_shape: (C, H, W).
         folder: pictures for the kind ``folder``.
-        seed: what the drawings among the proxies follow from.
+        seed: of the pools, which hold the drawings among the proxies.
 
     Raises:
-        As :func:`divqat.data.proxies.proxy_pools`.
+        See :func:`divqat.data.proxies.proxy_pools`.
     """
 
     def __init__(

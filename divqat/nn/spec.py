@@ -1,4 +1,4 @@
-"""How one tensor is quantized."""
+"""The quantization of one tensor."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """The integer grid of one tensor and how its range is found.
+    """The integer grid of one tensor, and how its scale is found.
 
     Attributes:
         bits: width of a code, 2 to 8.
-        signed: codes −2^(bits−1) … 2^(bits−1) − 1, else 0 … 2^bits − 1.
-        symmetric: zero point fixed at 0 (the middle code if unsigned); else affine.
+        signed: codes are −2^(bits−1) … 2^(bits−1) − 1, else 0 … 2^bits − 1.
+        symmetric: the zero point is fixed at 0 (the middle code if unsigned); else affine.
         per_channel: one scale per output channel (weights) instead of one per tensor.
         narrow_range: drop the lowest code, so that a signed grid is symmetric about 0.
         averaging_constant: weight of a new batch in the moving average of min and max.
-        learned: the scale is trained (LSQ) instead of observed.
+        learned: the scale is learned (LSQ) instead of observed.
+
+    Raises:
+        ValueError: ``bits`` or ``averaging_constant`` is out of range.
     """
 
     bits: int = 8
@@ -52,8 +55,9 @@ class QuantSpec:
         return f"{'' if self.signed else 'u'}int{self.bits} {kind}, {granularity}{learned}"
 
 
-# int8 weights, a scale per output channel: every runtime multiplies these. Of 7 bits, up to ±63, as
-# CPUs without VNNI add two products with uint8 activations in 16 bits: 2 · 255 · 63 fits.
+# int8 weights with a scale per output channel, which every runtime supports. They have 7 bits, up
+# to ±63: CPUs without VNNI add two products with uint8 activations in 16 bits, and 2 · 255 · 63
+# fits.
 WEIGHT = QuantSpec(bits=7, per_channel=True, narrow_range=True)
 # uint8 affine activations.
 ACTIVATION = QuantSpec(signed=False, symmetric=False)

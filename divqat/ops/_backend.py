@@ -1,8 +1,8 @@
-"""Which kernels serve the ops on which device, and why not faster ones.
+"""The choice of kernels for the ops on each device, and the reasons why faster ones are missing.
 
 On CUDA the order of preference is ``cuda`` (the compiled kernels), ``triton``, ``torch`` (the
-references); on the CPU ``native`` (the compiled kernels), ``torch``. Triton serves the CPU only
-where it is asked for, and only under its interpreter; ``traceable`` only where it is asked for.
+references); on the CPU ``native`` (the compiled kernels), ``torch``. Triton serves the CPU only on
+request, and only under its interpreter; ``traceable`` is only used on request.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from divqat.ops._library import SCHEMAS
 
 BACKENDS = ("native", "cuda", "triton", "torch", "traceable")
 PREFERRED = {"cpu": ("native", "torch"), "cuda": ("cuda", "triton", "torch")}
-# device → (backend, registration, which lives as long as it is kept); none for the references.
+# device → (backend, registration, which must be kept alive); no entry for the references.
 _serving: dict[str, tuple[str, Any]] = {}
-_current = "torch"  # the last that was asked for
+_current = "torch"  # the last requested backend
 
 
 def missing(backend: str, device: str) -> str:
-    """Why a backend cannot serve a device, empty where it can."""
+    """The reason why a backend cannot serve a device; empty if it can."""
     if backend in ("torch", "traceable"):
         return ""
     return _triton.missing(device) if backend == "triton" else _native.missing(device)
 
 
 def best(device: str) -> str:
-    """The backend that serves a device where none is asked for."""
+    """The default backend of a device."""
     return next(backend for backend in PREFERRED[device] if not missing(backend, device))
 
 
 def _chosen(name: str) -> dict[str, str]:
-    """device → backend, for the name of a backend; where it cannot serve a device, the best does.
+    """device → backend, for the name of a backend; devices that it cannot serve get their default.
 
     Raises:
-        ValueError: an unknown name. RuntimeError: it can serve no device here, and why.
+        ValueError: an unknown name.
+        RuntimeError: it can serve no device here; the message says why.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: wanted one of {', '.join(BACKENDS)}, got {name!r}")
@@ -61,7 +62,7 @@ def _chosen(name: str) -> dict[str, str]:
 
 
 def use(name: str) -> None:
-    """Let a backend serve the ops from now on: see :func:`backend`."""
+    """Let a backend serve the ops permanently, see :func:`backend`."""
     global _current
     chosen = _chosen(name)
     _current = name
@@ -82,18 +83,21 @@ def use(name: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Serve the ops with other kernels inside the block.
 
-    ``"cuda"`` and ``"triton"`` choose for CUDA tensors (``"triton"`` for CPU tensors too under
-    ``TRITON_INTERPRET=1``, for tests), ``"native"`` the compiled kernels on every device that they
-    were built for; what is not chosen keeps the best that there is. ``"torch"`` is the PyTorch
-    references everywhere, ``"traceable"`` the same ones, bit for bit, but as calls of PyTorch's own
-    ops in place of ``torch.ops.divqat.*``: ``torch.compile`` sees through them and Inductor fuses
-    them with what is around. Without a compiler it is for tests; its masks take a byte per element.
-    The choice holds for the whole process, all threads, and when a function is compiled: under
-    another one it is compiled again.
-    ``DIVQAT_BACKEND`` makes it for a run.
+    * ``"cuda"`` and ``"triton"`` serve CUDA tensors (``"triton"`` also CPU tensors under
+      ``TRITON_INTERPRET=1``, for tests).
+    * ``"native"`` is the compiled kernels on every device for which they were built.
+    * ``"torch"`` is the PyTorch references on all devices.
+    * ``"traceable"`` is the same references, bit for bit, but as calls of PyTorch's own ops instead
+      of ``torch.ops.divqat.*``: ``torch.compile`` traces them and Inductor fuses them with
+      neighboring ops. Without a compiler it is for tests; its masks take a byte per element.
+
+    Devices that the backend does not serve keep their default. The choice holds for the whole
+    process with all its threads; compiled functions are recompiled under another choice. The
+    environment variable ``DIVQAT_BACKEND`` makes the choice for a run.
 
     Raises:
-        ValueError: an unknown name. RuntimeError: the backend is absent, and why.
+        ValueError: an unknown name.
+        RuntimeError: the backend is missing; the message says why.
     """
     before = _current
     use(name)
@@ -104,11 +108,11 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
-    """Which backend serves which op.
+    """The backend of each op.
 
     Returns:
-        ``{op: {device: (backend, reason)}}`` with device ``"cpu"`` or ``"cuda"``, and why no
-        better backend serves it (empty for the best one).
+        ``{op: {device: (backend, reason)}}`` with device ``"cpu"`` or ``"cuda"``, and the reason
+        why no better backend serves it (empty for the best one).
     """
 
     def serving(name: str, device: str) -> tuple[str, str]:
@@ -129,7 +133,7 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def start() -> None:
-    """Take ``DIVQAT_BACKEND``, or the best for each device."""
+    """Use ``DIVQAT_BACKEND``, or the default of each device."""
     first = "torch"
     if not missing("native", "cpu"):
         first = "native"

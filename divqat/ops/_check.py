@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, what was wanted and what came."""
+"""Checks of arguments: each error names the argument, what was wanted and what it got."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_untransformed(op: str) -> None:
-    """``torch.func`` and ``vmap`` do not work on an ``autograd.Function`` of this kind."""
+    """Check that no transform of ``torch.func`` is active: they do not support these ops."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{op}: wanted a call outside of torch.func and vmap, which it does not support "
@@ -21,7 +21,7 @@ def check_untransformed(op: str) -> None:
 
 
 def check_tensor(name: str, x: object) -> None:
-    """``x`` is a tensor with strides."""
+    """Check that ``x`` is a strided tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: wanted a Tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -29,39 +29,39 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def check_float(name: str, x: Tensor) -> None:
-    """``x`` is a real floating-point tensor."""
+    """Check that ``x`` is a real floating-point tensor."""
     check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: wanted float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
 def check_device(name: str, value: Tensor, device: torch.device, like: str = "x") -> None:
-    """``value`` is on ``device``, where ``like`` is."""
+    """Check that ``value`` is on ``device``, the device of the argument ``like``."""
     if value.device != device:
         raise ValueError(f"{name}: wanted it on {device} like {like}, got {value.device}")
 
 
 def check_number(name: str, value: object) -> None:
-    """``value`` is a real number."""
+    """Check that ``value`` is a real number."""
     if not isinstance(value, (float, int, Real)):
         raise TypeError(f"{name}: wanted a number, got {value!r}")
 
 
 def check_integer(name: str, value: object) -> None:
-    """``value`` is an integer."""
+    """Check that ``value`` is an integer."""
     if not isinstance(value, (int, Integral)):
         raise TypeError(f"{name}: wanted an integer, got {value!r}")
 
 
 def check_flags(**flags: object) -> None:
-    """Each of them is a bool."""
+    """Check that all flags are bools."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: wanted True or False, got {value!r}")
 
 
 def check_overwritable(name: str, x: Tensor) -> None:
-    """``x`` can be written over: as a whole, and without autograd losing a value that it needs."""
+    """Check that ``x`` is dense and can be overwritten without loss of a value for autograd."""
     if x.stride() != torch.empty_like(x, device="meta").stride():
         raise ValueError(
             f"{name}: wanted dense memory to write over, got {list(x.shape)} with strides "
@@ -71,23 +71,25 @@ def check_overwritable(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: wanted a tensor to update, got one made in inference mode")
     if not torch.is_grad_enabled():
         return
-    # What autograd refuses as well, but only when it is too late.
+    # Autograd refuses these as well, but only after the memory was overwritten.
     if x.is_leaf and x.requires_grad:
-        raise ValueError(f"{name}: wanted a result to write over, got a leaf that requires grad")
+        raise ValueError(f"{name}: wanted a result to overwrite, got a leaf that requires grad")
     base = x._base
     if base is None:
         return
     if base.is_leaf and base.requires_grad:
-        raise ValueError(f"{name}: wanted a result to write over, got a view of such a leaf")
+        raise ValueError(
+            f"{name}: wanted a result to overwrite, got a view of a leaf that requires grad"
+        )
     if torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT:
         raise ValueError(
-            f"{name}: wanted a result to write over, got a view that autograd does not follow "
+            f"{name}: wanted a result to overwrite, got a view that autograd does not track "
             "(one of several, or made under no_grad)"
         )
 
 
 def check_buffers(**buffers: Tensor) -> None:
-    """Each of them, [] or [C], can be updated in place."""
+    """Check that all buffers, [] or [C], can be updated in place."""
     compiling = torch.compiler.is_compiling()
     for name, value in buffers.items():
         if value.dim() == 1 and value.stride(0) == 0 and value.shape[0] > 1:
@@ -100,7 +102,7 @@ def check_buffers(**buffers: Tensor) -> None:
 
 
 def check_range(quant_min: int, quant_max: int) -> None:
-    """``quant_min < quant_max``, both exact in float32."""
+    """Check that ``quant_min < quant_max`` are integers and exact in float32."""
     check_integer("quant_min", quant_min)
     check_integer("quant_max", quant_max)
     if not quant_min < quant_max:
@@ -114,7 +116,12 @@ def check_range(quant_min: int, quant_max: int) -> None:
 
 
 def check_axis(x: Tensor, ch_axis: int | None, name: str = "x") -> int | None:
-    """``ch_axis`` as a non-negative axis of ``x``, or None for one scale per tensor."""
+    """``ch_axis`` as a non-negative axis of ``x``, or None for one scale per tensor.
+
+    Raises:
+        TypeError: it is not an integer.
+        IndexError: it is not an axis of ``x``.
+    """
     if ch_axis is None:
         return None
     check_integer("ch_axis", ch_axis)
@@ -126,9 +133,10 @@ def check_axis(x: Tensor, ch_axis: int | None, name: str = "x") -> int | None:
 def check_qparam(
     name: str, value: Tensor, x: Tensor, ch_axis: int | None, dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """``value`` is a per-tensor ``[]`` or ``[1]``, or per-channel ``[C]`` tensor beside ``x``.
+    """Check that ``value`` is a per-tensor ``[]`` or ``[1]``, or per-channel ``[C]`` tensor that
+    fits ``x``.
 
-    An x without elements along ``ch_axis`` fits any number of channels.
+    If ``x`` has no elements along ``ch_axis``, any number of channels fits.
     """
     check_tensor(name, value)
     if value.dtype not in dtypes:
@@ -146,7 +154,7 @@ def check_qparam(
 
 
 def readable(value: Tensor) -> bool:
-    """Whether its values can be looked at without waiting: on the CPU, while nothing traces."""
+    """Whether the values can be read without a host sync: on the CPU, outside of tracing."""
     return (
         not torch.compiler.is_compiling()
         and value.is_cpu
@@ -157,20 +165,20 @@ def readable(value: Tensor) -> bool:
 
 
 def check_values(name: str, value: Tensor, low: float, high: float) -> None:
-    """All values of a :func:`readable` tensor are in [low, high]."""
+    """Check that all values of a :func:`readable` tensor are in [low, high]."""
     if value.numel() == 1:
-        least = most = value.item()
+        smallest = largest = value.item()
     elif value.numel() > 1:
-        least, most = (bound.item() for bound in value.detach().aminmax())
+        smallest, largest = (bound.item() for bound in value.detach().aminmax())
     else:
         return
-    if not low <= least <= most <= high:
+    if not low <= smallest <= largest <= high:
         raise ValueError(
-            f"{name}: wanted values in [{low:.8g}, {high:.8g}], got {least:.8g} to {most:.8g}"
+            f"{name}: wanted values in [{low:.8g}, {high:.8g}], got {smallest:.8g} to {largest:.8g}"
         )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """``value`` is one of ``choices``."""
+    """Check that ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: wanted one of {', '.join(choices)}, got {value!r}")

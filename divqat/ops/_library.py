@@ -1,11 +1,11 @@
-"""Schemas of the ops and the registration of their references.
+"""Schemas of the ops, and registration of their references.
 
-The schemas are declared in Python, so every op exists on every machine. Its PyTorch reference is
-registered as ``CompositeExplicitAutograd`` and serves all devices; a C++ or Triton kernel
-registered for CPU or CUDA takes over there, through the dispatcher and without an ``if``.
+The schemas are declared in Python, so that every op exists on every machine. The PyTorch reference
+of an op is registered as ``CompositeExplicitAutograd`` and serves all devices; the dispatcher
+prefers a C++ or Triton kernel that is registered for CPU or CUDA.
 
-To a compiler each of them is one opaque call. :func:`op` can hand out the references themselves
-instead: calls of PyTorch's own ops, which a tracer sees and Inductor fuses.
+To a compiler each op is one opaque call. :func:`op` can return the references themselves instead:
+calls of PyTorch's own ops, which a compiler can trace and Inductor can fuse.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMAS = {
     "Tensor(c!) scale, Tensor(d!) zero_point, int quant_min, int quant_max, int? ch_axis, "
     "float averaging_constant, bool symmetric, str observer_mode, bool relu) "
     "-> (Tensor y, Tensor mask)",
-    # y over x, which is dense; returns the mask.
+    # Overwrites x, which must be dense, with y; returns the mask.
     "fake_quantize_observed_inplace": "(Tensor(a!) x, Tensor(b!) running_min, "
     "Tensor(c!) running_max, Tensor(d!) scale, Tensor(e!) zero_point, int quant_min, "
     "int quant_max, int? ch_axis, float averaging_constant, bool symmetric, str observer_mode, "
@@ -58,16 +58,17 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=_TAGS)
 
 
-# Whether op() is the reference. A plain global: Dynamo guards on it, so what was compiled under
-# another choice is compiled again.
+# Whether op() returns the reference. A plain global: Dynamo guards on it and recompiles when it
+# changes.
 traceable = False
 _references: dict[str, Callable[..., Any]] = {}
 
 
 def op(name: str) -> Callable[..., Any]:
-    """What an autograd.Function calls: the dispatcher's op, or its reference if ``traceable``.
+    """The function that an autograd.Function calls: the dispatcher's op, or its reference if
+    ``traceable``.
 
-    They take and return the same but for masks, which are the references' bool ones.
+    Both have the same arguments and results, except that the masks of references are bool tensors.
     """
     return _references[name] if traceable else getattr(torch.ops.divqat, name)
 
@@ -80,20 +81,20 @@ def register(
 ) -> None:
     """Register the PyTorch reference of an op for every device, and its fake kernel.
 
-    ``packed`` is the reference with a mask as in the schema, if the op has one.
+    ``packed`` is the reference with a packed mask, as in the schema, if the op returns a mask.
     """
     _references[name] = reference
-    # The gradient is the autograd.Function's business: inside, autograd is off.
+    # The autograd.Function defines the gradient: inside the kernel autograd is off.
     kernel = _guarded(name, torch.no_grad()(packed or reference))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"divqat::{name}", _guarded(name, fake), lib=_library)
 
 
 def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of an op, for arguments on one device that can be updated where they are.
+    """The kernel of an op, with checks that all arguments are on one device and can be updated.
 
-    The dispatcher gives tensors of which one is on ``meta`` to the fake kernel, whatever the others
-    are: it would return memory that nothing was written to.
+    If one argument is on ``meta``, the dispatcher calls the fake kernel even if others are not,
+    which would return uninitialized memory.
     """
     arguments = getattr(torch.ops.divqat, name).default._schema.arguments
 

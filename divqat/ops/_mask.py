@@ -1,8 +1,8 @@
 """Masks of one bit per element, packed in memory order.
 
-The ops keep such masks; the references have bool ones. Packing is a view of bytes as int64, which
-no compiler fuses with anything, whereas a bool mask need not even be stored: torch.compile decides
-whether to keep it or to compute it again in the backward."""
+The ops save such masks; the references have bool masks. Packing views bytes as int64, which no
+compiler fuses, whereas a bool mask need not be stored at all: torch.compile decides whether to save
+it or to recompute it in the backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SELECT = 0x8040201008040201 - 2**64
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a dense bool tensor into uint8 [ceil(N / 8)], in memory order, low bit first.
 
-    The memory of ``mask`` is used up.
+    The memory of ``mask`` is overwritten.
     """
     n = mask.numel()
     flat = mask.as_strided((n,), (1,))
@@ -32,7 +32,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
-    """A packed mask as bool, laid out like ``like``, which is dense."""
+    """A packed mask as bool, with the strides of ``like``, which must be dense."""
     spread = packed.to(torch.int64).mul_(_SPREAD).bitwise_and_(_SELECT)
     kept = spread.view(torch.uint8).ne_(0).view(torch.bool)
     return kept.as_strided(like.shape, like.stride())
@@ -41,7 +41,7 @@ def unpack_mask(packed: Tensor, like: Tensor) -> Tensor:
 def with_packed_mask(
     reference: Callable[..., tuple[Tensor, Tensor]],
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """A function that returns a value and a dense bool mask, with that mask packed."""
+    """Wrap a function that returns a value and a dense bool mask, so that the mask is packed."""
 
     def op(*args: Any) -> tuple[Tensor, Tensor]:
         y, mask = reference(*args)

@@ -1,4 +1,4 @@
-"""The compiled extension divqat._C: loading it, and what it was built with."""
+"""The compiled extension divqat._C: loading and description."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOW_TO_BUILD = "DIVQAT_BUILD=cpu pip install --no-build-isolation . says what is
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and why it is not there."""
+    """The extension, or None and the reason why it is missing."""
     if importlib.util.find_spec("divqat._C") is None:
         return None, f"the extension divqat._C is not built ({HOW_TO_BUILD})"
     try:
@@ -29,7 +29,7 @@ extension, _missing = _load()
 
 
 def missing(device: str) -> str:
-    """Why there are no native kernels for a device, empty where there are."""
+    """The reason why there are no native kernels for a device; empty if there are."""
     if extension is None:
         return _missing
     if device == "cuda" and extension.cuda_version is None:
@@ -38,7 +38,7 @@ def missing(device: str) -> str:
 
 
 def describe() -> dict[str, str]:
-    """One line per device: which compiled kernels there are, or why there are none."""
+    """One line per device: its compiled kernels, or the reason why there are none."""
     lines = {device: f"none: {missing(device)}" for device in ("cpu", "cuda")}
     if extension is not None:
         sets = ", ".join(extension.instruction_sets())

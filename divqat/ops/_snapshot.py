@@ -1,4 +1,4 @@
-"""Values that must reach a compiled backward as they were in the forward."""
+"""Values that a compiled backward must not recompute."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ torch.library.register_fake("divqat::snapshot", _copies, lib=_library)
 
 
 def snapshot(*values: Tensor) -> list[Tensor]:
-    """What was computed from buffers that this step changes, small and without gradient.
+    """Mark small values without gradient that were computed from buffers which this step changes.
 
-    torch.compile may compute anything again in the backward rather than keep it, and up to 2.13 it
-    does so from buffers that the forward has changed in place since: silently wrong gradients
-    (pytorch/pytorch pull request 197039). It never computes the output of an opaque op again.
-    Outside a compiler this is nothing.
+    torch.compile may recompute values in the backward instead of saving them. Up to 2.13 it does so
+    even from buffers that the forward has changed in place since, which gives silently wrong
+    gradients (pytorch/pytorch pull request 197039). It never recomputes the output of an opaque op.
+    Outside a compiler this has no effect.
     """
     return torch.ops.divqat.snapshot(values) if torch.compiler.is_compiling() else list(values)

@@ -1,8 +1,9 @@
-"""The Triton kernels, divqat.kernels: whether they can serve, and putting them into the dispatcher.
+"""The Triton kernels, divqat.kernels: availability and registration with the dispatcher.
 
-They are registered as plain kernels under divqat's own schemas rather than as ``triton_op``s: those
-can be traced into but give Inductor nothing to fuse, cost several times the host time, and refuse
-ops that update buffers in place. To ``torch.compile`` an op stays one opaque call, no graph break.
+They are registered as plain kernels under divqat's own schemas rather than as ``triton_op``s. A
+``triton_op`` can be traced but gives Inductor nothing to fuse, costs several times the host time,
+and does not allow ops that update buffers in place. To ``torch.compile`` an op remains one opaque
+call without a graph break.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def interpreted() -> bool:
 
 
 def missing(device: str) -> str:
-    """Why Triton's kernels cannot serve a device, empty where they can."""
+    """The reason why Triton's kernels cannot serve a device; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device == "cpu":
@@ -34,25 +35,25 @@ def missing(device: str) -> str:
 
 
 def module_of(name: str) -> str:
-    """The file in kernels/ that has an op."""
-    return "fake_quantize_observed" if "observe" in name else name.removesuffix("_backward")
+    """The module in kernels/ that has an op."""
+    return name.removesuffix("_backward").removesuffix("_inplace")
 
 
 @functools.cache
 def launcher(name: str) -> Callable[..., Any]:
-    """The function in kernels/ that serves an op; imports it, and triton with it."""
+    """The function in kernels/ that serves an op; imports the module, and thereby triton."""
     return getattr(importlib.import_module(f"divqat.kernels.{module_of(name)}"), name)
 
 
 class Registration:
-    """The Triton kernels as the device's; they are taken out again by :meth:`remove`."""
+    """Registration of the Triton kernels for a device; undone by :meth:`remove`."""
 
     def __init__(self, device: str) -> None:
         from divqat.ops._library import SCHEMAS
 
         self._library: Any = torch.library.Library("divqat", "IMPL")
         for name in SCHEMAS:
-            # imported when it is first called
+            # imported at the first call
             kernel = lambda *args, name=name: launcher(name)(*args)  # noqa: E731
             self._library.impl(name, torch.no_grad()(kernel), device.upper())
 

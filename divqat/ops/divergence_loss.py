@@ -44,40 +44,41 @@ def divergence_loss(
 ) -> Tensor:
     """L = CE(logits, target) − weight · T² · D, the mean over samples ("batchmean").
 
-    The student stays right (CE) and moves away from the frozen full-precision teacher (D), so that
-    its answers mislead whoever trains on them (DivQAT, arXiv 2512.23948; the T² of Hinton et al.
-    2015, §2, keeps the gradient's size as T changes). With a negative weight it moves towards the
-    teacher: knowledge distillation (ibid.). D is measured between the softmaxes at temperature T;
-    CE is taken at temperature 1.
+    The student remains accurate (CE) but moves away from the frozen full-precision teacher (D), so
+    that its answers mislead a clone that is trained on them (DivQAT, arXiv 2512.23948). The factor
+    T² keeps the size of the gradient as T changes (Hinton et al. 2015, §2). With a negative weight
+    the student moves towards the teacher, which is knowledge distillation (ibid.). D is measured
+    between the softmaxes at temperature T; CE is taken at temperature 1.
 
     Value and gradient come from one pass over the logits; a second derivative is available.
 
     Args:
         logits: the student's, [N, C], float32, float64, bfloat16 or float16 (computed in float32,
-            so that loss scaling saves its gradient).
+            so that loss scaling works).
         teacher_logits: the teacher's, same shape and dtype; a constant.
-        target: int64 [N], class indices or ``ignore_index``. Another one is an IndexError where it
-            can be read without waiting, on the CPU; elsewhere the loss and that row of the
+        target: int64 [N], class indices or ``ignore_index``. Any other value is an IndexError if it
+            can be read without a host sync (on the CPU); otherwise the loss and that row of the
             gradient are NaN.
-        weight: λ; a float, or a float32 tensor [] on the same device so that it can change
-            without recompiling; a constant. A float 0 gives ``F.cross_entropy`` itself.
-        temperature: T, from 1e-18 to 1e18, so that float32 has 1 / T and T².
+        weight: λ, a constant; a float, or a float32 tensor [] on the same device, which can change
+            without recompilation. With the float 0 the loss is ``F.cross_entropy`` itself.
+        temperature: T, from 1e-18 to 1e18, so that 1 / T and T² are finite in float32.
         direction: D = ``"student_teacher"`` KL(q‖p), at most max log 1/p; ``"teacher_student"``
             KL(p‖q), unbounded; ``"js"`` Jensen–Shannon, at most log 2. In nats.
-        classes: ``"all"``, or ``"non_label"`` for the distributions over the other classes,
-            renormalized, which leave the label's probability alone.
-        bound: κ > 0 takes min(D, κ) per sample; a sample at the bound has no gradient from D.
+        classes: ``"all"``, or ``"non_label"`` for the renormalized distributions over the other
+            classes, which do not affect the label's probability.
+        bound: κ > 0 for min(D, κ) per sample; a sample at the bound has no gradient from D.
         guard: a sample whose largest logit is not its label contributes CE only.
         label_smoothing: ε of CE, in [0, 1).
         ignore_index: samples with this target contribute nothing and are not counted.
 
     Returns:
-        The loss, [], float32 for half-precision logits, else the logits' dtype. NaN when no
-        sample counts, as ``F.cross_entropy``.
+        The loss, [], float32 for half-precision logits, else the logits' dtype. NaN if no sample
+        counts, like ``F.cross_entropy``.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape, device or option. IndexError: a target
-        that is no class. NotImplementedError: inside ``torch.func``.
+        TypeError, ValueError: a wrong type, dtype, shape, device or option.
+        IndexError: a target that is not a class.
+        NotImplementedError: inside ``torch.func``.
     """
     return divergence_loss_terms(
         logits,
@@ -108,11 +109,11 @@ def divergence_loss_terms(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`divergence_loss` and its two terms, for logs.
+    """:func:`divergence_loss` and its two terms, for logging.
 
     Returns:
         The loss, the mean CE and the mean D (after bound and guard, before weight and T²), each
-        []; only the loss has a gradient. With a float weight of 0, D is not computed: 0.
+        []; only the loss has a gradient. With a float weight of 0, D is not computed and 0.
     """
     _check_tensors(logits, teacher_logits, target, ignore_index)
     _check_options(temperature, direction, classes, bound, guard, label_smoothing)
@@ -135,8 +136,8 @@ def divergence_loss_terms(
             return loss, loss.detach(), torch.zeros_like(loss.detach())
         weight = torch.full((), weight, dtype=torch.float32, device=logits.device)
     if logits.dtype == torch.float16:
-        # The gradient is taken in the forward, before a GradScaler's factor reaches it: in float16
-        # most of it would be 0.
+        # The gradient is computed in the forward, before a GradScaler's factor reaches it: in
+        # float16 most of it would underflow to 0.
         logits, teacher_logits = logits.float(), teacher_logits.float()
     check_untransformed("divergence_loss")
     return DivergenceLoss.apply(
@@ -203,11 +204,11 @@ def _check_options(
 
 
 def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Targets are classes or ``ignore_index``, where they can be read."""
+    """Check, if the targets can be read, that they are classes or ``ignore_index``."""
     if target.numel() == 0 or not readable(target):
         return
-    least, most = target.aminmax()
-    if least.item() >= 0 and most.item() < classes:
+    smallest, largest = target.aminmax()
+    if smallest.item() >= 0 and largest.item() < classes:
         return
     wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
     if wrong.any():
@@ -236,14 +237,14 @@ class DivergenceLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the closed form as differentiable ops
             grad = divergence_loss_ref(*inputs)[3]
             return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
-        if torch.compiler.is_compiling():  # what is set on ctx here does not outlive the trace
+        if torch.compiler.is_compiling():  # attributes set on ctx here do not survive the trace
             return ((ctx.grad * grad_loss).to(ctx.grad.dtype), *[None] * 10)
-        # The forward's gradient is scaled in place and handed on; a second backward through a
-        # retained graph computes it again.
+        # The gradient of the forward is scaled in place and returned; a second backward through a
+        # retained graph recomputes it.
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             grad = op("divergence_loss")(*inputs)[3]
-        if batched(grad_loss):  # each has a place of its own
+        if batched(grad_loss):  # each cotangent needs separate memory
             return ((grad * grad_loss).to(grad.dtype), *[None] * 10)
         op("divergence_loss_backward")(grad, grad_loss)
         return (grad, *[None] * 10)

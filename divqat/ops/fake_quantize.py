@@ -1,4 +1,4 @@
-"""Fake-quantization with given scale and zero point, per tensor or per channel."""
+"""Fake quantization with given scale and zero point, per tensor or per channel."""
 
 from __future__ import annotations
 
@@ -48,19 +48,22 @@ def fake_quantize(
         zero_point: int32, shaped like ``scale``.
         quant_min: smallest code, inclusive.
         quant_max: largest code, inclusive.
-        ch_axis: the axis of ``x`` that ``scale`` runs along; None for one scale.
+        ch_axis: the channel axis of ``x``; None for one scale.
         nan: ``"propagate"`` keeps NaN; ``"aten"`` maps it to the lowest level as PyTorch does.
 
     Returns:
         A tensor like ``x`` (shape, dtype; dense strides are kept).
 
     Raises:
-        TypeError: a wrong type or dtype. ValueError: a wrong shape, device, range or option.
-        IndexError: ``ch_axis`` is no axis of ``x``. NotImplementedError: inside ``torch.func``.
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device, range or option.
+        IndexError: ``ch_axis`` is not an axis of ``x``.
+        NotImplementedError: inside ``torch.func``.
 
-    A scale that is not positive, or a zero point outside the range, is a ValueError where reading
-    it costs no waiting: on the CPU in eager mode. Elsewhere the formula is followed as it stands.
-    With such a zero point 0 is no longer represented; with such a scale the result means nothing.
+    A scale that is not positive, or a zero point outside the range, raises a ValueError if it can
+    be read without a host sync (on the CPU in eager mode). Otherwise the formula is applied
+    unchanged: with such a zero point 0 is no longer represented; with such a scale the result is
+    meaningless.
     """
     check_untransformed("fake_quantize")
     check_float("x", x)

@@ -1,4 +1,4 @@
-"""Fake-quantization with a learned scale and offset (LSQ, LSQ+)."""
+"""Fake quantization with a learned scale and offset (LSQ, LSQ+)."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ def fake_quantize_lsq(
     *,
     grad_factor: float = 1.0,
 ) -> Tensor:
-    """Quantize and dequantize ``x`` with trainable ``scale`` and, if floating, ``zero_point``.
+    """Quantize and dequantize ``x`` with trainable ``scale`` and, if float32, ``zero_point``.
 
-    Values as in :func:`fake_quantize`, with zero_point rounded half to even and clamped to the
-    range, in the forward and the backward alike (PyTorch's own op truncates zero_point + 0.5 in
-    its backward). Gradients (Esser et al. 2020, "Learned Step Size Quantization", eq. 3; Bhalgat
-    et al. 2020, "LSQ+", for the offset), with v = x / scale:
+    Values are those of :func:`fake_quantize`, with zero_point rounded half to even and clamped to
+    the range, in both forward and backward (PyTorch's own op truncates zero_point + 0.5 in its
+    backward). Gradients (Esser et al. 2020, "Learned Step Size Quantization", eq. 3; Bhalgat et al.
+    2020, "LSQ+", for the offset), with v = x / scale:
 
     * dy/dx = 1 inside the range, 0 outside,
     * dy/dscale = nearbyint(v) − v inside, quant_min − zero_point below, quant_max − zero_point
       above, times ``grad_factor``,
     * dy/dzero_point = 0 inside, −scale outside, times ``grad_factor``.
 
-    A step of the optimizer may take the scale to 0 or below. Values and gradients are therefore
-    those of s = max(scale, ε) with ε = 2⁻²³, the smallest scale of an observer, and where
-    scale ≤ ε the gradient g of the scale becomes −|g|, so that the next step raises it.
+    An optimizer step may move the scale to 0 or below. Values and gradients are therefore those of
+    s = max(scale, ε) with ε = 2⁻²³, the smallest scale of an observer, and where scale ≤ ε the
+    gradient g of the scale becomes −|g|, so that the next step raises it.
 
     Double backward differentiates these formulas almost everywhere (a rounded value is constant).
 
     Args:
         x: float32, float64, bfloat16 or float16, any shape and strides.
-        scale: float32 [] or [C]. zero_point: float32 or int32, shaped like ``scale``.
-        quant_min: smallest code, inclusive. quant_max: largest code, inclusive.
+        scale: float32 [] or [C].
+        zero_point: float32 or int32, shaped like ``scale``.
+        quant_min, quant_max: smallest and largest code, inclusive.
         ch_axis: the channel axis of ``x``; None for one scale.
         grad_factor: factor on the gradients of scale and zero point, usually
             1 / sqrt(elements · quant_max) (Esser et al. 2020, §2.2); finite.
@@ -60,7 +61,7 @@ def fake_quantize_lsq(
         A tensor like ``x``.
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as :func:`fake_quantize`.
+        TypeError, ValueError, IndexError, NotImplementedError: see :func:`fake_quantize`.
     """
     check_untransformed("fake_quantize_lsq")
     check_float("x", x)
@@ -85,7 +86,7 @@ class FakeQuantizeLSQ(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: a checkpoint computes them for that
+        saved = ctx.saved_tensors  # read once: under a checkpoint every access recomputes them
         args = (grad_y, *saved, *ctx.range, ctx.grad_factor)
         if grad_y.numel() == 0:
             grad_x, grad_scale, grad_zero_point = map(torch.zeros_like, saved)

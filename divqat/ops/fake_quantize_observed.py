@@ -1,4 +1,4 @@
-"""Moving-average observer and fake-quantization in one op."""
+"""Moving-average observer and fake quantization in one op."""
 
 from __future__ import annotations
 
@@ -48,40 +48,42 @@ def fake_quantize_observed(
     """Update the range of ``x``, derive scale and zero point, and fake-quantize ``x`` with them.
 
     running ← running + averaging_constant · (batch − running); a running value of ±Inf (the
-    initial one) takes the first batch as it is (Jacob et al. 2018, §3.1). A batch with NaN or Inf
-    leaves the buffers as they were; NaN stays NaN in the output.
+    initial one) is replaced by the first batch (Jacob et al. 2018, §3.1). A batch with NaN or Inf
+    does not change the buffers; NaN stays NaN in the output.
 
-    What ``torch.utils.checkpoint`` runs again in the backward is not observed again: it finds the
-    range of the first run in the buffers, unless another batch was observed in between. ``mode=
-    "delayed"`` would need the range before that, and raises.
+    When ``torch.utils.checkpoint`` recomputes the forward, ``x`` is not observed again: the buffers
+    have the range of the first run, unless another batch was observed in between. With ``mode=
+    "delayed"``, which would need the range before the first run, this raises an error.
 
     Args:
         x: float32, float64, bfloat16 or float16, any shape and strides.
-        running_min: float32 [] or [C], initially +Inf. running_max: likewise, initially −Inf.
-        scale: float32 [] or [C]. zero_point: int32 [] or [C].
-        quant_min: smallest code, inclusive. quant_max: largest code, inclusive.
+        running_min: float32 [] or [C], initially +Inf.
+        running_max: float32 [] or [C], initially −Inf.
+        scale: float32 [] or [C].
+        zero_point: int32 [] or [C].
+        quant_min, quant_max: smallest and largest code, inclusive.
         ch_axis: the channel axis of ``x``; None for one range.
         averaging_constant: weight of the new batch, in (0, 1].
-        symmetric: zero point fixed at 0 (the middle code of an unsigned range).
-        observe: False leaves all buffers alone (the same as ``mode="frozen"``).
-        fake_quant: False only observes; ``x`` (after ReLU, if asked) is returned as it is.
+        symmetric: fix the zero point at 0 (the middle code of an unsigned range).
+        observe: False changes no buffer (the same as ``mode="frozen"``).
+        fake_quant: False only observes and returns ``x`` unchanged (after ReLU, if ``relu``).
         mode: ``"exact"`` quantizes with the range that includes this batch; ``"delayed"`` with
             the range before it, so that one pass over ``x`` is enough (the buffers must have seen
             a batch); ``"frozen"`` does not observe.
-        relu: apply ReLU before both; its mask is merged into the one bit kept per element.
-        inplace: write the result over ``x``, for one that nothing else reads and that no backward
-            needs: behind a BatchNorm, which keeps its input. Autograd finds out where its own
-            need is overlooked, and raises in the backward. Ignored by ``torch.compile``, which
-            decides itself whose memory a result gets, and where ``fake_quant=False``.
+        relu: apply ReLU before both; its mask is merged into the one saved bit per element.
+        inplace: overwrite ``x`` with the result. Use it if nothing else reads ``x`` and no backward
+            needs it, for example after a BatchNorm, which saves its input. If autograd does need
+            ``x``, the backward raises an error. Ignored under ``torch.compile``, which manages
+            memory itself, and with ``fake_quant=False``.
 
     Returns:
         A tensor like ``x``, or ``x``. The gradient is that of :func:`fake_quantize` (times ReLU's).
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as :func:`fake_quantize`;
-            ValueError where ``x`` is to be written over and is not dense, or a leaf that requires
-            grad, or a view of one, and where values of a buffer share memory. Nothing has been
-            written then. RuntimeError: a delayed range in a forward that is run again.
+        TypeError, ValueError, IndexError, NotImplementedError: see :func:`fake_quantize`. Also
+            ValueError if ``x`` is to be overwritten but is not dense, a leaf that requires grad or
+            a view of one, or if values of a buffer share memory. Nothing has been written then.
+        RuntimeError: ``mode="delayed"`` in a forward that is recomputed.
     """
     check_float("x", x)
     check_range(quant_min, quant_max)
@@ -106,7 +108,7 @@ def fake_quantize_observed(
 
     buffers = (running_min, running_max, scale, zero_point)
     options = (quant_min, quant_max, axis, averaging_constant, symmetric)
-    mode = _mode_here(mode if observe else "frozen", fake_quant)
+    mode = _effective_mode(mode if observe else "frozen", fake_quant)
     if not fake_quant:
         if mode != "frozen" and x.numel():
             check_untransformed("fake_quantize_observed")
@@ -122,13 +124,13 @@ def fake_quantize_observed(
     return FakeQuantizeObserved.apply(x, inplace, *buffers, *options, mode, relu)
 
 
-def _mode_here(mode: str, fake_quant: bool) -> str:
-    """A forward that is run again observes nothing again."""
+def _effective_mode(mode: str, fake_quant: bool) -> str:
+    """``mode``, or ``"frozen"`` in a recomputed forward, which must not observe again."""
     if mode == "frozen" or not recomputing():
         return mode
     if fake_quant and mode == "delayed":
         raise RuntimeError(
-            "mode: wanted 'exact' where torch.utils.checkpoint runs a forward again, got 'delayed'"
+            "mode: wanted 'exact' where torch.utils.checkpoint recomputes a forward, got 'delayed'"
         )
     return "frozen"
 

@@ -1,4 +1,4 @@
-"""Fake-quantization of all weights of a model in one call."""
+"""Fake quantization of many weights in one call."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ def fake_quantize_weights(
     quant_max: int,
     ch_axis: int | None = 0,
 ) -> list[Tensor]:
-    """Symmetric fake-quantization of a list of weights, with scales taken from their rows.
+    """Symmetric fake quantization of a list of weights, with the scales of their rows.
 
-    scale = 2 · max|row| / (quant_max − quant_min), zero point 0; value and gradient as in
-    :func:`fake_quantize`, with the scale a constant. Codes that are symmetric about zero clip
-    nothing, so their gradient is passed on as it is, at no cost. Otherwise the mask is computed
-    from the weights again in the backward, and nothing is saved but the weights themselves.
+    scale = 2 · max|row| / (quant_max − quant_min), zero point 0; value and gradient are those of
+    :func:`fake_quantize` with a constant scale. A code range that is symmetric about zero clips
+    nothing, so the gradient passes unchanged, at no cost. Otherwise the backward recomputes the
+    mask from the weights, and only the weights themselves are saved.
 
     Args:
         weights: float32, float64, bfloat16 or float16 tensors of any shape, on one device.
-        quant_min: smallest code, usually −(2^(bits−1) − 1). quant_max: largest code.
-        ch_axis: the axis of each weight with a scale of its own; None for one scale per weight.
+        quant_min: smallest code, usually −(2^(bits−1) − 1).
+        quant_max: largest code.
+        ch_axis: the channel axis of each weight; None for one scale per weight.
 
     Returns:
         One tensor like each weight.
 
     Raises:
-        TypeError, ValueError, IndexError, NotImplementedError: as :func:`fake_quantize`.
+        TypeError, ValueError, IndexError, NotImplementedError: see :func:`fake_quantize`.
     """
     check_untransformed("fake_quantize_weights")
     check_range(quant_min, quant_max)
@@ -59,10 +60,11 @@ def fake_quantize_weights(
 
 
 def _clips_nothing(quant_min: int, quant_max: int) -> bool:
-    """Whether every finite weight is in range of the scale that its row's largest one sets.
+    """Whether every finite weight is in the range of its row's scale.
 
-    That one is max|row| · (1 / (max|row| / quant_max)) = quant_max · (1 + 4e), |e| < 2⁻²³ for the
-    roundings of float32, which rounds to quant_max while quant_max · 2⁻²¹ is below half a step.
+    The largest code is max|row| · (1 / (max|row| / quant_max)) = quant_max · (1 + 4e), with
+    |e| < 2⁻²³ for the roundings of float32; it rounds to quant_max as long as quant_max · 2⁻²¹ is
+    below half a step.
     """
     return quant_min == -quant_max and quant_max < 2**16
 
@@ -78,7 +80,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *ctx.range, weights = *args[:3], args[3:]
         ctx.straight_through = _clips_nothing(*args[:2])
-        # A weight whose output goes nowhere must get no gradient: zeros would let it decay.
+        # A weight whose output is unused must get no gradient: with zeros weight decay would apply.
         ctx.set_materialize_grads(False)
         if not ctx.straight_through:
             ctx.save_for_backward(*weights)
@@ -89,12 +91,12 @@ class FakeQuantizeWeights(torch.autograd.Function):
         if ctx.straight_through:
             return (None, None, None, *grads)
         used = [i for i, grad in enumerate(grads) if grad is not None]
-        saved = ctx.saved_tensors  # read once: a checkpoint computes them for that
-        weights, given = [saved[i] for i in used], [grads[i] for i in used]
+        saved = ctx.saved_tensors  # read once: under a checkpoint every access recomputes them
+        weights, used_grads = [saved[i] for i in used], [grads[i] for i in used]
         if torch.is_grad_enabled():  # create_graph=True
-            masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *given)
+            masked = WeightGrads.apply(*ctx.range, len(weights), *weights, *used_grads)
         else:
-            masked = _masked(given, weights, *ctx.range)
+            masked = _masked(used_grads, weights, *ctx.range)
         result: list[Tensor | None] = [None] * len(grads)
         for i, grad in zip(used, masked, strict=True):
             result[i] = grad
@@ -102,7 +104,7 @@ class FakeQuantizeWeights(torch.autograd.Function):
 
 
 class WeightGrads(torch.autograd.Function):
-    """Masked gradients: linear in ``grads``, so differentiated by itself (double backward)."""
+    """Masked gradients: linear in ``grads``, so it is its own derivative (double backward)."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:

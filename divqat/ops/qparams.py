@@ -1,4 +1,4 @@
-"""The arithmetic of scales and zero points in plain PyTorch, bit for bit as csrc/qparams.h."""
+"""The arithmetic of scales and zero points in plain PyTorch, bit-equal to csrc/qparams.h."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def _as_scale(step: Tensor, levels: int) -> Tensor:
-    """The width of a range over its levels; one level may be too wide for a float."""
+    """A step as a scale: at least ε; a step over a single level may overflow float32."""
     return step.clamp(EPS, torch.finfo(torch.float32).max if levels == 1 else None)
 
 
@@ -25,11 +25,11 @@ def choose_qparams(
     """
     low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
     levels = quant_max - quant_min
-    if symmetric:  # divided first, as twice the maximum may be too large for a float
+    if symmetric:  # divide first, as twice the maximum may overflow
         scale = _as_scale(torch.maximum(-low, high) / levels * 2, levels)
         middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    width = high - low  # may be too large for a float as well
+    width = high - low  # may overflow as well
     step = torch.where(width.isfinite(), width / levels, high / levels - low / levels)
     scale = _as_scale(step, levels)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
@@ -37,9 +37,9 @@ def choose_qparams(
 
 
 def moved(running: Tensor, batch: Tensor, weight: float) -> Tensor:
-    """running + weight · (batch − running), or the first batch as it is.
+    """running + weight · (batch − running), or the first batch itself.
 
-    The difference may be too large for a float; the average is not.
+    The difference may overflow; the average does not.
     """
     step = batch - running
     apart = running - weight * running + weight * batch
@@ -48,13 +48,13 @@ def moved(running: Tensor, batch: Tensor, weight: float) -> Tensor:
 
 
 def positive(scale: Tensor) -> Tensor:
-    """max(scale, ε): what a learned scale quantizes with."""
+    """max(scale, ε), the effective value of a learned scale."""
     return scale.clamp(min=EPS)
 
 
 def lsq_scale_grad(grad: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of a learned scale; at ε and below, −|gradient|, which only raises the scale.
+    """The gradient of a learned scale; at ε and below, −|gradient|, which can only raise the scale.
 
-    A step down would have no end there: it changes nothing that the loss could see.
+    Below ε the loss does not depend on the scale, so nothing would stop its descent.
     """
     return torch.where(scale <= EPS, -grad.abs(), grad)

@@ -1,11 +1,11 @@
-"""The fake-quantization formulas in plain PyTorch, and the fallback on every device.
+"""The fake-quantization formulas in plain PyTorch, which are the fallback on every device.
 
 One rule for all backends:
 
-* q = clamp(nearbyint(x · (1/scale)) + zero_point, quant_min, quant_max), half to even, multiplied
-  by the reciprocal, the zero point added after rounding; y = (q − zero_point) · scale.
+* q = clamp(nearbyint(x · (1/scale)) + zero_point, quant_min, quant_max): round half to even, after
+  multiplication by the reciprocal and before the zero point is added; y = (q − zero_point) · scale.
 * The gradient mask is taken on the *rounded* value, inclusive at both ends.
-* float32 inside and one rounding at the store for bfloat16 and float16; float64 stays float64.
+* bfloat16 and float16 are computed in float32 and rounded once at the store; float64 stays float64.
 * NaN stays NaN with gradient 0; ±Inf saturates with gradient 0.
 
 Masks are bool here, one element per element of x; the ops pack them (``_mask.py``).
@@ -50,7 +50,7 @@ def _quantize(
 ) -> tuple[Tensor, Tensor]:
     """The dequantized value and whether its code was in range, both dense.
 
-    In place wherever it can be: fresh memory costs more than arithmetic.
+    In place wherever possible: new memory costs more than arithmetic.
     """
     dtype = compute_dtype(x.dtype)
     scale, zero_point = along(scale, x, ch_axis), along(zero_point, x, ch_axis)
@@ -58,8 +58,8 @@ def _quantize(
     rounded = (x.to(dtype) * scale.reciprocal().to(dtype)).round_().add_(zero_point)
     q = rounded.clamp(quant_min, quant_max)
     mask = rounded == q
-    # y = (q − zero_point) · scale. ATen multiplies float64 codes in float32 for one tensor and in
-    # float64 per channel; following it keeps both bit-equal.
+    # y = (q − zero_point) · scale. ATen multiplies float64 codes in float32 per tensor and in
+    # float64 per channel; doing the same keeps both bit-equal.
     level = q.sub_(zero_point)
     if dtype == torch.float64 and ch_axis is None:
         return (level.float() * scale).double(), mask
@@ -75,10 +75,10 @@ def fake_quantize_ref(
     ch_axis: int | None,
     propagate_nan: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Quantize-dequantize ``x``; returns y and the in-range mask, laid out like ``x``."""
+    """Quantize and dequantize ``x``; returns y and the in-range mask, with the strides of ``x``."""
     y, mask = _quantize(x, scale, zero_point, quant_min, quant_max, ch_axis)
     if not propagate_nan:
-        # The lowest level, by the same arithmetic.
+        # The lowest level, computed by the same arithmetic.
         lowest = torch.full_like(y, -torch.inf)
         lowest, _ = _quantize(lowest, scale, zero_point, quant_min, quant_max, ch_axis)
         y = torch.where(x.isnan(), lowest, y)
@@ -91,7 +91,7 @@ def fake_quantize_backward_ref(grad_y: Tensor, mask: Tensor) -> Tensor:
 
 
 def _like(x: Tensor, value: Tensor) -> Tensor:
-    """``value`` in the dense strides that ``empty_like(x)`` has; rounds to x's dtype if float."""
+    """``value`` with the dense strides of ``empty_like(x)``; floats are rounded to x's dtype."""
     dtype = x.dtype if value.is_floating_point() else value.dtype
     out = torch.empty_like(x, dtype=dtype)
     if value.stride() == out.stride() and value.dtype == dtype:
@@ -114,12 +114,12 @@ def observe_ref(
 ) -> None:
     """Moving average of min and max, then scale and zero point, without a host sync.
 
-    running ← running + averaging_constant · (batch − running), the first batch as it is. A channel
-    whose batch holds NaN or Inf is not observed: one bad batch must not spoil the range for ever.
+    running ← running + averaging_constant · (batch − running), initially the first batch. A channel
+    whose batch has NaN or Inf is not observed: one bad batch must not spoil the range permanently.
     """
     if x.numel() == 0:
         return
-    # one scale is [] or [1]
+    # a per-tensor scale is [] or [1]
     buffers = (b.view(-1) for b in (running_min, running_max, scale, zero_point))
     running_min, running_max, scale, zero_point = buffers
     if ch_axis is None:
@@ -155,7 +155,7 @@ def fake_quantize_observed_ref(
     mode: str,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Observe and quantize-dequantize: exact observes first, delayed afterwards, frozen never."""
+    """Observe, quantize and dequantize: exact observes first, delayed afterwards, frozen never."""
     buffers = (running_min, running_max, scale, zero_point)
     observe = (*buffers, quant_min, quant_max, ch_axis, averaging_constant, symmetric, relu)
     if mode == "exact":
@@ -172,7 +172,7 @@ def fake_quantize_observed_ref(
 
 
 def fake_quantize_observed_inplace_ref(x: Tensor, *args: Any) -> Tensor:
-    """The same with y written over x; returns the mask."""
+    """The same, but x is overwritten with y; returns the mask."""
     y, mask = fake_quantize_observed_ref(x, *args)
     x.copy_(y)
     return mask
@@ -186,7 +186,7 @@ def fake_quantize_lsq_ref(
     quant_max: int,
     ch_axis: int | None,
 ) -> Tensor:
-    """Quantize-dequantize with a learned scale and offset."""
+    """Quantize and dequantize with a learned scale and offset."""
     zero_point = zero_point.round().clamp(quant_min, quant_max)
     return _like(x, _quantize(x, positive(scale), zero_point, quant_min, quant_max, ch_axis)[0])
 
@@ -204,13 +204,13 @@ def fake_quantize_lsq_backward_ref(
     """Gradients of x, scale and zero_point (Esser et al. 2020, eq. 3; Jain et al. 2020 for the
     offset).
 
-    Written with differentiable ops only, so that it also serves double backward.
+    It uses only differentiable ops, so that it also serves double backward.
     """
     dtype = compute_dtype(x.dtype)
     used = positive(scale)
     s, z = along(used.to(dtype), x, ch_axis), along(zero_point.to(dtype), x, ch_axis)
     z = z.round().clamp(quant_min, quant_max)
-    # the same reciprocal as the forward's
+    # the same reciprocal as in the forward
     u = x.to(dtype) * along(used.reciprocal().to(dtype), x, ch_axis)
     rounded = u.round() + z
     q = rounded.clamp(quant_min, quant_max)
@@ -247,14 +247,14 @@ def weight_scale(w: Tensor, quant_min: int, quant_max: int, ch_axis: int | None)
 def fake_quantize_weights_ref(
     weights: list[Tensor], quant_min: int, quant_max: int, ch_axis: int | None
 ) -> list[Tensor]:
-    """Quantize-dequantize every weight with the symmetric scale of each of its rows."""
+    """Quantize and dequantize every weight with the symmetric scale of each of its rows."""
     return [y for y, _ in _weights(weights, quant_min, quant_max, ch_axis)]
 
 
 def fake_quantize_weights_backward_ref(
     grads: list[Tensor], weights: list[Tensor], quant_min: int, quant_max: int, ch_axis: int | None
 ) -> list[Tensor]:
-    """Masked gradients; the mask is computed from the weights again, nothing was saved for it."""
+    """Masked gradients; the mask is recomputed from the weights."""
     masks = [mask for _, mask in _weights(weights, quant_min, quant_max, ch_axis)]
     return [
         torch.where(mask, grad, torch.zeros_like(grad))

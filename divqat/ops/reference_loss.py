@@ -1,4 +1,4 @@
-"""The divergence loss in plain PyTorch: value and gradient in one go."""
+"""The divergence loss in plain PyTorch: value and gradient together."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def divergence_loss_ref(
     dtype = compute_dtype(logits.dtype)
     z, t = logits.to(dtype), teacher_logits.to(dtype)
     valid = target != ignore_index
-    # What is neither a class nor ignored makes its CE and its gradient NaN: there is no error to
-    # raise where nothing may wait for a value.
+    # A target that is neither a class nor ignored makes its CE and its gradient NaN: raising an
+    # error would need a host sync.
     unknown = valid & ((target < 0) | (target >= z.shape[1]))
     label = torch.where(valid & ~unknown, target, 0)[:, None]
     count = valid.sum()
@@ -90,7 +90,7 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     """D [N, 1] and dD/du [N, C] between softmax(u) and softmax(v)."""
     if classes == "non_label":
-        # The tail, renormalized: every class but the label, as rows of C − 1.
+        # The renormalized distribution over every class but the label, as rows of C − 1.
         others = torch.arange(u.shape[1] - 1, device=u.device)
         others = others + (others >= label)
         d, grad_tail = _divergence(
@@ -113,5 +113,5 @@ def _divergence(
 
 
 def _expect(weight: Tensor, value: Tensor) -> Tensor:
-    """Σ_k weight_k · value_k with 0 · anything = 0, and NaN where a weight is; [N, 1]."""
+    """Σ_k weight_k · value_k with 0 · anything = 0, and NaN if a weight is NaN; [N, 1]."""
     return torch.where(weight == 0, 0.0, weight * value).sum(1, keepdim=True)

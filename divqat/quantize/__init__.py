@@ -1,4 +1,4 @@
-"""Prepare a model for quantization-aware training, convert it, look into it."""
+"""Prepare a model for quantization-aware training, convert it, summarize it."""
 
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers

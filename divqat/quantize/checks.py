@@ -1,4 +1,4 @@
-"""What prepare and convert refuse: arguments in the wrong place, weights that are computed."""
+"""Checks of the arguments of prepare and convert: their order, computed weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from divqat.quantize.deployed import IntegerLayer
 
 
 def check_types(model: object, config: object, example_input: object) -> None:
-    """Refuse arguments of :func:`divqat.prepare` in the wrong place, by TypeError."""
+    """Check that the arguments of :func:`divqat.prepare` are in order; TypeError if not."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
     order = "; call prepare(model, config, example_input)"
@@ -26,35 +26,36 @@ def check_types(model: object, config: object, example_input: object) -> None:
         )
     if isinstance(example_input, (str, QuantConfig, nn.Module)):
         raise TypeError(
-            "example_input: wanted a batch as the model takes it, got "
+            "example_input: wanted a batch that the model accepts, got "
             f"{type(example_input).__name__}{order}"
         )
 
 
 def check_is_float(model: nn.Module) -> None:
-    """Refuse a model that is prepared or converted, by ValueError."""
+    """Check that a model is neither prepared nor converted; ValueError if it is."""
     if any(isinstance(module, IntegerLayer) for module in model.modules()):
-        raise ValueError("model: wanted a float model, got one that is converted already")
+        raise ValueError("model: wanted a float model, got one that is already converted")
     if any(isinstance(module, (QuantLayer, FakeQuantize)) for module in model.modules()):
-        raise ValueError("model: wanted a float model, got one that is prepared already")
+        raise ValueError("model: wanted a float model, got one that is already prepared")
 
 
-def check_is_prepared(name: str, model: nn.Module, kinds: tuple[type, ...] = (QuantLayer,)) -> None:
-    """Refuse a model that is converted, or has no module of ``kinds``, by ValueError."""
+def check_is_prepared(name: str, model: nn.Module, types: tuple[type, ...] = (QuantLayer,)) -> None:
+    """Check that a model is not converted and has a module of ``types``; ValueError if not."""
     wanted = f"{name}: wanted a model made by divqat.prepare, got"
     if any(isinstance(module, IntegerLayer) for module in model.modules()):
-        raise ValueError(f"{wanted} one that is converted already")
-    if not any(isinstance(module, kinds) for module in model.modules()):
+        raise ValueError(f"{wanted} one that is already converted")
+    if not any(isinstance(module, types) for module in model.modules()):
         raise ValueError(f"{wanted} no quantized layer")
 
 
 def check_parameters(name: str, layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Refuse, by ValueError, layers whose weight or bias is not a parameter of its own.
+    """Check that weight and bias of all layers are parameters; ValueError if not.
 
-    One that a hook computes is as old as the last forward pass, and none of them can be folded.
+    A weight that a hook computes is that of the last forward pass, and cannot be folded.
 
     Args:
-        name: of the argument. layers: with their names.
+        name: of the argument, for the error.
+        layers: with their names.
     """
     for path, layer in layers:
         for tensor in ("weight", "bias"):
@@ -62,26 +63,26 @@ def check_parameters(name: str, layers: Iterable[tuple[str, nn.Module]]) -> None
                 continue
             raise ValueError(
                 f"{name}: wanted plain parameters, got a {tensor} of {path!r} that is computed "
-                "from others (pruned, weight-normed ...); make it one first, by "
+                "from others (pruned, weight-normed ...); first call "
                 f"torch.nn.utils.{_remedy(layer, tensor)}"
             )
 
 
-def copied(name: str, model: nn.Module) -> nn.Module:
-    """A deep copy, or the reason why there is none as a ValueError."""
+def deep_copy(name: str, model: nn.Module) -> nn.Module:
+    """A deep copy of ``model``; ValueError with the reason if it cannot be copied."""
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # whatever a module of the user's own raises
+    except Exception as error:  # a module of the user may raise anything
         raise ValueError(
             f"{name}: wanted a model that copy.deepcopy copies, got {type(error).__name__}: {error}"
         ) from error
 
 
 def _remedy(module: nn.Module, tensor: str) -> str:
-    """The call that makes a computed tensor a parameter."""
+    """The call that turns a computed tensor into a parameter."""
     if parametrize.is_parametrized(module, tensor):
         return f"parametrize.remove_parametrizations(layer, {tensor!r})"
     if f"{tensor}_mask" in module._buffers:
         return f"prune.remove(layer, {tensor!r})"
-    kind = "weight" if f"{tensor}_g" in module._parameters else "spectral"
-    return f"remove_{kind}_norm(layer, {tensor!r})"
+    norm = "weight" if f"{tensor}_g" in module._parameters else "spectral"
+    return f"remove_{norm}_norm(layer, {tensor!r})"

@@ -1,4 +1,4 @@
-"""What a model is quantized to, and presets for the runtimes that people deploy on."""
+"""The quantization settings of a model, and presets for common runtimes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class QuantConfig:
     Attributes:
         weight: the grid of every weight.
         activation: the grid of every activation.
-        first_last_bits: width of the first and the last layer's weights, which carry most of the
-            error at low widths; None treats them as the rest. The order is that of the calls, or
-            of registration in a model that cannot be traced.
-        input_bits: width of the network's input, likewise.
-        skip: names of modules, as in ``named_modules()``, that stay in float, layers and other
-            operations; a name covers what is below it. What they return is still quantized where
-            another operation wants it so.
+        first_last_bits: bits of the first and the last layer's weights, which cause most of the
+            error at low widths; None: the same as for the other layers. The order is that of the
+            calls, or of registration in a model that cannot be traced.
+        input_bits: bits of the network's input; None: the same as for other activations.
+        skip: names of modules, as in ``named_modules()``, whose layers and other operations stay in
+            float, including their submodules. Their outputs are still quantized where a quantized
+            operation reads them.
         mode: how activations are observed, ``"exact"`` or ``"delayed"``; see
-            :func:`divqat.ops.fake_quantize_observed`. ``torch.utils.checkpoint`` wants
+            :func:`divqat.ops.fake_quantize_observed`. ``torch.utils.checkpoint`` needs
             ``"exact"``.
-        inplace: quantize over the output of a BatchNorm (fused or not) that nothing else in the
-            graph reads: less memory and time, the same bits. What looks at that output from
-            outside, a hook of the BatchNorm that keeps it or ``torch.utils.checkpoint`` around
-            nothing but what follows it, finds the quantized values: give False.
+        inplace: quantize the output of a BatchNorm (fused or not) in place if nothing else in the
+            graph reads it: less memory and time, the same bits. Code outside the graph that keeps
+            this output sees quantized values, such as a hook of the BatchNorm, or
+            ``torch.utils.checkpoint`` around only the operations after it. Use False for them.
     """
 
     weight: QuantSpec = WEIGHT
@@ -46,26 +46,26 @@ class QuantConfig:
 
     def edge(self) -> QuantSpec:
         """The grid of the first and the last layer's weights."""
-        return _as_wide(self.weight, self.first_last_bits)
+        return _with_bits(self.weight, self.first_last_bits)
 
     def input(self) -> QuantSpec:
         """The grid of the network's input."""
-        return _as_wide(self.activation, self.input_bits)
+        return _with_bits(self.activation, self.input_bits)
 
 
-def _as_wide(spec: QuantSpec, bits: int | None) -> QuantSpec:
+def _with_bits(spec: QuantSpec, bits: int | None) -> QuantSpec:
     return spec if bits is None else replace(spec, bits=bits)
 
 
 def default_weight_bits(name: str) -> int:
-    """How many bits a weight of a preset has where none are asked for: on a CPU so many that no
-    sum of its products saturates, which a GPU does not do."""
+    """The default bits of a preset's weights: on a CPU, few enough that no sum of products
+    saturates; a GPU does not saturate."""
     return 8 if name == "tensorrt" else WEIGHT.bits
 
 
 def narrow(weight_bits: int, activation_bits: int) -> bool:
-    """Whether the ends of a network need more. Seven bits are asked for because of the hardware:
-    then they hold for every layer."""
+    """Whether the widths are so low that the ends of a network need more bits. Seven bits are a
+    matter of hardware, not of accuracy, and hold for every layer."""
     return min(weight_bits, activation_bits) < 7
 
 
@@ -79,14 +79,20 @@ def preset(
     """A configuration for a runtime.
 
     * ``"x86"`` (ONNX Runtime, OpenVINO): uint8 affine activations, 7-bit weights with a scale per
-      channel, stored as int8. With 8 bits, CPUs without VNNI saturate when they add products of
-      weights and activations, unless ONNX Runtime's ``session.x64quantprecision`` is turned on.
+      channel, stored as int8. With 8-bit weights, sums of products can saturate on CPUs without
+      VNNI, unless ONNX Runtime's ``session.x64quantprecision`` is on.
     * ``"tensorrt"``: symmetric int8 activations with zero point 0, 8-bit weights with a scale per
       channel; biases stay in float.
     * ``"qnnpack"``: uint8 affine activations, 7-bit weights with one scale per tensor.
 
-    Below 7 bits the network's input keeps 8, and the first and the last layer's weights
-    ``first_last_bits``, if others do not have more.
+    If weights or activations have fewer than 7 bits, the network's input keeps 8, and the weights
+    of the first and the last layer have at least ``first_last_bits``.
+
+    Args:
+        name: one of the above.
+        weight_bits: 2 to 8; None: the preset's default.
+        activation_bits: 2 to 8.
+        first_last_bits: 2 to 8.
 
     Raises:
         ValueError: an unknown name, or a width outside 2 to 8.
@@ -98,10 +104,10 @@ def preset(
     activation = replace(ACTIVATION, bits=activation_bits)
     if name == "tensorrt":
         activation = QuantSpec(bits=activation_bits)
-    few = narrow(bits, activation_bits)
+    low = narrow(bits, activation_bits)
     return QuantConfig(
         weight=weight,
         activation=activation,
-        first_last_bits=max(bits, first_last_bits) if few else None,
-        input_bits=8 if few else None,
+        first_last_bits=max(bits, first_last_bits) if low else None,
+        input_bits=8 if low else None,
     )

@@ -1,7 +1,7 @@
 """The modules of a converted model: integer weights, fixed scales, the deployed arithmetic.
 
-In eager mode they compute in float what the integers stand for. While ``torch.onnx.export`` runs,
-they emit the QuantizeLinear and DequantizeLinear nodes that a runtime turns into int8 kernels.
+In eager mode they compute in float with the dequantized integers. During ``torch.onnx.export`` they
+emit the QuantizeLinear and DequantizeLinear nodes that a runtime turns into int8 kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from divqat.nn.spec import QuantSpec
 from divqat.ops import fake_quantize
 from divqat.ops.reference import along
 
-# int8 and float32 Q/DQ, per axis and per tensor, as every runtime reads them.
+# Q/DQ nodes of int8 and float32, per axis and per tensor, which every runtime supports.
 _OPSET = 18
 
 
@@ -56,7 +56,7 @@ class QuantizeDequantize(nn.Module):
             version=_OPSET,
         )
         if (spec.quant_min, spec.quant_max) != (torch.iinfo(dtype).min, torch.iinfo(dtype).max):
-            # QuantizeLinear knows only 8-bit ranges: a narrower one is a clip of the codes.
+            # QuantizeLinear has only 8-bit ranges: a narrower grid needs a clip of the codes.
             low = torch.tensor(spec.quant_min, dtype=dtype)
             high = torch.tensor(spec.quant_max, dtype=dtype)
             q = symbolic("Clip", (q, low, high), dtype=dtype, shape=x.shape, version=_OPSET)
@@ -67,7 +67,7 @@ class IntegerLayer(nn.Module):
     """A convolution or linear layer with integer weight and bias.
 
     Buffers: ``weight`` int8, ``weight_scale`` float32 [C] or []; ``bias`` int32 [C] on the scale
-    input_scale · weight_scale, as integer kernels accumulate, or float32: see :class:`QuantLayer`.
+    input_scale · weight_scale of integer accumulators, or float32: see :class:`QuantLayer`.
 
     Args:
         layer: the trained layer.
@@ -105,7 +105,7 @@ class IntegerLayer(nn.Module):
             if layer.input_fake_quantize is None
             else QuantizeDequantize(layer.input_fake_quantize)
         )
-        # What is left of the layer is its operation and its hyperparameters.
+        # Only the layer's operation and its hyperparameters remain.
         layer.weight = layer.bias = layer.input_fake_quantize = layer.weight_fake_quantize = None
         if hasattr(layer, "bn"):
             del layer.bn
@@ -118,7 +118,7 @@ class IntegerLayer(nn.Module):
         return codes.float() * along(scale, codes, axis)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's operation on the input's grid."""
+        """Quantize ``input``, then apply the layer's operation."""
         x = self.input(input)
         weight = self._dequantized(
             self.weight, self.weight_scale, self.weight_zero_point, self.axis

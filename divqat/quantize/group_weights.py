@@ -1,4 +1,4 @@
-"""The weights of many layers quantized together: a call per model instead of one per layer."""
+"""Quantize the weights of many layers together: one call per bucket instead of one per layer."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from divqat.ops import fake_quantize_weights
 def group_weights(model: nn.Module, bucket_mb: float = 25.0) -> nn.Module:
     """Let each forward of ``model`` quantize the weights of many layers at once; returns ``model``.
 
-    One call of :func:`divqat.ops.fake_quantize_weights` per bucket of layers and grid takes the
-    place of one per layer; values and gradients are the same, bit for bit. :func:`divqat.prepare`
-    does it for models that it can trace.
+    One call of :func:`divqat.ops.fake_quantize_weights` per bucket of layers and grid replaces one
+    call per layer; values and gradients are the same, bit for bit. :func:`divqat.prepare` does this
+    for models that it can trace.
 
-    A bucket's weights get their gradients together, when the backward has passed the first of its
-    layers and before it goes on. Buckets are filled from the last layer towards the first, as
-    those of ``DistributedDataParallel`` are, which so sends a bucket's gradients while those of
-    the earlier ones are computed. What does not fill a bucket is left to the first layers, whose
-    gradients nothing hides.
+    The weights of a bucket get their gradients together, when the backward has passed the first
+    layer of the bucket. Buckets are filled from the last layer to the first, like those of
+    ``DistributedDataParallel``, which can therefore send the gradients of a bucket while those of
+    earlier buckets are computed. The incomplete bucket is that of the first layers, whose
+    communication cannot overlap with computation anyway.
 
-    A layer with a learned weight scale, one that overrides ``quantize_weight``, one whose weight a
-    hook computes when it is called (``torch.nn.utils.prune``), one that is called a second time and
-    one that is called without ``model`` quantize for themselves. Nothing is kept
-    between two forwards, and no forward finds what one that failed has left.
+    Some layers still quantize their own weight: those with a learned weight scale, those that
+    override ``quantize_weight``, those whose weight a hook computes when they are called
+    (``torch.nn.utils.prune``), those that are called a second time, and those that are called
+    outside of ``model``. No state is kept between two forwards, even if one of them fails.
 
-    * Layers that are added or replaced later are not grouped: call this again, which replaces
-      what was there.
-    * All weights of a bucket must be there when the first of its layers is called, which FSDP
-      does not promise: :func:`ungroup_weights`.
-    * A layer must not go from training to eval mode in the middle of a forward.
-    * What ``torch.utils.checkpoint`` runs again inside ``model`` quantizes for itself then. With a
-      grid that is not symmetric about zero it saves other tensors so, which is an error there.
-    * Under ``torch.compile`` a layer that is not called gets a gradient of 0 instead of none.
+    * Layers that are added or replaced later are not grouped: call this function again, which
+      replaces the groups.
+    * All weights of a bucket must be present when the first of its layers is called. FSDP does not
+      guarantee that: use :func:`ungroup_weights`.
+    * A layer must not change from training to eval mode in the middle of a forward.
+    * Layers that ``torch.utils.checkpoint`` recomputes inside ``model`` quantize their own weights
+      in the recomputation. With a grid that is not symmetric about zero they then save other
+      tensors, which checkpoint reports as an error.
+    * Under ``torch.compile`` a layer that is not called gets a gradient of 0 instead of None.
 
     Args:
-        model: holds layers of :mod:`divqat.nn`; may be a part of the model that is trained.
-        bucket_mb: most of a bucket, in 2^20 bytes; a larger weight is a bucket of its own. The
-            default is DistributedDataParallel's ``bucket_cap_mb``. Infinity makes one bucket.
+        model: contains layers of :mod:`divqat.nn`; may be a part of the trained model.
+        bucket_mb: maximum size of a bucket, in 2^20 bytes; a larger weight has a separate bucket.
+            The default is DistributedDataParallel's ``bucket_cap_mb``. Infinity makes one bucket.
 
     Raises:
         ValueError: ``bucket_mb`` is not positive.
@@ -53,13 +54,13 @@ def group_weights(model: nn.Module, bucket_mb: float = 25.0) -> nn.Module:
     model.register_forward_pre_hook(groups.open)
     model.register_forward_hook(groups.close, always_call=True)
     if isinstance(model, fx.GraphModule):
-        # A copy of a GraphModule has lost its forward hooks when these are called with it.
+        # Deep copies of a GraphModule lose its forward hooks, but call these hooks.
         model._register_deepcopy_hook(groups.regroup)
     return model
 
 
 def ungroup_weights(model: nn.Module) -> nn.Module:
-    """Undo :func:`group_weights` in ``model`` and what is in it; returns ``model``."""
+    """Undo :func:`group_weights` in ``model`` and its submodules; returns ``model``."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
@@ -77,48 +78,48 @@ def grouped_by(model: nn.Module) -> float | None:
 
 
 class Bucket:
-    """Neighbouring layers, whose weights are quantized when the first of them is called.
+    """Neighboring layers whose weights are quantized when the first of them is called.
 
-    Not before: autograd runs backward what was called last, so the bucket's backward comes between
-    its first layer's and what precedes that one. Called as the forward begins, it would come last
-    of all, after the backward of every layer.
+    The time of the call matters: autograd runs operations backward in reverse order, so the
+    bucket's backward follows that of its first layer. If the weights were quantized at the start of
+    the forward, it would follow the backward of all layers.
     """
 
     def __init__(self, layers: list[QuantLayer]) -> None:
         self.layers = layers
 
     def open(self) -> None:
-        """Let the first call of any of the layers quantize the weights of all."""
+        """Let the first call of any layer quantize the weights of all."""
         for layer in self.layers:
-            layer._group, layer._handed = self.quantize, None
+            layer._group, layer._grouped_weight = self.quantize, None
 
     def close(self) -> None:
-        """Let each layer quantize its weight itself, and keep none."""
+        """Let each layer quantize its own weight, and drop stored weights."""
         for layer in self.layers:
-            layer._group = layer._handed = None
+            layer._group = layer._grouped_weight = None
 
     def quantize(self) -> None:
-        """Hand every layer its quantized weight, and close."""
+        """Store its quantized weight in every layer, and close."""
         self.close()
         calls: dict[Any, list[tuple[QuantLayer, Tensor, Tensor | None]]] = {}
         for layer in self.layers:
-            # What a pruning hook computes is an attribute, and not there before the layer's call.
+            # A pruning hook computes the weight as an attribute when the layer is called.
             if layer.weight_fake_quantize is not None or "weight" in layer.__dict__:
                 continue
             weight, factor = layer.scaled_weight()
-            # Gradient or not: with one that needs it, all outputs of a call would seem to.
+            # Frozen weights apart: one trained weight makes all outputs of a call need gradients.
             differentiable = weight.requires_grad and torch.is_grad_enabled()
-            kind = (weight.dtype, str(weight.device), differentiable)
-            members = calls.setdefault((layer.weight_grid(), kind), [])
+            key = (weight.dtype, str(weight.device), differentiable)
+            members = calls.setdefault((layer.weight_grid(), key), [])
             members.append((layer, weight, factor))
         for (grid, _), members in calls.items():
             quantized = fake_quantize_weights([weight for _, weight, _ in members], *grid)
             for (layer, _, factor), weight in zip(members, quantized, strict=True):
-                layer._handed = weight, factor
+                layer._grouped_weight = weight, factor
 
 
 class WeightGroups:
-    """The hooks of one model; in a copy of the model they refer to the copy's layers."""
+    """The hooks of one model; those of a copy refer to the copy's layers."""
 
     def __init__(self, buckets: list[Bucket], bucket_mb: float) -> None:
         self.buckets = buckets
@@ -130,12 +131,12 @@ class WeightGroups:
             bucket.open()
 
     def close(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, called after an exception, too: leave nothing to the next forward."""
+        """Forward hook, also called after an exception: leave no state to the next forward."""
         for bucket in self.buckets:
             bucket.close()
 
     def regroup(self, model: nn.Module) -> None:
-        """Do for ``model``, a copy, what was done for the original."""
+        """Group the weights of ``model``, a copy, like those of the original."""
         group_weights(model, self.bucket_mb)
 
 
@@ -144,7 +145,7 @@ def _is_ours(hook: Any) -> bool:
 
 
 def _in_forward_order(model: nn.Module) -> list[QuantLayer]:
-    """The layers to group, as the graph calls them, or as they were registered without one."""
+    """The layers to group, in the order of the graph's calls, or of registration without one."""
     modules = list(model.modules())
     if isinstance(model, fx.GraphModule):
         calls = [node.target for node in model.graph.nodes if node.op == "call_module"]
@@ -158,7 +159,7 @@ def _in_forward_order(model: nn.Module) -> list[QuantLayer]:
 
 
 def _buckets(layers: list[QuantLayer], limit: float) -> list[Bucket]:
-    """Neighbours together, at most ``limit`` bytes each, filled from the last; in order."""
+    """Buckets of neighboring layers of at most ``limit`` bytes, in order, filled from the last."""
     buckets: list[list[QuantLayer]] = []
     room = 0.0
     for layer in reversed(layers):

@@ -1,4 +1,4 @@
-"""Which quantizer put the input of a layer on its grid."""
+"""Find the quantizer of each layer's input."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from divqat.quantize import patterns
 
 
 def link_inputs(model: nn.Module) -> None:
-    """Tell each layer of a traced model, or of traced parts of one, who quantizes what it reads.
+    """Set the quantizer of its input for each layer of a traced model, or of its traced parts.
 
-    Not one that is called more than once: an integer bias lies on the scale of what a call reads,
-    and each call may read another one.
+    Layers that are called more than once have none: an integer bias depends on the scale of the
+    input, and each call may have another one.
     """
     sources: dict[QuantLayer, tuple[FakeQuantize | LearnedStepFakeQuantize, ...]] = {}
     for traced in model.modules():
@@ -32,5 +32,5 @@ def link_inputs(model: nn.Module) -> None:
                 quantizer = traced.get_submodule(str(source.target))
                 if isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize)):
                     sources[layer] = (quantizer,)
-    for layer, found in sources.items():
-        layer._source = found
+    for layer, quantizers in sources.items():
+        layer._source = quantizers

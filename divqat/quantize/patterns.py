@@ -1,4 +1,4 @@
-"""What prepare knows about the operations of a traced graph."""
+"""Properties of the operations of a traced graph, for prepare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from divqat.nn import QuantConvBn2d
 from divqat.nn._layer import QuantLayer
 
-# Operations that hand values on unchanged: what was on a grid before is on it afterwards.
+# Operations that only move values: their output is on the same grid as their input.
 TRANSPARENT: set[Any] = {
     *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity),
     *(nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.ChannelShuffle, nn.ZeroPad2d),
@@ -24,8 +24,8 @@ TRANSPARENT: set[Any] = {
     *("contiguous", "chunk", "split", "expand"),
 }
 
-# Operations that want every input on a grid, beside the quantized layers themselves. ReLU and
-# ReLU6 are not among them: runtimes merge those into the layer before, with no grid in between.
+# Operations whose inputs are all quantized, besides the quantized layers themselves. ReLU and ReLU6
+# are not among them: runtimes fuse those into the preceding layer, with no grid in between.
 QUANTIZED: set[Any] = {
     *(operator.add, operator.iadd, torch.add, "add", "add_"),
     *(operator.mul, operator.imul, torch.mul, "mul", "mul_"),
@@ -40,7 +40,7 @@ RELUS: set[Any] = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "r
 
 BATCHNORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, QuantConvBn2d}
 
-# Functions that tracing ties to the mode of the moment, and the modules that follow train().
+# Functions whose training flag tracing makes a constant, and modules that follow train().
 DROPOUTS: dict[Any, type[nn.Module]] = {F.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d}
 
 LAYER_FUNCTIONS: tuple[Callable[..., Any], ...] = (
@@ -49,15 +49,15 @@ LAYER_FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )
 
 
-def kind(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    """What a node calls: a module's type, a function, or a method's name."""
+def operation(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    """The operation of a node: a module's type, a function, or a method's name."""
     if node.op == "call_module":
         return type(graph_module.get_submodule(str(node.target)))
     return node.target if node.op in ("call_function", "call_method") else None
 
 
 def is_inplace(graph_module: fx.GraphModule, relu: fx.Node) -> bool:
-    """Whether a ReLU writes over its input."""
+    """Whether a ReLU overwrites its input."""
     if relu.op == "call_module":
         return bool(getattr(graph_module.get_submodule(str(relu.target)), "inplace", False))
     if relu.target in (F.relu_, torch.relu_, "relu_"):
@@ -66,14 +66,14 @@ def is_inplace(graph_module: fx.GraphModule, relu: fx.Node) -> bool:
 
 
 def scopes(node: fx.Node) -> Iterator[str]:
-    """The names of the modules whose forward ``node`` was traced in, its own included."""
+    """The names of the modules in whose forward ``node`` was traced, including its own."""
     return (name for name, _ in node.meta.get("nn_module_stack", {}).values())
 
 
-def wants_grid(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the inputs of ``node`` are to be quantized."""
-    what = kind(graph_module, node)
-    return what in QUANTIZED or (isinstance(what, type) and issubclass(what, QuantLayer))
+def quantizes_inputs(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the inputs of ``node`` have to be quantized."""
+    op = operation(graph_module, node)
+    return op in QUANTIZED or (isinstance(op, type) and issubclass(op, QuantLayer))
 
 
 def is_float(node: fx.Node) -> bool:
@@ -90,7 +90,7 @@ def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def producer(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Walk back through transparent operations to what computed the values of ``node``."""
-    while kind(graph_module, node) in TRANSPARENT:
-        node = node.all_input_nodes[0]  # a pickled graph no longer knows what is a float tensor
+    """The node that computed the values of ``node``, before any transparent operations."""
+    while operation(graph_module, node) in TRANSPARENT:
+        node = node.all_input_nodes[0]  # a pickled graph has lost the metadata of tensor_inputs
     return node

@@ -1,4 +1,4 @@
-"""Turn a float model into one that trains with fake-quantization."""
+"""Turn a float model into one that trains with fake quantization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.quantize import patterns
-from divqat.quantize.checks import check_is_float, check_parameters, check_types, copied
+from divqat.quantize.checks import check_is_float, check_parameters, check_types, deep_copy
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.link_inputs import link_inputs
@@ -25,30 +25,32 @@ def prepare(
 ) -> nn.Module:
     """A copy of ``model`` in training mode whose layers and activations are fake-quantized.
 
-    The model is traced with torch.fx: Conv2d + BatchNorm2d become one :class:`QuantConvBn2d`,
-    Conv2d, ConvTranspose2d and Linear their quantized counterparts under the same names, and a
-    fake-quantizer follows every operation whose result a quantized one reads (layers, additions,
-    concatenations, average pooling, activations other than ReLU and ReLU6, which runtimes merge
-    into the layer before). A ReLU that only a fake-quantizer reads is applied by it; what only a
-    fake-quantizer reads of a BatchNorm is written over. The model's output stays in float.
+    The model is traced with torch.fx. Conv2d + BatchNorm2d become one :class:`QuantConvBn2d`;
+    Conv2d, ConvTranspose2d and Linear become their quantized counterparts under the same names. A
+    fake-quantizer follows every operation whose result a quantized operation reads (layers,
+    additions, concatenations, average pooling, activations other than ReLU and ReLU6, which
+    runtimes fuse into the preceding layer). If only a fake-quantizer reads a ReLU, it also applies
+    the ReLU; if only a fake-quantizer reads a BatchNorm, it works in place. The model's output
+    stays in float.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
-    BatchNorm and additions stay in float; a warning says so and why. A warning also names layers
-    that have a weight and stay in float, of other types or subclasses of those above. The weights
-    of a traced model are quantized together, see :func:`divqat.quantize.group_weights`.
+    and BatchNorm and additions stay in float; a warning gives the reason. A warning also names
+    layers with a weight that stay in float, because they have other types or are subclasses of the
+    layers above. The weights of a traced model are quantized together, see
+    :func:`divqat.quantize.group_weights`.
 
     The float model's checkpoints load into the result (``load_state_dict``, strict).
 
     Args:
-        model: any module built of the layers above; left as it is.
-        config: a :class:`QuantConfig` or a preset's name.
-        example_input: one batch as the model takes it, [N, …]; needed to trace.
+        model: any module with layers of these types; it is not changed.
+        config: a :class:`QuantConfig` or the name of a preset.
+        example_input: a batch [N, …] for the model's forward; needed for tracing.
 
     Raises:
-        TypeError: ``model`` is no module, or an argument stands in another's place.
-        ValueError: no layer to quantize, an unknown preset, a name in ``skip`` that does not
-            exist, a model that is prepared already, a layer that is pruned or weight-normed, or an
-            ``example_input`` on which it fails.
+        TypeError: ``model`` is not a module, or the arguments are in the wrong order.
+        ValueError: there is no layer to quantize, the preset is unknown, a name in ``skip`` does
+            not exist, the model is already prepared, a layer is pruned or weight-normed, or the
+            model fails on ``example_input``.
     """
     check_types(model, config, example_input)
     if isinstance(config, str):
@@ -69,17 +71,17 @@ def prepare(
             if isinstance(module, quantized) and not config.skips(name)
         ),
     )
-    model = copied("model", model)
+    model = deep_copy("model", model)
     if example_input is not None:
         _check_example(model, example_input)
     try:
         if example_input is None:
             raise ValueError("no example_input was given")
         graph_module = _trace(model, example_input)
-    except Exception as error:  # whatever the model's own forward raises under tracing
+    except Exception as error:  # the model's forward may raise anything under tracing
         warnings.warn(
             f"{type(model).__name__} was not traced ({type(error).__name__}: {error}); its layers "
-            "are swapped one by one, BatchNorm and additions stay in float",
+            "are swapped one by one, and BatchNorm and additions stay in float",
             stacklevel=2,
         )
         swap(model, config, config.activation)
@@ -93,7 +95,7 @@ def prepare(
     graph_module.recompile()
     graph_module.remember_float_layers()
     link_inputs(graph_module)
-    # The graph calls every layer, in an order that is known.
+    # The order in which the graph calls the layers is known.
     return group_weights(graph_module).train()
 
 
@@ -111,19 +113,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _check_example(model: nn.Module, example_input: Tensor) -> None:
-    """Tell a wrong example from a model that cannot be traced."""
+    """Check that the model runs on the example, to tell a wrong example from a tracing failure."""
     with _evaluating(model):
         try:
             model(example_input)
-        except Exception as error:  # whatever the model's own forward raises
+        except Exception as error:  # the model's forward may raise anything
             raise ValueError(
-                "example_input: wanted a batch as the model takes it, got one on which it raises "
+                "example_input: wanted a batch that the model accepts, got one on which it raises "
                 f"{type(error).__name__}: {error}"
             ) from error
 
 
 def _trace(model: nn.Module, example_input: Tensor) -> PreparedModule:
-    """Trace, and find out which nodes are tensors by running the example in eval mode."""
+    """Trace the model, and find the tensors among its nodes by a run in eval mode."""
     graph = fx.Tracer().trace(model)
     graph_module = PreparedModule(model, graph, type(model).__name__)
     for node in graph_module.graph.nodes:
@@ -139,18 +141,18 @@ def _trace(model: nn.Module, example_input: Tensor) -> PreparedModule:
 
 
 def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[str, str]:
-    """Replace each Conv2d whose only reader is a BatchNorm2d, both called once.
+    """Fuse each Conv2d whose only user is a BatchNorm2d, if both are called once.
 
     Returns:
-        The prefix of each BatchNorm's keys, and what it is now.
+        The old prefix of each BatchNorm's keys, and the new one.
     """
     calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
     renamed = {}
     for node in list(graph_module.graph.nodes):
-        if patterns.kind(graph_module, node) is not nn.BatchNorm2d:
+        if patterns.operation(graph_module, node) is not nn.BatchNorm2d:
             continue
         source = node.all_input_nodes[0]
-        if patterns.kind(graph_module, source) is not nn.Conv2d or len(source.users) != 1:
+        if patterns.operation(graph_module, source) is not nn.Conv2d or len(source.users) != 1:
             continue
         if calls.count(node.target) != 1 or calls.count(source.target) != 1:
             continue
@@ -159,7 +161,7 @@ def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[s
         if config.skips(source.target) or not (bn.affine and bn.track_running_stats):
             continue
         if config.weight.learned and not config.weight.per_channel:
-            continue  # one learned scale cannot follow the channels' factors
+            continue  # a single learned scale cannot follow the factors of the channels
         graph_module.set_submodule(source.target, conv_bn(conv, bn, config.weight))
         renamed[f"{node.target}."] = f"{source.target}.bn."
         node.replace_all_uses_with(source)
@@ -169,7 +171,7 @@ def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[s
 
 
 def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:
-    """Put a fake-quantizer behind every value that a quantized operation reads."""
+    """Insert a fake-quantizer after every value that a quantized operation reads."""
     nodes = list(graph_module.graph.nodes)
     sources: dict[fx.Node, None] = {}  # in order, without repeats
     for node in nodes:
@@ -177,7 +179,7 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
             continue
         if node.op == "call_function" and node.target in patterns.LAYER_FUNCTIONS:
             warnings.warn(f"{node.name} is a functional layer and stays in float", stacklevel=3)
-        if not patterns.wants_grid(graph_module, node) or not patterns.is_float(node):
+        if not patterns.quantizes_inputs(graph_module, node) or not patterns.is_float(node):
             continue
         for value in patterns.tensor_inputs(node):
             source = patterns.producer(graph_module, value)
@@ -188,7 +190,7 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
         quantizer = activation_quantizer(config.input() if is_input else config.activation)
         if not isinstance(quantizer, LearnedStepFakeQuantize):
             quantizer.mode = config.mode
-        # A node may be called as a method of nn.Module is: "to", "half".
+        # A node may have the name of a method of nn.Module: "to", "half".
         taken = hasattr(nn.Module, source.name)
         name = f"fake_quantize.{source.name}{'_' if taken else ''}"
         graph_module.add_submodule(name, quantizer)
@@ -197,7 +199,7 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
             quantized = graph_module.graph.call_module(name, (source,))
         quantized.meta = source.meta
         for user in users:
-            # What is not computed on a grid reads the value itself: the model's output above all.
+            # The model's output stays in float.
             if user.op != "output":
                 user.replace_input_with(source, quantized)
         if isinstance(quantizer, FakeQuantize):
@@ -209,24 +211,24 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
 def _fuse_relu(
     graph_module: fx.GraphModule, relu: fx.Node, quantized: fx.Node, quantizer: FakeQuantize
 ) -> None:
-    """Let the quantizer that alone reads a ReLU apply it: one pass, and one mask for both."""
-    if patterns.kind(graph_module, relu) not in patterns.RELUS:
+    """Let a quantizer that is the only user of a ReLU apply it: one pass, one mask for both."""
+    if patterns.operation(graph_module, relu) not in patterns.RELUS:
         return
     source = relu.all_input_nodes[0]
     if patterns.is_inplace(graph_module, relu) and len(source.users) > 1:
-        return  # the others read what it has written
+        return  # the other users read the overwritten values
     quantizer.relu = True
     quantized.replace_input_with(relu, source)
     graph_module.graph.erase_node(relu)
 
 
 def _is_overwritable(graph_module: fx.GraphModule, quantized: fx.Node) -> bool:
-    """Whether what a quantizer reads is a BatchNorm's, and no one else's.
+    """Whether a quantizer is the only user of a BatchNorm's output.
 
-    BatchNorm keeps its input for the backward, not its output; a folded one with frozen statistics
+    BatchNorm saves its input for the backward, not its output; a folded one with frozen statistics
     is a convolution, which does the same.
     """
     source = quantized.all_input_nodes[0]
-    if patterns.kind(graph_module, source) not in patterns.BATCHNORMS:
+    if patterns.operation(graph_module, source) not in patterns.BATCHNORMS:
         return False
     return list(source.users) == [quantized]

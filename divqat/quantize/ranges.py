@@ -1,4 +1,4 @@
-"""The ranges of all observers of a model at once: several processes observe as if they were one."""
+"""The ranges of all observers of a model together, to synchronize them across processes."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from divqat.nn.spec import QuantSpec
 def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Give every process the activation ranges that one process with all their images would have.
 
-    For a training loop of your own, after each forward pass (the backward may come before or
-    after). One all-reduce of two float32 per observed scale serves the whole model, and one call
-    of the ``observe`` op per grid derives scales and zero points; the host does not wait.
+    For your own training loop: call it after each forward pass, before or after the backward. One
+    all-reduce of two float32 per observed scale serves the whole model, and one call of the
+    ``observe`` op per grid computes scales and zero points, without a host sync.
 
-    Bit for bit: running + c · (batch − running) does not fall when batch rises, rounding included,
-    so the largest of the processes' running maxima is the one of the largest batch maximum; minima
-    likewise. It holds where
+    The result is exact, bit for bit: running + c · (batch − running) is monotonic in batch,
+    including rounding, so the largest running maximum of all processes belongs to the largest batch
+    maximum; likewise for minima. The conditions are:
 
-    * the processes had the same ranges before, and each has run the model once since then, on at
-      least one image;
-    * quantizers do not use a range before it is synchronised, which ``mode="delayed"`` says; with
-      ``"exact"`` each process quantizes its images with its own range and only then agrees;
-    * the ranges had seen a batch: :func:`observe_first` makes them see one;
-    * there is no NaN or Inf: a process that meets one keeps its range, the others go on.
+    * All processes had the same ranges before, and each has run the model once since then, on at
+      least one image.
+    * Quantizers do not use a range before it is synchronized, as with ``mode="delayed"``. With
+      ``"exact"`` each process quantizes its images with its own range, and agrees only afterwards.
+    * Every range has seen a batch: see :func:`observe_first`.
+    * There is no NaN or Inf: a process that meets one keeps its range, the others update theirs.
 
-    Set ``broadcast_buffers = False`` on the ``DistributedDataParallel``, or it broadcasts all
-    buffers as well before each forward. A learned scale (``LearnedStepFakeQuantize``) is a
-    parameter, which needs no more than to have seen a batch before the model is wrapped.
+    Set ``broadcast_buffers = False`` for ``DistributedDataParallel``, which otherwise also
+    broadcasts all buffers before each forward. A learned scale (``LearnedStepFakeQuantize``) is a
+    parameter: it only has to see a batch before the model is wrapped.
 
     Args:
-        model: prepared; observers that are disabled are left out, and if all are, nothing is sent.
-        group: the processes; None: all. Every one of them has to call this.
+        model: a prepared model; disabled observers are left out. If all are disabled, nothing is
+            sent.
+        group: the processes; None: all. Every one of them has to call this function.
 
     Raises:
         ValueError: there is no process group.
@@ -55,15 +56,16 @@ def sync_observers(model: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
 @torch.no_grad()
 def observe_first(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Let the quantizers that have seen nothing observe ``batches``, and quantize no activation.
+    """Let quantizers that have not seen a batch observe ``batches``, without quantization of
+    activations.
 
-    The rest of the model is in eval mode meanwhile: BatchNorm neither uses nor moves its batch
-    statistics, so that a part of a batch has the ranges that it has within the whole. Nothing is
-    run where every quantizer has seen a batch. Several processes call :func:`sync_observers` next.
+    Meanwhile the rest of the model is in eval mode: BatchNorm neither uses nor updates batch
+    statistics, so that the ranges of a part of a batch do not depend on the rest. If every
+    quantizer has seen a batch, nothing is run. Several processes then call :func:`sync_observers`.
 
     Args:
-        model: prepared; its modes are as before afterwards.
-        batches: what the model takes, [N, …] each.
+        model: a prepared model; its training modes are restored.
+        batches: inputs of the model, [N, …] each.
     """
     if not all(map(_calibrated, _quantizers(model))):
         with observing(model, fresh=True):
@@ -73,14 +75,16 @@ def observe_first(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def observing(model: nn.Module, *, fresh: bool = False) -> Iterator[None]:
-    """A block in which quantizers observe and quantize no activation, and all else is in eval mode.
+    """A block in which quantizers observe activations without quantizing them, and everything else
+    is in eval mode.
 
-    Weights are quantized and BatchNorms folded as they are deployed: post-training quantization is
-    this block around a pass over training images. A learned scale does not move.
+    Weights are quantized and BatchNorms folded as in deployment: for post-training quantization,
+    run a calibration set in this block. Learned scales do not change.
 
     Args:
-        model: prepared; its modes are as before afterwards.
-        fresh: only quantizers that have seen nothing observe; the others quantize as in eval mode.
+        model: a prepared model; its training modes are restored.
+        fresh: only quantizers that have not seen a batch observe; the others quantize as in eval
+            mode.
     """
     training = {module: module.training for module in model.modules()}
     observers = [q for q in _quantizers(model) if not (fresh and _calibrated(q))]
@@ -98,7 +102,8 @@ def observing(model: nn.Module, *, fresh: bool = False) -> Iterator[None]:
 
 
 def _calibrated(quantizer: FakeQuantize) -> bool:
-    """Without waiting for a GPU, unless it is a copy that was made before the first batch."""
+    """Whether the quantizer has seen a batch. Without a host sync, except for copies made before
+    the first batch."""
     return quantizer.calibrated or quantizer.has_range()
 
 
@@ -107,15 +112,15 @@ def _quantizers(model: nn.Module) -> list[FakeQuantize]:
 
 
 class Ranges:
-    """The running ranges of a model's enabled observers, as one vector; false if there are none.
+    """The running ranges of a model's enabled observers as one vector; false if there are none.
 
-    The vector is float32 [2K], K the number of scales: −running_min, then running_max. Of ranges
-    that grew out of the same one, the maximum is the one that saw all their images.
+    The vector is float32 [2K] for K scales: −running_min, then running_max. The elementwise maximum
+    of several vectors that started from the same ranges is the vector for all their images.
     """
 
     def __init__(self, model: nn.Module) -> None:
         observers = (m for m in model.modules() if isinstance(m, MovingAverageMinMaxObserver))
-        # Those of one grid side by side, in an order that is the same in every process.
+        # Grouped by grid, in the same order in every process.
         self.observers = sorted((o for o in observers if o.observer_enabled), key=_grid)
 
     def __bool__(self) -> bool:
@@ -125,13 +130,13 @@ class Ranges:
         return [getattr(observer, name).view(-1) for observer in self.observers]
 
     def read(self) -> Tensor:
-        """The vector, a copy."""
+        """A copy of the ranges as a vector."""
         low, high = torch.cat(self._buffers("running_min")), torch.cat(self._buffers("running_max"))
         return torch.cat([-low, high])
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:
-        """Set the ranges, and scales and zero points as the ``observe`` op derives them."""
+        """Set the ranges, and the scales and zero points that the ``observe`` op computes."""
         low, high = vector.chunk(2)
         low = -low
         scale, zero_point = (torch.cat(self._buffers(name)) for name in ("scale", "zero_point"))
@@ -139,8 +144,8 @@ class Ranges:
         for grid, members in groupby(self.observers, key=_grid):
             part = slice(start, start + sum(o.scale.numel() for o in members))
             start = part.stop
-            # To the op, a batch of two rows and a first one: its range is what it is. What has
-            # seen nothing, +Inf and −Inf, is a batch that leaves everything as it was.
+            # For the op, the ranges are a first batch of two rows. A range that has not seen a
+            # batch, +Inf and −Inf, is not finite and changes nothing.
             rows = torch.stack([low[part], high[part]])
             ends = torch.full_like(rows[0], torch.inf), torch.full_like(rows[0], -torch.inf)
             qparams = scale[part], zero_point[part]

@@ -1,4 +1,4 @@
-"""Fake-quantized activations kept for the backward pass as the 8-bit codes that they are."""
+"""Save fake-quantized activations for the backward pass as 8-bit codes."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ Quantizer = FakeQuantize | LearnedStepFakeQuantize
 
 @contextmanager
 def save_as_codes(model: nn.Module) -> Iterator[None]:
-    """A block whose forward passes save fake-quantized activations in a byte per element.
+    """A block whose forward passes save fake-quantized activations with one byte per element.
 
     ``with save_as_codes(model): loss = loss_fn(model(images), labels)``; the backward may come
-    after the block. A layer keeps its input for its backward; if that is a fake-quantizer's output,
-    or a view of it, it lies on a grid of at most 256 levels, and is kept as codes of one byte with
-    scale and zero point: a quarter of float32, half of bfloat16. Layers that read the same output
-    share its codes. Gradients are the same, bit for bit: values, dtype and strides come back as
-    they were. It costs time: two passes over an activation where it is saved and one or two for
-    each layer that reads it back.
+    after the block. A layer saves its input for its backward. If the input is a fake-quantizer's
+    output, or a view of it, it lies on a grid of at most 256 levels and is saved as one-byte codes
+    with scale and zero point: a quarter of float32, half of bfloat16. Layers that read the same
+    output share its codes. Gradients are the same, bit for bit: values, dtype and strides are
+    restored exactly. It costs time: two passes over an activation to save it, and one or two for
+    each layer that restores it.
 
-    * All else is saved as usual: what BatchNorm reads, the output of a max pooling, what autocast
-      has cast, an output changed in place, an activation with a scale per channel.
-    * An activation with NaN, or an infinity of its dtype, comes back as NaN everywhere, so that the
-      gradients become NaN, if not the same ones. The host does not wait to find out.
-    * ``torch.compile`` decides itself what it keeps. Compiled parts of ``model`` are not changed.
+    * Everything else is saved as usual: inputs of BatchNorm, outputs of max pooling, results of an
+      autocast, outputs that are changed in place, activations with a scale per channel.
+    * An activation with NaN, or an infinity of its dtype, is restored as NaN everywhere, so that
+      the gradients become NaN, though not the same ones. This avoids a host sync.
+    * ``torch.compile`` decides what it saves. Compiled parts of ``model`` are not changed.
 
-    Like ``torch.autograd.graph.save_on_cpu`` this is a ``saved_tensors_hooks``, of which the
-    innermost is called: within ``torch.utils.checkpoint`` it does nothing.
+    Like ``torch.autograd.graph.save_on_cpu`` this is a ``saved_tensors_hooks``, of which only the
+    innermost is called: within ``torch.utils.checkpoint`` it has no effect.
 
     Args:
-        model: prepared, or built of the layers of :mod:`divqat.nn`.
+        model: a prepared model, or one built of the layers of :mod:`divqat.nn`.
 
     Raises:
         ValueError: ``model`` was made by ``torch.compile``.
     """
     if any("_orig_mod" in m._modules or m._compiled_call_impl for m in model.modules()):
-        raise ValueError("model: wanted one that is not compiled, got one by torch.compile")
+        raise ValueError("model: wanted one that is not compiled, got one made by torch.compile")
     saver = _Saver()
     handles = [model.register_forward_pre_hook(saver.sweep)]
     for module in model.modules():
         if isinstance(module, Quantizer) and module.ch_axis is None:
             handles.append(module.register_forward_pre_hook(saver.before))
-            # first, so that what another hook puts in its place is not taken for it
+            # first, so that it sees the output before another hook replaces it
             handles.append(module.register_forward_hook(saver.after, prepend=True))
     try:
         with saved_tensors_hooks(saver.pack, _unpack):
@@ -63,7 +63,7 @@ def save_as_codes(model: nn.Module) -> Iterator[None]:
 
 
 class _Output:
-    """What is known of a quantizer's output ``y``, without keeping it alive."""
+    """The storage and grid of a quantizer's output ``y``, without keeping it alive."""
 
     def __init__(self, y: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> None:
         self.storage = StorageWeakRef(y.untyped_storage())
@@ -75,8 +75,8 @@ class _Output:
 class _Saver:
     """The hooks of one block.
 
-    Outputs are found again by their storage, as views and the aliases that autograd saves have it
-    in common. A weak reference holds the address, not the memory: no other storage can have it.
+    Outputs are found by their storage, which views and the aliases that autograd saves share. A
+    weak reference keeps the address, but not the memory: no other storage can have the same one.
     """
 
     def __init__(self) -> None:
@@ -84,20 +84,20 @@ class _Saver:
         self.qparams: dict[Quantizer, tuple[Tensor, Tensor] | None] = {}
 
     def sweep(self, model: nn.Module, args: Any) -> None:
-        """Forget outputs that are gone."""
+        """Drop outputs whose storage has been freed."""
         if torch.compiler.is_compiling():
             return
         live = {key: output for key, output in self.outputs.items() if not output.storage.expired()}
         self.outputs = live
 
     def before(self, quantizer: Quantizer, args: Any) -> None:
-        """Keep the range before the batch, which a delayed observer quantizes with."""
+        """Copy the range before the batch, with which a delayed observer quantizes."""
         if torch.compiler.is_compiling():
             return
         self.qparams[quantizer] = _qparams(quantizer) if _is_delayed(quantizer) else None
 
     def after(self, quantizer: Quantizer, args: Any, y: Tensor) -> None:
-        """Remember the output, unless the quantizer has handed on its input."""
+        """Record the output, unless the quantizer returned its input."""
         if torch.compiler.is_compiling():
             return
         scale, zero_point = self.qparams.pop(quantizer) or _qparams(quantizer)
@@ -107,13 +107,13 @@ class _Saver:
             self.outputs[output.storage.cdata] = output
 
     def pack(self, tensor: Tensor) -> Any:
-        """``tensor``, or the codes of the output that it is (a view of)."""
+        """``tensor``, or codes if it is a recorded output or a view of one."""
         if tensor.layout != torch.strided:
             return tensor
         output = self.outputs.get(tensor.untyped_storage()._cdata)
         if output is None or (tensor._version, tensor.dtype) != (output.version, output.dtype):
             return tensor
-        # The graph alone keeps the codes: a second layer finds those of the first.
+        # Only the autograd graph keeps the codes alive: a second layer finds those of the first.
         codes = output.codes() if output.codes else None
         if codes is None:
             codes = _Codes(tensor, *output.grid)
@@ -128,13 +128,13 @@ def _is_delayed(quantizer: Quantizer) -> bool:
 
 
 def _has_quantized(quantizer: Quantizer) -> bool:
-    """Whether the call that has ended put its output on the grid."""
-    seen = quantizer.calibrated if isinstance(quantizer, FakeQuantize) else quantizer.initialized
-    return quantizer.fake_quant_enabled and seen
+    """Whether the last call quantized its output."""
+    ready = quantizer.calibrated if isinstance(quantizer, FakeQuantize) else quantizer.initialized
+    return quantizer.fake_quant_enabled and ready
 
 
 def _qparams(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    """Copies, as the next batch changes them: scale float32 [] and zero point int32 []."""
+    """Copies (the next batch changes the originals): scale float32 [] and zero point int32 []."""
     scale, zero_point = quantizer.calculate_qparams()
     return scale.detach().clone(), zero_point.clone()
 
@@ -147,7 +147,7 @@ def _unpack(saved: Any) -> Tensor:
 
 
 class _Codes:
-    """The elements of a storage, in their order: uint8 [n], counted from the lowest code."""
+    """The elements of a storage in their order: uint8 [n], 0 is the lowest code."""
 
     @torch.no_grad()
     def __init__(
@@ -167,8 +167,8 @@ class _Codes:
         else:
             wide = y.float()
             code = torch.addcmul(self.zero + 0.5, wide, scale.reciprocal()).floor_()
-            # y is a level rounded to bfloat16's 8 digits: it may be nearest to one outside the
-            # grid, or, where it is a power of two, to one that rounds to the number below it.
+            # y is a level rounded to bfloat16's 8 bits: the nearest level may be outside the grid
+            # or, at a power of two, one that rounds to the number below it.
             code.clamp_(0, levels)
             nearest = (code - self.zero).mul_(scale).to(y.dtype)
             code.add_(wide.sub_(nearest).sign_())
@@ -176,5 +176,5 @@ class _Codes:
 
     @torch.no_grad()
     def values(self) -> Tensor:  # [n]
-        """The elements again, by the arithmetic of fake_quantize."""
+        """The restored elements, by the arithmetic of fake_quantize."""
         return torch.sub(self.codes, self.zero).mul_(self.scale).to(self.dtype)

@@ -1,4 +1,4 @@
-"""What quantization does to each layer: a table."""
+"""A table of the quantization of each layer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class Row:
     """One quantized tensor.
 
     Attributes:
-        layer: the module's name. kind: ``"weight"`` or ``"activation"``.
-        bits: width of a code. scheme: the grid in words.
-        scale_min, scale_max: smallest and largest scale; None before a batch was seen.
+        layer: the module's name.
+        kind: ``"weight"`` or ``"activation"``.
+        bits: width of a code.
+        scheme: the grid in words.
+        scale_min, scale_max: smallest and largest scale; None before the first batch.
         clipped: share of the elements outside the grid, in [0, 1]; None without data.
         sqnr_db: signal to quantization noise ratio, 10 log10(Σ x² / Σ (x − Q(x))²), in decibels;
-            None without data or where nothing is lost.
+            None without data, signal or noise.
     """
 
     layer: str
@@ -72,11 +74,11 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
 
     Args:
         model: made by :func:`divqat.prepare`; its state is not changed.
-        example_input: a batch to measure the activations on; without it only weights have a
+        example_input: a batch on which the activations are measured; None: only weights have a
             clipped share and an SQNR.
 
     Raises:
-        ValueError: nothing in ``model`` is quantized.
+        ValueError: ``model`` has no quantized layer or fake-quantizer, or is converted.
     """
     check_is_prepared("model", model, (QuantLayer, FakeQuantize, LearnedStepFakeQuantize))
     inputs = {} if example_input is None else _activations(model, example_input)
@@ -123,18 +125,18 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
 
 
 def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
-    """What each activation quantizer puts on its grid when the model runs on ``example_input``."""
-    seen: dict[str, Tensor] = {}
+    """The input of each activation quantizer, after a fused ReLU, on ``example_input``."""
+    inputs: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
 
-            def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            def record(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 x = args[0].detach().float()
-                # a copy: the quantizer may write over its input
-                seen[name] = x.relu() if module.relu else x.clone()
+                # a copy: the quantizer may overwrite its input
+                inputs[name] = x.relu() if module.relu else x.clone()
 
-            handles.append(module.register_forward_pre_hook(keep))
+            handles.append(module.register_forward_pre_hook(record))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()(example_input)
@@ -143,4 +145,4 @@ def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    return seen
+    return inputs

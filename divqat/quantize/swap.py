@@ -1,4 +1,4 @@
-"""Put quantized layers in the place of float ones."""
+"""Replace float layers by quantized ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from divqat.quantize.config import QuantConfig
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
-# What multiplies by a weight, subclasses and all.
+# Types that multiply by a weight, including their subclasses.
 WEIGHTED = (
     *(_ConvNd, nn.Linear, nn.Bilinear),
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
@@ -22,13 +22,14 @@ WEIGHTED = (
 
 
 def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -> None:
-    """Swap every float layer, and give the first and the last their widths.
+    """Swap every float layer, and set the bits of the first and the last layer.
 
-    They are the first and the last that the graph calls, or that were registered without one. A
-    warning names the layers that have a weight and stay in float unasked.
+    First and last are meant in the order of the graph's calls, or of registration without a graph.
+    A warning names the layers with a weight that stay in float although ``config.skip`` does not
+    name them.
 
     Raises:
-        ValueError: there is none to swap.
+        ValueError: there is no layer to swap.
     """
     layers = {  # in order
         module: None
@@ -49,20 +50,20 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
         if isinstance(layer, QuantConvBn2d):
             layer.set_weight_spec(spec)
             continue
-        of_input = config.input() if input_spec and layer is first else input_spec
-        swapped[layer] = _quantized(layer, spec, of_input)
-    # A layer may have several names, and is to be swapped under each.
+        layer_input = config.input() if input_spec and layer is first else input_spec
+        swapped[layer] = _quantized(layer, spec, layer_input)
+    # A layer may have several names, and is swapped under each.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in swapped:
             model.set_submodule(name, swapped[module])
-    floats = [f"{name} ({of})" for name, of in float_layers(model) if not config.skips(name)]
+    floats = [f"{name} ({kind})" for name, kind in float_layers(model) if not config.skips(name)]
     if floats:
-        # to who has called prepare
+        # stacklevel: the caller of prepare
         warnings.warn(f"layers of these types stay in float: {', '.join(floats)}", stacklevel=3)
 
 
 def float_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """The names and types of the layers that have a weight and are not quantized."""
+    """The names and types of the layers with a weight that are not quantized."""
     return [
         (name, type(module).__name__)
         for name, module in model.named_modules()
@@ -76,7 +77,7 @@ def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
 
 
 def conv_bn(conv: Any, bn: Any, spec: QuantSpec) -> QuantConvBn2d:
-    """A convolution and its BatchNorm as one, with the same parameters."""
+    """A convolution and its BatchNorm as one layer with the same parameters."""
     fused = QuantConvBn2d(
         conv.in_channels,
         conv.out_channels,

@@ -1,4 +1,4 @@
-"""A traced model that keeps what prepare gave it when it is pickled."""
+"""A traced model that keeps its hooks and metadata when it is pickled."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from divqat.quantize.swap import float_layers
 
 
 class PreparedModule(fx.GraphModule):
-    """What :func:`divqat.prepare` makes of a model that it can trace.
+    """The result of :func:`divqat.prepare` for a model that it can trace.
 
-    A pickled GraphModule is traced again and comes back as a plain one without hooks: float
-    checkpoints would no longer load, and weights no longer be quantized together. Its modules come
-    in the order of their calls, and an average of it and its twin would mix up their buffers.
-    ``meta`` holds the float layers that it was prepared with, as what is put in later stays in
-    float.
+    Unpickling a GraphModule traces it again and returns a plain one without hooks: float
+    checkpoints would no longer load, and weights would no longer be quantized together. The order
+    of its modules would become that of their calls, and an average of it and the original would mix
+    up their buffers. This class restores all of them. ``meta`` keeps the float layers at the time
+    of ``prepare``, to detect layers that are added later.
     """
 
     def remember_float_layers(self) -> None:
-        """Take the layers that are in float now for meant to be."""
+        """Record the layers that are in float now."""
         self.meta["float_layers"] = float_layers(self)
 
     def new_float_layers(self) -> list[str]:
-        """Those that have come since, with their types."""
+        """The float layers that were added since, with their types."""
         known = self.meta["float_layers"]
-        return [f"{name} ({of})" for name, of in float_layers(self) if (name, of) not in known]
+        return [
+            f"{name} ({kind})" for name, kind in float_layers(self) if (name, kind) not in known
+        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, arguments = super().__reduce__()
@@ -55,11 +57,11 @@ def _unpickled(
 
 
 def accept_float_keys(model: nn.Module, renamed: dict[str, str], unused: set[str]) -> None:
-    """Let a float checkpoint of the model that was traced load into ``model``.
+    """Let float checkpoints of the traced model load into ``model``.
 
     Args:
-        model: loads the checkpoint.
-        renamed: the prefix of each BatchNorm's keys, and what it is inside its fused layer.
+        model: the prepared model.
+        renamed: the old prefix of each BatchNorm's keys, and the new one inside its fused layer.
         unused: keys of modules that the forward does not use (tracing drops them).
     """
     model.register_load_state_dict_pre_hook(partial(_adapt_float_keys, renamed, unused))

@@ -16,7 +16,7 @@ from divqat._util.memory import reset_peak
 from divqat._util.progress import progress
 from divqat._util.seeds import derived_seed
 from divqat.data import Splits, augment, batches
-from divqat.data.batches import steps_of
+from divqat.data.batches import steps_per_epoch
 from divqat.metrics import accuracy, mean_top_probability, predict, softmax
 from divqat.nn import MisdirectionLoss
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
@@ -69,7 +69,7 @@ class Trainer:
                 f"teacher: wanted a model of {self.shape} like the data, got {teacher.shape}"
             )
         self.model = begin(config, self.shape, None if teacher is None else teacher.model, team)
-        self.steps, self.drop_last = steps_of(len(self.train_set), config.batch_size)
+        self.steps, self.drop_last = steps_per_epoch(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         misdirection: MisdirectionLoss | None = None
         if config.misdirect:

@@ -1,4 +1,4 @@
-"""The black box that an attacker sees, and how models of every format run inside of it."""
+"""The black box that an attacker queries, and runners for models of every format."""
 
 from divqat.victim.victim import ANSWERS, Defense, QueryBudgetExceeded, Victim, defense_text
 

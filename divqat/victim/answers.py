@@ -1,4 +1,4 @@
-"""What is shown of probabilities: by the victim, by a defense, to an attacker who reads on."""
+"""Reductions of probabilities that victims, defenses and attackers share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def distributions(answers: Tensor) -> Tensor:  # [N, num_classes] -> rows of sum 1
-    """Answers scaled to sum 1; a row without mass, which rounding can leave, becomes uniform.
+    """Answers scaled to sum 1; an all-zero row, which rounding can produce, becomes uniform.
 
-    Negative entries, which some defenses' formulas allow, count as 0.
+    Negative entries, which the formulas of some defenses produce, count as 0.
     """
     answers = answers.clamp(min=0)
     total = answers.sum(1, keepdim=True)
@@ -17,21 +17,21 @@ def distributions(answers: Tensor) -> Tensor:  # [N, num_classes] -> rows of sum
 
 
 def label_only(scores: Tensor) -> Tensor:  # [N, num_classes] -> one-hot rows
-    """The class with the largest score, the lower one of two."""
+    """The class with the largest score; ties go to the lower index."""
     return keep_top(torch.ones_like(scores), 1, by=scores)
 
 
 def keep_top(probs: Tensor, k: int, *, by: Tensor | None = None) -> Tensor:
-    """Zero in place of all but k entries of each row.
+    """Set all but k entries of each row to zero.
 
     Args:
         probs: [N, num_classes].
-        k: how many stay, at least 1.
-        by: scores [N, num_classes] of which the k largest stay; None: ``probs``. Ties go to the
-            lower class index.
+        k: number of entries to keep, at least 1.
+        by: scores [N, num_classes] whose k largest are kept; None: ``probs``. Ties go to the lower
+            class index.
 
     Raises:
-        ValueError: ``k`` is more than there are classes.
+        ValueError: ``k`` exceeds the number of classes.
     """
     if k > probs.shape[1]:
         raise ValueError(f"k: wanted at most the {probs.shape[1]} classes, got {k}")

@@ -1,7 +1,7 @@
-"""ONNX files, which somebody else may have made: what they are refused for before they are run.
+"""Untrusted ONNX files: checks before they are run, and a bound on their memory.
 
-Such a file is a program. ONNX Runtime keeps it to tensors, but gives it all the memory and all the
-time that it asks for; the memory is bounded here.
+An ONNX file is a program. ONNX Runtime restricts it to tensors, but lets it use any amount of
+memory and time; the memory is bounded here.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from divqat._util.bounds import MAX_MODEL, check_file
 from divqat._util.errors import require
 from divqat._util.memory import free_memory
 
-SHARE = 0.75  # of the memory that is free when the first file is opened, for all that run
+SHARE = 0.75  # of the memory that is free when the first file is opened, for all sessions together
 STATUS = Path("/proc/self/statm")
 
 
 def open_session(path: Path, *, exact: bool) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU of a file that :func:`check_onnx` let pass.
+    """An ``onnxruntime.InferenceSession`` on the CPU for a file that passed :func:`check_onnx`.
 
     Args:
         path: the file.
-        exact: with ``session.x64quantprecision``, and what it needs.
+        exact: with ``session.x64quantprecision`` and the options that it needs.
 
     Raises:
         ValueError: ONNX Runtime cannot run it.
     """
     onnxruntime = require("onnxruntime", "export")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised; texts of the file stay off the terminal
+    options.log_severity_level = 4  # errors are raised; texts from the file stay off the terminal
     if _bound_memory():
         options.add_session_config_entry("session.use_env_allocators", "1")
     more = {}
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
-        # ConstantSharing would merge zero points that are apart in the file
+        # ConstantSharing would merge zero points that are separate in the file.
         more["disabled_optimizers"] = ["ConstantSharing"]
     try:
         with _bounded_process():
@@ -52,10 +52,11 @@ def open_session(path: Path, *, exact: bool) -> Any:
 
 
 def check_onnx(path: Path) -> None:
-    """Refuse what is no ONNX file, and weights that lie outside its folder.
+    """Check that a file is an ONNX file whose external weights lie within its folder.
 
     Raises:
-        ValueError: it is one of these. FileNotFoundError: the file of its weights is missing.
+        ValueError: it is not.
+        FileNotFoundError: a file with external weights is missing.
     """
     onnx = require("onnx", "export")
     check_file(path, MAX_MODEL)
@@ -67,14 +68,14 @@ def check_onnx(path: Path) -> None:
     for tensor in _tensors(model, onnx.TensorProto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            place = folder / entries.get("location", "")
-            if not place.resolve().is_relative_to(folder):
-                raise ValueError(f"{path} wants weights from outside its folder, of {place}")
-            check_file(place)
+            weights = folder / entries.get("location", "")
+            if not weights.resolve().is_relative_to(folder):
+                raise ValueError(f"{path} refers to weights outside its folder, in {weights}")
+            check_file(weights)
 
 
 def _tensors(message: Any, kind: type) -> Iterator[Any]:
-    """All tensors in a message: weights, attributes, those of inner graphs and of functions."""
+    """All tensors in a message: weights and attributes, also in subgraphs and functions."""
     if isinstance(message, kind):
         yield message
         return
@@ -84,24 +85,24 @@ def _tensors(message: Any, kind: type) -> Iterator[Any]:
                 yield from _tensors(part, kind)
 
 
-def _free() -> int | None:
+def _free_memory() -> int | None:
     return free_memory(torch.device("cpu"))
 
 
 @contextmanager
 def _bounded_process() -> Iterator[None]:
-    """A block in which this process gets no more memory than is free, where the system (Linux) can
-    see to it: while it opens a file ONNX Runtime computes what is constant, past its allocator."""
-    free = _free()
+    """A block in which this process cannot use more than the free memory (on Linux): while it opens
+    a file, ONNX Runtime folds constants without its allocator."""
+    free = _free_memory()
     if free is None or not STATUS.is_file():
         yield
         return
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    most = int(STATUS.read_text().split()[0]) * resource.getpagesize() + free
-    if before[0] == resource.RLIM_INFINITY or most < before[0]:
-        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    limit = int(STATUS.read_text().split()[0]) * resource.getpagesize() + free
+    if before[0] == resource.RLIM_INFINITY or limit < before[0]:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
         yield
     finally:
@@ -110,13 +111,13 @@ def _bounded_process() -> Iterator[None]:
 
 @functools.cache
 def _bound_memory() -> bool:
-    """Give ONNX Runtime an allocator with an end; False where free memory is not known."""
-    onnxruntime, free = require("onnxruntime", "export"), _free()
+    """Register a bounded allocator with ONNX Runtime; False if the free memory is unknown."""
+    onnxruntime, free = require("onnxruntime", "export"), _free_memory()
     if free is None:
         return False
     arena = onnxruntime.OrtArenaCfg({"max_mem": int(SHARE * free), "arena_extend_strategy": 1})
-    place = onnxruntime.OrtMemoryInfo(
+    memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    onnxruntime.create_and_register_allocator(place, arena)
+    onnxruntime.create_and_register_allocator(memory, arena)
     return True

@@ -1,4 +1,4 @@
-"""What a model answers: logits, or probabilities of whatever resolution."""
+"""Whether a model outputs logits or probabilities, and conversion to logits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from divqat._util.errors import require
 
-# Last operations, as torch and ONNX name them, and what they give.
+# Last operations, as torch and ONNX name them, and the kind of their output.
 ENDINGS = {
     **dict.fromkeys(("softmax", "Softmax", "QLinearSoftmax"), "probabilities"),
     **dict.fromkeys(("log_softmax", "LogSoftmax"), "logits"),
     **dict.fromkeys(("sigmoid", "Sigmoid", "QLinearSigmoid"), "sigmoids"),
 }
-# Operations that keep values, or their order of magnitude, and may follow.
-KEEPING = {
+# Operations that may follow without changing the kind of output.
+TRANSPARENT = {
     *("view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous", "to", "float", "half"),
     *("type", "cpu", "clone", "detach", "dequantize", "double", "bfloat16", "round", "round_"),
     *("DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Reshape", "Flatten", "Squeeze"),
@@ -30,13 +30,14 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Outputs:
-    """Turns what one model answers into logits, and finds out what it is.
+    """Converts the outputs of one model to logits, after detecting their kind.
 
     Args:
-        kind: as its graph says, a value of :data:`ENDINGS`; None: the answers tell.
+        kind: the kind according to the model's graph, a value of :data:`ENDINGS`; None: it is
+            detected from the outputs.
 
     Raises:
-        ValueError: it is of sigmoids.
+        ValueError: the outputs are sigmoids.
     """
 
     def __init__(self, kind: str | None = None) -> None:
@@ -49,30 +50,30 @@ class Outputs:
         rows: Tensor,  # [N, num_classes], on the CPU
         kind: str | None = None,
     ) -> Tensor:  # float32 [N, num_classes]
-        """Logits, or logarithms of probabilities, whose softmax they are.
+        """The rows if they are logits, or their logarithms if they are probabilities.
 
         Args:
-            rows: an answer.
-            kind: what is known of its last operation, a value of :data:`ENDINGS`.
+            rows: outputs of the model.
+            kind: the kind according to its last operation, a value of :data:`ENDINGS`, if known.
 
         Raises:
-            ValueError: sigmoids; 8-bit codes of something else than probabilities; rows that are
-                no probabilities after others that were.
+            ValueError: sigmoids; 8-bit codes of anything but probabilities; rows that are not
+                probabilities after earlier ones that were.
         """
         self._decide_by_graph(kind)
-        values, found = _read(rows)
+        values, are_probs = _read(rows)
         if self.kind is None and not _is_one_hot(values):
-            self._decide("probabilities" if found else "logits", "its rows have the sum 1")
+            self._decide("probabilities" if are_probs else "logits", "its rows have the sum 1")
         if rows.dtype in ONE_BYTE and self.kind == "logits":
             raise ValueError(
-                f"model: wanted floats, got {rows.dtype} codes: give (codes - zero_point) * scale"
+                f"model: wanted floats, got {rows.dtype} codes: return (codes - zero_point) * scale"
             )
-        if self.kind == "logits" or (self.kind is None and not found):
+        if self.kind == "logits" or (self.kind is None and not are_probs):
             return values
-        if not (found or self.known_by_graph):
+        if not (are_probs or self.known_by_graph):
             raise ValueError(
-                "model: wanted probabilities as in its answers before, got rows that are none: "
-                "give logits, or the probabilities of classes"
+                "model: wanted probabilities as in its earlier answers, got rows that are not: "
+                "return logits, or the probabilities of classes"
             )
         return values.clamp(min=TINY).log()
 
@@ -85,18 +86,18 @@ class Outputs:
         self.kind = kind
         if kind == "sigmoids":
             raise ValueError(
-                "model: wanted logits or probabilities of classes, got sigmoids, which are of "
-                "labels that do not exclude each other: give what comes before the sigmoid"
+                "model: wanted logits or probabilities of classes, got sigmoids, which are for "
+                "labels that do not exclude each other: return the inputs of the sigmoid"
             )
         if kind == "probabilities":
             warnings.warn(
-                f"the model answers probabilities ({why}), which are taken as they are",
+                f"the model answers probabilities ({why}), which are used unchanged",
                 stacklevel=4,
             )
 
 
 def _read(rows: Tensor) -> tuple[Tensor, bool]:
-    """The rows as float32, codes of probabilities among them, and whether they are some."""
+    """The rows as float32 (codes of probabilities scaled), and whether they are probabilities."""
     if rows.dtype not in ONE_BYTE:
         values = rows.to(torch.float32)
         return values, _are_probabilities(values, _resolution(values))
@@ -111,29 +112,30 @@ def _read(rows: Tensor) -> tuple[Tensor, bool]:
 
 
 def _are_probabilities(values: Tensor, step: float) -> bool:
-    """Whether float32 rows [N, C] on a lattice of ``step`` (0: none) may be distributions."""
+    """Whether float32 rows [N, C] that are multiples of ``step`` (0: any values) can be
+    distributions."""
     if not ((values >= 0) & (values <= 1 + step)).all():
         return False
     classes, excess = values.shape[1], values.sum(1) - 1
     slack = max(_rounding(values), 1e-4)
-    # What rounds to 0 can only be missing, as is what the largest code is less than 1.
+    # Entries that round to 0, and a largest code below 1, only reduce the sum.
     above = slack + step / 2 * (values > 0).sum(1)
     below = slack + step / 2 * classes + step
     return bool(((-below <= excess) & (excess <= above) & (values > 0).any(1)).all())
 
 
 def _rounding(values: Tensor) -> float:
-    """How far a row's sum is off where a float of fewer digits was its type."""
+    """The largest rounding error of a row's sum, larger if the values fit a 16-bit float."""
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values.to(dtype).float(), values):
-            # A softmax that was computed in it, too: two roundings each of sum and quotient.
+            # The softmax may have been computed in it: two roundings each of sum and quotient.
             return 2 * torch.finfo(dtype).eps + values.shape[1] * 2.0**-25
     return values.shape[1] * 2.0**-23
 
 
 def _resolution(values: Tensor) -> float:
-    """The largest step up to 0.1 that all values are multiples of: of codes of up to 8 bits times
-    a scale, or of numbers of up to six digits; 0 if there is none."""
+    """The largest step up to 0.1 of which all values are multiples, for codes of up to 8 bits times
+    a scale, or decimals of up to six digits; 0 if there is none."""
     levels = values.double().unique()
     levels = levels[levels > 0]
     if not len(levels) or levels[-1] > 2:
@@ -147,7 +149,7 @@ def _resolution(values: Tensor) -> float:
 
 
 def _common_step(levels: list[float]) -> float:
-    """The greatest common divisor of values, by Euclid; what is below a 300th is none."""
+    """The greatest common divisor of the values, by Euclid's algorithm; 0 if it is below 1/300."""
     common = 0.0
     for level in levels:
         rest = level
@@ -155,41 +157,41 @@ def _common_step(levels: list[float]) -> float:
             common, rest = rest, abs(common - round(common / rest) * rest)
         if common < 1 / 300:
             return 0.0
-    return levels[-1] / round(levels[-1] / common)  # the largest one knows it best
+    return levels[-1] / round(levels[-1] / common)  # the largest level has the smallest error
 
 
 def _is_one_hot(values: Tensor) -> bool:
-    """One-hot rows may be scores as well: nothing is decided by them."""
+    """Whether all rows are one-hot: these may be scores as well and decide nothing."""
     return bool(((values == 0) | (values == 1)).all() & (values.sum(1) == 1).all())
 
 
 class LastOperation(TorchFunctionMode):
-    """A block that notes which tensors are results of a softmax or sigmoid."""
+    """A block that records which tensors are results of a softmax or sigmoid."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[int, tuple[Tensor, str]] = {}  # the tensors, so that no id is used again
+        self._made: dict[int, tuple[Tensor, str]] = {}  # keeps the tensors, so that ids stay unique
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if isinstance(result, Tensor):
-            kind = self.kind(args[0]) if name in KEEPING and args else ENDINGS.get(name)
+            kind = self.kind(args[0]) if name in TRANSPARENT and args else ENDINGS.get(name)
             if kind is not None:
                 self._made[id(result)] = result, kind
         return result
 
     def kind(self, output: object) -> str | None:
-        """What ``output`` is, a value of :data:`ENDINGS`; None if that is not known."""
+        """The kind of ``output``, a value of :data:`ENDINGS`; None if it is unknown."""
         return self._made[id(output)][1] if id(output) in self._made else None
 
 
 def onnx_kind(path: Path) -> str | None:
-    """What the output of an ONNX file is by its graph; None where that does not tell."""
+    """The kind of the output of an ONNX file according to its graph; None if that does not tell."""
     graph = require("onnx", "export").load(path, load_external_data=False).graph
-    makers = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output}
     name = graph.output[0].name if graph.output else ""
-    while name in makers and makers[name].op_type in KEEPING:
-        node = makers.pop(name)  # no graph of a stranger is walked for ever
+    while name in producers and producers[name].op_type in TRANSPARENT:
+        node = producers.pop(name)  # an untrusted graph may be cyclic
         name = node.input[0] if node.input else ""
-    return ENDINGS.get(makers[name].op_type) if name in makers else None
+    return ENDINGS.get(producers[name].op_type) if name in producers else None

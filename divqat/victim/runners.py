@@ -1,4 +1,4 @@
-"""Any model that can be deployed, as a function from images to logits."""
+"""Deployed models of every format as functions from images to logits."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from divqat.victim.outputs import LastOperation, Outputs, onnx_kind
 
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
-    """Any model that :class:`divqat.victim.Victim` takes, from float images to checked logits.
+    """Any model that :class:`divqat.victim.Victim` takes as a function with checked logits.
 
-    Probabilities are taken as they are: the logits are their logarithms, and a warning says so once
-    per function. They are told by the model's last operation where there is a graph that names it
-    (an ONNX file, torch's softmax), else by the rows of its first
-    answer, whatever their resolution: floats of any width, rounded ones, codes of 8 bits.
+    If the model outputs probabilities, the logits are their logarithms, and a warning says so once
+    per function. Probabilities are recognized by the model's last operation where it is known (an
+    ONNX file, torch's softmax), else by the rows of the first answer, whatever their resolution:
+    floats of any width, rounded floats, 8-bit codes.
 
     Returns:
-        A function from floating-point [N, C, H, W] on any device to float32 logits
-        [N, num_classes] on the CPU. It runs under ``torch.inference_mode`` and raises
-        FloatingPointError when a logit is NaN or Inf, ValueError when the module is in training
-        mode, the shape is not the one the ONNX model takes or what it answers are sigmoids.
+        A function from floating-point images [N, C, H, W] on any device to float32 logits
+        [N, num_classes] on the CPU. It runs under ``torch.inference_mode``. It raises
+        FloatingPointError if a logit is NaN or Inf, and ValueError if the module is in training
+        mode, the ONNX model takes another shape, or the outputs are sigmoids.
+
+    Raises:
+        See :class:`divqat.victim.Victim`.
     """
     run = _runner(model)
     outputs = Outputs(onnx_kind(Path(model)) if isinstance(model, (str, Path)) else None)
 
     def logits_of(images: Tensor) -> Tensor:
-        look = outputs.kind is None and isinstance(model, nn.Module) and not _is_compiled(model)
-        with torch.inference_mode(), LastOperation() if look else nullcontext() as last:
+        trace = outputs.kind is None and isinstance(model, nn.Module) and not _is_compiled(model)
+        with torch.inference_mode(), LastOperation() if trace else nullcontext() as last:
             logits = run(images.float())
         if not isinstance(logits, Tensor):
             raise TypeError(f"model: wanted logits as a Tensor, got {type(logits).__name__}")
@@ -73,13 +76,13 @@ def _runner(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _run_module(model: nn.Module, images: Tensor) -> Tensor:
-    check_eval(model)  # again: the owner may have gone on training since
-    some = next(chain(model.parameters(), model.buffers()), images)
-    return model(images.to(some.device))
+    check_eval(model)  # again: training may have continued since
+    tensor = next(chain(model.parameters(), model.buffers()), images)
+    return model(images.to(tensor.device))
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has a part of it, and would compile again for what looks on."""
+    """Whether any part is compiled: a TorchFunctionMode would make torch.compile recompile it."""
     return any(
         isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
         for m in model.modules()
@@ -87,7 +90,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def check_eval(model: nn.Module) -> None:
-    """Refuse a module in training mode, or with a part that is, by ValueError."""
+    """Check that a module and all its parts are in eval mode; ValueError if not."""
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
@@ -96,20 +99,22 @@ def check_eval(model: nn.Module) -> None:
 
 
 def open_onnx(path: Path, *, precise: bool = True) -> Any:
-    """An ``onnxruntime.InferenceSession`` on the CPU that computes what the file says.
+    """An ``onnxruntime.InferenceSession`` on the CPU that computes exactly what the file says.
 
-    CPUs without VNNI add products of uint8 activations and weights in 16 bits, which weights beyond
-    ±64 can make saturate, and by default ONNX Runtime takes that for speed: answers change. Its
-    option ``session.x64quantprecision`` keeps such weights from it, so all machines agree. It fails
-    where layers share a weight or its zero point; then a warning says that the default is used.
+    CPUs without VNNI add products of uint8 activations and int8 weights in 16 bits, which can
+    saturate for weights beyond ±64. By default ONNX Runtime accepts these changed answers for the
+    sake of speed. Its option ``session.x64quantprecision`` avoids saturation, so that all machines
+    agree. The option fails if layers share a weight or its zero point; then a warning says that the
+    default is used.
 
     Args:
         path: the file.
         precise: with that option; False: with default options, as most users open it.
 
     Raises:
-        FileNotFoundError: there is no such file. ImportError: ONNX Runtime is not installed.
-        ValueError: it is not what ``divqat export`` wrote, or see
+        FileNotFoundError: there is no such file.
+        ImportError: ONNX Runtime is not installed.
+        ValueError: the file differs from what ``divqat export`` wrote, or see
             :func:`divqat.victim.onnx_file.check_onnx`.
     """
     if not path.is_file():
@@ -132,9 +137,9 @@ def open_onnx(path: Path, *, precise: bool = True) -> Any:
 
 def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    found = ", ".join(f"{i.name}: {i.type} {i.shape}" for i in inputs)
+    got = ", ".join(f"{i.name}: {i.type} {i.shape}" for i in inputs)
     if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-        raise ValueError(f"model: wanted one ONNX input, float [N, C, H, W], got {found}")
+        raise ValueError(f"model: wanted one ONNX input, float [N, C, H, W], got {got}")
     if len(outputs) != 1:
         raise ValueError(f"model: wanted one ONNX output, got {[o.name for o in outputs]}")
     name, shape = inputs[0].name, inputs[0].shape
@@ -150,7 +155,7 @@ def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
             raise ValueError(f"model: the ONNX input {name!r} wants {fixed} images at a time")
         parts = []
         for part in images.cpu().split(fixed or len(images)):
-            # A fixed batch is filled up with copies of its last image; their answers are dropped.
+            # A batch of fixed size is padded with its last image; the extra answers are dropped.
             missing = (fixed or len(part)) - len(part)
             full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
             answer = session.run(None, {name: full.numpy()})[0]
@@ -161,7 +166,11 @@ def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse, by TypeError or ValueError, what is no finite float [N, C, H, W] with N >= 1."""
+    """Check that images are finite floats [N, C, H, W] with N >= 1.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
     if not isinstance(images, Tensor):
         raise TypeError(f"images: wanted a Tensor, got {type(images).__name__}")
     if not images.is_floating_point():

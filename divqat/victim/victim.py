@@ -1,4 +1,4 @@
-"""The black box that an attacker sees: it counts and caps queries and decides what is shown."""
+"""The black box that an attacker queries: it counts and limits queries and releases answers."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from divqat._util.errors import unknown_name
 from divqat.victim.answers import keep_top, label_only
 from divqat.victim.runners import check_images, logits_function
 
-# Released answers from probabilities [N, num_classes] and images [N, C, H, W].
+# From probabilities [N, num_classes] and images [N, C, H, W] to released answers.
 Defense = Callable[[Tensor, Tensor], Tensor]
 ANSWERS = ("probs", "label", "topk", "rounded")
 
 
 class QueryBudgetExceeded(RuntimeError):
-    """More images were asked than the budget allows; none of them was answered or counted."""
+    """A query exceeds the budget; none of its images was answered or counted."""
 
 
 class Victim:
-    """A deployed model behind an interface that answers images and nothing else.
+    """A deployed model as a black box that only answers images.
 
     Args:
-        model: answers logits or, what a warning then says, probabilities, see
-            :func:`divqat.victim.runners.logits_function`. An ``nn.Module`` in eval mode, the path
-            of an ONNX file, an open ``onnxruntime.InferenceSession``, or any function from float32
-            images [N, C, H, W] to logits [N, num_classes]. Public attributes of the victim do not
-            lead to it.
-        answer: what is shown of the probabilities:
+        model: an ``nn.Module`` in eval mode, the path of an ONNX file, an open
+            ``onnxruntime.InferenceSession``, or any function from float32 images [N, C, H, W] to
+            logits [N, num_classes]. Probabilities instead of logits are accepted with a warning,
+            see :func:`divqat.victim.runners.logits_function`. No public attribute of the victim
+            exposes the model.
+        answer: the part of the probabilities that is released:
             ``"probs"`` all of them; ``"label"`` the most probable class as a one-hot row;
             ``"topk"`` the ``k`` largest, zero elsewhere, not renormalized; ``"rounded"`` all,
             rounded to ``decimals`` places, not renormalized. Ties go to the lower class index.
         k: for ``"topk"`` only.
         decimals: for ``"rounded"`` only.
-        defense: a function of the probabilities [N, num_classes] and the images [N, C, H, W],
-            float32 on the CPU, to what is released in their place, of the same shape; ``answer``
-            then decides what of it is shown. See :mod:`divqat.defenses`.
-        query_budget: most images that are answered in total; None: no limit.
-        batch_size: images that the model sees at once.
+        defense: a function from probabilities [N, num_classes] and images [N, C, H, W], both
+            float32 on the CPU, to answers of the same shape as the probabilities; ``answer`` is
+            applied to its result. See :mod:`divqat.defenses`.
+        query_budget: maximum number of answered images in total; None: no limit.
+        batch_size: images per forward pass of the model.
 
     Raises:
         TypeError: ``model`` is none of the above.
-        ValueError: an argument out of its range, a module in training mode, or an ONNX model that
-            does not take one float32 [N, C, H, W] input and give one output.
-        FileNotFoundError: no such ONNX file.
-        ImportError: an ONNX path without onnxruntime.
+        ValueError: an argument is out of its range, a module is in training mode, or an ONNX model
+            does not have one float32 input [N, C, H, W] and one output.
+        FileNotFoundError: there is no such ONNX file.
+        ImportError: ``model`` is an ONNX file, but onnxruntime is missing.
 
     Example:
         >>> victim = Victim(lambda images: images.flatten(1), answer="label", query_budget=10)
@@ -78,9 +78,7 @@ class Victim:
             if answer != owner and value is not None:
                 raise ValueError(f"{name}: only answer={owner!r} takes it, got answer={answer!r}")
             if answer == owner and (value is None or value < least):
-                raise ValueError(
-                    f"{name}: answer={owner!r} wants a number from {least}, got {value}"
-                )
+                raise ValueError(f"{name}: answer={owner!r} needs at least {least}, got {value}")
         if query_budget is not None and query_budget < 0:
             raise ValueError(f"query_budget: wanted None or at least 0, got {query_budget}")
         if batch_size < 1:
@@ -101,18 +99,18 @@ class Victim:
             float32 [N, num_classes] on the CPU.
 
         Raises:
-            QueryBudgetExceeded: before anything is answered; ``queries`` stays as it was.
-            TypeError, ValueError: ``images`` is no finite, floating-point, non-empty 4-d tensor.
-            FloatingPointError: the model answered NaN or Inf.
+            QueryBudgetExceeded: before any image is answered; ``queries`` does not change.
+            TypeError, ValueError: ``images`` is not a finite, floating-point, non-empty 4-d tensor.
+            FloatingPointError: the model's output contains NaN or Inf.
         """
         check_images(images)
         if self.remaining is not None and len(images) > self.remaining:
             raise QueryBudgetExceeded(
-                f"{len(images)} images asked, but {self.remaining} of {self._query_budget} "
+                f"got {len(images)} images, but {self.remaining} of {self._query_budget} "
                 "queries remain"
             )
         parts = images.detach().split(self._batch_size)
-        answers = torch.cat([self._show(self._logits(part), part) for part in parts])
+        answers = torch.cat([self._release(self._logits(part), part) for part in parts])
         self._queries += len(images)
         return answers
 
@@ -126,25 +124,25 @@ class Victim:
 
     @property
     def remaining(self) -> int | None:
-        """Images that the budget still allows; None without a budget."""
+        """Queries that the budget still allows; None without a budget."""
         return None if self._query_budget is None else self._query_budget - self._queries
 
     @property
     def answer(self) -> str:
-        """What is shown: ``probs``, ``label``, ``top<k>`` or ``rounded<decimals>``."""
+        """The released part: ``probs``, ``label``, ``top<k>`` or ``rounded<decimals>``."""
         return {"topk": f"top{self._k}", "rounded": f"rounded{self._decimals}"}.get(
             self._answer, self._answer
         )
 
     @property
     def defense(self) -> str:
-        """The defense as text: its settings, the name of a function; ``none`` without one."""
+        """The defense as text: its settings, or the name of a function; ``none`` without one."""
         return "none" if self._defense is None else defense_text(self._defense)
 
-    def _show(self, logits: Tensor, images: Tensor) -> Tensor:
+    def _release(self, logits: Tensor, images: Tensor) -> Tensor:
         probs = order = logits.softmax(1)
         if self._defense is None:
-            # By logit, not by probability: probabilities that round to the same float still differ.
+            # Logits can differ where probabilities round to the same float.
             order = logits
         else:
             probs = order = self._defend(probs, images)
@@ -159,12 +157,12 @@ class Victim:
         released = self._defense(probs, images.to("cpu", torch.float32))
         if released.shape != probs.shape or not released.isfinite().all():
             raise ValueError(
-                f"defense: {self.defense} wanted finite {list(probs.shape)}, "
+                f"defense: wanted finite {list(probs.shape)} from {self.defense}, "
                 f"got {list(released.shape)} with {int((~released.isfinite()).sum())} not finite"
             )
         return released
 
 
 def defense_text(defense: Defense) -> str:
-    """What tells a defense from others, in another process, too."""
+    """A text that identifies a defense, the same in every process."""
     return str(getattr(defense, "__qualname__", defense))

@@ -82,9 +82,10 @@ def include_flags() -> list[str]:
     return ours + [flag for path in theirs for flag in ("-isystem", path)]
 
 
-def run(command: list[str], out: Path) -> str:
-    """Run a compiler whose output is `out`, unless it is there, and return what it said then. The
-    output is whole or absent; of several processes that want it at once, one compiles."""
+def run(command: list[str], out: Path, *, printed: bool = False) -> str:
+    """Run a compiler whose output is `out`, unless it is there, and return what it said then; or
+    what has its output `printed`. The output is whole or absent; of several processes that want it
+    at once, one compiles."""
     import fcntl  # not everywhere where this file is read
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +94,12 @@ def run(command: list[str], out: Path) -> str:
         partial, said = out.with_suffix(".partial"), out.with_suffix(".txt")
         if out.exists() and said.exists():
             return said.read_text()
-        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+        to = [] if printed else ["-o", str(partial)]
+        done = subprocess.run([*command, *to], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)}\nfailed:\n{done.stdout}{done.stderr}")
+        if printed:
+            partial.write_text(done.stdout)
         said.write_text(done.stderr)
         partial.replace(out)
         return done.stderr

@@ -1,4 +1,4 @@
-// The element types of tensors as the kernels see them, without a torch header.
+// The 16-bit element types, without a torch header.
 #pragma once
 #include <stdint.h>
 

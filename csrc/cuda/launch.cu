@@ -1,29 +1,30 @@
-// What launches need beside the kernels: counters, occupancy, and how many there were.
+// The host side of launches: counters, occupancy, and the launch count.
 #include <atomic>
 #include <map>
 #include <mutex>
 #include <tuple>
 
-#include "common.cuh"
+#include "launch.cuh"
+#include "launchers.h"
 
 namespace divqat::cuda {
 namespace {
 
-// Kernels on one stream follow each other, so a stream needs one counter. A captured launch runs
-// whenever its graph does, beside anything, so it keeps a counter of its own; with very many of
-// them the first are handed out again, which only graphs that run at the same time would notice.
+// Kernels on one stream run one after another, so a stream needs only one counter. A captured
+// launch may run at the same time as any other, so it gets a counter of its own. After kCaptured of
+// them the counters are reused, which matters only to graphs that run at the same time.
 constexpr uint32_t kStreams = 4096, kCaptured = 1 << 18;
 __device__ uint32_t counters[kStreams + kCaptured];
 
 std::atomic<int64_t> launches{0};
 std::mutex mutex;
 
-// Lets a module or kernel load on its first use even while a graph is being captured.
-class Relaxed {
+// Allows a module or kernel to be loaded on first use while a graph is being captured.
+class RelaxedCapture {
  public:
-  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  Relaxed(const Relaxed&) = delete;
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
@@ -47,7 +48,7 @@ int64_t launch_count() { return launches.load(); }
 void count_launch() { ++launches; }
 
 uint32_t* next_counter(cudaStream_t stream) {
-  static std::map<int, uint32_t*> arrays;                                 // of each device
+  static std::map<int, uint32_t*> arrays;                                 // per device
   static std::map<std::pair<int, unsigned long long>, uint32_t> streams;  // (device, id) → slot
   static uint32_t captured = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -57,13 +58,13 @@ uint32_t* next_counter(cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex);
   uint32_t*& array = arrays[device];
   if (!array) {
-    const Relaxed relaxed;
+    const RelaxedCapture relaxed_capture;
     void* address = nullptr;
     check(cudaGetSymbolAddress(&address, counters), "cudaGetSymbolAddress");
     array = static_cast<uint32_t*>(address);
   }
   if (status != cudaStreamCaptureStatusNone) return array + kStreams + captured++ % kCaptured;
-  unsigned long long id = 0;  // unlike a handle never given to another stream
+  unsigned long long id = 0;  // unlike a stream handle, an id is never reused
   check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   const auto slot = streams.try_emplace({device, id}, uint32_t(streams.size()) % kStreams).first;
   return array + slot->second;
@@ -75,7 +76,7 @@ int64_t resident_blocks(const void* kernel, int threads) {
   const std::lock_guard<std::mutex> lock(mutex);
   int64_t& blocks = known[{device, kernel, threads}];
   if (blocks == 0) {
-    const Relaxed relaxed;
+    const RelaxedCapture relaxed_capture;
     int per_multiprocessor = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0),
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -85,7 +86,7 @@ int64_t resident_blocks(const void* kernel, int threads) {
   return blocks;
 }
 
-bool cooperates() {
+bool supports_cooperative_launch() {
   return attribute_of(current_device(), cudaDevAttrCooperativeLaunch) != 0;
 }
 

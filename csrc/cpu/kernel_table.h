@@ -1,20 +1,20 @@
 // The vectorised inner loops, as a table of function pointers per element type and instruction set.
-// No torch header here or in anything it includes: memory, threads and checks are the caller's.
+// No torch header here or in its includes: memory, threads and checks are the caller's.
 #pragma once
 #include <stdint.h>
 
-#include "../loss_direction.h"
-#include "storage.h"
+#include "../divergence_loss_direction.h"
+#include "element_types.h"
 
 namespace divqat {
 
-// Where to split a range between threads: masks are written in whole 64-bit words.
+// Threads split a range at multiples of this: masks are written in 64-bit words.
 constexpr int64_t kMaskWord = 64;
-// Tables of per-channel values are read a register at a time and go on this far, wrapping around.
+// Per-channel tables are padded by this many values, wrapping around, for full-register loads.
 constexpr int64_t kMaxLanes = 16;
 
 // How elements are quantized. Element i of the memory belongs to channel (i / inner) % channels.
-struct Grid {
+struct QuantizeParams {
   const float* scale;      // [channels + kMaxLanes], as are the next two
   const float* inv_scale;  // 1 / scale
   const float* zero_point;
@@ -23,41 +23,42 @@ struct Grid {
   float quant_min;
   float quant_max;
   bool per_tensor;  // one scale: float64 codes are multiplied in float32, as ATen does
-  bool stream = false;  // write past the cache: for more than it holds
+  bool stream = false;  // non-temporal stores
 };
 
-enum class Rule { kPropagateNan, kLowestForNan, kRelu };
+// What NaN becomes, and whether a ReLU comes first (NaN stays NaN then).
+enum class QuantizeMode { kPropagateNan, kLowestForNan, kRelu };
 
-// One row of divergence_loss; what is the same for all rows.
-struct LossRule {
+// The arguments of divergence_loss that all rows share.
+struct LossOptions {
   Direction direction;
-  bool non_label;  // the distributions over the classes that are not the label
+  bool non_label;  // q and p are distributions over all classes but the label
   bool guard;
   double weight;
   double temperature;
   double bound;  // infinity: none
   double label_smoothing;
-  double share;  // of a sample in the mean: 1 / count
+  double inv_count;  // 1 / number of valid targets
 };
 
 template <class T>
 struct Kernels {
-  // Elements [begin, end) of x; begin is a multiple of kMaskWord. No mask is written to nullptr.
-  void (*fake_quantize)(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end, const Grid&,
-                        Rule);
+  // Elements [begin, end) of x; begin is a multiple of kMaskWord. mask may be nullptr.
+  void (*fake_quantize)(const T* x, T* y, uint8_t* mask, int64_t begin, int64_t end,
+                        const QuantizeParams&, QuantizeMode);
   // out = grad where the mask is set, else 0.
   void (*masked_grad)(const T* grad, const uint8_t* mask, T* out, int64_t begin, int64_t end,
                       bool stream);
-  // grad_x as above, and for n elements of one channel the sums of
-  // grad · (level − x/scale inside, level outside) and of grad outside, added to sums [2].
-  void (*lsq_backward)(const T* grad, const T* x, T* grad_x, int64_t n, const Grid&,
+  // n elements of one channel: grad_x as above, and adds to sums [2] the sum of
+  // grad · (level − (x/scale inside, 0 outside)), level = q − zero_point, and that of grad outside.
+  void (*lsq_backward)(const T* grad, const T* x, T* grad_x, int64_t n, const QuantizeParams&,
                        int64_t channel, double* sums);
   // The same for rows of one element per channel; sums [channels, 2].
-  void (*lsq_backward_columns)(const T* grad, const T* x, T* grad_x, int64_t rows, const Grid&,
-                               double* sums);
+  void (*lsq_backward_columns)(const T* grad, const T* x, T* grad_x, int64_t rows,
+                               const QuantizeParams&, double* sums);
   // out = grad where x [n], of one channel, is in range, else 0.
-  void (*clipped_grad)(const T* x, const T* grad, T* out, int64_t n, const Grid&);
-  // A copy that is written past the cache.
+  void (*clipped_grad)(const T* x, const T* grad, T* out, int64_t n, const QuantizeParams&);
+  // A copy with non-temporal stores.
   void (*copy)(const T* from, T* to, int64_t n);
   // Minimum and maximum of x [n], n > 0; both NaN if there is a NaN.
   void (*min_max)(const T* x, int64_t n, float* low, float* high);
@@ -66,7 +67,7 @@ struct Kernels {
   // Cross-entropy and divergence of one sample, and the gradient of the mean loss.
   // z, t, grad [classes]; scratch [4 * classes].
   void (*divergence_row)(const T* z, const T* t, T* grad, int64_t classes, int64_t label,
-                         const LossRule&, double* scratch, double* ce, double* divergence);
+                         const LossOptions&, double* scratch, double* ce, double* divergence);
 };
 
 struct InstructionSet {
@@ -78,7 +79,7 @@ struct InstructionSet {
   Kernels<f16> h16;
 };
 
-// nullptr where the compiler or the target knows no such instructions.
+// nullptr if the compiler or the target does not have the instructions.
 extern const InstructionSet* const kPortable;
 extern const InstructionSet* const kAvx2;
 extern const InstructionSet* const kAvx512;

@@ -1,6 +1,5 @@
-// The kernels compiled for AVX2, FMA and F16C. What runs on every machine stands above the target,
-// as in isa_avx512.cpp.
-#include "kernels.h"
+// The kernels compiled for AVX2, FMA and F16C; see instruction_set_avx512.cpp.
+#include "kernel_table.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -21,7 +20,7 @@ namespace avx2 {
 #include "simd_portable.h"
 #include "simd_avx2.h"
 using Float = Avx2;
-#include "kernels.inc"
+#include "kernel_table.inc"
 }  // namespace avx2
 
 static constexpr InstructionSet set = avx2::kernels("avx2", runs_here);

@@ -1,4 +1,4 @@
-// Which divergence: the names that kernels on every device share.
+// The direction of the divergence, for every device.
 #pragma once
 
 namespace divqat {

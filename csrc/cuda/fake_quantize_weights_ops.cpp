@@ -1,16 +1,16 @@
-// fake_quantize_weights and its backward: from tensors to their launchers.
+// fake_quantize_weights and its backward: from tensors to the launcher of fake_quantize_weights.cu.
 #include <ATen/ops/empty.h>
 
 #include <map>
 
 #include "../checks.h"
-#include "device.h"
 #include "ops.h"
+#include "ops_common.h"
 
 namespace divqat::cuda {
 namespace {
 
-// One scale for the whole weight, or rows that are not contiguous: a launch for the scales, one to
+// A weight with one scale, or with rows that are not contiguous: a launch for the scales, one to
 // quantize, and in the backward one for the gradient.
 void quantize_weight(const Tensor& from, const Tensor& grad, const Tensor& out, Channels channels,
                      int64_t quant_min, int64_t quant_max, bool per_tensor, cudaStream_t stream) {
@@ -22,28 +22,28 @@ void quantize_weight(const Tensor& from, const Tensor& grad, const Tensor& out, 
   state.scale = scale.mutable_data_ptr<float>();
   state.zero_point = zero_point.mutable_data_ptr<int32_t>();
   state.options = {int32_t(quant_min), int32_t(quant_max), 1.0f, true, false};
-  state.weights = true;
+  state.scale_only = true;
   const DType dtype = dtype_of(from);
   const int64_t n = from.numel();
   observe(dtype, state, from.const_data_ptr(), n, channels.count, channels.inner,
           scratch.mutable_data_ptr<float>(), stream);
-  const QuantizeGrid grid = grid_of(from, state.scale, state.zero_point, quant_min, quant_max,
-                                    channels, per_tensor);
+  const QuantizeParams params = quantize_params(from, state.scale, state.zero_point, quant_min,
+                                                quant_max, channels, per_tensor);
   if (!grad.defined()) {
-    return fake_quantize(dtype, grid, from.const_data_ptr(), out.mutable_data_ptr(), nullptr,
+    return fake_quantize(dtype, params, from.const_data_ptr(), out.mutable_data_ptr(), nullptr,
                          stream);
   }
   const Tensor mask = empty_mask(from);
   uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
-  fake_quantize(dtype, grid, from.const_data_ptr(), out.mutable_data_ptr(), bits, stream);
+  fake_quantize(dtype, params, from.const_data_ptr(), out.mutable_data_ptr(), bits, stream);
   fake_quantize_backward(dtype, grad.const_data_ptr(), bits, out.mutable_data_ptr(), n, stream);
 }
 
-// All rows of one dtype and device in one launch. grads is empty in the forward.
+// One launch for all weights of a dtype. grads is empty in the forward.
 std::vector<Tensor> run(at::TensorList weights, at::TensorList grads, int64_t quant_min,
                         int64_t quant_max, std::optional<int64_t> ch_axis) {
   check_range(quant_min, quant_max);
-  std::vector<Tensor> outputs, alive;  // dense copies live until the launches
+  std::vector<Tensor> outputs, alive;  // keeps dense copies alive until the launches
   if (weights.empty()) return outputs;
   const OnDevice device(weights[0]);
   std::map<DType, std::vector<WeightRows>> rows;

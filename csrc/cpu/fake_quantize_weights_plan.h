@@ -1,5 +1,5 @@
-// Splits the rows of a list of weights into tasks of about equal size: what a CPU thread or a CUDA
-// block takes at a time. A row has one scale and is never split.
+// Splits the rows of a list of weights into tasks of about equal size, for the threads. A row has
+// one scale and is never split.
 #pragma once
 #include <stdint.h>
 
@@ -21,7 +21,7 @@ struct WeightTask {
 
 class WeightsPlan {
  public:
-  // Tasks of up to `elements` elements, or of one row where a row is longer.
+  // Tasks of up to `elements` elements, or of one row if it is longer.
   WeightsPlan(const std::vector<WeightShape>& shapes, int64_t elements) {
     for (size_t i = 0; i < shapes.size(); ++i) {
       if (shapes[i].columns == 0) continue;

@@ -2,10 +2,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "../loss_checks.h"
-#include "device.h"
+#include "../divergence_loss_checks.h"
 #include "launchers.h"
 #include "ops.h"
+#include "ops_common.h"
 
 namespace divqat::cuda {
 

@@ -1,4 +1,4 @@
-// What divergence_loss is given, on any device: checked, and its options by name.
+// Argument checks of divergence_loss, for every device, and its options by name.
 #pragma once
 #include <limits>
 #include <string_view>

@@ -1,7 +1,8 @@
-// The kernels compiled for AVX-512. What runs on every machine stands above the target: runs_here();
-// the table is constexpr, or filling it would be AVX-512 code that runs at load. Nothing with
-// external inline linkage may be instantiated here: the linker could take this file's copy for all.
-#include "kernels.h"
+// The kernels compiled for AVX-512. runs_here() is called on every machine, so it is defined before
+// the target pragma. The table is constexpr, as its initialization at load time would be AVX-512
+// code. Nothing with external inline linkage may be instantiated here: the linker could keep this
+// file's copy for all files.
+#include "kernel_table.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -24,7 +25,7 @@ namespace avx512 {
 #include "simd_portable.h"
 #include "simd_avx512.h"
 using Float = Avx512;
-#include "kernels.inc"
+#include "kernel_table.inc"
 }  // namespace avx512
 
 static constexpr InstructionSet set = avx512::kernels("avx512", runs_here);
