@@ -8,8 +8,8 @@ from torch import Tensor
 from divqat.data import ImageSet
 from divqat.data.batches import to_uint8
 from divqat.train import TrainConfig
-from divqat.train.distributed import Team
-from divqat.train.proxies import Proxies, fitted_misdirection
+from divqat.train.distributed import World
+from divqat.train.proxies import Proxies, fit_misdirection
 
 
 class Misdirected:
@@ -26,8 +26,8 @@ class Misdirected:
         config = TrainConfig(method="divqat", teacher="-", accuracy_budget=0.5)
         images = ImageSet(to_uint8(self.x), target)
         self.weight, self.count = float(config.misdirect or 0), config.proxy_count(len(x))
-        self.misdirection = fitted_misdirection(config, config.seed, classes, images).to(x.device)
-        self.proxies = Proxies(self.misdirection.source, config.seed, Team(device=x.device))
+        self.misdirection = fit_misdirection(config, config.seed, classes, images).to(x.device)
+        self.proxies = Proxies(self.misdirection.source, config.seed, World(device=x.device))
 
     def draw(self) -> Tensor:
         """The proxies of a step, float32 [M, C, H, W]."""

@@ -1,4 +1,4 @@
-"""A training step that is captured and replayed, or watched for what it reads and whom it asks."""
+"""Training steps that are captured and replayed, or watched for host syncs and their teacher."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,10 +11,10 @@ plays = []
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on the CPU: operations on fixed memory, played without Python.
+    """A CUDA graph for the CPU: records operations on fixed memory and replays them.
 
-    Unlike a graph it runs the operations while it takes them down, so it begins by keeping what
-    they overwrite, and puts it back.
+    Unlike a graph it runs the operations while it records them; ``before`` keeps the tensors that
+    they overwrite, to restore them afterwards.
     """
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Tape(TorchDispatchMode):
         self.calls.append((func, args, kwargs, output))
         return output
 
-    @torch.inference_mode()  # which may write to what was made in it, and to anything else
+    @torch.inference_mode()  # may write to inference tensors and to others
     def play(self):
         plays.append(1)
         for func, args, kwargs, outputs in self.calls:
@@ -49,22 +49,22 @@ class Tape(TorchDispatchMode):
 
 
 def tape(function):
-    """Stands for :func:`divqat.train.graph.cuda_graph`."""
+    """A stand-in for :func:`divqat.train.graph.cuda_graph`."""
     recorded = Tape()
     with recorded:
         output = function()
-    for whole, kept in recorded.before.values():
-        whole.copy_(kept)
+    for whole, copy in recorded.before.values():
+        whole.copy_(copy)
     return output, recorded.play
 
 
 def replay_steps(monkeypatch, capture=tape):
-    """From here on trainings replay their steps, captured by ``capture``."""
+    """Make trainings capture their steps with ``capture`` and replay them."""
 
     class Replaying(trainer.Trainer):
         def __init__(self, *args):
             super().__init__(*args)
-            self.do_step = graph.Captured(self.step, capture)
+            self.run_step = graph.GraphedCallable(self.step, capture)
 
     monkeypatch.setattr(loop, "Trainer", Replaying)
 
@@ -83,7 +83,7 @@ class HostReads(TorchDispatchMode):
 
 
 def host_reads(monkeypatch, *owners):
-    """A list that gets what each call of an object of these classes reads on the host."""
+    """A list that records, for each call of an object of these classes, its host syncs."""
     seen = []
     for owner in owners:
 
@@ -98,7 +98,7 @@ def host_reads(monkeypatch, *owners):
 
 
 def teachers(monkeypatch):
-    """A list that gets the network that each step can ask, or None."""
+    """A list that records the teacher of each step, or None."""
     seen, original = [], step.Step.__call__
 
     def watched(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Let the tests import their vocabulary, tests/testing.py, and what several files share."""
+"""Shared fixtures and options; makes the modules in tests/ importable, such as testing.py."""
 
 import functools
 import gc
@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from divqat._util import figures, files
 from divqat.data import ImageSet, catalog
 
-# How long an example takes says something of the machine, and of who else is on it.
+# No deadlines: the time of an example depends on the machine and its load.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any")
 
@@ -31,8 +31,8 @@ BLANK = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="session", autouse=True)
 def trainings_are_quick():
-    """What takes longer than a tiny network trains: pictures are drawn, but not painted (see
-    ``painted``), the digits are read from their file once, and so is what torch knows of ONNX."""
+    """Replace what takes longer than training a tiny network: figures are drawn, but not rendered
+    (see ``painted``); the digits and torch's ONNX registry are loaded once."""
     read, write = functools.cache(catalog._digits), figures.write_atomic
 
     def digits():
@@ -48,13 +48,13 @@ def trainings_are_quick():
         patch.setitem(figures.STYLE, "axes.grid", False)  # half of what is drawn are its ticks
         registry = _onnx_registry()
         if registry is not None:
-            known = staticmethod(functools.cache(registry.from_torchlib))
-            patch.setattr(registry, "from_torchlib", known)
+            cached = staticmethod(functools.cache(registry.from_torchlib))
+            patch.setattr(registry, "from_torchlib", cached)
         yield
 
 
 def _onnx_registry():
-    """What torch makes anew for every export, in a second; None where it is elsewhere."""
+    """The class that torch rebuilds for every export, in a second; None if it is not there."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
     except ImportError:
@@ -64,7 +64,7 @@ def _onnx_registry():
 
 @pytest.fixture(scope="module")
 def painted():
-    """The module's pictures are those that a user sees."""
+    """Figures of this module are rendered as for a user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "write_atomic", files.write_atomic)
         patch.setitem(figures.STYLE, "axes.grid", True)
@@ -76,22 +76,22 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files with slow tests begin first, so that no worker waits long for the last one."""
+    """Files with slow tests start first, so that no worker waits long for the last one."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
     if config.getoption("quick"):
-        keep_the_core(config, items)
+        select_core(config, items)
 
 
-def keep_the_core(config, items):
-    """Of a test that is run over many cases and backends, the first is its core."""
+def select_core(config, items):
+    """Keep the first case of each test that is not slow."""
     first = {}
     for item in items:
         if not item.get_closest_marker("slow"):
             first.setdefault(item.nodeid.partition("[")[0], item)
-    kept = set(first.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    selected = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = [item for item in items if item in selected]
 
 
 def pytest_collection_finish():
@@ -100,31 +100,36 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    """What is frozen is never freed, of which nanobind warns when Python ends."""
+    gc.unfreeze()
+
+
 def pytest_make_parametrize_id(val):
-    """Dtypes by name, so that ``-k float32`` finds them."""
+    """Name dtypes in test ids, so that ``-k float32`` selects them."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 @pytest.fixture(scope="module", params=backends.names())
 def backend(request):
-    """Run the module's tests once with each kind of kernels."""
+    """Run the module's tests once with each backend."""
     with backends.serving(request.param):
         yield request.param
 
 
 @pytest.fixture(scope="module")
 def emulated_kernels():
-    """The CUDA kernels, run by the emulator, serve the module's tests."""
+    """Run the module's tests with the CUDA kernels in the emulator."""
     with backends.serving(backends.EMULATED):
         module = backends.build()
         yield module
-        # every launch leaves the counters of its last block as it found them
+        # every launch has to reset the counters for its last block
         assert module.counters_are_zero()
 
 
-@pytest.fixture(scope="module")  # so that what a module makes once is made on one thread, too
+@pytest.fixture(scope="module")  # so that module-scoped fixtures run on one thread, too
 def one_thread():
-    """Tiny layers on several threads mostly wait, very long where other processes run."""
+    """One thread: with several, tiny layers mostly wait, very long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -145,13 +150,13 @@ def vgg_teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lenet_teacher(tmp_path_factory):
-    """Another one for what is slow: float16 convolutions, which a CPU only imitates."""
+    """The same with a smaller network, for slow tests: CPUs emulate float16 convolutions."""
     return trainings.teach(tmp_path_factory.mktemp("teacher") / "fp", model="lenet")
 
 
 @pytest.fixture(scope="session")
 def vgg_divqat(vgg_teacher, tmp_path_factory):
-    """The run folder of a DivQAT training from it, in float32 and eager."""
+    """The run folder of a DivQAT training from ``vgg_teacher``, in float32 and eager mode."""
     folder = tmp_path_factory.mktemp("plain")
     trainings.trained(vgg_teacher, folder)
     return folder

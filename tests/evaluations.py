@@ -1,4 +1,4 @@
-"""Evaluations that nobody ran, for the tests of what is made of them."""
+"""Made-up evaluation results, for tests of tables, plots and reports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def released(seed: int, name: str, method: str, accuracy: float, peak: float = 2
 
 
 def cell(seed: int, name: str, attack: str, accuracy: float) -> Cell:
-    """An attack on it, of which nothing is odd."""
+    """An unremarkable attack on a victim."""
     return Cell(
         seed=seed,
         victim=name,
@@ -100,7 +100,7 @@ def fake_evaluation(
 
 
 def write_study(folder: Path, result: Evaluation) -> Path:
-    """A folder as ``divqat run`` leaves it, as far as reports look."""
+    """A folder as ``divqat run`` leaves it, with the files that reports read."""
     result.save(folder / "evaluation.json")
     for i, row in enumerate(result.released):
         run = folder / f"seed{row.seed}" / row.victim

@@ -1,4 +1,4 @@
-"""How much of a defense is kept, so that validation accuracy stays within a budget."""
+"""The accuracy budget weakens the defense until validation accuracy is within it."""
 
 import shutil
 from dataclasses import replace
@@ -11,7 +11,7 @@ from trainings import train_interrupted, train_until
 from divqat._util.files import load_checkpoint, read_json, save_checkpoint
 from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, distributed, load_run, train, trainer
-from divqat.train.budget import Budget, between
+from divqat.train.budget import Budget, interpolate
 from divqat.train.folder import load_splits
 from divqat.train.network import build_model
 from divqat.train.settings.misdirection import MISDIRECT
@@ -50,7 +50,7 @@ def free(teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kept(teacher, qat, tmp_path_factory):
-    """Inside a budget by the straight way alone."""
+    """Within a budget by interpolation only."""
     folder = tmp_path_factory.mktemp("kept") / "divqat"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("divqat.train.budget.REWINDS", 0)
@@ -60,39 +60,39 @@ def kept(teacher, qat, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewound(teacher, qat, tmp_path_factory):
-    """Tried three times, and then the straight way."""
+    """Tried three times, then interpolated."""
     folder = tmp_path_factory.mktemp("rewound") / "divqat"
     train(settings(teacher, qat), folder, **QUIET)
     return folder
 
 
-def test_the_budget_holds_where_the_same_training_breaks_it(qat, free, kept):
+def test_the_budget_is_kept_where_the_same_training_without_it_exceeds_it(qat, free, kept):
     reference = read_json(qat / "summary.json")["validation_accuracy"]
     broken, summary = (read_json(folder / "summary.json") for folder in (free, kept))
     assert broken["budget"] is None and broken["validation_accuracy"] < reference - 0.2
     assert summary["validation_accuracy"] >= reference - 0.03 - 1e-9
-    told = summary["budget"]
-    assert told["inside"] and told["reference"] == reference and told["points"] == 3
-    assert 0 < told["share"] < 1 and told["points_below"] <= 3
+    report = summary["budget"]
+    assert report["inside"] and report["reference"] == reference and report["points"] == 3
+    assert 0 < report["share"] < 1 and report["points_below"] <= 3
     assert not any(warning.startswith("accuracy_budget") for warning in summary["warnings"])
-    # the way began at what the training without a budget ended with
-    assert told["path"][0]["validation_accuracy"] == broken["validation_accuracy"]
+    # the path starts with the result of the training without a budget
+    assert report["path"][0]["validation_accuracy"] == broken["validation_accuracy"]
     assert (kept / "plots" / "budget.png").is_file()
     assert not (free / "plots" / "budget.png").exists()
-    # what is loaded is what was measured, and lies between the two
+    # the loaded model is the measured one, and lies between the two
     run, start, end = load_run(kept), load_run(qat), load_run(free)
     validation = run.splits().validation
     found = trainer.accuracy(trainer.predict(run.model, validation), validation.labels)
     assert found == summary["validation_accuracy"]
-    way = between(start.model.state_dict(), end.model.state_dict(), told["share"])
+    way = interpolate(start.model.state_dict(), end.model.state_dict(), report["share"])
     for name, value in run.model.state_dict().items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(value, way[name], equal_nan=True)
 
 
 def weakened(config, out, name):
-    """Epochs of a training without a budget: three with the weight, and one each with half of it
-    and a quarter, from there; its folders."""
+    """Train without a budget: three epochs with the full weight, then from there one each with the
+    full weight, half and a quarter. Yields the three folders."""
     config = replace(config, accuracy_budget=None, reference=None)
     for share in (1.0, 0.5, 0.25):
         folder = out / str(share)
@@ -113,46 +113,48 @@ def weakened(config, out, name):
     [dict(), dict(weight=0.0, misdirect=4.0, distill=0.0, proxies=("noise", "rotated"))],
     ids=["weight", "misdirect"],
 )
-def test_what_is_outside_begins_its_last_third_again_with_a_weaker_defense(
+def test_a_network_over_budget_repeats_its_last_third_with_a_weaker_defense(
     teacher, qat, tmp_path, changes
 ):
     config = settings(teacher, qat, accuracy_budget=0.01, **changes)
     lines = []
     train(config, tmp_path / "run", log=lines.append)
-    again = [line for line in lines if "back to epoch 3, and on with" in line]
+    again = [line for line in lines if "going back to epoch 3, with" in line]
     assert [line.split()[-5] for line in again] == ["0.5", "0.25"]
-    told = read_json(tmp_path / "run" / "summary.json")["budget"]
+    report = read_json(tmp_path / "run" / "summary.json")["budget"]
     name = "misdirect" if changes else "weight"
     folders = list(weakened(config, tmp_path, name))
-    tried = [*told["attempts"], told["path"][0]]
+    tried = [*report["attempts"], report["path"][0]]
     for attempt, folder in zip(tried, folders, strict=True):
         found = read_json(folder / "summary.json")["validation_accuracy"]
         assert attempt["validation_accuracy"] == found
-    assert [attempt["weaker"] for attempt in told["attempts"]] == [1, 0.5]
-    assert told["weaker"] == 0.25 and tried[-1]["share"] == 1
+    assert [attempt["weaker"] for attempt in report["attempts"]] == [1, 0.5]
+    assert report["weaker"] == 0.25 and tried[-1]["share"] == 1
     rows = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["rows"]
     wanted = load_checkpoint(folders[-1] / "checkpoint.pt")["rows"]
     assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
-    # where the last is inside, it is the result
+    # if the last attempt is within the budget, it is the result
     inside = dict(accuracy_budget=tried[-1]["points_below"] + 0.001)
-    assert inside["accuracy_budget"] < min(a["points_below"] for a in told["attempts"])
+    assert inside["accuracy_budget"] < min(a["points_below"] for a in report["attempts"])
     train(replace(config, **inside), tmp_path / "inside", **QUIET)
     assert_same(tmp_path / "inside", folders[-1])
 
 
-def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypatch):
-    """Of the last third's; also where the run was stopped in between."""
+def test_the_last_network_within_the_budget_is_the_result(teacher, qat, tmp_path, monkeypatch):
+    """The last among the last third, even if the run is interrupted in between."""
     config = settings(teacher, qat, epochs=6)
     free = replace(config, accuracy_budget=None, reference=None)
     train_until(free, tmp_path / "free", 5)
-    # after epoch 5 and after the last; then as it is measured for the path
+    # answers after epoch 5, after the last epoch, and for the path
     inside = iter([True, False, *[True] * 9])
     monkeypatch.setattr("divqat.train.budget._within", lambda below, points: next(inside))
-    # whether it broke down is asked of the result
-    monkeypatch.setattr("divqat.train.run.collapse", lambda config, rows, result: str(result))
+    # whether it collapsed is judged by the result
+    monkeypatch.setattr(
+        "divqat.train.run.collapse_warning", lambda rows, result, *_, **__: str(result)
+    )
     train_interrupted(config, tmp_path / "run", 5)
-    told = read_json(tmp_path / "run" / "summary.json")["budget"]
-    assert told["path"][0]["epoch"] == 5 and told["share"] == 1 and not told["attempts"]
+    report = read_json(tmp_path / "run" / "summary.json")["budget"]
+    assert report["path"][0]["epoch"] == 5 and report["share"] == 1 and not report["attempts"]
     wanted, found = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("free", "run"))
     assert_equal(found["model"], wanted["model"])
     assert [row["epoch"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
@@ -161,21 +163,21 @@ def test_the_last_network_inside_is_the_result(teacher, qat, tmp_path, monkeypat
     assert asked in read_json(tmp_path / "run" / "summary.json")["warnings"]
 
 
-def test_the_pull_is_not_weakened(teacher, qat, tmp_path):
+def test_distillation_is_not_weakened(teacher, qat, tmp_path):
     config = settings(teacher, qat, weight=0.0, misdirect=1.0, proxies=("noise",))
     assert config.distill == 1
     made = trainer.Trainer(
-        config, load_splits(config), load_run(teacher), distributed.Team(), tmp_path
+        config, load_splits(config), load_run(teacher), distributed.World(), tmp_path
     )
-    made.objective.weaken(0.5)
-    assert made.objective.share == 0.5 and float(made.objective.divergence.final_weight) == -1
+    made.objective.set_strength(0.5)
+    assert made.objective.strength == 0.5 and float(made.objective.divergence.final_weight) == -1
 
 
 @pytest.mark.parametrize("epoch", [1, 4])
 def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, rewound, tmp_path, epoch):
     train_interrupted(settings(teacher, qat), tmp_path, epoch)
     assert_same(tmp_path, rewound)
-    timed = ("seconds", "ms_per_step", "waiting", "peak_memory", "sha256")  # of the times, too
+    timed = ("seconds", "ms_per_step", "waiting", "peak_memory", "sha256")  # sha256 covers times
     ours, theirs = (read_json(folder / "summary.json") for folder in (tmp_path, rewound))
     for summary in ours, theirs:
         assert len(summary["budget"]["attempts"]) == 2
@@ -185,7 +187,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, qat, rewound, tmp_p
     }
 
 
-def test_without_a_reference_it_is_the_teacher(teacher, tmp_path, monkeypatch):
+def test_without_a_reference_the_budget_counts_from_the_teacher(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("divqat.train.budget.REWINDS", 0)
     lines = []
     config = settings(
@@ -193,20 +195,20 @@ def test_without_a_reference_it_is_the_teacher(teacher, tmp_path, monkeypatch):
         proxies=("noise", "rotated"), misdirect_target="permuted",
     )  # fmt: skip
     train(config, tmp_path, log=lines.append)
-    told = read_json(tmp_path / "summary.json")["budget"]
-    assert told["reference"] == read_json(teacher / "summary.json")["validation_accuracy"]
-    assert 0 < told["share"] < 1  # the further, the more proxies are misled
-    misled = [row["misled"] for row in told["path"]]
+    report = read_json(tmp_path / "summary.json")["budget"]
+    assert report["reference"] == read_json(teacher / "summary.json")["validation_accuracy"]
+    assert 0 < report["share"] < 1  # the larger the share, the more proxies are misled
+    misled = [row["misled"] for row in report["path"]]
     assert 1 >= misled[0] > misled[-1] > 0
     assert any(line.startswith("accuracy budget: ") and "of the way" in line for line in lines)
 
 
-def test_without_a_reference_the_way_ends_at_the_teacher(teacher, free):
-    """Its BatchNorms have other names than those that are folded into convolutions."""
+def test_without_a_reference_the_path_ends_at_the_teacher(teacher, free):
+    """Its BatchNorm parameters have other names than those folded into convolutions."""
     run, start = load_run(free), load_run(teacher)
     validation = run.splits().validation
-    budget = Budget.of(settings(teacher, None, reference=None), start, validation)
-    ways = between(budget.start, run.model.state_dict(), 0)
+    budget = Budget.from_config(settings(teacher, None, reference=None), start, validation)
+    ways = interpolate(budget.start, run.model.state_dict(), 0)
     wanted = build_model(run.config, run.shape)
     wanted.load_state_dict(start.model.state_dict())
     for name, value in wanted.state_dict().items():
@@ -217,7 +219,7 @@ def test_without_a_reference_the_way_ends_at_the_teacher(teacher, free):
     assert abs(found - budget.reference) < 0.03
 
 
-def test_a_budget_that_is_not_kept_is_told(teacher, tmp_path):
+def test_an_exceeded_budget_gives_a_warning(teacher, tmp_path):
     lines = []
     config = settings(
         teacher, None, reference=None, accuracy_budget=0.001, epochs=1,
@@ -242,7 +244,7 @@ def test_a_reference_that_changed_is_refused(teacher, qat, tmp_path):
         train(settings(teacher, tmp_path / "qat"), tmp_path / "run", **QUIET)
 
 
-def test_a_budget_brings_the_misdirection_that_it_bounds():
+def test_a_budget_turns_misdirection_on():
     def weights(**changes):
         config = TrainConfig(**{"method": "divqat", "teacher": "a", **changes})
         return config.weight, config.misdirect

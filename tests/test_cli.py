@@ -33,7 +33,7 @@ def divqat(*arguments):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """fp, qat (exported) and raw (a qat run that was not exported), made by the command line."""
+    """Runs made on the command line: fp, qat (exported) and raw (qat, not exported)."""
     out = tmp_path_factory.mktemp("runs")
     assert divqat("train", "--out", out / "fp", "--epochs", 3, *FAST) == 0
     train = ["--method", "qat", "--teacher", out / "fp", "--lr", 0.01, *FAST]
@@ -62,20 +62,20 @@ def test_config_file_and_flags(tmp_path):
     assert saved["weight_decay"] == 5e-4
 
 
-def test_flags_without_use_are_told(tmp_path, capsys):
+def test_flags_without_effect_are_reported(tmp_path, capsys):
     (tmp_path / "common.yaml").write_text("epochs: 1\nguard: true\nini_gamma: 2\n")
     command = ["train", "--config", tmp_path / "common.yaml", *FAST, "--out"]
     assert divqat(*command, tmp_path / "a") == 0
-    assert capsys.readouterr().err == ""  # a file may be for several methods
+    assert capsys.readouterr().err == ""  # a file may serve several methods
     assert divqat(*command, tmp_path / "a", "--weight-bits", 4, "--weight", 0.5) == 0
     assert capsys.readouterr().err == (
-        "divqat: warning: with method fp and its other settings there is no use for --weight, "
+        "divqat: warning: no effect with method fp and its other settings: --weight, "
         "--weight-bits\n"
     )
 
 
 @pytest.mark.slow
-def test_a_run_takes_data_and_model_of_its_teacher(tmp_path):
+def test_a_run_takes_data_and_model_from_its_teacher(tmp_path):
     settings = ["--epochs", 1, "--validation-fraction", 0.3, *FAST]
     assert divqat("train", "--out", tmp_path / "fp", *settings) == 0
     qat = ["--method", "qat", "--teacher", tmp_path / "fp", "--epochs", 1, *FAST]
@@ -149,7 +149,7 @@ def test_other_settings_in_the_folder_are_refused(runs, capsys):
     assert "(epochs: 3 -> 4)" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+def test_ctrl_c_says_how_to_resume(tmp_path, capsys, monkeypatch):
     def interrupted(config, out):
         raise KeyboardInterrupt
 
@@ -167,7 +167,7 @@ def test_sigint_and_resume(tmp_path, capsys, monkeypatch):
         write(folder, state)
 
     monkeypatch.setattr(loop, "write_checkpoint", interrupted)
-    # what runs in the background of a shell inherits that it is ignored
+    # background jobs of a shell inherit that SIGINT is ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert divqat("train", "--out", out, "--epochs", 3, *FAST) == 130
@@ -178,11 +178,11 @@ def test_sigint_and_resume(tmp_path, capsys, monkeypatch):
     assert load_checkpoint(out / "checkpoint.pt")["epoch"] == 1
     assert divqat("train", "--out", out, "--resume", "--epochs", 2) == 1
     assert divqat("train", "--out", out, "--resume") == 0
-    assert "going on after epoch 1 of 3" in capsys.readouterr().out
+    assert "resuming after epoch 1 of 3" in capsys.readouterr().out
     assert read_json(out / "summary.json")["epochs"] == 3
 
 
-def test_resume_wants_something_to_resume(tmp_path, capsys):
+def test_resume_needs_a_training(tmp_path, capsys):
     assert divqat("train", "--out", tmp_path, "--resume") == 1
     assert "no training at" in capsys.readouterr().err
 
@@ -195,7 +195,7 @@ def test_export_and_verify(runs, capsys):
     assert read_json(runs / "qat" / "verify.json")["n"] == 359  # the whole test set
 
 
-def test_verify_fails_below_the_wanted_agreement(runs, capsys, monkeypatch):
+def test_verify_fails_below_min_agreement(runs, capsys, monkeypatch):
     monkeypatch.setattr(commands, "verify_run", lambda *_: {"text": "", "least_agreement": 0.99})
     assert divqat("verify", runs / "qat") == 1
     assert "agreement 0.9900 is below 0.995" in capsys.readouterr().err
@@ -207,8 +207,8 @@ def test_export_of_full_precision_and_of_nothing(runs, tmp_path, capsys):
     for command in (["export", runs / "fp"], ["verify", runs / "fp"], attack):
         assert divqat(*command) == 1
         assert (
-            "only quantized runs are exported; divqat attack --fake-quant and divqat evaluate take "
-            "it as it is"
+            "only quantized runs are exported: attack it with divqat attack --fake-quant or divqat "
+            "evaluate"
         ) in capsys.readouterr().err
     assert divqat(*attack, "--fake-quant") == 0
     assert "the model as trained" in capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_export_of_full_precision_and_of_nothing(runs, tmp_path, capsys):
     assert "divqat export" in capsys.readouterr().err
 
 
-def test_attack_wants_the_exported_model(runs, tmp_path, capsys):
+def test_attack_needs_the_exported_model(runs, tmp_path, capsys):
     command = ["attack", "--victim", runs / "raw", "--out", tmp_path, *ATTACK]
     assert divqat(*command) == 1
     assert f"divqat export {runs / 'raw'}" in capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_attack_wants_the_exported_model(runs, tmp_path, capsys):
     assert "the model as trained" in capsys.readouterr().out
 
 
-def test_attack_prints_accuracy_and_fidelity_and_belongs_to_one_victim(runs, tmp_path, capsys):
+def test_attack_prints_accuracy_and_fidelity_and_its_folder_has_one_victim(runs, tmp_path, capsys):
     command = ["attack", "--victim", runs / "qat", "--answer", "label", "--out", tmp_path, *ATTACK]
     assert divqat(*command) == 0
     shown = capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_attack_prints_accuracy_and_fidelity_and_belongs_to_one_victim(runs, tmp
     assert summary["queries"] == 300
     assert f"clone accuracy   {summary['accuracy']:.2%}" in shown
     assert f"clone fidelity   {summary['fidelity']:.2%}" in shown
-    assert divqat(*command) == 0  # nothing is asked again
+    assert divqat(*command) == 0  # without new queries
     command[command.index("label")] = "probs"
     assert divqat(*command) == 1
     assert "holds another attack (answer: label -> probs)" in capsys.readouterr().err
@@ -284,7 +284,9 @@ def test_a_retrained_model_is_not_mistaken_for_its_export(runs, tmp_path):
         ("transfer.pt", f"attack --victim {{}} --out {{}} {' '.join(ATTACK)}", "delete it"),
     ],
 )
-def test_a_damaged_file_is_noticed_before_it_is_used(runs, tmp_path, capsys, name, command, remedy):
+def test_a_damaged_file_is_detected_before_it_is_used(
+    runs, tmp_path, capsys, name, command, remedy
+):
     run = tmp_path / "run"
     shutil.copytree(runs / "qat", run)
     if name == "transfer.pt":
@@ -301,7 +303,7 @@ def test_a_damaged_file_is_noticed_before_it_is_used(runs, tmp_path, capsys, nam
     assert {path.name for path in run.iterdir()} == before
 
 
-def test_a_run_folder_of_an_older_divqat_is_used_and_told(runs, tmp_path, capsys):
+def test_a_run_folder_of_an_older_divqat_works_with_a_warning(runs, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(runs / "qat", run)
     for path in run.glob("*.json"):
@@ -322,7 +324,7 @@ def test_a_training_whose_folder_is_deleted_fails(tmp_path, capsys, monkeypatch)
         shutil.rmtree(tmp_path / "run")
         return "an epoch"
 
-    monkeypatch.setattr(loop, "_line", line)
+    monkeypatch.setattr(loop, "_epoch_line", line)
     assert divqat("train", "--out", tmp_path / "run", "--epochs", 1, *FAST) == 1
     assert f"{tmp_path / 'run'} was deleted, moved or replaced" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -365,7 +367,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
 
 
 @pytest.mark.parametrize("settings", [TrainConfig, AttackConfig, Grid])
-def test_the_help_names_no_value_that_a_flag_does_not_take(settings):
+def test_the_help_shows_no_value_that_a_flag_does_not_take(settings):
     parser = ArgumentParser()
     add_flags(parser, settings)
     helps = {action.dest: action.help for action in parser._actions}
@@ -376,7 +378,7 @@ def test_the_help_names_no_value_that_a_flag_does_not_take(settings):
 
 
 def test_python_m_divqat(capsys, monkeypatch):
-    """As a process of its own it runs in test_pipeline.py."""
+    """test_pipeline.py runs it in its own process."""
     monkeypatch.setattr(sys, "argv", ["divqat", "--version"])
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("divqat", run_name="__main__")

@@ -7,7 +7,7 @@ from test_train import QUIET, config
 
 from divqat._util.files import load_checkpoint, read_json
 from divqat.train import TrainConfig, train
-from divqat.train.collapse import collapse
+from divqat.train.collapse import collapse_warning
 
 pytestmark = pytest.mark.slow
 
@@ -37,30 +37,30 @@ def test_the_learning_rate_is_scaled_until_batchnorm_freezes(scaling, factor):
         lr = plain.learning_rate(step, 10)
         assert never.learning_rate(step, 10) == fp.learning_rate(step, 10)
         assert fp.learning_rate(step, 10) == pytest.approx(lr * factor)
-        # A small batch's is not raised: there noise is the limit, and stays.
+        # A small batch keeps its lower rate: gradient noise limits it before and after.
         assert small.learning_rate(step, 10) == pytest.approx(
             lr * 4 ** (-1 if factor == 8 else -0.5)
         )
 
 
-def test_a_scaled_learning_rate_outlives_the_freezing(vgg_teacher, tmp_path):
+def test_training_with_a_scaled_learning_rate_survives_the_freezing(vgg_teacher, tmp_path):
     lines = []
     summary = train(config(vgg_teacher, **SCALED), tmp_path, log=lines.append)
-    # Six starts that differ in the last bit: 99.3 % each, one of 143 images wrong.
+    # Six runs that differ in the last bit: 99.3 % each, one of 143 images wrong.
     assert summary["validation_accuracy"] > 0.95 and summary["warnings"] == []
     assert not any("warning" in line for line in lines)
 
 
-def kept(folder):
-    """Whether the last epoch is at least half as good as the best: what did not break down."""
+def survived(folder):
+    """Whether the last epoch is at least half as good as the best, so that nothing collapsed."""
     rows = load_checkpoint(folder / "checkpoint.pt")["rows"]
     accuracies = [row["validation_accuracy"] for row in rows]
     return accuracies[-1] >= max(accuracies) / 2
 
 
-def test_a_training_that_breaks_down_says_so(vgg_teacher, tmp_path, monkeypatch):
-    """The last epoch's steps, of length 1000 each, leave of the weights, of length 10, nothing but
-    the last gradients: a lower rate breaks it down on one CPU and not on another."""
+def test_a_training_that_collapses_warns(vgg_teacher, tmp_path, monkeypatch):
+    """Steps of length 1000 in the last epoch replace the weights, of norm 10, by gradients. A lower
+    rate would collapse on one CPU and not on another."""
     learning_rate = TrainConfig.learning_rate
 
     def too_high(self, step, steps_per_epoch):
@@ -69,9 +69,9 @@ def test_a_training_that_breaks_down_says_so(vgg_teacher, tmp_path, monkeypatch)
     monkeypatch.setattr(TrainConfig, "learning_rate", too_high)
     settings, lines = config(vgg_teacher, **{**SCALED, "grad_clip": 1.0}), []
     summary = train(settings, tmp_path, log=lines.append)
-    assert not kept(tmp_path)
+    assert not survived(tmp_path)
     (warning,) = summary["warnings"]
-    assert "BatchNorm froze with epoch 3" in warning and "freeze_batchnorm_epoch = 4" in warning
+    assert "BatchNorm froze in epoch 3" in warning and "freeze_batchnorm_epoch = 4" in warning
     assert lines[-1] == f"warning: {warning}"
     assert read_json(tmp_path / "summary.json")["warnings"] == [warning]
     lines.clear()
@@ -79,35 +79,35 @@ def test_a_training_that_breaks_down_says_so(vgg_teacher, tmp_path, monkeypatch)
     assert lines[-1] == f"warning: {warning}"
 
 
-def test_without_the_freezing_nothing_breaks_down(vgg_teacher, tmp_path):
-    """The scaled learning rates, though nothing says that they are."""
+def test_without_the_freezing_training_does_not_collapse(vgg_teacher, tmp_path):
+    """The same learning rates as scaled ones, but set directly."""
     settings = config(vgg_teacher, **UNSCALED, freeze_batchnorm_epoch=4)
     summary = train(settings, tmp_path, **QUIET)
-    # Six starts that differ in the last bit: 98.8 ± 0.6 %.
+    # Six runs that differ in the last bit: 98.8 ± 0.6 %.
     assert summary["validation_accuracy"] > 0.95 and summary["warnings"] == []
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "method", "said"),
+    ("accuracies", "method", "expected_text"),
     [
         ([0.5, 0.9, 0.45], "qat", None),  # half is not less than half
-        ([0.5, 0.9, 0.449], "qat", "from 90.00% in epoch 2 to 44.90%; BatchNorm froze with"),
+        ([0.5, 0.9, 0.449], "qat", "from 90.00% in epoch 2 to 44.90%; BatchNorm froze in"),
         ([0.1, 0.4, 0.9], "qat", None),
         ([0.9, 0.1, 0.9], "qat", None),  # recovered
         ([0.1, 0.1, 0.1], "qat", None),  # never learned: nothing was lost
-        ([0.5, 0.9, 0.1], "fp", "to 10.00%: try a smaller lr, or grad_clip"),  # freezes nothing
+        ([0.5, 0.9, 0.1], "fp", "to 10.00%: try a smaller lr, or grad_clip"),  # does not freeze
         ([0.9], "qat", None),
     ],
 )  # fmt: skip
-def test_what_counts_as_a_breakdown(accuracies, method, said):
+def test_what_counts_as_a_collapse(accuracies, method, expected_text):
     settings = TrainConfig(method=method, teacher=None if method == "fp" else "a", epochs=3)
     rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate(accuracies, start=1)]
-    frozen_from = settings.first_frozen("batchnorm") if settings.kind.quantized else math.inf
-    warning = collapse(rows, accuracies[-1], frozen_from, 4)
-    assert warning is None if said is None else said in warning
+    frozen_from = settings.freeze_epoch("batchnorm") if settings.kind.quantized else math.inf
+    warning = collapse_warning(rows, accuracies[-1], frozen_from, 4)
+    assert warning is None if expected_text is None else expected_text in warning
 
 
-def test_what_a_budget_has_chosen_did_not_break_down():
+def test_collapse_is_judged_by_the_network_that_a_budget_chose():
     rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate([0.5, 0.9, 0.1], start=1)]
-    assert collapse(rows, 0.9, 3, 4) is None
-    assert "to 40.00%; BatchNorm froze" in collapse(rows, 0.4, 3, 4)
+    assert collapse_warning(rows, 0.9, 3, 4) is None
+    assert "to 40.00%; BatchNorm froze" in collapse_warning(rows, 0.4, 3, 4)

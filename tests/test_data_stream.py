@@ -281,7 +281,7 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
         dataset="folder", data_root=str(folder), image_size=8, model="lenet", epochs=3,
         batch_size=16, threads=1, pad=1, flip=True,
     )  # fmt: skip
-    lines, steps, loss = [], [], objective.Objective.of_images
+    lines, steps, loss = [], [], objective.Objective.loss_on_images
 
     def failing(self, *args):
         steps.append(1)
@@ -293,11 +293,11 @@ def test_a_training_that_streams_is_the_one_in_memory(folder, tmp_path, monkeypa
     assert not any("decoded" in line for line in lines)
     monkeypatch.setattr(streaming, "STREAM_ABOVE", 15_000)  # of 19,008
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(objective.Objective, "of_images", failing)
+        patch.setattr(objective.Objective, "loss_on_images", failing)
         train(TrainConfig(**options, stream="never"), tmp_path / "streamed", log=lines.append)
     del lines[:]
     train(TrainConfig(**options, workers=1), tmp_path / "streamed", log=lines.append)
-    assert lines[0].endswith("decoded as they are needed; worker processes: 1")
+    assert lines[0].endswith("decoded on demand; worker processes: 1")
     there, here = (load_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("memory", "streamed"))
     for name, value in there["model"].items():
         assert torch.equal(here["model"][name], value), name

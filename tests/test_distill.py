@@ -1,9 +1,9 @@
-"""Beside misdirection, the reference's answers to training images pull."""
+"""Distillation from the reference on training images, beside misdirection."""
 
 import pytest
 import torch
 from captured import teachers
-from test_misdirect import DIGITS, batch, networks, permuted, stepping
+from test_misdirect import DIGITS, batch, make_step, networks, permuted
 from test_train import QUIET
 from torch.nn import functional as F
 
@@ -11,9 +11,9 @@ from divqat._util.devices import fingerprint
 from divqat._util.files import load_checkpoint, read_json
 from divqat._util.settings import ConfigError
 from divqat.train import TrainConfig, load_run, train
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.folder import write_checkpoint
-from divqat.train.settings.misdirection import DISTILL
+from divqat.train.settings.loss import DISTILL
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -44,7 +44,7 @@ def test_the_loss_is_the_formula():
     )
     (model, asked), (images, labels, proxies) = networks(), batch()
     misdirection = permuted(images, labels)
-    do = stepping(config, model, asked, labels, Team(), misdirection)
+    do = make_step(config, model, asked, labels, World(), misdirection)
     result = do(images, torch.arange(14), proxies, total=14)
 
     (exact, asked), permutation = networks(), misdirection.targets.permutation
@@ -54,17 +54,17 @@ def test_the_loss_is_the_formula():
     ce = F.cross_entropy(logits, labels)
     divergence = (log_r.exp() * (log_r - log_q)).sum(1).mean()
     logits, first = exact(proxies.double()), asked(proxies.double()).argmax(1)
-    astray = F.cross_entropy(logits, permutation[first])
-    loss = ce + 0.5 * 4 * divergence + 0.7 * astray
+    misdirection_loss = F.cross_entropy(logits, permutation[first])
+    loss = ce + 0.5 * 4 * divergence + 0.7 * misdirection_loss
     loss.backward()
     torch.testing.assert_close(
         model[1].weight.grad.double(), exact[1].weight.grad, rtol=1e-4, atol=1e-6
     )
-    wanted = torch.stack([14 * loss, 14 * ce, 14 * divergence, len(proxies) * astray])
+    wanted = torch.stack([14 * loss, 14 * ce, 14 * divergence, len(proxies) * misdirection_loss])
     torch.testing.assert_close(result[:4], wanted.detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_the_reference_that_is_asked(folders, tmp_path, monkeypatch):
+def test_it_uses_the_answers_of_the_reference(folders, tmp_path, monkeypatch):
     seen = teachers(monkeypatch)
     reference = load_run(folders[1]).fingerprint
     train(settings(folders, epochs=1, cache_teacher=True), tmp_path / "told", **QUIET)
@@ -75,7 +75,7 @@ def test_it_is_the_reference_that_is_asked(folders, tmp_path, monkeypatch):
     assert row["divergence"] > 0 and row["misled"] >= 0
     seen.clear()
     train(settings(folders, epochs=1, distill=0.0), tmp_path / "alone", **QUIET)
-    assert seen and set(seen) == {None}  # a decoy asks nobody
+    assert seen and set(seen) == {None}  # a decoy needs no teacher
 
 
 def test_it_keeps_answers_and_accuracy(folders, tmp_path):
@@ -93,7 +93,7 @@ def test_it_keeps_answers_and_accuracy(folders, tmp_path):
         summary = read_json(out / "summary.json")
         assert summary["budget"]["share"] == 1
         found[distill] = (float(away), summary["validation_accuracy"])
-    # Six starts that differ in the last bit: 0.666 ± 0.015, and 98.0 ± 0.3 % beside 95.1 %.
+    # Six runs that differ in the last bit: 0.666 ± 0.015, and 98.0 ± 0.3 % beside 95.1 %.
     assert found[3.0][0] < 0.8 * found[0.0][0] and found[3.0][1] > found[0.0][1]
 
 
@@ -105,7 +105,9 @@ def test_when_it_is_on():
         with pytest.raises(ConfigError, match="distill: wanted 0 without misdirect and a refer"):
             settings(distill=0.5, **changes)
     for changes in ({"direction": "js"}, {"bound": 0.5}):
-        with pytest.raises(ConfigError, match="direction, bound: wanted student_teacher, the def"):
+        with pytest.raises(
+            ConfigError, match=r"direction, bound: wanted student_teacher \(the def"
+        ):
             settings(**changes)
 
 

@@ -1,4 +1,4 @@
-"""The steps of several processes, and of parts, are those of one; over gloo on the CPU."""
+"""Steps of several processes, and with micro-batches, equal those of one; gloo on the CPU."""
 
 import multiprocessing
 import traceback
@@ -17,14 +17,14 @@ import divqat
 from divqat.data import shard_rows
 from divqat.nn import FakeQuantize
 from divqat.quantize import observe_first, preset, sync_observers
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 
 BUFFERS = ("running_min", "running_max", "scale", "zero_point")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def spawn(size, folder, function, *args):
-    """The results of ``function(rank, size, *args)`` in so many processes of one gloo group.
+    """The results of ``function(rank, size, *args)`` in ``size`` processes of one gloo group.
 
     On a busy machine gloo aborts now and then while its processes connect (a thread of its own is
     not joined, and there is no error to catch). As long as nothing has begun, they try again.
@@ -33,8 +33,7 @@ def spawn(size, folder, function, *args):
     before = set(folder.parent.iterdir())
 
     def start():
-        # Forks of a process that has imported, once for all tests, what takes seconds in trainings,
-        # and started no thread.
+        # Forks of one server process that has imported what trainings need and started no thread.
         packages = ["torch._dynamo", "divqat.train", "sklearn.datasets", "matplotlib.figure"]
         multiprocessing.set_forkserver_preload(packages)
         torch.multiprocessing.start_processes(
@@ -58,15 +57,15 @@ def _process(rank, size, folder, function, args):
     try:
         torch.save(function(rank, size, *args), folder / f"{rank}.pt")
     except BaseException:
-        # Threads of gloo abort a process that ends with them, and its error would not be seen.
+        # A process that exits with running gloo threads aborts, which would hide its error.
         traceback.print_exc()
         raise
     dist.destroy_process_group()
 
 
 def network():
-    """Without BatchNorm, in float64, where no value is so near the middle of two codes that the
-    order of a sum decides; grids of two kinds, observed after ReLU, too."""
+    """Without BatchNorm and in float64, where no value is so near to the middle of two codes that
+    the order of a sum matters. Two kinds of grids, with and without a ReLU before the observer."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Sigmoid(), nn.Flatten()]
     config = replace(preset("x86", activation_bits=6), mode="delayed", first_last_bits=8)
@@ -82,11 +81,11 @@ def batch(n):
     return randn(n, 1, 8, 8, dtype=torch.float64, seed=n), torch.arange(n) % 10
 
 
-SIZES = (13, 13, 16, 3, 1)  # images per step: fewer than processes, too
+SIZES = (13, 13, 16, 3, 1)  # images per step, also fewer than processes
 
 
 class Collectives(TorchDispatchMode):
-    """Everything that is sent, DistributedDataParallel's own included: name and bytes."""
+    """Name and bytes of every collective, including those of DistributedDataParallel."""
 
     def __init__(self):
         super().__init__()
@@ -100,14 +99,14 @@ class Collectives(TorchDispatchMode):
 
 
 def in_parts(rank, size, count):
-    """Gradients, ranges and collectives of each step, its batch spread over processes and parts."""
-    team, model, steps = Team(rank, size), network(), []
-    net = team.wrap(model)
+    """Gradients, ranges and collectives of each step, over processes and micro-batches."""
+    world, model, steps = World(rank, size), network(), []
+    net = world.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def parts(n):
         rows = shard_rows(n, (rank, size))
-        return team.parts(net, *(whole[rows] for whole in batch(n)), n, count)
+        return world.micro_batches(net, *(whole[rows] for whole in batch(n)), n, count)
 
     observe_first(model, (part.images for part in parts(SIZES[0])))
     for n in SIZES:
@@ -121,7 +120,7 @@ def in_parts(rank, size, count):
 
 
 def by_hand(rank, size, count):
-    """Those of :func:`in_parts`, and the ranges of each step of a loop that is not ours."""
+    """The result of :func:`in_parts`, and the ranges of each step of a custom loop."""
     steps, model, ranges = in_parts(rank, size, count), network(), []
     net = nn.parallel.DistributedDataParallel(model)
     net.broadcast_buffers = False
@@ -140,7 +139,7 @@ def by_hand(rank, size, count):
 
 
 def at_once(sizes=SIZES):
-    """What :func:`in_parts` has to give: an ordinary loop over whole batches."""
+    """The expected result of :func:`in_parts`, from an ordinary loop over whole batches."""
     model, steps = network(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     observe_first(model, [batch(sizes[0])[0]])
@@ -183,6 +182,6 @@ def test_processes_do_the_steps_of_one_with_two_collectives(tmp_path, size, coun
         assert_steps(steps, wanted)
         for got, (_, wanted_ranges) in zip(by_hands, wanted_by_hand, strict=True):
             assert all(map(torch.equal, got, wanted_ranges))
-        for _, _, sent in steps[2:]:  # in the first two, DDP settles its buckets as well
+        for _, _, sent in steps[2:]:  # in the first two, DDP also builds its buckets
             # one bucket of gradients, and all ranges
             assert sent == [("c10d::allreduce_", 8 * weights), ("c10d::allreduce_", 8 * ranges)]

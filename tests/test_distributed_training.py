@@ -1,4 +1,4 @@
-"""Several processes train what one does, over gloo on the CPU, and with torchrun."""
+"""Several processes train the same model as one; over gloo on the CPU, and with torchrun."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(teacher, tmp_path_factory):
-    """The training that several processes have to repeat."""
+    """The training that several processes have to reproduce."""
     folder = tmp_path_factory.mktemp("one") / "one"
     with float64():
         train(TrainConfig(**QAT, teacher=str(teacher)), folder, **QUIET)
@@ -46,7 +46,7 @@ def one(teacher, tmp_path_factory):
 
 @contextmanager
 def float64():
-    """Trainings compute in float64.
+    """Within this block trainings compute in float64.
 
     In float32 no bound holds: another order of sums, another instruction set, rounds one activation
     to the next code, which is 10 % of a gradient within an epoch. In float64 two orders of a sum of
@@ -54,7 +54,7 @@ def float64():
     codes.
     """
 
-    def register(module, name, value):  # what is observed is float32 in every network
+    def register(module, name, value):  # ranges are float32 in every network
         own = value.to(torch.float32) if value.is_floating_point() else value
         nn.Module.register_buffer(module, name, own)
 
@@ -69,14 +69,14 @@ def float64():
             torch.set_default_dtype(before)
 
 
-# Of n ε Σ|x|: each of 24 steps adds gradients of 117 images at 64 places. Ten times that, for what
-# the next layer and the next step make of it.
+# n ε Σ|x| for 24 steps that each add gradients of 117 images at 64 positions, times ten, as errors
+# grow in the following layers and steps.
 REORDERED = 10 * 24 * 117 * 64 * torch.finfo(torch.float64).eps
 
 
 def assert_close(folder, one, start):
-    """The same training but for the order of its sums: what differs is nothing of what was learned;
-    what is float32 may round to its neighbor."""
+    """Assert that two trainings differ only by the order of their sums: by a small fraction of what
+    was learned, and for float32 values by one rounding."""
     folders = (folder, one, start)
     got, wanted, first = (load_checkpoint(f / "checkpoint.pt")["model"] for f in folders)
     for name, value in wanted.items():
@@ -91,8 +91,8 @@ def assert_close(folder, one, start):
 
 
 def interrupted(config, folder, at):
-    """Train, and be interrupted in the loss of step ``at``."""
-    steps, loss = [], objective.Objective.of_images
+    """Train, interrupted in the loss of step ``at``."""
+    steps, loss = [], objective.Objective.loss_on_images
 
     def failing(self, *args):
         steps.append(1)
@@ -101,13 +101,13 @@ def interrupted(config, folder, at):
         return loss(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(objective.Objective, "of_images", failing)
+        patch.setattr(objective.Objective, "loss_on_images", failing)
         train(config, folder, **QUIET)
 
 
 @float64()
 def trainings(rank, size, folder, teacher):
-    """Everything that is trained by two processes; returns what a NaN in one of them raises."""
+    """The trainings of two processes. Returns the error after a NaN in one of them."""
     config = TrainConfig(**QAT, teacher=teacher)
     train(config, folder / "two", **QUIET)
     interrupted(config, folder / "begun-by-two", 18)  # of 12 per epoch
@@ -141,8 +141,8 @@ def test_two_processes_train_what_one_does(teacher, one, tmp_path):
     for name in ("two", "begun-by-one", "begun-by-two"):
         assert_close(tmp_path / name, one, teacher)
     assert_same(tmp_path / "norm", tmp_path / "norm-again")
-    # A NaN in one process ends both with the one error.
-    assert errors == ["epoch 2, step 3: the input images hold NaN or Inf"] * 2
+    # A NaN in one process ends both with the same error.
+    assert errors == ["epoch 2, step 3: the input images contain NaN or Inf"] * 2
     assert load_checkpoint(tmp_path / "nan" / "checkpoint.pt")["epoch"] == 1
     assert not (tmp_path / "nan" / "summary.json").exists()
 
@@ -205,14 +205,14 @@ def test_a_process_that_fails_ends_the_job(teacher, tmp_path):
         "import os, sys\n"
         "from divqat.cli import main\n"
         "from divqat.train import objective\n"
-        "loss = objective.Objective.of_images\n"
+        "loss = objective.Objective.loss_on_images\n"
         "calls = []\n"
         "def failing(self, *args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 13 and os.environ['RANK'] == '1':\n"  # of 12 per epoch
         "        raise RuntimeError('out of order')\n"
         "    return loss(self, *args)\n"
-        "objective.Objective.of_images = failing\n"
+        "objective.Objective.loss_on_images = failing\n"
         "sys.exit(main())\n"
     )
     done, seconds = torchrun(script, "train", "--out", out, *flags(teacher))

@@ -174,7 +174,7 @@ def test_the_report_says_how_many_labeled_images_there_were(model, tmp_path):
 
 
 def test_names_must_differ(model, tmp_path):
-    with pytest.raises(ValueError, match="subjects: wanted victims of different names"):
+    with pytest.raises(ValueError, match="subjects: wanted victims with different names"):
         evaluate([Subject("a", model)] * 2, toy_splits(), GRID, tmp_path)
     with pytest.raises(ValueError, match="subjects: wanted"):
         evaluate([], toy_splits(), GRID, tmp_path)

@@ -19,15 +19,15 @@ from divqat.experiments.deploy import export_run, verify_run
 from divqat.nn.ini import InI, without_conflicts
 from divqat.nn.proxies import ProxySource
 from divqat.train import TrainConfig, load_run, step, train
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.network import build_model
-from divqat.train.objective import Objective, ini_terms
+from divqat.train.objective import Objective, build_ini
 from divqat.train.proxies import Proxies
 from divqat.train.step import Step
 
 SETTINGS = dict(dataset="digits", model="lenet", batch_size=128, epochs=2, threads=1)
 WEIGHTS = [(0.3, 0, 0), (0, 1.5, 0), (0, 0, 20.0), (0.3, 1.5, 20.0)]
-WEAK = dict(ini_delta=0.1, ini_epsilon=30.0)  # a few hundred steps learn the task with these
+WEAK = dict(ini_delta=0.1, ini_epsilon=30.0)  # weak enough to learn the task in a few hundred steps
 CLASSES = 5
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,7 +104,7 @@ def test_the_terms_of_a_linear_student_by_hand(weights):
 
 
 def everything_in_one_graph(student, images, labels, logits, gamma, delta, epsilon):
-    """The terms for any student, whose parameters are one vector."""
+    """The terms for any student, with its parameters as one vector."""
     names, shapes = zip(*((n, v.shape) for n, v in student.named_parameters()), strict=True)
     flat = torch.cat([value.detach().flatten() for value in student.parameters()])
 
@@ -148,7 +148,7 @@ def test_the_terms_are_the_formula(name, weights):
     assert not grads[0][6:].any() or weights[0] or weights[2]
 
 
-def test_the_students_own_answers_teach_nothing_and_labels_what_labels_do():
+def test_the_terms_for_the_students_own_answers_and_for_labels():
     student = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))).double()
     images, labels, _ = batch()
     own = student(images).detach()
@@ -163,7 +163,7 @@ def test_the_students_own_answers_teach_nothing_and_labels_what_labels_do():
 
 
 def projected(gradients, orders):
-    """PCGrad's gradient, by its algorithm but for the mean."""
+    """PCGrad's gradient by its published algorithm, but with the mean instead of the sum."""
     found = []
     for own, order in enumerate(orders):
         g = gradients[own].clone()
@@ -206,9 +206,9 @@ def test_a_step_adds_the_terms():
     student = seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, CLASSES)))
     twin = copy.deepcopy(model).double()
     images, labels, _ = batch()
-    ini, team = InI(student, 0.3, 1.0, 5.0), Team()
-    objective = Objective(config(), config(), team, list(model.parameters()), 0, ini=ini)
-    do = Step(model, None, labels, team, objective, config(), config())
+    ini, world = InI(student, 0.3, 1.0, 5.0), World()
+    objective = Objective(config(), config(), world, list(model.parameters()), 0, ini=ini)
+    do = Step(model, None, labels, world, objective, config(), config())
     torch.manual_seed(3)
     result = do(images[:6].float(), torch.arange(6), images[6:].float(), total=6)
 
@@ -232,7 +232,7 @@ def test_a_step_adds_the_terms():
 
 
 @pytest.mark.slow
-def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
+def test_with_zero_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
     none = dict(ini_gamma=0.0, ini_delta=0.0, ini_epsilon=0.0)
     train(config(**none, proxy_share=2.0), tmp_path / "none", **QUIET)
     train(config(method="fp"), tmp_path / "fp", **QUIET)
@@ -243,17 +243,17 @@ def test_without_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
     assert_equal(*starts)
 
 
-def test_the_thief_of_its_own_seed_is_not_the_victim():
+def test_the_simulated_thief_does_not_start_from_the_victims_weights():
     shape = dict(in_channels=1, num_classes=10, image_size=[8, 8])
     one, same, other = (
-        ini_terms(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
+        build_ini(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
     )
     assert_equal(one.state_dict(), same.state_dict())
     assert not torch.equal(one.features[0][0].weight, other.features[0][0].weight)
     assert not torch.equal(
         one.features[0][0].weight, build_model(config(), shape).features[0][0].weight
     )
-    assert ini_terms(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
+    assert build_ini(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
 
 
 @pytest.mark.slow
@@ -263,9 +263,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(ini, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
+def test_a_replayed_step_gives_the_same_bits(ini, tmp_path, monkeypatch):
     def taped(function):
-        state = torch.get_rng_state()  # a capture draws nothing, but the tape does
+        state = torch.get_rng_state()  # a capture draws no random numbers, but the tape does
         captured = tape(function)
         torch.set_rng_state(state)
         return captured
@@ -277,7 +277,7 @@ def test_a_replayed_step_is_the_step_bit_for_bit(ini, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_nothing_is_read_on_the_host(tmp_path, monkeypatch, precision):
+def test_a_step_has_no_host_sync(tmp_path, monkeypatch, precision):
     seen = host_reads(monkeypatch, step.Step, Proxies)
     train(config(epochs=1, precision=precision), tmp_path, **QUIET)
     assert len(seen) == 2 * 11 and not any(seen)
@@ -293,11 +293,11 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
         splits = run.splits()
         assert read_json(folder / "summary.json")["test_accuracy"] > 0.6
         source = ProxySource(config().proxies, splits.train.image_shape, seed=0)
-        foreign = next(Proxies(source, 0, Team()).sample(splits.train))[:256]
+        foreign = next(Proxies(source, 0, World()).sample(splits.train))[:256]
         images, labels = splits.test.images[:256], splits.test.labels[:256]
         images = torch.cat([to_float(images), foreign])
         logits = run.model(images).detach()
-        student = ini_terms(config(), "lenet", 0, run.shape, torch.device("cpu")).student
+        student = build_ini(config(), "lenet", 0, run.shape, torch.device("cpu")).student
         found[method] = [
             sum(InI(student, *weights)(logits, labels, images)).item() for weights in torch.eye(3)
         ]
@@ -307,7 +307,7 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_int8_model_is_made_from_it(ini, tmp_path):
+def test_ptq_from_an_ini_teacher(ini, tmp_path):
     train(config(method="ptq", teacher=str(ini), epochs=1), tmp_path, **QUIET)
     run = load_run(tmp_path)
     export_run(run, run.splits())
@@ -326,7 +326,7 @@ def test_an_int8_model_is_made_from_it(ini, tmp_path):
         (dict(compile=True), "wanted compile = false and .* with ini, .* got compile = true"),
         (dict(precision="float16"), "wanted .* float32 or bfloat16 with ini, .* precision float16"),
         (dict(misdirect=0.1), "misdirect: wanted 0 with a method other than divqat"),
-        (dict(proxies=("folder",)), "proxy_root: wanted a folder for the proxies 'folder'"),
+        (dict(proxies=("folder",)), "proxy_root: wanted a folder if proxies include 'folder'"),
         (dict(save_as_codes=True), "save_as_codes: wanted quantization-aware training"),
     ],
 )
@@ -335,11 +335,11 @@ def test_bad_settings_are_refused(settings, message):
         config(**settings)
 
 
-def test_defaults_are_those_of_the_literature_and_several_processes_are_refused():
+def test_defaults_are_from_the_paper_and_several_processes_are_refused():
     found = config()
     assert (found.ini_gamma, found.ini_delta, found.ini_epsilon) == (0.3, 1.0, 1000.0)
     assert TrainConfig.from_dict(found.to_dict()) == found
     with pytest.raises(ConfigError, match=r"one process and accumulate = 1 with ini, .* got 2 and"):
-        found.check_team(2)
+        found.check_world_size(2)
     assert found.proxy_count(128) == 64
-    assert found.shows_proxies and not config(ini_gamma=0, ini_epsilon=0).shows_proxies
+    assert found.uses_proxies and not config(ini_gamma=0, ini_epsilon=0).uses_proxies

@@ -1,4 +1,4 @@
-"""Misdirection: on proxies of a thief's images the model learns to answer unlike the teacher."""
+"""Misdirection: the model learns misleading answers to proxies of a thief's images."""
 
 import csv
 import math
@@ -16,12 +16,12 @@ from divqat._util.settings import ConfigError
 from divqat.data.batches import to_float
 from divqat.data.proxies import NAMES, PROXIES
 from divqat.nn import MisdirectionLoss
-from divqat.nn.decoy import coarse
+from divqat.nn.decoy import coarse_picture
 from divqat.nn.misdirection_targets import TARGETS, MisdirectionTargets, jensen_shannon
 from divqat.train import TrainConfig, load_run, step, train
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.objective import Objective
-from divqat.train.proxies import Proxies, fitted_misdirection
+from divqat.train.proxies import Proxies, fit_misdirection
 from divqat.train.step import Step
 
 FEW = ("glyphs", "noise", "rotated")
@@ -70,14 +70,14 @@ def test_targets_by_hand():
 
 
 @pytest.mark.parametrize(("bytes_at_once", "parts"), [(2**26, 1), (4 * 64 * 700, 2)])
-def test_a_decoy_sees_proxies_of_all_kinds_alike_on_every_machine(
+def test_a_decoy_is_fitted_to_the_same_proxies_in_every_process(
     teacher, monkeypatch, bytes_at_once, parts
 ):
     monkeypatch.setattr("divqat.nn.misdirection.SAMPLE_BYTES", bytes_at_once)
     train_set, config = load_run(teacher).splits().train, digits(teacher)
     samples, decoys = [], []
     for rank in range(2):
-        misdirection = fitted_misdirection(config, 0, 10, train_set)
+        misdirection = fit_misdirection(config, 0, 10, train_set)
         decoys.append(misdirection.decoy)
         proxies = Proxies(misdirection.source, 0, Alone(rank, 2))
         samples.append(list(proxies.sample(train_set)))
@@ -87,10 +87,11 @@ def test_a_decoy_sees_proxies_of_all_kinds_alike_on_every_machine(
     mine, theirs = decoys
     assert torch.equal(mine.directions, theirs.directions) and mine.directions.any()
     # fitted to the same proxies
-    torch.testing.assert_close(mine.mean, coarse(torch.cat(samples[0])).double().mean(0).float())
+    wanted = coarse_picture(torch.cat(samples[0])).double().mean(0).float()
+    torch.testing.assert_close(mine.mean, wanted)
 
 
-def test_the_class_of_an_image_is_its_own_and_never_the_teachers():
+def test_per_image_targets_depend_on_the_image_and_are_never_the_teachers_class():
     pixels = torch.randint(256, (3000, 1, 2, 2), generator=torch.Generator().manual_seed(0))
     images, answers = to_float(pixels.to(torch.uint8)), torch.randn(3000, 4)
     targets = targets_of("per_image")
@@ -118,7 +119,7 @@ def test_the_divergence_is_bounded():
     assert misled == 2
 
 
-def test_what_the_teacher_is_sure_of_weighs_less():
+def test_proxies_with_confident_teacher_answers_weigh_less():
     logits = torch.zeros(2, 4)
     top = TEACHER.softmax(1).amax(1)  # 0.70 and 0.95
     for confidence, weights in [(None, [1, 1]), (0.8, [1, 1 - top[1]]), (0.5, 1 - top)]:
@@ -140,27 +141,27 @@ def batch():
     return images[:14], torch.randint(5, (14,), generator=generator), images[14:]
 
 
-class Alone(Team):
-    """One process of several; the others are run one after another."""
+class Alone(World):
+    """One of several processes, which run one after another instead of in parallel."""
 
     def wrap(self, model):
         return model
 
 
 def permuted(images, labels, confidence=None):
-    """A misdirection to be asked about such images."""
+    """A misdirection for images like these."""
     return MisdirectionLoss(
         [(images, labels)], 5, seed=0, kinds=("noise",), target="permuted", confidence=confidence
     )
 
 
-def stepping(config, model, asked, labels, team, misdirection):
-    objective = Objective(config, config, team, list(model.parameters()), 0, misdirection)
-    return Step(model, asked, labels, team, objective, config, config)
+def make_step(config, model, asked, labels, world, misdirection):
+    objective = Objective(config, config, world, list(model.parameters()), 0, misdirection)
+    return Step(model, asked, labels, world, objective, config, config)
 
 
 def gradients(rank, size, accumulate=1):
-    """Of the weights, and what one step returns."""
+    """The gradient of the weights, and the result of one step."""
     model, asked = networks()
     images, labels, proxies = batch()
     config = TrainConfig(method="divqat", teacher="a", weight=0.3, misdirect=0.7, temperature=2.0,
@@ -168,7 +169,7 @@ def gradients(rank, size, accumulate=1):
                          misdirect_target="permuted")  # fmt: skip
     own = slice(rank, None, size)
     misdirection = permuted(images, labels, confidence=0.3)
-    do = stepping(config, model, asked, labels, Alone(rank, size), misdirection)
+    do = make_step(config, model, asked, labels, Alone(rank, size), misdirection)
     result = do(images[own], torch.arange(14)[own], proxies[own], total=14)
     return model[1].weight.grad, result
 
@@ -193,7 +194,7 @@ def wanted_gradients():
     return model[1].weight.grad, torch.stack([value.detach().double() for value in sums])
 
 
-@pytest.mark.parametrize("parts", [1, 3, 9])  # of nine, some hold no proxy
+@pytest.mark.parametrize("parts", [1, 3, 9])  # some of nine hold no proxy
 def test_the_loss_is_the_formula(parts):
     (grad, result), (wanted, sums) = gradients(0, 1, parts), wanted_gradients()
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=1e-6)
@@ -201,7 +202,7 @@ def test_the_loss_is_the_formula(parts):
     assert result[5:].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("size", [2, 3, 9])  # of nine, some have no proxy
+@pytest.mark.parametrize("size", [2, 3, 9])  # some of nine hold no proxy
 def test_the_mean_gradient_of_processes_is_that_of_one(size):
     wanted, sums = wanted_gradients()
     found = [gradients(rank, size) for rank in range(size)]
@@ -211,7 +212,7 @@ def test_the_mean_gradient_of_processes_is_that_of_one(size):
     torch.testing.assert_close(result[:5], sums, rtol=1e-5, atol=1e-5)
 
 
-def test_foreign_answers_move_and_the_others_stay(teacher, tmp_path):
+def test_answers_to_proxies_change_and_accuracy_stays(teacher, tmp_path):
     misled, learning = tmp_path, dict(batch_size=64, lr=0.05, epochs=4, proxies=PROXIES)
     train(digits(teacher, misdirect=0.3, **learning), misled, **QUIET)
     rows = load_checkpoint(misled / "checkpoint.pt")["rows"]
@@ -223,7 +224,7 @@ def test_foreign_answers_move_and_the_others_stay(teacher, tmp_path):
         assert float(list(csv.DictReader(file))[-1]["misled"]) == rows[-1]["misled"]
 
 
-def test_without_weight_all_is_as_ever_bit_for_bit(teacher, tmp_path):
+def test_without_weight_settings_of_proxies_change_no_bit(teacher, tmp_path):
     plain = dict(weight=0.1, misdirect=0.0)
     train(digits(teacher, **plain), tmp_path / "a", **QUIET)
     others = dict(proxies=("noise",), proxy_share=2.0, misdirect_target="second")
@@ -238,7 +239,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, misled, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_trains_with_all_that_makes_it_fast(teacher, tmp_path, target):
+def test_every_target_trains_with_all_speed_options(teacher, tmp_path, target):
     changes = dict(cache_teacher=True, accumulate=2, precision="bfloat16", save_as_codes=True)
     every = tuple(name for name in NAMES if name != "folder")
     train(
@@ -251,7 +252,7 @@ def test_every_target_trains_with_all_that_makes_it_fast(teacher, tmp_path, targ
     assert (tmp_path / "teacher_logits.pt").is_file()
 
 
-def test_the_teacher_is_asked_about_proxies_only(teacher, tmp_path):
+def test_without_divergence_the_teacher_sees_only_proxies(teacher, tmp_path):
     alone = dict(weight=0.0, cache_teacher=True, epochs=1, misdirect_target="permuted")
     train(digits(teacher, **alone), tmp_path, **QUIET)
     row = load_checkpoint(tmp_path / "checkpoint.pt")["rows"][0]
@@ -260,7 +261,7 @@ def test_the_teacher_is_asked_about_proxies_only(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(("target", "weight"), [("decoy", 0.0), ("decoy", 0.1), ("second", 0.0)])
-def test_a_teacher_is_at_hand_where_it_is_asked(teacher, tmp_path, monkeypatch, target, weight):
+def test_a_step_has_a_teacher_only_if_it_needs_one(teacher, tmp_path, monkeypatch, target, weight):
     seen = teachers(monkeypatch)
     config = digits(teacher, misdirect_target=target, weight=weight, epochs=1)
     train(config, tmp_path, **QUIET)
@@ -268,13 +269,13 @@ def test_a_teacher_is_at_hand_where_it_is_asked(teacher, tmp_path, monkeypatch, 
     assert seen and all((found is not None) == asked for found in seen)
 
 
-def test_a_replayed_step_is_the_step_bit_for_bit(teacher, misled, tmp_path, monkeypatch):
+def test_a_replayed_step_gives_the_same_bits(teacher, misled, tmp_path, monkeypatch):
     replay_steps(monkeypatch)
     train(digits(teacher), tmp_path, **QUIET)
     assert_same(tmp_path, misled)
 
 
-def test_nothing_is_read_on_the_host(teacher, tmp_path, monkeypatch):
+def test_a_step_has_no_host_sync(teacher, tmp_path, monkeypatch):
     seen = host_reads(monkeypatch, step.Step, Proxies)
     every = tuple(name for name in NAMES if name != "folder")
     train(digits(teacher, proxies=every, epochs=1), tmp_path, **QUIET)
@@ -288,8 +289,8 @@ def test_refusals():
 
     check("misdirect: wanted 0 with a method other than divqat, got 1 with method qat",
           method="qat")  # fmt: skip
-    check("proxy_root: wanted a folder for the proxies 'folder'", proxies=("folder",))
-    check("proxy_root: wanted .* for no others, got 'b' with proxies glyphs", proxy_root="b")
+    check("proxy_root: wanted a folder if proxies include 'folder'", proxies=("folder",))
+    check("proxy_root: wanted .* else none, got 'b' with proxies glyphs", proxy_root="b")
     check("proxies: wanted one of glyphs, .*, got 'openclipart'", proxies=("openclipart",))
     check("misdirect_target: wanted one of decoy", misdirect_target="none")
     check("proxy_share: wanted a number above 0", proxy_share=0)

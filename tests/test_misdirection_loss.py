@@ -1,4 +1,4 @@
-"""Misdirection in a training loop of one's own."""
+"""MisdirectionLoss in a custom training loop."""
 
 import warnings
 
@@ -19,18 +19,18 @@ FEW = ("inverted", "shuffled", "noise")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
-def some(count=300, channels=1, classes=5):
+def random_images(count=300, channels=1, classes=5):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, channels, 9, 12), generator=generator).to(torch.uint8)
     return to_float(images), torch.arange(count) % classes
 
 
-def made(batches=None, **changes):
-    return MisdirectionLoss(batches or [some()], 5, **{"kinds": FEW, "seed": 0, **changes})
+def make_loss(batches=None, **changes):
+    return MisdirectionLoss(batches or [random_images()], 5, **{"kinds": FEW, "seed": 0, **changes})
 
 
 def test_the_loss_is_the_cross_entropy_to_the_decoy():
-    misdirection, images = made(), some(40)[0]
+    misdirection, images = make_loss(), random_images(40)[0]
     logits = randn(40, 5).requires_grad_()
     misdirection(logits, images).backward()
     probs = misdirection.decoy(images).double()
@@ -43,18 +43,18 @@ def test_the_loss_is_the_cross_entropy_to_the_decoy():
     assert misdirection(50 * probs.float(), images) < misdirection(-50 * probs.float(), images)
 
 
-def test_a_decoy_gives_each_class_to_a_share_of_the_proxies():
-    misdirection = made()
+def test_a_decoy_uses_every_class():
+    misdirection = make_loss()
     torch.manual_seed(0)
-    proxies = misdirection.draw(some(2000)[0], share=1)
+    proxies = misdirection.draw(random_images(2000)[0], share=1)
     assert misdirection.decoy(proxies).argmax(1).bincount(minlength=5).min() > 100
-    other = made(seed=1)
+    other = make_loss(seed=1)
     same = misdirection.decoy(proxies).argmax(1) == other.decoy(proxies).argmax(1)
     assert same.double().mean() < 0.6
 
 
-def test_proxies_follow_from_the_global_seed_and_are_half_as_many():
-    misdirection, images = made(), some(31)[0]
+def test_proxies_depend_on_the_global_seed_and_are_half_as_many():
+    misdirection, images = make_loss(), random_images(31)[0]
     seen = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -62,22 +62,22 @@ def test_proxies_follow_from_the_global_seed_and_are_half_as_many():
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
     assert seen[0].shape == (16, 1, 9, 12) and seen[0].dtype == torch.float32
     assert misdirection.draw(images, share=0.001).shape == (1, 1, 9, 12)
-    assert made(kinds=("inverted",)).draw(images.bfloat16()).dtype == torch.bfloat16
-    (dark,) = made(kinds=("inverted",)).draw(-torch.ones(1, 1, 9, 12))
+    assert make_loss(kinds=("inverted",)).draw(images.bfloat16()).dtype == torch.bfloat16
+    (dark,) = make_loss(kinds=("inverted",)).draw(-torch.ones(1, 1, 9, 12))
     assert torch.equal(dark, torch.ones(1, 9, 12))
 
 
-# one number for all channels, or one each
+# one number for all channels, or one per channel
 @pytest.mark.parametrize(("mean", "std"), [(0.4, 0.2), ([0.48, 0.45, 0.4], [0.23, 0.22, 0.225])])
-def test_images_of_another_scale_are_the_same_images(mean, std):
-    images, labels = some(channels=3)
-    plain = made([(images, labels)])
+def test_normalization_of_the_images_does_not_matter(mean, std):
+    images, labels = random_images(channels=3)
+    plain = make_loss([(images, labels)])
     column = [torch.tensor(value).view(-1, 1, 1) for value in (mean, std)]
 
     def scaled(images):
         return ((images + 1) / 2 - column[0]) / column[1]
 
-    other = made([(scaled(images), labels)], mean=mean, std=std)
+    other = make_loss([(scaled(images), labels)], mean=mean, std=std)
     torch.testing.assert_close(other.decoy.directions, plain.decoy.directions)
     torch.manual_seed(0)
     proxies = plain.draw(images)
@@ -95,29 +95,29 @@ SCALES = {
 }
 
 
-# Those that lie within what was said, given first, and use no more than half of it; or more.
+# (given, declared): the values use at most half of the declared range, or more of it.
 HALF = [("0 to 1", "-1 to 1"), ("0 to 1", "0 to 255"), ("-1 to 1", "0 to 255")]
 HALF += [("ImageNet's", "0 to 255")]
-UNTOLD = [("0 to 1", "ImageNet's"), ("-1 to 1", "ImageNet's")]
+UNDETECTED = [("0 to 1", "ImageNet's"), ("-1 to 1", "ImageNet's")]
 
 
-@pytest.mark.parametrize("said", SCALES)
+@pytest.mark.parametrize("declared", SCALES)
 @pytest.mark.parametrize("given", SCALES)
-def test_images_outside_of_the_range_that_was_said_are_refused(given, said):
-    (own, labels), (scale, arguments) = some(), SCALES[said]
+def test_images_outside_the_declared_range_are_refused(given, declared):
+    (own, labels), (scale, arguments) = random_images(), SCALES[declared]
     images, own = SCALES[given][0](own), scale(own)
-    images = images.clamp(min=0) if (given, said) == ("ImageNet's", "0 to 255") else images
-    if given == said:
-        misdirection = made([(images, labels)], **arguments)
+    images = images.clamp(min=0) if (given, declared) == ("ImageNet's", "0 to 255") else images
+    if given == declared:
+        misdirection = make_loss([(images, labels)], **arguments)
         misdirection(randn(150, 5), misdirection.draw(images))
-    elif (given, said) in HALF:
+    elif (given, declared) in HALF:
         with pytest.warns(UserWarning, match="batches: with this mean and std x is only from"):
-            made([(images, labels)], **arguments)
-    elif (given, said) not in UNTOLD:
+            make_loss([(images, labels)], **arguments)
+    elif (given, declared) not in UNDETECTED:
         uses = {
-            "batches": lambda: made([(images, labels)], **arguments),
-            "images": lambda: made([(own, labels)], **arguments).draw(images),
-            "proxies": lambda: made([(own, labels)], **arguments)(randn(300, 5), images),
+            "batches": lambda: make_loss([(images, labels)], **arguments),
+            "images": lambda: make_loss([(own, labels)], **arguments).draw(images),
+            "proxies": lambda: make_loss([(own, labels)], **arguments)(randn(300, 5), images),
         }
         for name, use in uses.items():
             with pytest.raises(ValueError, match=rf"{name}: wanted \(x - mean\) / std with x from"):
@@ -126,10 +126,10 @@ def test_images_outside_of_the_range_that_was_said_are_refused(given, said):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_images_that_are_not_finite_are_refused(value):
-    images, labels = some()
+    images, labels = random_images()
     images[7, 0, 2, 3] = value
     with pytest.raises(ValueError, match="batches: wanted"):
-        made([(images, labels)])
+        make_loss([(images, labels)])
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ def test_images_that_are_not_finite_are_refused(value):
         (3, 1, 0.3, (*PROXIES, "mixed", "thresholded")),
     ],
 )
-def test_one_image_alone_and_one_color_only(channels, count, color, kinds):
-    images, labels = some(count, channels)
+def test_single_images_and_constant_images(channels, count, color, kinds):
+    images, labels = random_images(count, channels)
     images = images if color is None else torch.full_like(images, color)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "batches: with this mean and std")
-        misdirection = made([(images, labels)], kinds=kinds)
+        misdirection = make_loss([(images, labels)], kinds=kinds)
         for part in (images, images[:1]):
             proxies = misdirection.draw(part, labels[: len(part)], share=1)
             logits = randn(len(proxies), 5).requires_grad_()
@@ -157,43 +157,49 @@ def test_one_image_alone_and_one_color_only(channels, count, color, kinds):
     torch.testing.assert_close(answers.sum(1), torch.ones(count))
 
 
-def test_a_loader_is_read_until_there_is_enough():
-    images, labels = some(5000)
+def test_a_loader_is_read_only_until_the_sample_is_full():
+    images, labels = random_images(5000)
     read = []
 
     def loader():
         for part in zip(images.split(100), labels.split(100), strict=True):
             read.append(len(part[0]))
-            yield (*part, "what else a loader gives")
+            yield (*part, "an extra value of the loader")
 
-    misdirection = made(loader())
+    misdirection = make_loss(loader())
     assert sum(read) == 2100
-    at_once = made([(images[:2048], labels[:2048])])
+    at_once = make_loss([(images[:2048], labels[:2048])])
     assert torch.equal(misdirection.decoy.directions, at_once.decoy.directions)
 
 
 def test_the_state_is_the_decoy():
-    images, labels = some(600)
-    misdirection, other = made([(images[:300], labels[:300])]), made([(images[300:], labels[300:])])
+    images, labels = random_images(600)
+    misdirection, other = (
+        make_loss([(images[:300], labels[:300])]),
+        make_loss([(images[300:], labels[300:])]),
+    )
     state = misdirection.state_dict()
     assert list(state) == ["targets.decoy.mean", "targets.decoy.directions"]
     older = {name.removeprefix("targets."): value for name, value in state.items()}
-    assert made([(images[300:], labels[300:])]).load_state_dict(older)
+    assert make_loss([(images[300:], labels[300:])]).load_state_dict(older)
     assert not torch.equal(misdirection.decoy(images), other.decoy(images))
     other.load_state_dict(misdirection.state_dict())
     assert torch.equal(misdirection.decoy(images), other.decoy(images))
 
 
-def test_no_device_is_waited_for():
-    misdirection, (images, labels) = made(kinds=(*PROXIES, "mixed", "thresholded")), some(32)
-    misdirection(randn(16, 5), misdirection.draw(images, labels))  # the first batch is looked at
+def test_there_is_no_host_sync():
+    misdirection, (images, labels) = (
+        make_loss(kinds=(*PROXIES, "mixed", "thresholded")),
+        random_images(32),
+    )
+    misdirection(randn(16, 5), misdirection.draw(images, labels))  # checks the first batch
     with HostReads() as reads:
         proxies = misdirection.draw(images, labels)
         misdirection(randn(16, 5), proxies)
-    assert reads.seen == ["aten::_local_scalar_dense"]  # the seed, which the CPU draws
+    assert reads.seen == ["aten::_local_scalar_dense"]  # the seed, drawn on the CPU
 
 
-def test_a_network_learns_it_beside_its_task():
+def test_a_network_learns_misdirection_and_its_task():
     splits = data.load("digits")
     torch.manual_seed(0)
     float_model = models.build("lenet", in_channels=1, num_classes=10, image_size=8)
@@ -233,11 +239,11 @@ def learn(model, splits, lr, epochs, misdirection=None):
 
 
 def test_refusals():
-    images, labels = some(10)
+    images, labels = random_images(10)
 
     def check(message, *args, error=ValueError, **changes):
         with pytest.raises(error, match=message):
-            made(*args, **changes)
+            make_loss(*args, **changes)
 
     with pytest.raises(ValueError, match=r"num_classes: wanted at least 2, got 1"):
         MisdirectionLoss([(images, labels * 0)], 1, seed=0)
@@ -253,7 +259,7 @@ def test_refusals():
     check(r"mean, std: wanted 1 or 1 numbers, got 3 and 1", mean=[0.1, 0.2, 0.3])
     check(r"std: wanted above 0, got 0", std=0.0)
     check(r"unknown proxy 'clipart'", kinds=("clipart",))
-    misdirection = made()
+    misdirection = make_loss()
     with pytest.raises(ValueError, match=r"logits: wanted \[10, 5\], got \[9, 5\]"):
         misdirection(randn(9, 5), images)
     with pytest.raises(ValueError, match=r"share: wanted above 0, got 0"):

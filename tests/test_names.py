@@ -111,7 +111,7 @@ def test_victims_of_one_folder_are_refused(tmp_path):
     model, grid = toy_model().eval(), Grid(query_set="noise", query_limit=20)
     for pair in (("a b", "a!b"), ("QAT", "qat")):
         subjects = [Subject(name, model) for name in pair]
-        with pytest.raises(ValueError, match="victims of different names"):
+        with pytest.raises(ValueError, match="victims with different names"):
             evaluate(subjects, toy_splits(), grid, tmp_path)
 
 

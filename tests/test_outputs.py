@@ -260,6 +260,6 @@ def test_a_network_that_is_to_be_trained_answers_logits(end):
     check_logits(nn.Sequential(*layers), torch.zeros(2, 1, 3, 4))
     check_logits(nn.Sequential(*layers, nn.LogSoftmax(1)), torch.zeros(2, 1, 3, 4))
     model = nn.Sequential(*layers, end)
-    with pytest.raises(ValueError, match="model: wanted a network that answers logits, got"):
+    with pytest.raises(ValueError, match="model: wanted a network that returns logits, got"):
         check_logits(model, torch.zeros(2, 1, 3, 4))
     assert model.training and model[1].num_batches_tracked == 0

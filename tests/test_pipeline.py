@@ -1,4 +1,4 @@
-"""``divqat run``: a study by its short form, from the command line."""
+"""``divqat run``: a study in its short form, from the command line."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def divqat(*arguments):
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
-    """A whole job that was never interrupted."""
+    """A finished job that was never interrupted."""
     out = tmp_path_factory.mktemp("job")
     (out / "job.yaml").write_text(yaml.safe_dump(JOB, sort_keys=False))
     assert divqat("run", "--config", out / "job.yaml", "--out", out / "out") == 0
@@ -72,7 +72,7 @@ def test_run_does_everything(job, capsys):
     assert capsys.readouterr().out.strip() == str(out / "report.html")
 
 
-def test_finished_job_trains_and_asks_nothing(job, capsys, monkeypatch):
+def test_a_finished_job_neither_trains_nor_queries(job, capsys, monkeypatch):
     for name in ("export_onnx", "verify"):
         monkeypatch.setattr(deploy, name, None)
     monkeypatch.setattr(assessment, "run_attack", None)
@@ -83,14 +83,14 @@ def test_finished_job_trains_and_asks_nothing(job, capsys, monkeypatch):
 
 
 def measured(folder):
-    """Everything that an evaluation has found, but how long it took."""
+    """All results of an evaluation except times."""
     result = Evaluation.load(folder / "out" / "evaluation.json")
     cells = [replace(cell, seconds=0) for cell in result.cells]
     return cells, result.released, result.side_effects
 
 
-def test_killed_job_goes_on_to_the_same_result(job, tmp_path):
-    """Killed in an attack; what comes before it is taken from a job that was never interrupted."""
+def test_a_killed_job_resumes_to_the_same_result(job, tmp_path):
+    """Killed during an attack; the earlier parts are copied from an uninterrupted job."""
     shutil.copytree(job / "out", tmp_path / "out")
     for name in ("evaluation.json", "report.html"):
         (tmp_path / "out" / name).unlink()
@@ -109,7 +109,7 @@ def test_killed_job_goes_on_to_the_same_result(job, tmp_path):
     assert measured(tmp_path) == measured(job)
 
 
-def test_what_a_kill_left_behind_is_no_result(job, tmp_path, monkeypatch):
+def test_temporary_files_of_a_killed_job_are_ignored(job, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(job / "out", out)
     (out / "evaluation.json").unlink()
@@ -129,7 +129,7 @@ READ = {
 
 
 @pytest.mark.parametrize("command", READ)
-def test_a_changed_figure_is_noticed_before_it_is_used(job, tmp_path, capsys, command):
+def test_a_changed_number_is_detected_before_it_is_used(job, tmp_path, capsys, command):
     out = tmp_path / "out"
     shutil.copytree(job / "out", out)
     arguments = ["--config", job / "job.yaml", "--out", out] if command == "run" else [out]
@@ -155,21 +155,19 @@ def test_a_job_whose_folder_is_deleted_fails(job, tmp_path, capsys, monkeypatch)
     assert not out.exists()
 
 
-def test_job_of_other_settings_is_refused(job, tmp_path, capsys):
+def test_job_with_other_settings_is_refused(job, tmp_path, capsys):
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump({**JOB, "fp": {"epochs": 3}}))
     assert divqat("run", "--config", file, "--out", job / "out") == 1
     assert "(epochs: 2 -> 3)" in capsys.readouterr().err
 
 
-def test_a_job_of_an_older_divqat_is_not_gone_on_with(job, tmp_path, capsys):
+def test_a_job_of_an_older_divqat_is_not_resumed(job, tmp_path, capsys):
     shutil.copytree(job / "out", tmp_path / "out")
     (tmp_path / "out" / "evaluation.json").unlink()
     (tmp_path / "out" / "result.json").write_text("{}")
     assert divqat("run", "--config", job / "job.yaml", "--out", tmp_path / "out") == 1
-    assert "holds a job of an older divqat, whose results are in result.json" in (
-        capsys.readouterr().err
-    )
+    assert "holds results of an older divqat (result.json)" in capsys.readouterr().err
     assert divqat("report", tmp_path / "out") == 1
     assert "no evaluation at" in capsys.readouterr().err
 
@@ -184,7 +182,7 @@ def test_finished_job_may_be_moved(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["run", "study"])
-def test_the_device_flag_is_that_of_the_attacks_too(command, tmp_path, monkeypatch):
+def test_the_device_flag_also_sets_the_device_of_the_attacks(command, tmp_path, monkeypatch):
     made = []
 
     def stop(settings, *args, **kwargs):
@@ -210,7 +208,7 @@ def test_the_short_form_is_a_grid():
     )  # fmt: skip
     assert grid == own
     assert grid.attack(grid.attacks[0], 7, 0).momentum == 0.5
-    with pytest.raises(ConfigError, match="attack: wanted it or evaluate, whose short form"):
+    with pytest.raises(ConfigError, match="attack: wanted either it or evaluate, of which"):
         Study.from_dict({**JOB, "evaluate": {}})
 
 
@@ -220,7 +218,7 @@ def test_the_short_form_is_a_grid():
         ({"atack": {}}, r"unknown key 'atack' \(did you mean 'attack'"),
         ({"common": {"modle": "lenet"}}, r"unknown key in common 'modle' \(did you mean 'model'"),
         ({"fp": {"seed": 3}}, "fp: the study sets seed itself"),
-        ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights that are taken"),
+        ({"fp": {"epochs": 0}}, "fp: epochs: wanted at least 1, or weights to use"),
         ({"victims": {}}, "victims: wanted at least one"),
         ({"victims": {"fp": {"method": "qat"}}}, "victims: wanted names of folders"),
         ({"victims": {"a/b": {"method": "qat"}}}, "victims: wanted the name of a folder"),
@@ -248,7 +246,7 @@ def test_the_shipped_jobs_are_valid(name):
     assert {"knockoff", "knockoff:reading=label"} <= set(job.grid.attacks)
 
 
-def test_missing_queries_are_known_before_training(tmp_path, capsys):
+def test_a_missing_query_set_is_reported_before_training(tmp_path, capsys):
     file = tmp_path / "job.yaml"
     attack = {**JOB["attack"], "query_set": "folder", "query_root": str(tmp_path / "nothing")}
     file.write_text(yaml.safe_dump({**JOB, "attack": attack}))

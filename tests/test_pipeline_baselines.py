@@ -1,4 +1,4 @@
-"""A job with what the defense is compared with."""
+"""Studies with the baselines."""
 
 import pytest
 from test_pipeline import JOB
@@ -48,10 +48,13 @@ def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
 @pytest.mark.parametrize(
     ("victims", "message"),
     [
-        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp, or a nasty or ini"),
-        ({"a": {"method": "qat", "teacher": "b"}, "b": NASTY}, "further up, got 'b'"),
+        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp, or an earlier nasty"),
+        (
+            {"a": {"method": "qat", "teacher": "b"}, "b": NASTY},
+            "an earlier nasty or ini victim, got 'b'",
+        ),
         ({"b": {"method": "qat"}, "a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted"),
-        ({"b": NASTY}, "victims: wanted one that is quantized, to attack it"),
+        ({"b": NASTY}, "victims: wanted at least one that is quantized"),
         ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ini, ptq, qat, kd-"),
         ({"b": {**INI, "teacher": "fp"}, "a": {"method": "ptq", "teacher": "b"}}, "wanted none"),
         ({"a": {"method": "qat", "seed": 1}}, "a: the study sets seed itself"),
@@ -70,7 +73,7 @@ def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
         ),
         (
             {"b": NASTY, "a": {"method": "qat"}, "d": {**BUDGETED, "teacher": "b"}},
-            "d: reference: wanted a victim of the teacher b, got a, of the teacher fp",
+            "d: reference: wanted a victim with teacher b, got a with teacher fp",
         ),
     ],
 )
@@ -79,8 +82,8 @@ def test_bad_victims_are_refused(victims, message):
         Study.from_dict({**JOB, "victims": victims})
 
 
-def test_an_ini_victim_that_teaches_its_like_may_be_another_network():
-    """No teacher of its own says what it has to be like."""
+def test_a_victim_has_the_network_of_its_ini_teacher_not_of_fp():
+    """An ini victim has no teacher that its network would have to match."""
     victims = {
         "b": {**INI, "model": "resnet20"},
         "a": {"method": "qat", "model": "resnet20", "teacher": "b"},

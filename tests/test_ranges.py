@@ -72,4 +72,4 @@ def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match="ranges: wanted delayed or auto with 1 processes"):
         TrainConfig(ranges="exact", accumulate=2)
     with pytest.raises(ConfigError, match=r"with 2 processes and accumulate = 1, got exact"):
-        TrainConfig(ranges="exact").check_team(2)
+        TrainConfig(ranges="exact").check_world_size(2)

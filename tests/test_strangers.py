@@ -181,8 +181,8 @@ def note_trusted(path):
 
 def test_workers_trust_the_same(tmp_path):
     with divqat.trust("nets:net"), ThreadPoolExecutor() as other:  # a thread trusts nothing yet
-        unit = workers.Unit("unit", note_trusted, (tmp_path / "names",))
-        workers.run_units([unit], other, print)
+        task = workers.Task("task", note_trusted, (tmp_path / "names",))
+        workers.run_tasks([task], other, print)
     assert (tmp_path / "names").read_text() == "nets:net" and trusted() == ()
 
 
@@ -328,13 +328,13 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": SHAPE | {"image_size": [4000, 4000]}}, "weights are wanted"),
-        ({"shape": SHAPE | {"num_classes": 10**9}}, "weights are wanted"),
-        ({"shape": SHAPE | {"num_classes": 10**18}}, "is not of a training"),
-        ({"shape": SHAPE | {"image_size": [10**5, 10**5]}}, "one too large"),
-        ({"shape": SHAPE | {"image_size": [8]}}, "no shape of a network"),
-        ({"shape": SHAPE | {"in_channels": True}}, "no shape of a network"),
-        ({"shape": SHAPE | {"in_channels": "1"}}, "no shape of a network"),
+        ({"shape": SHAPE | {"image_size": [4000, 4000]}}, "wanted .* weights, got"),
+        ({"shape": SHAPE | {"num_classes": 10**9}}, "wanted .* weights, got"),
+        ({"shape": SHAPE | {"num_classes": 10**18}}, "is not from a training"),
+        ({"shape": SHAPE | {"image_size": [10**5, 10**5]}}, "invalid or too large"),
+        ({"shape": SHAPE | {"image_size": [8]}}, "the shape is invalid"),
+        ({"shape": SHAPE | {"in_channels": True}}, "the shape is invalid"),
+        ({"shape": SHAPE | {"in_channels": "1"}}, "the shape is invalid"),
         ({"shape": {}}, "in_channels"),
         ({"shape": 7}, "shape is a int"),
         ({"epoch": "many"}, "epoch is a str"),
@@ -344,7 +344,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 )
 def test_a_run_is_what_its_weights_are(tmp_path, changes, message):
     write_run(tmp_path, changes=changes)
-    with pytest.raises(ValueError, match=rf"checkpoint\.pt is not of a training: .*{message}|"
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt is not from a training: .*{message}|"
                        rf"checkpoint\.pt {message}"):  # fmt: skip
         load_run(tmp_path)
 

@@ -119,7 +119,7 @@ def test_workers_are_lenient_too(monkeypatch):
     monkeypatch.setattr(progress, "_hidden", False)
     monkeypatch.setattr(workers.signal, "signal", lambda *args: None)
     monkeypatch.setattr(workers.torch, "set_num_threads", lambda threads: None)
-    workers._start(1)
+    workers._init_process(1)
     print("±", flush=True)
     sys.stdout.write("±")
 

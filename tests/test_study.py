@@ -8,7 +8,7 @@ from divqat import cli
 from divqat._util.settings import ConfigError
 from divqat.evaluate import Evaluation
 from divqat.evaluate.tables import side_effects_table
-from divqat.experiments import units
+from divqat.experiments import tasks
 from divqat.experiments.study import Study
 
 pytestmark = pytest.mark.slow
@@ -60,20 +60,20 @@ def test_study_trains_deploys_and_evaluates(done):
     assert not (done / "out" / "seed0" / "teacher" / "model.onnx").exists()
 
 
-def test_the_report_says_how_each_was_trained(done):
+def test_the_report_shows_the_settings_of_each_training(done):
     text = (done / "out" / "report.md").read_text()
     rows = dict(re.findall(r"^\| (\S+) +\| (?:fp|qat|ptq) +\| (\S.*?) *\|$", text, re.M))
-    assert rows == {"fp": "epochs=2", "qat": "lr=0.01"}  # the last one's are those of most
+    assert rows == {"fp": "epochs=2", "qat": "lr=0.01"}  # nasty-ptq has the most common settings
     assert re.search(r"^\| nasty-ptq \| ptq +\| +\|$", text, re.M)
 
 
-def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
+def test_a_finished_study_is_kept_and_can_be_extended(done, monkeypatch):
     before = Evaluation.load(done / "out" / "evaluation.json")
     data = {**STUDY, "evaluate": {**STUDY["evaluate"], "budgets": [50, 200]}}
     (done / "more.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     trained = []
-    train = units.train
-    monkeypatch.setattr(units, "train", lambda *a, **k: trained.append(train(*a, **k)))
+    train = tasks.train
+    monkeypatch.setattr(tasks, "train", lambda *a, **k: trained.append(train(*a, **k)))
     assert divqat("study", done / "more.yaml", "--out", done / "out") == 0
     after = Evaluation.load(done / "out" / "evaluation.json")
     assert len(after.cells) == 12
@@ -81,7 +81,7 @@ def test_finished_study_does_nothing_and_takes_more(done, monkeypatch):
     assert kept == before.cells
 
 
-def test_processes_find_what_they_find_one_by_one(done, tmp_path, capfd):
+def test_parallel_jobs_give_the_same_results(done, tmp_path, capfd):
     short = ["fp", "qat"]
     data = {**STUDY, "seeds": [0, 1], "victims": {"qat": STUDY["victims"]["qat"]}}
     data["subjects"] = short
@@ -94,7 +94,7 @@ def test_processes_find_what_they_find_one_by_one(done, tmp_path, capfd):
     theirs = [c for c in before.cells if c.victim in short and c.budget == 200]
     ours = [cell for cell in result.cells if cell.seed == 0]
     assert [replace(cell, seconds=0) for cell in ours] == [replace(c, seconds=0) for c in theirs]
-    lines = capfd.readouterr().out.splitlines()  # of the processes, too
+    lines = capfd.readouterr().out.splitlines()  # includes those of the processes
     assert sum(line.startswith("[seed 1 qat] test accuracy") for line in lines) == 1
     assert sum(line.startswith("report: ") for line in lines) == 1
 
@@ -108,7 +108,7 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
     result = Evaluation.load(tmp_path / "evaluation.json")
     cells = result.cells
     ours, theirs = ([(c.attack, c.curve) for c in cells if c.victim == v] for v in ("qat", "file"))
-    assert ours == theirs  # the run is attacked as it is exported
+    assert ours == theirs  # a run is attacked as its export
     run_row, file_row = result.side_effects
     assert run_row.ece == file_row.ece and run_row.adversarial and not file_row.adversarial
     shown = capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
     assert divqat("report", tmp_path) == 0
     assert divqat("evaluate", "--victim", run / "model.onnx", *settings) == 2
     assert (
-        "dataset: wanted one for all victims, got none, and no run folder tells: pass --dataset"
+        "dataset: wanted one for all victims, got none: pass --dataset, as no run folder names it"
         in capsys.readouterr().err
     )
 
@@ -130,21 +130,21 @@ def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):
         ({"evaluate": {"epoch": 3}}, r"evaluate 'epoch' \(did you mean 'epochs'"),
         ({"evaluate": {"attacks": ["alien"]}}, "unknown attack 'alien'"),
         ({"evaluate": {"defenses": ["alien"]}}, "unknown defense 'alien'"),
-        ({"attack": {}}, "attack: wanted it or evaluate, whose short form it is"),
+        ({"attack": {}}, "attack: wanted either it or evaluate, of which it is"),
         ({"attacks": {}}, "unknown key 'attacks'"),
         (
             {"victims": {"divqat": {**BUDGETED, "reference": "qat"}, "qat": {"method": "qat"}}},
-            "divqat: reference: wanted a qat victim further up, got 'qat'",
+            "divqat: reference: wanted an earlier qat victim, got 'qat'",
         ),
         ({"common": {"reference": "qat"}}, "common: the study sets reference itself"),
     ],
 )
-def test_mistakes_are_named(change, message):
+def test_bad_studies_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         Study.from_dict({**STUDY, **change})
 
 
-def test_budget_counts_from_a_victim_of_the_same_seed(tmp_path):
+def test_the_reference_has_the_same_seed(tmp_path):
     victims = {"plain": {"method": "qat"}, "divqat": {**BUDGETED, "reference": "plain"}}
     config = Study.from_dict({"victims": victims}).training("divqat", 3, tmp_path)
     assert config.reference == str(tmp_path / "seed3" / "plain")

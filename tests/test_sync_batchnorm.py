@@ -14,18 +14,18 @@ from divqat._util.settings import ConfigError
 from divqat.data import shard_rows
 from divqat.quantize import freeze_batchnorm, observe_first
 from divqat.train import TrainConfig, train
-from divqat.train.batchnorm import synchronize_batchnorm, whole_batch
-from divqat.train.distributed import Team
+from divqat.train.batchnorm import synchronize_batchnorm, synchronized_batchnorm
+from divqat.train.distributed import World
 
 # 1294 images: two uneven halves per step, and a last step of 7
 FP = dict(dataset="digits", model="lenet", epochs=2, batch_size=117, lr=0.01, threads=1)
-STEPS = (*SIZES, 13)  # images per step: fewer than processes, too; the last one is frozen
+STEPS = (*SIZES, 13)  # images per step, also fewer than processes; the last one is frozen
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def network():
-    """In float64: a folded BatchNorm, one that is not, and another folded one."""
+    """In float64: a folded BatchNorm, one that is not folded, and another folded one."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)]
     layers += [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)]
@@ -42,18 +42,18 @@ def network():
 
 
 def result(model, sent=()):
-    """Gradients, buffers (statistics, how many batches, ranges), and what was sent."""
+    """Gradients, buffers (statistics, number of batches, ranges), and collectives."""
     return gradients(model), [buffer.clone() for buffer in model.buffers()], sent
 
 
 def in_parts(rank, size, count=1, whole=True):
-    """The result of each step, its batch spread over processes and parts; without processes what
-    they have to give: whole batches."""
-    team, model, steps = Team(rank, size), network(), []
+    """The result of each step, over processes and micro-batches; with a size of 1 the expected
+    result, from whole batches."""
+    world, model, steps = World(rank, size), network(), []
     if whole and size > 1:
         synchronize_batchnorm(model)
     observe_first(model, [batch(STEPS[0])[0]])
-    net = team.wrap(model)
+    net = world.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for number, n in enumerate(STEPS):
         rows = shard_rows(n, (rank, size))
@@ -61,7 +61,7 @@ def in_parts(rank, size, count=1, whole=True):
             freeze_batchnorm(model)
         optimizer.zero_grad()
         with Collectives() as sent:
-            for part in team.parts(net, *(of_all[rows] for of_all in batch(n)), n, count):
+            for part in world.micro_batches(net, *(of_all[rows] for of_all in batch(n)), n, count):
                 (F.cross_entropy(net(part.images), part.index) * part.weight).backward()
         steps.append(result(model, sent.seen))
         optimizer.step()
@@ -81,21 +81,21 @@ def batchnorm(dtype):
 
 
 def layer(rank, dtype, rows):
-    """Of some rows of :func:`values`, the second process's first two of which are fillers: output,
-    gradients of input, γ and β, and the running statistics."""
+    """Output, gradients of input, γ and β, and running statistics for some rows of :func:`values`.
+    In the second process the first two rows are padding."""
     model = nn.Sequential(batchnorm(torch.promote_types(dtype, torch.float32)))
     synchronize_batchnorm(model)
     x, gradient = (value[rows] for value in values(dtype))
-    fillers = 2 if rank else 0
-    gradient[:fillers] = 0
-    with whole_batch(model, fillers):
+    padding = 2 if rank else 0
+    gradient[:padding] = 0
+    with synchronized_batchnorm(model, padding):
         y = model(x.requires_grad_())
     y.backward(gradient)
-    return [y.detach()[fillers:], x.grad[fillers:]], gradients(model), list(model.buffers())
+    return [y.detach()[padding:], x.grad[padding:]], gradients(model), list(model.buffers())
 
 
 def everything(rank, size, folder):
-    """All that two processes do."""
+    """The part of the tests that two processes run."""
     with float64():
         train(TrainConfig(**FP, sync_batchnorm=True), folder / "whole", **QUIET)
         train(TrainConfig(**FP), folder / "each", **QUIET)
@@ -110,7 +110,7 @@ def everything(rank, size, folder):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder of two processes' trainings, and what else each has found."""
+    """The folder of the trainings of two processes, and the other results of each."""
     folder = tmp_path_factory.mktemp("two")
     return folder, *spawn(2, folder / "spawn", everything, folder)
 
@@ -130,7 +130,7 @@ def test_two_processes_do_the_steps_of_one(two):
 
 def test_with_parts_all_processes_have_the_same_statistics(two):
     a, b = (found["five"] for found in two[1:])
-    for one, other in zip(a, b, strict=True):  # two parts of the last step have no image
+    for one, other in zip(a, b, strict=True):  # two micro-batches of the last step have no image
         assert all(map(torch.equal, one[0] + one[1], other[0] + other[1]))
         assert all(value.isfinite().all() for value in one[0] + one[1])
 
@@ -143,15 +143,17 @@ def test_each_batchnorm_sends_once_each_way_until_it_is_frozen(two):
         forth, back = [8 * (2 * c + 1) for c in channels], [8 * 2 * c for c in channels]
         return [("c10d::allreduce_", size) for size in (*forth, *reversed(back), ddp, ranges)]
 
-    for found in two[1:]:  # in the first two steps, DDP settles its buckets as well
+    for found in two[1:]:  # in the first two steps, DDP also builds its buckets
         sent = [sent for *_, sent in found["steps"][2:]]
-        assert sent == [wanted(4, 4, 6)] * 3 + [wanted(4)]  # one is not folded, and never frozen
+        assert sent == [wanted(4, 4, 6)] * 3 + [
+            wanted(4)
+        ]  # the one that is not folded is never frozen
         assert [sent for *_, sent in found["each"][2:]] == [wanted()] * 4
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_layer_is_that_of_the_whole_batch(two, number):
-    """Fillers do not count; against nn.BatchNorm2d in float64."""
+    """Compared with nn.BatchNorm2d in float64; padding does not count."""
     dtype = (*DTYPES, torch.float64)[number]
     rows, grads, buffers = zip(
         *([*found["layers"], found["empty"]][number] for found in two[1:]), strict=True
@@ -160,7 +162,7 @@ def test_a_layer_is_that_of_the_whole_batch(two, number):
     norm = batchnorm(torch.float64)
     y = norm(x.requires_grad_())
     y.backward(gradient)
-    # float32 holds x, around 1000, to 6e-5 and less
+    # float32 rounds x, around 1000, by up to 6e-5
     close = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 3e-2}[dtype]
     close = dict(rtol=close, atol=close, check_dtype=False)
     for got, wanted in zip(map(torch.cat, zip(*rows, strict=True)), (y, x.grad), strict=True):
@@ -198,4 +200,4 @@ def test_other_batchnorms_are_refused(norm):
 def test_compile_is_refused_with_several_processes():
     config = TrainConfig(sync_batchnorm=True, compile=True)
     with pytest.raises(ConfigError, match="sync_batchnorm: wanted compile = false with 2 proc"):
-        config.check_team(2)
+        config.check_world_size(2)

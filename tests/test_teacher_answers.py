@@ -1,4 +1,4 @@
-"""The teacher's answers, kept in the run folder."""
+"""The cache of the teacher's logits in the run folder."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from divqat.train.answers import teacher_logits
 
 
 @pytest.mark.slow
-def test_the_teacher_is_asked_once(vgg_teacher, vgg_divqat, tmp_path, monkeypatch):
+def test_the_teacher_runs_once(vgg_teacher, vgg_divqat, tmp_path, monkeypatch):
     trained(vgg_teacher, tmp_path, cache_teacher=True)
     kept = load_checkpoint(tmp_path / answers.FILE)
     run = load_run(vgg_teacher)
@@ -44,7 +44,7 @@ def labeled(images):
     return ImageSet(images, torch.zeros(len(images)).long())
 
 
-def test_other_images_another_teacher_or_a_damaged_file_are_asked_again(tmp_path):
+def test_other_images_another_teacher_or_a_damaged_file_renew_the_cache(tmp_path):
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     images = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8)
 
@@ -73,7 +73,7 @@ def test_other_images_another_teacher_or_a_damaged_file_are_asked_again(tmp_path
     assert digest(streamed) != before
 
 
-def test_kept_answers_and_augmentation_exclude_each_other():
+def test_cached_logits_and_augmentation_exclude_each_other():
     for changes in (dict(pad=1), dict(flip=True)):
         with pytest.raises(ConfigError, match="cache_teacher: wanted images that are the same"):
             TrainConfig(cache_teacher=True, **changes)

@@ -46,7 +46,7 @@ def config(teacher, **changes):
 
 
 def assert_same(a, b):
-    """Two run folders hold the same bits, optimizer and measurements included."""
+    """Assert that two run folders hold the same bits, including optimizer and metrics."""
     a, b = (load_checkpoint(Path(folder) / "checkpoint.pt") for folder in (a, b))
     assert a["epoch"] == b["epoch"]
     assert_equal(a["model"], b["model"])
@@ -81,7 +81,7 @@ def test_full_precision_learns(teacher):
     assert "method: fp" in (teacher / "config.yaml").read_text()
 
 
-def test_quantized_runs_start_from_the_teacher_and_move(teacher, qat):
+def test_quantized_runs_start_from_the_teacher_and_train_all_weights(teacher, qat):
     start, end = load_run(teacher).model, load_run(qat).model
     assert any(isinstance(module, FakeQuantize) for module in end.modules())
     fp = dict(start.named_parameters())
@@ -117,13 +117,13 @@ def test_interrupted_run_ends_with_the_same_bits(teacher, divqat, tmp_path, monk
     assert not (tmp_path / "summary.json").exists()
     lines = []
     train(config(teacher, **DIVQAT), tmp_path, log=lines.append)
-    assert f"going on after epoch {epoch} of 4" in lines[0]
+    assert f"resuming after epoch {epoch} of 4" in lines[0]
     assert_same(tmp_path, divqat)
 
 
 @pytest.mark.slow
-def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path, monkeypatch):
-    steps, check = [], objective.Objective.of_images
+def test_an_interrupted_epoch_is_repeated(teacher, divqat, tmp_path, monkeypatch):
+    steps, check = [], objective.Objective.loss_on_images
 
     def interrupted(self, *args):
         steps.append(1)
@@ -132,7 +132,7 @@ def test_interruption_within_an_epoch_costs_this_epoch(teacher, divqat, tmp_path
         return check(self, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(objective.Objective, "of_images", interrupted)
+        patch.setattr(objective.Objective, "loss_on_images", interrupted)
         train(config(teacher, **DIVQAT), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
     train(config(teacher, **DIVQAT), tmp_path, **QUIET)
@@ -157,7 +157,7 @@ cli.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_killed_run_ends_with_the_same_bits(teacher, divqat, tmp_path):
-    """Killed while it writes the checkpoint of its second epoch."""
+    """The process is killed while it writes the checkpoint of its second epoch."""
     command = [sys.executable, "-c", KILLED, "train", "--out", str(tmp_path)]
     command += ["--teacher", str(teacher), "--epochs", "4", "--lr", "0.01", "--batch-size", "256"]
     command += ["--threads", "1", "--pad", "1", "--method", "divqat", "--weight", "0.1", "--guard"]
@@ -166,7 +166,7 @@ def test_killed_run_ends_with_the_same_bits(teacher, divqat, tmp_path):
     killed = subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
-    assert len(list(tmp_path.glob(".divqat-*.tmp"))) == 1  # what it was about to write
+    assert len(list(tmp_path.glob(".divqat-*.tmp"))) == 1  # the unfinished checkpoint
     train(config(teacher, **DIVQAT), tmp_path, **QUIET)
     assert not list(tmp_path.glob(".divqat-*.tmp"))
     assert_same(tmp_path, divqat)
@@ -180,12 +180,12 @@ def test_finished_run_is_left_alone(qat, teacher):
     assert "done" in lines[0] and (qat / "checkpoint.pt").stat().st_mtime_ns == before
 
 
-def test_folder_of_other_settings_is_refused(qat, teacher):
+def test_folder_with_other_settings_is_refused(qat, teacher):
     with pytest.raises(ValueError, match=r"lr: 0.01 -> 0.02; momentum: 0.9 -> 0.8"):
         train(config(teacher, method="qat", lr=0.02, momentum=0.8), qat, **QUIET)
 
 
-def test_settings_that_matter_to_neither_training_may_change(qat, divqat, teacher):
+def test_settings_that_neither_training_uses_may_change(qat, divqat, teacher):
     train(config(teacher, method="qat", proxies=("noise",), ini_delta=0.5), qat, **QUIET)
     with pytest.raises(ValueError, match=r"misdirect: 0\.0 -> 0\.2; proxies: "):
         train(config(teacher, method="divqat", misdirect=0.2, proxies=("noise",)), divqat, **QUIET)
@@ -196,11 +196,11 @@ def test_damaged_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a readable divqat checkpoint"):
         train(TrainConfig(**FP), tmp_path, **QUIET)
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="not of a training: no config, epoch"):
+    with pytest.raises(ValueError, match="not from a training: no config, epoch"):
         load_run(tmp_path)
 
 
-def test_teacher_must_fit(teacher, qat, tmp_path):
+def test_teacher_must_match(teacher, qat, tmp_path):
     with pytest.raises(FileNotFoundError, match="no training at"):
         train(config(tmp_path / "nothing", method="qat"), tmp_path / "a", **QUIET)
     with pytest.raises(ValueError, match="wanted a full-precision training, got method qat"):
@@ -221,7 +221,7 @@ def interrupt(line):
     raise KeyboardInterrupt
 
 
-def test_changed_teacher_is_noticed(tmp_path):
+def test_changed_teacher_is_refused(tmp_path):
     fp, out = tmp_path / "fp", tmp_path / "qat"
     train(TrainConfig(**{**FP, "epochs": 1}), fp, **QUIET)
     with pytest.raises(KeyboardInterrupt):
@@ -236,7 +236,7 @@ def test_changed_teacher_is_noticed(tmp_path):
     ("where", "cause"),
     [("images", "input images"), ("logits", "model's logits"), ("loss", "loss became")],
 )
-def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
+def test_nan_stops_with_its_cause_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, where, cause
 ):
     calls = []
@@ -244,7 +244,7 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
 
     def spoil(value, name):
         calls.append(name) if name == where else None
-        # Epoch 2, step 3 of 11; one forward pass before shows what memory is needed.
+        # Epoch 2, step 3 of 11; one more forward pass before measures the memory.
         at = 11 + 3 + (where == "logits")
         return value * float("nan") if name == where and len(calls) == at else value
 
@@ -264,27 +264,27 @@ def test_not_finite_stops_with_the_cause_and_keeps_the_last_epoch(
             y = self.model(x)
             return spoil(y, "logits") if self.training else y
 
-    begin = trainer.begin
+    build = trainer.build_initial_model
     monkeypatch.setattr(trainer, "batches", spoiled_batches)
     monkeypatch.setattr(objective.F, "cross_entropy", spoiled_loss)
-    monkeypatch.setattr(trainer, "begin", lambda *args: Spoiled(begin(*args)))
+    monkeypatch.setattr(trainer, "build_initial_model", lambda *args: Spoiled(build(*args)))
     with pytest.raises(FloatingPointError, match=f"epoch 2, step 3: the {cause}"):
         train(TrainConfig(**FP), tmp_path, **QUIET)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 1
 
 
-def test_too_large_learning_rate_is_named(tmp_path):
+def test_error_after_a_too_large_learning_rate_says_so(tmp_path):
     with pytest.raises(FloatingPointError, match=r"epoch 1, step .*smaller lr"):
         train(TrainConfig(**{**FP, "lr": 1e6}), tmp_path, **QUIET)
 
 
-def test_missing_data_is_said(tmp_path):
+def test_missing_data_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="cifar10"):
         train(TrainConfig(dataset="cifar10", data_root=str(tmp_path)), tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_device_is_said(tmp_path):
+def test_unknown_device_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="device: wanted an available one, got 'abacus'"):
         train(TrainConfig(device="abacus"), tmp_path, **QUIET)
 
@@ -305,12 +305,12 @@ def test_frozen_ranges_stay(teacher, tmp_path):
     train(config(teacher, method="qat", epochs=3, freeze_observers_epoch=2), tmp_path, log=log)
     for key in ranges[1]:
         same = torch.equal(ranges[1][key], ranges[2][key])
-        assert same == key.endswith("running_max"), key  # BatchNorm goes on in epoch 2
+        assert same == key.endswith("running_max"), key  # BatchNorm is not frozen in epoch 2
         assert torch.equal(ranges[2][key], ranges[3][key]), key
 
 
 @pytest.mark.slow
-def test_seed_decides_everything(tmp_path):
+def test_seed_determines_everything(tmp_path):
     one = {**FP, "epochs": 1}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(name) + seed)  # the global generator does not matter
@@ -328,7 +328,7 @@ def test_training_leaves_global_state_alone(tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_python_without_yaml_is_told_what_to_install(tmp_path, monkeypatch):
+def test_error_without_yaml_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r"yaml is missing: pip install 'divqat\[cli\]'"):
         train(TrainConfig(**FP), tmp_path / os.urandom(4).hex(), **QUIET)

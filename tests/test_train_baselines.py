@@ -1,4 +1,4 @@
-"""What the defense is compared with: ptq, kd-qat, a Nasty Teacher, label smoothing."""
+"""The baselines: ptq, kd-qat, Nasty Teacher, label smoothing."""
 
 import pytest
 import torch
@@ -100,12 +100,12 @@ def test_ptq_ranges_are_moving_averages_over_the_training_images(ptq, teacher):
                 model(images)
     for quantizer, wanted in zip(quantizers(ptq.model), ends.values(), strict=True):
         found = torch.stack([quantizer.running_min, quantizer.running_max])
-        # 0 is on every grid
+        # every range includes 0
         wanted = torch.stack([wanted[0].clamp(max=0), wanted[1].clamp(min=0)])
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_ptq_measures_what_it_made(ptq, teacher):
+def test_ptq_reports_the_loss_and_keeps_the_answers(ptq, teacher):
     for row in rows(ptq):
         assert row["lr"] == 0 and row["divergence"] is None
         assert 0 < row["loss"] == row["ce"] < 3
@@ -120,7 +120,7 @@ def test_an_interrupted_ptq_ends_with_the_same_bits(ptq, teacher, tmp_path):
     assert_same(tmp_path, ptq.folder)
 
 
-def test_ptq_in_parts_observes_the_same_ranges(ptq, teacher, tmp_path):
+def test_ptq_with_accumulate_observes_the_same_ranges(ptq, teacher, tmp_path):
     parts = trained(tmp_path, teacher.folder, "ptq", accumulate=3)
     for ours, wanted in zip(quantizers(parts.model), quantizers(ptq.model), strict=True):
         torch.testing.assert_close(ours.running_max, wanted.running_max, rtol=1e-5, atol=0)
@@ -139,11 +139,11 @@ def test_distillation_pulls_towards_the_teacher(qat, teacher, tmp_path):
     distilled = trained(tmp_path, teacher.folder, "kd-qat")
     for row in rows(distilled):
         assert row["loss"] == pytest.approx(row["ce"] + 1.0 * 4.0**2 * row["divergence"], rel=1e-5)
-    # Six starts that differ in the last bit, as on another CPU: 0.44 ± 0.04 of qat's.
+    # Six runs that differ in the last bit, as on another CPU: 0.44 ± 0.04 of qat's.
     assert divergence(distilled, teacher) < 0.7 * divergence(qat, teacher)
 
 
-def test_a_nasty_teacher_is_right_and_far_from_the_teacher(nasty, teacher, tmp_path):
+def test_a_nasty_teacher_is_accurate_and_far_from_the_teacher(nasty, teacher, tmp_path):
     assert not quantizers(nasty.model)
     for row in rows(nasty):
         wanted = row["ce"] - 0.04 * 4.0**2 * row["divergence"]
@@ -151,16 +151,16 @@ def test_a_nasty_teacher_is_right_and_far_from_the_teacher(nasty, teacher, tmp_p
     splits = nasty.splits()
     right = predict(nasty.model, splits.test).argmax(1) == splits.test.labels
     assert right.float().mean() > 0.8
-    # the same training but for the term
+    # the same training without the divergence
     plain = trained(tmp_path, teacher.folder, "nasty", **NASTY, weight=0.0)
     assert rows(plain)[-1]["loss"] == rows(plain)[-1]["ce"]
-    # Six starts that differ in the last bit: 1.287 ± 0.007 times.
+    # Six runs that differ in the last bit: 1.287 ± 0.007 times.
     assert divergence(nasty, teacher, 4.0) > 1.2 * divergence(plain, teacher, 4.0)
-    with pytest.raises(ValueError, match="is full precision: only quantized runs"):
+    with pytest.raises(ValueError, match="is full precision, and only quantized runs"):
         export_run(nasty, splits)
 
 
-def test_a_nasty_teacher_starts_from_weights_of_its_own(nasty, teacher):
+def test_a_nasty_teacher_has_its_own_initial_weights(nasty, teacher):
     starts = [build_model(config, nasty.shape) for config in (nasty.config, teacher.config)]
     for ours, theirs in zip(*(start.parameters() for start in starts), strict=True):
         assert not torch.equal(ours, theirs) or ours.std() == 0
@@ -191,11 +191,11 @@ def test_label_smoothing_lowers_the_confidence_of_qat(qat, teacher, tmp_path):
     [("divqat", 0.15, "student_teacher"), ("nasty", 0.04, "student_teacher"),
      ("kd-qat", 1.0, "teacher_student"), ("qat", 0.15, "student_teacher")],
 )  # fmt: skip
-def test_what_is_left_open_is_the_methods_own(method, weight, direction):
-    left_open = config("t", method)
-    assert (left_open.weight, left_open.direction) == (weight, direction)
-    # what a run folder says goes on with what is left open, and a choice is kept
-    assert TrainConfig.from_dict(left_open.to_dict()) == left_open
+def test_defaults_depend_on_the_method(method, weight, direction):
+    defaults = config("t", method)
+    assert (defaults.weight, defaults.direction) == (weight, direction)
+    # explicit values are kept, and a stored configuration is read back unchanged
+    assert TrainConfig.from_dict(defaults.to_dict()) == defaults
     chosen = config("t", method, weight=0.5, direction="js")
     assert (chosen.weight, chosen.direction) == (0.5, "js")
 
@@ -203,8 +203,8 @@ def test_what_is_left_open_is_the_methods_own(method, weight, direction):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(method="ptq"), "teacher: method ptq wants the run folder of a full-precision"),
-        (dict(method="nasty"), "teacher: method nasty wants"),
+        (dict(method="ptq"), "teacher: wanted the run folder of a full-precision .* method ptq"),
+        (dict(method="nasty"), "teacher: wanted the run folder .* method nasty"),
         (dict(method="ptq", teacher="t", save_as_codes=True), "save_as_codes: wanted quantization"),
         (dict(method="nasty", teacher="t", save_as_codes=True), "got method nasty"),
         (dict(method="kd-qat", teacher="t", weight=-1), "weight: wanted a number at least 0"),

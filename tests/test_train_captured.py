@@ -1,4 +1,4 @@
-"""A step is a function of tensors: it is captured and replayed, and reads nothing on the host."""
+"""Steps can be captured and replayed, and have no host syncs."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A training of a network in which nothing but the number of operations is small."""
+    """A training of a network with few operations, but of every kind."""
     return teach(tmp_path_factory.mktemp("teacher") / "fp", model=TINY)
 
 
@@ -32,8 +32,8 @@ def teacher(tmp_path_factory):
     ],
     ids=["divqat", "float16", "accumulate", "codes", "cached", "misdirect"],
 )
-def test_a_replayed_step_is_the_step_bit_for_bit(teacher, tmp_path, monkeypatch, changes):
-    """Observers' buffers, momentum, the rise of λ and the learning rate included."""
+def test_a_replayed_step_gives_the_same_bits(teacher, tmp_path, monkeypatch, changes):
+    """Including observers, momentum, the warm-up of λ and the learning rate."""
     settings = dict(
         model=TINY, epochs=4, freeze_observers_epoch=3, freeze_batchnorm_epoch=4, **changes
     )
@@ -43,12 +43,12 @@ def test_a_replayed_step_is_the_step_bit_for_bit(teacher, tmp_path, monkeypatch,
     replay_steps(monkeypatch)
     plays.clear()
     trained(teacher, tmp_path / "replayed", **settings)
-    # 5 full steps per epoch; three to warm up whenever something has been frozen
+    # 5 full steps per epoch; three eager ones whenever something has been frozen
     assert len(plays) == 3 * 5 + 5 - 3 * 3
     assert_same(tmp_path / "eager", tmp_path / "replayed")
 
 
-def test_a_weaker_defense_is_captured_anew(teacher, tmp_path, monkeypatch):
+def test_a_weaker_defense_is_captured_again(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "_within", lambda below, points: False)
     settings = dict(
         model=TINY, epochs=2, freeze_batchnorm_epoch=3, freeze_observers_epoch=3,
@@ -58,15 +58,16 @@ def test_a_weaker_defense_is_captured_anew(teacher, tmp_path, monkeypatch):
     replay_steps(monkeypatch)
     plays.clear()
     trained(teacher, tmp_path / "replayed", **settings)
-    assert len(plays) == 2 * 5 - 3 + 2 * (5 - 3)  # the last epoch twice more, three warm up each
+    # the last epoch is repeated twice; each capture comes after three eager steps
+    assert len(plays) == 2 * 5 - 3 + 2 * (5 - 3)
     assert_same(tmp_path / "eager", tmp_path / "replayed")
 
 
-def test_a_graph_wants_a_gpu_and_one_process(teacher, tmp_path):
+def test_a_graph_needs_a_gpu_and_one_process(teacher, tmp_path):
     with pytest.raises(ConfigError, match="cuda_graph: wanted one process on a GPU, got 1 on"):
         trained(teacher, tmp_path, cuda_graph=True, device="cpu")
     with pytest.raises(ConfigError, match="cuda_graph: wanted one process on a GPU, got 2 on"):
-        TrainConfig(cuda_graph=True).check_team(2)
+        TrainConfig(cuda_graph=True).check_world_size(2)
     with pytest.raises(ConfigError, match="cuda_graph: wanted optimizer sgd"):
         TrainConfig(cuda_graph=True, optimizer="lamb")
 
@@ -86,7 +87,7 @@ def test_cuda_graph(vgg_teacher, tmp_path, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["fp", "qat", "divqat"])
-def test_a_step_reads_nothing_on_the_host(teacher, tmp_path, monkeypatch, method, precision):
+def test_a_step_has_no_host_sync(teacher, tmp_path, monkeypatch, method, precision):
     seen = host_reads(monkeypatch, step.Step)
     plain = dict(model=TINY, epochs=1, grad_clip=5.0, precision=precision)
     if method == "fp":

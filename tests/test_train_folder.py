@@ -1,4 +1,4 @@
-"""What a run folder survives and which settings it goes on with."""
+"""What a run folder survives, and with which settings it can be resumed."""
 
 import csv
 import errno
@@ -16,7 +16,7 @@ from divqat.train.network import build_model
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatch, epochs):
+def test_a_kill_between_checkpoint_and_metrics_loses_no_row(tmp_path, monkeypatch, epochs):
     settings = TrainConfig(**{**FP, "epochs": epochs})
     write = folder.write_text
 
@@ -35,7 +35,7 @@ def test_a_kill_between_checkpoint_and_metrics_costs_no_row(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_a_training_which_then_goes_on(tmp_path, monkeypatch):
+def test_a_training_resumes_after_a_full_disk(tmp_path, monkeypatch):
     settings, fsync = TrainConfig(**FP), files.os.fsync
     path = tmp_path / "run" / "checkpoint.pt"
 
@@ -65,14 +65,12 @@ INT8 = dict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "idle"), [("fp", {**LOSS, **INT8}), ("qat", LOSS)])
-def test_what_a_method_does_not_use_changes_no_bit_and_may_change(
-    lenet_teacher, tmp_path, method, idle
-):
+@pytest.mark.parametrize(("method", "unused"), [("fp", {**LOSS, **INT8}), ("qat", LOSS)])
+def test_unused_settings_change_no_bit_and_may_differ(lenet_teacher, tmp_path, method, unused):
     teacher = None if method == "fp" else str(lenet_teacher)
     own = {**FP, "pad": 0, "method": method, "teacher": teacher}
-    plain, other = TrainConfig(**own), TrainConfig(**own, **idle)
-    assert {*idle} == {*LOSS, *INT8} & plain.idle
+    plain, other = TrainConfig(**own), TrainConfig(**own, **unused)
+    assert {*unused} == {*LOSS, *INT8} & plain.unused
     train(plain, tmp_path / "a", **QUIET)
     train(other, tmp_path / "b", **QUIET)
     assert_same(tmp_path / "a", tmp_path / "b")
@@ -81,22 +79,22 @@ def test_what_a_method_does_not_use_changes_no_bit_and_may_change(
     assert "all 2 epochs are done" in lines[0]
 
 
-def test_what_one_of_two_trainings_uses_must_be_the_same(tmp_path):
+def test_settings_that_one_of_two_trainings_uses_may_not_differ(tmp_path):
     there, here = (TrainConfig(method="divqat", teacher="a", weight=w) for w in (0.1, 0.0))
-    assert not {*LOSS, *INT8} & there.idle and {*LOSS} <= here.idle
+    assert not {*LOSS, *INT8} & there.unused and {*LOSS} <= here.unused
     with pytest.raises(ValueError, match=r"weight: 0\.1 -> 0\.0"):
-        folder.check_same(tmp_path, there.to_dict(), here)
+        folder.check_same_settings(tmp_path, there.to_dict(), here)
 
 
-def test_without_validation_images_nothing_is_begun(tmp_path):
+def test_without_validation_images_no_training_starts(tmp_path):
     settings = TrainConfig(**{**FP, "validation_fraction": 0.003})
-    with pytest.raises(ValueError, match=r"validation_fraction: wanted one .* got 0\.003, of"):
+    with pytest.raises(ValueError, match=r"validation_fraction: wanted one .* got 0\.003, which"):
         train(settings, tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_from_before_a_setting_existed_is_what_it_was(tmp_path):
-    """Few-bit networks had a first and a last layer of 8 bits, and no loss of distillation."""
+def test_an_old_checkpoint_gets_the_former_behavior_for_new_settings(tmp_path):
+    """The first and last layers of few-bit networks had 8 bits, and there was no distillation."""
     config = TrainConfig(method="qat", teacher="a", dataset="digits", model="lenet", weight_bits=4)
     before = {k: v for k, v in config.to_dict().items() if k not in ("first_last_bits", "distill")}
     parts = {"epoch": 1, "model": {}, "optimizer": {}, "rows": [], "teacher": None}
@@ -109,6 +107,7 @@ def test_a_checkpoint_from_before_a_setting_existed_is_what_it_was(tmp_path):
     now = [layer.weight_spec.bits for layer in quantized(build_model(config, shape)).values()]
     assert now == [7, 4, 4, 4, 7]
     with pytest.raises(ValueError, match="first_last_bits: 8 -> 7"):
-        folder.check_same(tmp_path, there.to_dict(), config)
+        folder.check_same_settings(tmp_path, there.to_dict(), config)
     wide = [replace(each, weight_bits=8) for each in (there, config)]
-    folder.check_same(tmp_path, wide[0].to_dict(), wide[1])  # it has no ends that are wider
+    # with 8 bits, first_last_bits has no effect
+    folder.check_same_settings(tmp_path, wide[0].to_dict(), wide[1])

@@ -1,4 +1,4 @@
-"""What a training needs: memory, optimizers for large batches, time to wait."""
+"""Memory, optimizers for large batches, and waiting times of a training."""
 
 import mmap
 
@@ -14,29 +14,29 @@ from divqat.train import TrainConfig, memory, objective, train
 pytestmark = pytest.mark.slow
 
 
-def test_a_batch_that_cannot_fit_is_refused_with_what_would(vgg_teacher, tmp_path, monkeypatch):
-    each = []
+def test_the_error_for_a_too_large_batch_says_what_fits(vgg_teacher, tmp_path, monkeypatch):
+    bytes_per_image = []
     check = memory.StepMemory.check
 
-    def noted(need):
-        each.append(need.each)
-        check(need)
+    def noted(step_memory):
+        bytes_per_image.append(step_memory.bytes_per_image)
+        check(step_memory)
 
     monkeypatch.setattr(memory.StepMemory, "check", noted)
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
     trained(vgg_teacher, tmp_path / "a", batch_size=1000, accumulate=4, epochs=2)
-    # vgg_small on 8x8 images keeps between 100 KB and 1 MB of each
-    assert 1e5 < each[0] < 1e6
+    # vgg_small saves between 100 KB and 1 MB per 8x8 image
+    assert 1e5 < bytes_per_image[0] < 1e6
     for accumulate in (1, 2):
         with pytest.raises(MemoryError) as error:
             trained(vgg_teacher, tmp_path / "b", batch_size=1000, accumulate=accumulate, epochs=2)
-        fits = f"enough for at most {100 * 2**20 // each[0]:,}"
+        fits = f"enough for at most {100 * 2**20 // bytes_per_image[0]:,}"
         assert f"{1000 // accumulate:,} images at a time do not fit" in str(error.value)
         assert fits in str(error.value)
     assert not (tmp_path / "b" / "checkpoint.pt").exists()
 
 
-def test_what_a_container_has_in_its_page_cache_is_free(tmp_path, monkeypatch):
+def test_the_page_cache_of_a_container_counts_as_free(tmp_path, monkeypatch):
     monkeypatch.setattr(system, "CGROUP", tmp_path)
     free = system.free_memory(torch.device("cpu"))
     limit = min(free // 2, 2**30)  # less than the machine has
@@ -56,20 +56,20 @@ def test_running_out_of_memory_says_what_fits(vgg_teacher, tmp_path, monkeypatch
     def full(self, *args):
         raise error
 
-    monkeypatch.setattr(objective.Objective, "of_images", full)
+    monkeypatch.setattr(objective.Objective, "loss_on_images", full)
     with pytest.raises(MemoryError, match=r"256 images at a time do not fit.*enough for at most"):
         trained(vgg_teacher, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
 
 
-def test_what_is_kept_for_the_backward_pass_is_counted():
+def test_tensors_saved_for_the_backward_pass_are_counted_once():
     weight = torch.randn(8, 4, requires_grad=True)
     x = torch.randn(2, 4, requires_grad=True)
-    # exp keeps its output and the product its input, but the weight is there anyway
+    # exp saves its output and the product its input; the weight does not count
     assert memory.saved_bytes(lambda: (x @ weight.T).exp(), [weight]) == 4 * (2 * 8 + 2 * 4)
 
     def twice():
-        y = x.exp()  # kept by exp and by both squares
+        y = x.exp()  # saved by exp and by both squares
         return y.square() + y.square()
 
     assert memory.saved_bytes(twice, [x]) == 4 * 2 * 4
@@ -103,11 +103,11 @@ def test_the_learning_rate_follows_the_batch():
     assert peak(lr_scaling="linear", base_batch_size=512) == pytest.approx(0.2)
 
 
-def test_a_run_tells_its_memory_and_its_wait(vgg_teacher, tmp_path):
+def test_a_run_reports_its_memory_and_its_waiting_time(vgg_teacher, tmp_path):
     lines = []
     settings = config(vgg_teacher, **{**PLAIN, "epochs": 2})
     summary = train(settings, tmp_path, log=lines.append)
-    assert "of the steps' time waiting for images, peak memory" in lines[-1]
+    assert "of the training time waiting for images, peak memory" in lines[-1]
     assert "(full precision: " in lines[-1]
     assert 0 < summary["waiting"] < 1
     assert summary["peak_memory"] > 100 * 2**20
@@ -117,7 +117,7 @@ def test_the_peak_is_that_of_the_run():
     device = torch.device("cpu")
     system.reset_peak(device)
     low = system.peak_memory(device)
-    with mmap.mmap(-1, 256 * 2**20) as pages:  # those of a freed tensor may stay with the allocator
+    with mmap.mmap(-1, 256 * 2**20) as pages:  # an allocator may keep those of a freed tensor
         for start in range(0, len(pages), mmap.PAGESIZE):
             pages[start] = 1
     assert system.peak_memory(device) > low + 200 * 2**20

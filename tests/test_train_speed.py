@@ -1,4 +1,4 @@
-"""Mixed precision, compilation and kept codes change the speed, not the result."""
+"""Mixed precision, compilation and saved codes change the speed, not the result."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_learns_as_well(lenet_teacher, tmp_path, precision):
+def test_mixed_precision_reaches_the_same_accuracy(lenet_teacher, tmp_path, precision):
     folders = tmp_path / "mixed", tmp_path / "float32"
     state = trained(lenet_teacher, folders[0], model="lenet", precision=precision)
     other = trained(lenet_teacher, folders[1], model="lenet")
@@ -25,7 +25,7 @@ def test_mixed_precision_learns_as_well(lenet_teacher, tmp_path, precision):
             assert value.dtype == torch.float32, name  # weights, scales and statistics
     summaries = [read_json(folder / "summary.json") for folder in folders]
     accuracies = [s["test_accuracy"] for s in summaries]
-    # Two trainings that round differently are two samples: three standard errors of 359 images.
+    # With other rounding a training is another sample: three standard errors of 359 images.
     p = sum(accuracies) / 2
     assert abs(accuracies[0] - accuracies[1]) < 3 * (2 * p * (1 - p) / 359) ** 0.5, accuracies
     assert state["rows"][-1]["divergence"] > 0
@@ -63,7 +63,7 @@ def test_steps_whose_scaled_gradients_overflow_are_skipped(lenet_teacher, tmp_pa
     ],
 )
 def test_a_skipped_step_leaves_the_optimizer_as_it_was(device):
-    """The first one, too; the others are those of SGD that is not fused."""
+    """Even the first step; the other steps equal those of SGD that is not fused."""
     settings = dict(lr=0.1, momentum=0.9, weight_decay=1e-3)
     generator = torch.Generator().manual_seed(0)
     start, *grads = (torch.randn(3, 2, 3, 3, generator=generator).to(device) for _ in range(5))
@@ -96,7 +96,7 @@ def test_an_interrupted_float16_run_ends_with_the_same_bits(lenet_teacher, tmp_p
 
 
 def tiny(in_channels, num_classes, image_size):
-    """A network with BatchNorm that compiles as soon as any."""
+    """A network with BatchNorm that compiles fast."""
     features = [nn.Conv2d(in_channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*features, nn.Flatten(), nn.Linear(4 * 3 * 3, num_classes))
 
@@ -113,7 +113,7 @@ def test_a_compiled_run_is_the_same_within_rounding(tmp_path):
     load_run(tmp_path / "compiled")
 
 
-def test_activations_kept_as_codes_change_no_bit(vgg_teacher, vgg_divqat, tmp_path):
+def test_activations_saved_as_codes_change_no_bit(vgg_teacher, vgg_divqat, tmp_path):
     trained(vgg_teacher, tmp_path, save_as_codes=True)
     assert_same(tmp_path, vgg_divqat)
     for settings in (dict(method="qat", teacher="a", compile=True), dict(method="fp")):

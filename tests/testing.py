@@ -1,4 +1,4 @@
-"""The vocabulary of the tests: dtypes, devices, tensors, tolerances."""
+"""Helpers of the tests: dtypes, devices, tensors, tolerances."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TOLERANCE = {
 
 
 def tensor(values, dtype=torch.float32, device=None) -> Tensor:
-    """A tensor from nested lists, on the default device unless another is named."""
+    """A tensor from nested lists, on the default device unless one is given."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def randn(*shape: int, dtype=torch.float32, device=None, seed: int = 0) -> Tensor:
-    """Normal values that depend on the seed alone, not on dtype or device."""
+    """Normal values that depend only on the seed, not on dtype or device."""
     generator = torch.Generator("cpu").manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return values.to(device or torch.get_default_device(), dtype)
@@ -37,7 +37,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def assert_same_batches(got, wanted) -> None:
-    """Two iterables of images and labels have the same bits."""
+    """Assert that two iterables of images and labels have the same bits."""
     got, wanted = list(got), list(wanted)
     assert len(got) == len(wanted) > 0
     for (images, labels), (wanted_images, wanted_labels) in zip(got, wanted, strict=True):
@@ -47,7 +47,7 @@ def assert_same_batches(got, wanted) -> None:
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """A block in which the host must not wait for a GPU."""
+    """Within this block a host sync with the GPU is an error."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -70,12 +70,12 @@ def qparams_along(x: Tensor, ch_axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def axes(x: Tensor) -> list[int | None]:
-    """Per tensor, and every axis."""
+    """The values of ``ch_axis`` for x: None (per tensor) and every axis."""
     return [None, *range(x.dim())]
 
 
 def variants(x: Tensor):
-    """A large x in other layouts, [N, C, H, W], and with NaN and infinities in it."""
+    """x, large and [N, C, H, W], in other memory layouts, and with NaN and infinities."""
     yield x.to(memory_format=torch.channels_last)
     yield x.permute(2, 0, 3, 1)
     yield x[:, ::2, 1:, ::3]
@@ -88,7 +88,7 @@ def variants(x: Tensor):
 
 
 def same(got, wanted) -> None:
-    """Two lists of tensors are equal in dtype, strides and bits; NaN where the other has NaN."""
+    """Assert that tensors are equal in dtype, strides and bits; NaN equals NaN."""
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
         if a.is_floating_point():
@@ -98,7 +98,7 @@ def same(got, wanted) -> None:
 
 
 def loss_cases(dtype, direction, shapes):
-    """Arguments of the op divergence_loss over [N, C] shapes and options, awkward ones included."""
+    """Arguments of the op divergence_loss for [N, C] shapes and options, with edge cases."""
     for n, c in shapes:
         logits, teacher = randn(n, c, dtype=dtype).mul_(3), randn(n, c, dtype=dtype, seed=1).mul_(3)
         target = torch.arange(n) % c
@@ -117,7 +117,7 @@ def loss_cases(dtype, direction, shapes):
 
 
 def close_to_float64(got, wanted) -> None:
-    """The loss, its two terms and the gradient agree with those of float64 logits."""
+    """Assert that loss, its two terms and gradient agree with those of float64 logits."""
     dtype = got[3].dtype
     rtol, atol = (1e-11, 1e-11) if dtype == torch.float64 else (2e-5, 2e-6)
     for a, b in zip(got[:3], wanted[:3], strict=True):

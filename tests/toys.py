@@ -1,4 +1,4 @@
-"""A toy problem that a model learns, and a clone steals, within a second; attacks that die."""
+"""A toy problem that a model learns, and an attack clones, within a second; killed attacks."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ CLASSES = 4
 
 
 def toy_images(n, seed):
-    """Noisy uint8 images of four fixed patterns, and which pattern each is."""
+    """Noisy uint8 images of four fixed patterns, and the pattern of each as its label."""
     patterns = torch.randint(
         90, 166, (CLASSES, 1, 8, 8), generator=torch.Generator().manual_seed(0)
     )
@@ -43,7 +43,7 @@ def toy_splits():
 
 
 def toy_victim():
-    """A toy model that has learned its images, in eval mode."""
+    """A toy model trained on its images, in eval mode."""
     images, labels = toy_images(800, seed=1)
     model = toy_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -65,7 +65,7 @@ class Killed(Exception):
 
 
 def kill_at(monkeypatch, when):
-    """Kill the run before (``when`` = n) or right after (n + 0.5) its n-th checkpoint (from 0)."""
+    """Kill the run before (``when`` = n) or after (n + 0.5) it writes checkpoint n, from 0."""
     save, count = folder.save_checkpoint, [0]
 
     def save_or_die(path, state):

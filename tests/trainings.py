@@ -1,4 +1,4 @@
-"""Short trainings of a network with BatchNorm, for the tests of what makes a training fast."""
+"""Short trainings of a network with BatchNorm, for tests of speed options."""
 
 import pytest
 from test_train import DIVQAT, QUIET, config
@@ -8,11 +8,11 @@ from divqat._util.files import load_checkpoint
 from divqat.train import TrainConfig, train
 
 PLAIN = {**DIVQAT, "pad": 0, "epochs": 3, "model": "vgg_small"}
-TINY = "trainings:tiny"  # a model for TrainConfig
+TINY = "trainings:tiny"  # a value for ``model`` of TrainConfig
 
 
 def tiny(*, in_channels, num_classes, image_size):
-    """A network that has all that a training treats apart, and costs hardly anything."""
+    """A cheap network with every kind of layer that a training treats specially."""
     return nn.Sequential(
         nn.Conv2d(in_channels, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
         nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
@@ -21,14 +21,14 @@ def tiny(*, in_channels, num_classes, image_size):
 
 
 def teach(folder, model="vgg_small"):
-    """A full-precision training."""
+    """Train in full precision; returns ``folder``."""
     settings = dict(dataset="digits", model=model, batch_size=64, epochs=3, threads=1)
     train(TrainConfig(**settings), folder, **QUIET)
     return folder
 
 
 def train_until(config, folder, epoch):
-    """Train, interrupted after ``epoch``."""
+    """Train and interrupt after ``epoch``."""
 
     def log(line):
         if line.startswith(f"epoch {epoch}/"):
@@ -39,12 +39,12 @@ def train_until(config, folder, epoch):
 
 
 def train_interrupted(config, folder, epoch):
-    """Train, interrupted after ``epoch``, and go on to the end."""
+    """Train, interrupt after ``epoch``, and resume to the end."""
     train_until(config, folder, epoch)
     train(config, folder, **QUIET)
 
 
 def trained(teacher, folder, **changes):
-    """The checkpoint of a DivQAT training of six steps per epoch, the last of 14 images."""
+    """The checkpoint of a DivQAT training with six steps per epoch, the last one of 14 images."""
     train(config(teacher, **{**PLAIN, **changes}), folder, **QUIET)
     return load_checkpoint(folder / "checkpoint.pt")

@@ -1,4 +1,4 @@
-"""What the commands of ``divqat`` do; each takes the parsed flags and returns an exit code."""
+"""The commands of ``divqat``. Each takes the parsed flags and returns an exit code."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from divqat.experiments.study import Study
 from divqat.experiments.subjects import load_subjects
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
-from divqat.train.distributed import launched
+from divqat.train.distributed import rank_and_world_size
 from divqat.train.folder import read_checkpoint
 
 
 def train(args: argparse.Namespace) -> int:
     config = _train_config(args)
-    unused = [name for name in given_flags(args, TrainConfig) if name in config.idle]
-    if unused and launched()[0] == 0:
+    unused = [name for name in given_flags(args, TrainConfig) if name in config.unused]
+    if unused and rank_and_world_size()[0] == 0:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         print(
-            f"divqat: warning: with method {config.method} and its other settings there is no use "
-            f"for {flags}",
+            f"divqat: warning: no effect with method {config.method} and its other settings: "
+            f"{flags}",
             file=sys.stderr,
         )
     training.train(config, args.out)
@@ -46,16 +46,16 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _train_config(args: argparse.Namespace) -> TrainConfig:
-    """Defaults, then what a teacher shares, then ``--config``, then flags. With ``--resume`` the
-    run folder's own settings take the place of the first three."""
+    """Settings from defaults, the teacher (those that a run shares with it), ``--config`` and
+    flags, in rising priority. With ``--resume`` the run folder replaces the first three."""
     flags = given_flags(args, TrainConfig)
     if args.resume:
         if args.config is not None:
-            raise ConfigError("--resume takes the settings of the run folder: leave out --config")
+            raise ConfigError("--resume takes the settings from the run folder: leave out --config")
         return TrainConfig.from_dict({**read_checkpoint(Path(args.out))["config"], **flags})
     file = {} if args.config is None else read_yaml(args.config)
     given = {**file, **flags}
-    # Before a teacher is looked for: a misspelt key is the more likely mistake.
+    # Validate before loading the teacher: a misspelt key is the more likely mistake.
     config = TrainConfig.from_dict(given, where=args.config or "")
     if config.teacher is None:
         return config
@@ -90,14 +90,14 @@ def attack(args: argparse.Namespace) -> int:
     config = AttackConfig.from_dict(given, where=args.config or "")
     run = load_run(args.victim)
     out = Path(args.out or run.folder / f"attack-{args.answer}")
-    found = attack_run(
+    result = attack_run(
         run, run.splits(args.data_root), config, args.answer, out, fake_quant=args.fake_quant
     )
     kind = "the model as trained" if args.fake_quant else "the exported int8 model"
-    print(f"victim           {run.folder}: {kind}, accuracy {found['victim_accuracy']:.2%}")
-    print(f"queries          {found['queries']} of {config.query_set}, answers {args.answer}")
-    print(f"clone accuracy   {found['accuracy']:.2%}")
-    print(f"clone fidelity   {found['fidelity']:.2%} (same class as the victim)")
+    print(f"victim           {run.folder}: {kind}, accuracy {result['victim_accuracy']:.2%}")
+    print(f"queries          {result['queries']} of {config.query_set}, answers {args.answer}")
+    print(f"clone accuracy   {result['accuracy']:.2%}")
+    print(f"clone fidelity   {result['fidelity']:.2%} (same class as the victim)")
     print(f"written to       {out}")
     return 0
 
@@ -128,16 +128,16 @@ def study(args: argparse.Namespace) -> int:
 
 
 def _tables(result: Evaluation) -> str:
-    """What an evaluation found, at the end of a command."""
+    """The main tables of an evaluation, printed at the end of a command."""
     return f"\n{main_table(result).markdown()}\n\n{side_effects_table(result).markdown()}"
 
 
 def _study_file(args: argparse.Namespace) -> dict[str, Any]:
-    """The YAML file of a study, with what flags override."""
+    """The content of a study's YAML file, overridden by flags."""
     data = read_yaml(args.config)
     if args.seeds is not None:
         data["seeds"] = args.seeds
-    attacks = "attack" if "attack" in data else "evaluate"  # which have a device of their own
+    attacks = "attack" if "attack" in data else "evaluate"  # has its own device setting
     for section, flag in (("common", "data_root"), ("common", "device"), (attacks, "device")):
         if getattr(args, flag) is not None:
             data[section] = {**(data.get(section) or {}), flag: getattr(args, flag)}

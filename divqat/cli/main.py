@@ -1,6 +1,6 @@
 """The command line: ``divqat train | export | verify | attack | evaluate | run | study ...``.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage (a flag, a key or a value), 130 interrupted.
+Exit codes: 0 success, 1 failure, 2 usage error (a flag, key or value), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from divqat._util.streams import lenient
 from divqat._util.text import printable
 from divqat.cli import commands
 from divqat.cli.parser import build_parser
-from divqat.train.distributed import launched
+from divqat.train.distributed import rank_and_world_size
 
-LONGEST = 2000  # characters of an error
+MAX_LENGTH = 2000  # of an error message, in characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; what cannot be printed does not end it."""
+    """Run one command and return its exit code. What the terminal cannot encode is escaped."""
     with lenient():
         return _main(sys.argv[1:] if argv is None else list(argv))
 
 
 def _main(arguments: list[str]) -> int:
     args = build_parser().parse_args(arguments)
-    # A report is UTF-8, and a path need not be.
+    # The report is UTF-8, but a path may not be.
     command = shlex.join(["divqat", *arguments])
     args.command_line = command.encode(errors="backslashreplace").decode()
-    process, processes = launched()
-    where = f"divqat (process {process} of {processes})" if processes > 1 else "divqat"
+    rank, world_size = rank_and_world_size()
+    where = f"divqat (process {rank} of {world_size})" if world_size > 1 else "divqat"
     try:
-        if processes > 1 and args.command is not commands.train:
-            raise ConfigError("torchrun: of all commands, train alone runs in several processes")
-        with trust(*_named(args)):
+        if world_size > 1 and args.command is not commands.train:
+            raise ConfigError("torchrun: only divqat train runs in several processes")
+        with trust(*_foreign_code(args)):
             return args.command(args)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_how_to_continue(args)}", file=sys.stderr)
@@ -45,18 +45,18 @@ def _main(arguments: list[str]) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"{where}: error: {_line(error)}", file=sys.stderr)
+        print(f"{where}: error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
-def _line(message: object) -> str:
-    """An error, parts of which may come from a file, as a line of a terminal."""
+def _one_line(message: object) -> str:
+    """An error as a single printable line, as parts of it may come from an untrusted file."""
     text = printable(" ".join(str(message).split()))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} ..."
 
 
-def _named(args: argparse.Namespace) -> list[str]:
-    """The code that this command line names: of ``--trust``, and what flags take for a network."""
+def _foreign_code(args: argparse.Namespace) -> list[str]:
+    """The user's code that the command line names: with ``--trust`` or as a network."""
     given = vars(args)
     names = [*given.get("trust", []), *given.get("clones", [])]
     names += [given[flag] for flag in ("model", "clone", "surrogate") if flag in given]
@@ -65,6 +65,6 @@ def _named(args: argparse.Namespace) -> list[str]:
 
 def _how_to_continue(args: argparse.Namespace) -> str:
     if args.command is commands.train:
-        code = "".join(f" --trust {name}" for name in _named(args))
-        return f"to go on: divqat train --out {args.out} --resume{code}"
-    return "the same command goes on from here"
+        code = "".join(f" --trust {name}" for name in _foreign_code(args))
+        return f"to resume: divqat train --out {args.out} --resume{code}"
+    return "the same command resumes"

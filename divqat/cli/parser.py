@@ -1,4 +1,4 @@
-"""The flags of every command."""
+"""The commands and their flags."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from divqat.train import TrainConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; ``command`` is the function, ``trust`` the code that it names."""
+    """The parser of all commands; ``command`` is set to a function of divqat.cli.commands."""
     parser = argparse.ArgumentParser(
         prog="divqat",
-        description="Train int8 CNNs that are hard to copy, export them, and attack them.",
+        description="Train int8 CNNs that are hard to copy, export and attack them.",
         epilog="Start with: divqat run --config configs/digits.yaml --out runs/digits",
     )
     parser.add_argument("--version", action="version", version=f"divqat {__version__}")
@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
+def _add_command(
     subparsers: Any,
     name: str,
     command: Callable[[argparse.Namespace], int],
@@ -43,52 +43,54 @@ def _add(
         description=help,
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a flag that comes later must not change what a script means
+        allow_abbrev=False,  # a new flag must not make an abbreviation in a script ambiguous
     )
-    sub.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     sub.set_defaults(command=command)
     if command not in (commands.report, commands.info):
         sub.add_argument(
             "--trust",
             nargs="+",
-            type=_code,
+            type=_foreign_name,
             default=[],
             metavar=FOREIGN.upper(),
-            help="Import these, if a file or a run folder names them: they run as you.",
+            help="Import this code if a file or run folder names it. It runs with your rights.",
         )
     return sub
 
 
 def _train(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "train",
         commands.train,
-        "Train a model into a run folder; started again, it goes on after the last epoch.",
+        "Train a model into a run folder. The same command resumes after the last epoch.",
         "divqat train --dataset digits --out runs/fp\n"
         "         divqat train --method divqat --teacher runs/fp --lr 0.005 --out runs/divqat",
     )
-    sub.add_argument("--out", type=_folder, required=True, metavar="DIR", help="The run folder.")
-    sub.add_argument("--config", metavar="FILE", help="YAML with settings; flags override it.")
     sub.add_argument(
-        "--resume", action="store_true", help="Take all settings from the run folder and go on."
+        "--out", type=_folder_path, required=True, metavar="DIR", help="The run folder."
+    )
+    sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
+    sub.add_argument(
+        "--resume", action="store_true", help="Resume with the settings in the run folder."
     )
     add_flags(sub, TrainConfig)
 
 
 def _export(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "export",
         commands.export,
-        "Write a trained model as int8 ONNX: RUN/model.onnx.",
+        "Export a trained model as int8 ONNX to RUN/model.onnx.",
         "divqat export runs/qat",
     )
     _run_arguments(sub)
 
 
 def _verify(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "verify",
         commands.verify,
@@ -98,89 +100,93 @@ def _verify(subparsers: Any) -> None:
     _run_arguments(sub)
     sub.add_argument(
         "--min-agreement",
-        type=_share,
+        type=_fraction,
         default=0.995,
-        metavar="SHARE",
-        help="Fail if fewer images get the same class (default: 0.995).",
+        metavar="FRACTION",
+        help="Fail if a smaller fraction of images gets the same class (default: 0.995).",
     )
 
 
 def _attack(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "attack",
         commands.attack,
-        "Extract a trained model with KnockoffNets: ask it, train a clone on its answers.",
+        "Extract a trained model with KnockoffNets: query it, train a clone on its answers.",
         "divqat attack --victim runs/qat --answer label --query-set photos --budget 5000",
     )
-    sub.add_argument("--config", metavar="FILE", help="YAML with settings; flags override it.")
+    sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
     sub.add_argument(
-        "--victim", type=_folder, required=True, metavar="RUN", help="Run folder of the victim."
+        "--victim",
+        type=_folder_path,
+        required=True,
+        metavar="RUN",
+        help="Run folder of the victim.",
     )
     sub.add_argument(
         "--answer",
         default="probs",
         metavar="WHAT",
-        help="What the victim shows: probs, label, top<k> or rounded<decimals> (default: probs).",
+        help="What the victim returns: probs, label, top<k> or rounded<decimals> (default: probs).",
     )
-    sub.add_argument("--out", type=_folder, metavar="DIR", help="Default: RUN/attack-WHAT.")
+    sub.add_argument("--out", type=_folder_path, metavar="DIR", help="Default: RUN/attack-WHAT.")
     sub.add_argument(
-        "--data-root", type=_folder, metavar="DIR", help="Folder of the victim's data set."
+        "--data-root", type=_folder_path, metavar="DIR", help="Folder of the victim's data set."
     )
     sub.add_argument(
         "--fake-quant",
         action="store_true",
-        help="Attack the model as it was trained instead of RUN/model.onnx.",
+        help="Attack the fake-quantized model instead of RUN/model.onnx.",
     )
     add_flags(sub, AttackConfig)
 
 
 def _evaluate(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "evaluate",
         commands.evaluate,
-        "How extractable: attack victims in many ways, behind defenses, with every seed, and write "
-        "a report. Started again, it goes on.",
+        "Measure how extractable victims are: attack them behind each defense with every seed, and "
+        "write a report. The same command resumes.",
         "divqat evaluate --victim runs/qat --victim runs/divqat --attacks knockoff "
         "knockoff:reading=label jbda\n         --defenses none reverse-sigmoid:l1=0.5 --seeds 3 "
         "--out runs/evaluation",
     )
-    sub.add_argument("--config", metavar="FILE", help="YAML with settings; flags override it.")
+    sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
     sub.add_argument(
         "--victim",
         required=True,
         action="append",
         metavar="[NAME=]PATH",
-        help="Run folder or ONNX file of a victim; may be given several times. Run folders of one "
-        "name are the seeds of one victim.",
+        help="Run folder or ONNX file of a victim; may be repeated. Run folders with the same name "
+        "are the seeds of one victim.",
     )
     sub.add_argument(
-        "--out", type=_folder, required=True, metavar="DIR", help="Folder for everything."
+        "--out", type=_folder_path, required=True, metavar="DIR", help="Folder for everything."
     )
     sub.add_argument(
         "--dataset",
         choices=data.names(),
-        help="What the victims learned, where no run folder tells.",
+        help="The victims' data set, if no run folder names it.",
     )
     sub.add_argument(
-        "--data-root", type=_folder, metavar="DIR", help="Folder of the victims' data set."
+        "--data-root", type=_folder_path, metavar="DIR", help="Folder of the victims' data set."
     )
     sub.add_argument(
         "--fake-quant",
         action="store_true",
-        help="Attack runs as they were trained instead of exported to int8.",
+        help="Attack the fake-quantized models instead of their int8 exports.",
     )
     add_flags(sub, Grid)
 
 
 def _run(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "run",
         commands.study,
-        "The whole job: train victims with every seed, export, verify and attack them, write a "
-        "report. Started again, it goes on.",
+        "Run a study: train victims with every seed, export, verify and attack them, write a "
+        "report. The same command resumes.",
         "divqat run --config configs/digits.yaml --out runs/digits --seeds 0 1 2",
     )
     sub.add_argument("--config", required=True, metavar="FILE", help="YAML file of the study.")
@@ -188,11 +194,11 @@ def _run(subparsers: Any) -> None:
 
 
 def _study(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "study",
         commands.study,
-        "The same; victims, attacks, defenses and seeds can be added to what is finished.",
+        "The same as run; victims, attacks, defenses and seeds can be added to a finished study.",
         "divqat study configs/attacks.yaml --out runs/attacks",
     )
     sub.add_argument("config", metavar="FILE", help="YAML file of the study.")
@@ -200,66 +206,68 @@ def _study(subparsers: Any) -> None:
 
 
 def _report(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "report",
         commands.report,
-        "Write the report of a job, a study or an evaluation anew.",
+        "Rewrite the report of a study or an evaluation.",
         "divqat report runs/digits",
     )
-    sub.add_argument("out", type=_folder, metavar="OUT", help="Folder of the job.")
+    sub.add_argument(
+        "out", type=_folder_path, metavar="OUT", help="Folder of the study or evaluation."
+    )
 
 
 def _info(subparsers: Any) -> None:
-    sub = _add(
+    sub = _add_command(
         subparsers,
         "info",
         commands.info,
-        "Versions, devices, and which backend serves which op.",
+        "Show versions, devices, and the backend of each op.",
         "divqat info",
     )
-    sub.add_argument("--json", action="store_true", help="For programs.")
+    sub.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=_folder, required=True, metavar="DIR", help="Folder for everything."
+        "--out", type=_folder_path, required=True, metavar="DIR", help="Folder for everything."
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", metavar="N", help="Override the file's seeds."
     )
     parser.add_argument(
-        "--data-root", type=_folder, metavar="DIR", help="Override common.data_root."
+        "--data-root", type=_folder_path, metavar="DIR", help="Override common.data_root."
     )
     parser.add_argument(
-        "--device", metavar="NAME", help="Override common.device, and the attacks'."
+        "--device", metavar="NAME", help="Override common.device and the device of the attacks."
     )
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=_positive_int,
         default=1,
         metavar="N",
-        help="Trainings and attacks at a time, each in a process (default: 1). They share the "
-        "CPU's threads.",
+        help="Number of trainings and attacks at a time, each in its own process (default: 1). "
+        "They share the CPU threads.",
     )
     parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="Train and attack on the workers of this dask scheduler, which see the folder of "
-        "--out under the same path.",
+        help="Train and attack on the workers of this dask scheduler, which have to see --out "
+        "under the same path.",
     )
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", type=_folder, metavar="RUN", help="Run folder of a quantized training."
+        "run", type=_folder_path, metavar="RUN", help="Run folder of a quantized training."
     )
     parser.add_argument(
-        "--data-root", type=_folder, metavar="DIR", help="Folder of the run's data set."
+        "--data-root", type=_folder_path, metavar="DIR", help="Folder of the run's data set."
     )
 
 
-def _folder(text: str) -> str:
+def _folder_path(text: str) -> str:
     try:
         check_folder("folder", text)
     except ValueError as error:
@@ -267,20 +275,20 @@ def _folder(text: str) -> str:
     return text
 
 
-def _code(text: str) -> str:
+def _foreign_name(text: str) -> str:
     if not is_foreign(text):
         raise argparse.ArgumentTypeError(f"wanted {FOREIGN}, got {text}")
     return text
 
 
-def _count(text: str) -> int:
+def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"wanted a whole number at least 1, got {text}")
     return value
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text}")

@@ -1,7 +1,7 @@
-"""One victim of an evaluation: every part of the work on it, each done once and kept as a file.
+"""The evaluation of one victim, in parts. Each part runs once, and its result is kept in a file.
 
 OUT/cells/seed<n>/<victim>/side-effects.json                         calibration, robustness
-OUT/cells/seed<n>/<victim>/<defense>/released.json                   answers, before any attack
+OUT/cells/seed<n>/<victim>/<defense>/released.json                   answers behind the defense
 OUT/cells/seed<n>/<victim>/<defense>/<attack>-<budget>-<clone>.json  one attack
 """
 
@@ -41,11 +41,11 @@ class Context:
     """What all victims of an evaluation share.
 
     Args:
-        splits: their data, as :meth:`Grid.measured` has it.
-        queries: the attacker's images, uint8 [N, C, H, W].
-        grid: what is tried.
+        splits: their data, from :meth:`Grid.measured`.
+        queries: the query set, uint8 [N, C, H, W].
+        grid: attacks, defenses and their settings.
         out: the folder of the evaluation.
-        log: takes a line per part.
+        log: is called with a line per part.
     """
 
     def __init__(self, splits: Splits, queries: Tensor, grid: Grid, out: Path, log: Log) -> None:
@@ -55,22 +55,22 @@ class Context:
         self.device = find_device(grid.device)
 
     def holdout(self, seed: int) -> ImageSet:
-        """The attacker's labeled images that choose the best clone."""
+        """The attacker's labeled images for choosing the best clone."""
         return self._labeled_images(seed, slice(self.grid.holdout))
 
     def labeled(self, seed: int) -> ImageSet:
-        """Other labeled images, for the attacks that train on some."""
+        """Other labeled images, for attacks that train on them."""
         start = self.grid.holdout
         return self._labeled_images(seed, slice(start, start + self.grid.labeled))
 
     def _labeled_images(self, seed: int, part: slice) -> ImageSet:
         validation = self.splits.validation
         generator = torch.Generator().manual_seed(derived_seed(seed, "holdout"))
-        some = validation.subset(torch.randperm(len(validation), generator=generator)[part])
-        return ImageSet(some.images, some.labels)
+        chosen = validation.subset(torch.randperm(len(validation), generator=generator)[part])
+        return ImageSet(chosen.images, chosen.labels)
 
     def clone(self, name: str, seed: int) -> nn.Module:
-        """An untrained clone."""
+        """An untrained clone, with initial weights from ``seed``."""
         with torch.random.fork_rng([]):
             torch.manual_seed(derived_seed(seed, "clone"))
             return self.network(name)
@@ -87,9 +87,9 @@ class Context:
 
 
 class Assessment:
-    """A victim, and what its parts share: its answers, and its defenses once they are fitted.
+    """The parts of one victim's evaluation, which share its answers and fitted defenses.
 
-    A part whose file is there, made from the same victim, images and settings, is read from it.
+    A part is read from its file if that was made from the same victim, images and settings.
     """
 
     def __init__(self, context: Context, subject: Subject) -> None:
@@ -100,12 +100,12 @@ class Assessment:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those of the attacks on it."""
+        """The seeds of the attacks on this victim."""
         seed = self.subject.seed
         return tuple(range(self.context.grid.seeds)) if seed is None else (seed,)
 
     def side_effects(self, seed: int) -> SideEffects:
-        """How calibrated and robust it is."""
+        """The calibration and adversarial robustness of the victim."""
         grid, gradients = self.context.grid, self.subject.gradients
         key: dict[str, Any] = {"victim": self.deployed.source, "seed": seed}
         key |= {"data": self.context.data}
@@ -117,12 +117,12 @@ class Assessment:
             return {"row": measure(self.deployed, grid.epsilons, grid.adversarial_images, seed)}
 
         row = step(self._folder(seed) / "side-effects.json", _digest(key), make)["row"]
-        found = side_effects({"seed": seed, "victim": self.subject.name, **row})
-        self._log(seed, str(found))
-        return found
+        result = side_effects({"seed": seed, "victim": self.subject.name, **row})
+        self._log_line(seed, str(result))
+        return result
 
     def released(self, seed: int, spec: str) -> Released:
-        """What it answers behind a defense, before any attack."""
+        """The victim's answers behind a defense, before any attack."""
 
         def make() -> dict[str, Any]:
             try:
@@ -131,17 +131,24 @@ class Assessment:
                 return {"row": {"settings": spec, "unreachable": str(error)}}
 
         file = self._folder(seed, spec) / "released.json"
-        row = step(file, _digest(self._key(seed, spec)), make)["row"]
+        row = step(file, _digest(self._identity(seed, spec)), make)["row"]
         about = {"method": self.subject.method, "agreement": self.subject.agreement}
-        found = released({**self._about(seed, spec), **about, **row})
-        if found.unreachable:
-            self._log(seed, f"{spec}: {found.unreachable}")
-        return found
+        result = released({**self._row_key(seed, spec), **about, **row})
+        if result.unreachable:
+            self._log_line(seed, f"{spec}: {result.unreachable}")
+        return result
 
     def attack(self, seed: int, spec: str, text: str, budget: int, clone: str) -> Cell:
-        """The attack ``text`` on it behind the defense ``spec``, whose answers are released."""
+        """The attack ``text`` on the victim behind the defense ``spec``.
+
+        Args:
+            seed: of the attack.
+            spec, text: of defense and attack, see :class:`Grid`.
+            budget: queries.
+            clone: name of the clone's network.
+        """
         attack = self.context.grid.attack(text, budget, seed)
-        key = self._key(seed, spec)
+        key = self._identity(seed, spec)
         key |= {"attack": type(attack).__name__, **attack.to_dict(), "clone": clone}
         if owns(text):
             key["labeled"] = self.context.grid.labeled
@@ -150,47 +157,47 @@ class Assessment:
         about = {"attack": text, "budget": budget, "clone": clone}
 
         def make() -> dict[str, Any]:
-            context, own = self.context, attack
-            if isinstance(own, LabeledAttack) and own.owns:
-                own = own.owning(context.labeled(seed))
+            context, ready = self.context, attack
+            if isinstance(ready, LabeledAttack) and ready.owns:
+                ready = ready.owning(context.labeled(seed))
             network, holdout = context.clone(clone, seed), context.holdout(seed)
             defended = self._defended(seed, spec)
-            return {**about, "row": run_attack(own, defended, network, holdout, work / digest)}
+            return {**about, "row": run_attack(ready, defended, network, holdout, work / digest)}
 
         row = step(work.with_name(work.name + ".json"), digest, make)["row"]
         shutil.rmtree(work, ignore_errors=True)  # the checkpoints
-        self._log(
+        self._log_line(
             seed,
             f"{spec} <- {text} {budget} {clone}: clone {row['accuracy']:.2%}, fidelity "
             f"{row['fidelity']:.2%}, {row['seconds']:.0f} s",
         )
-        return Cell(**{**self._about(seed, spec), **row, **about})
+        return Cell(**{**self._row_key(seed, spec), **row, **about})
 
     def _defend(self, seed: int, spec: str) -> Defended:
         context, fitted = self.context, self._fitted.setdefault(seed, {})
         surrogate = functools.partial(context.network, context.grid.surrogate)
         return defend(spec, self.deployed, context.splits.train, surrogate, seed, fitted)
 
-    def _key(self, seed: int, spec: str) -> dict[str, Any]:
-        """What identifies the victim behind a defense."""
+    def _identity(self, seed: int, spec: str) -> dict[str, Any]:
+        """What identifies the victim behind a defense, for the digest of a part."""
         grid = self.context.grid
         key = {"victim": self.deployed.source, "defense": spec, "surrogate": grid.surrogate}
         return key | {"seed": seed, "data": self.context.data, "holdout": grid.holdout}
 
-    def _about(self, seed: int, spec: str) -> dict[str, Any]:
+    def _row_key(self, seed: int, spec: str) -> dict[str, Any]:
         return {"seed": seed, "victim": self.subject.name, "defense": spec}
 
     def _folder(self, seed: int, *spec: str) -> Path:
         parts = (f"seed{seed}", *map(_file_name, (self.subject.name, *spec)))
         return self.context.out.joinpath("cells", *parts)
 
-    def _log(self, seed: int, line: str) -> None:
+    def _log_line(self, seed: int, line: str) -> None:
         self.context.log(f"[seed {seed} {self.subject.name}] {line}")
 
 
 def folder_key(subject: Subject) -> tuple[str, int | None]:
-    """What no two victims of an evaluation may share: their folder, also where capitals make no
-    difference."""
+    """Name and seed of a victim's folder, which no two victims of an evaluation may share, also on
+    file systems that ignore case."""
     return _file_name(subject.name).lower(), subject.seed
 
 

@@ -68,7 +68,7 @@ def evaluate(
         raise TypeError("subjects: wanted a sequence of Subject, got one")
     if not subjects or max(Counter(map(folder_key, subjects)).values()) > 1:
         got = [(subject.name, subject.seed) for subject in subjects]
-        raise ValueError(f"subjects: wanted victims of different names, got {got}")
+        raise ValueError(f"subjects: wanted victims with different names, got {got}")
     queries = grid.queries(splits) if queries is None else queries
     grid.check(splits, len(queries))
     with held("out", out) as folder, cpu_threads(grid.threads):
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _assess(victim: Assessment, result: Evaluation) -> None:
-    """Add everything about a victim to the result."""
+    """Run all parts of a victim's evaluation, and add them to ``result``."""
     grid, queries = victim.context.grid, len(victim.context.queries)
     for seed in victim.seeds:
         result.side_effects.append(victim.side_effects(seed))
@@ -97,14 +97,14 @@ def _assess(victim: Assessment, result: Evaluation) -> None:
 
 def _empty_result(context: Context, command: str, deployed: str) -> Evaluation:
     splits, grid = context.splits, context.grid
-    known = len(splits.validation)  # which may be fewer than the attacker is to own
+    holdout = min(grid.holdout, len(splits.validation))
     return Evaluation(
         dataset=splits.name,
         num_classes=splits.num_classes,
         chance=chance(context.test.labels),
         query_images=len(context.queries),
         overlap=overlaps(splits, context.queries),
-        grid=grid.to_dict() | {"holdout": min(grid.holdout, known)},
+        grid=grid.to_dict() | {"holdout": holdout},
         deployed=deployed,
         command=command,
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

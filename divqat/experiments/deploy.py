@@ -1,7 +1,7 @@
-"""What is done with a finished training: export it, verify the export, attack it.
+"""Deployment of a finished training: export, verification of the export, attack.
 
-Each step writes a JSON file beside its results; a step whose file is there, made from the same
-input, is not done again.
+Each step writes a JSON file beside its results. It is skipped if that file exists and was made from
+the same input.
 """
 
 from __future__ import annotations
@@ -36,47 +36,55 @@ ONNX = "model.onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(Attacker):
-    """What the attacker owns and does; each field is a flag of ``divqat attack`` and a key of
-    ``attack:`` in the YAML file of a job.
+    """The attacker's settings. Each field is a flag of ``divqat attack`` and a key of ``attack:``
+    in the YAML file of a study.
 
     Raises:
-        ConfigError: a value of a wrong type or out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     budget: int | None = option(
-        None, "Queries (1 image = 1 query); None: the whole query set.", group="attacker", least=1
+        None,
+        "Query budget (1 image = 1 query). None: the whole query set.",
+        group="attacker",
+        least=1,
     )
     clone: str = option(
-        "lenet", "Network that the attacker trains.",
+        "lenet", "Network of the clone.",
         group="attacker", choices=models.names(), foreign=True,
     )  # fmt: skip
-    seed: int = option(0, "Clone's initial weights, order of the images.", group="running", least=0)
+    seed: int = option(
+        0,
+        "Seed of the clone's initial weights and the order of the images.",
+        group="running",
+        least=0,
+    )
 
     def queries(self, splits: Splits) -> Tensor:
         """The query set, uint8 [N, C, H, W]; the same for every seed."""
         return self.load_queries(splits, self.budget)
 
     def knockoff(self) -> KnockoffNets:
-        """The attack itself."""
+        """The attack."""
         training = {name: getattr(self, name) for name in CloneSettings.names()}
         return KnockoffNets(query_budget=self.budget, seed=self.seed, **training)
 
 
 def answer_arguments(answer: str) -> dict[str, Any]:
-    """``probs``, ``label``, ``top3`` or ``rounded2`` as keyword arguments of :class:`Victim`.
+    """Keyword arguments of :class:`Victim` for ``probs``, ``label``, ``top3``, ``rounded2`` ...
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: another ``answer``.
     """
     if answer in ("probs", "label"):
         return {"answer": answer}
-    found = re.fullmatch(r"(top|rounded)(\d+)", answer)
-    if found is None:
+    match = re.fullmatch(r"(top|rounded)(\d+)", answer)
+    if match is None:
         raise ConfigError(
             f"answer: wanted probs, label, top<k> or rounded<decimals>, got {answer!r}"
         )
-    number = int(found[2])
-    if found[1] == "top":
+    number = int(match[2])
+    if match[1] == "top":
         return {"answer": "topk", "k": number}
     return {"answer": "rounded", "decimals": number}
 
@@ -85,7 +93,7 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
     """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``.
 
     Raises:
-        ValueError: the run is full precision.
+        ValueError: the run is not quantized.
     """
     _check_quantized(run)
 
@@ -101,40 +109,41 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
 def _check_quantized(run: Run) -> None:
     if not run.config.kind.quantized:
         raise ValueError(
-            f"{run.folder} is full precision: only quantized runs are exported; divqat attack "
-            "--fake-quant and divqat evaluate take it as it is"
+            f"{run.folder} is full precision, and only quantized runs are exported: attack it with "
+            "divqat attack --fake-quant or divqat evaluate"
         )
 
 
 def verify_run(run: Run, splits: Splits) -> dict[str, Any]:
-    """Compare run and ``model.onnx`` on the whole test set; write ``verify.json``.
+    """Compare the trained model with ``model.onnx`` on the whole test set; write ``verify.json``.
 
     Raises:
-        FileNotFoundError: the run was not exported. ValueError: it was trained anew since.
+        FileNotFoundError: the run was not exported.
+        ValueError: it has been trained again since, or is not quantized.
     """
-    onnx = exported(run)
+    onnx = exported_file(run)
 
     def make() -> dict[str, Any]:
         report = verify(run.model, onnx, splits.test, splits.test.labels)
         return {**report.to_dict(), "text": str(report)}
 
-    # What was verified before default options came first is not what a user gets.
+    # The suffix invalidates reports that did not yet use ONNX Runtime's default options.
     return step(run.folder / "verify.json", f"{file_fingerprint(onnx)}, default options", make)
 
 
-def exported(run: Run) -> Path:
-    """The ONNX file of a run.
+def exported_file(run: Run) -> Path:
+    """The path of a run's ONNX file.
 
     Raises:
-        FileNotFoundError: the run was not exported. ValueError: it was trained anew since, or is
-            full precision.
+        FileNotFoundError: the run was not exported.
+        ValueError: it has been trained again since, or is not quantized.
     """
     _check_quantized(run)
     path, report = run.folder / ONNX, run.folder / "export.json"
     if not path.is_file() or not report.is_file():
         raise FileNotFoundError(f"no {ONNX} in {run.folder}: divqat export {run.folder}")
     if read_json(report)["source"] != run.fingerprint:
-        raise ValueError(f"{path} is of an earlier training: divqat export {run.folder}")
+        raise ValueError(f"{path} is from an earlier training: divqat export {run.folder}")
     return path
 
 
@@ -152,33 +161,36 @@ def attack_run(
 
     Args:
         run: the victim.
-        splits: the data that it learned; the attack sees none of them.
-        config: the attacker.
+        splits: the victim's data, which the attack does not see.
+        config: the attacker's settings.
         answer: see :func:`answer_arguments`.
-        out: gets ``transfer.pt``, ``clone.pt`` and ``summary.json``.
-        queries: ``config.queries(splits)`` if it is loaded already.
-        fake_quant: attack the model as it was trained instead of its export.
+        out: the folder for ``transfer.pt``, ``clone.pt`` and ``summary.json``.
+        queries: ``config.queries(splits)``, if loaded already.
+        fake_quant: attack the fake-quantized model instead of its export.
+
+    Returns:
+        The content of ``summary.json``.
 
     Raises:
-        FileNotFoundError: the run was not exported, or the query set is not there.
+        FileNotFoundError: the run was not exported, or the query set was not found.
         ValueError: ``out`` belongs to another victim or to other settings.
     """
     check_tree(out)
-    model: Path | nn.Module = run.model if fake_quant else exported(run)
+    model: Path | nn.Module = run.model if fake_quant else exported_file(run)
     source = run.fingerprint if isinstance(model, nn.Module) else file_fingerprint(model)
     settings = {**config.to_dict(), "answer": answer, "victim": source}
     for name in config.places:
         del settings[name]
     victim = Victim(model, query_budget=config.budget, **answer_arguments(answer))
-    # Stored answers are those of one victim and one query set: no other must go on from them.
-    begun, answers = out / "attack.json", out / "transfer.pt"
-    if begun.is_file() and answers.is_file():
-        # From before a setting existed: it had its default.
-        before = {**AttackConfig().to_dict(), **read_json(begun)}
+    # Stored answers belong to one victim and one query set; no other attack may resume from them.
+    settings_file, answers = out / "attack.json", out / "transfer.pt"
+    if settings_file.is_file() and answers.is_file():
+        # Settings newer than the file had their defaults.
+        before = {**AttackConfig().to_dict(), **read_json(settings_file)}
         different = differences({name: before.get(name) for name in settings}, settings)
         if queries is not None:
-            of = load_checkpoint(answers)["settings"]["query_set"]
-            different += differences({"images": of}, {"images": identity(queries)})
+            stored = load_checkpoint(answers)["settings"]["query_set"]
+            different += differences({"images": stored}, {"images": identity(queries)})
         if different:
             raise ValueError(
                 f"{out} holds another attack ({'; '.join(different)}): "
@@ -197,15 +209,15 @@ def attack_run(
                     image_size=splits.image_size,
                 )
             clone.to(find_device(config.device))
-            write_json(begun, settings)
+            write_json(settings_file, settings)
             extraction = config.knockoff()(victim, images, clone, resume_dir=out)
             test = splits.test
-            theirs, ours = predict(extraction.clone, test), predict(model, test)
+            clone_logits, logits = predict(extraction.clone, test), predict(model, test)
         return {
             "queries": extraction.queries,
-            "accuracy": accuracy(theirs, test.labels),
-            "fidelity": fidelity(theirs, ours),
-            "victim_accuracy": accuracy(ours, test.labels),
+            "accuracy": accuracy(clone_logits, test.labels),
+            "fidelity": fidelity(clone_logits, logits),
+            "victim_accuracy": accuracy(logits, test.labels),
             "settings": settings,
         }
 

@@ -1,4 +1,4 @@
-"""The settings of a study: victims, seeds, and what is tried on them."""
+"""The settings of a study: victims, seeds, attacks and defenses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SECTIONS = ("seeds", "common", "fp", "victims", "subjects", "evaluate", "attack"
 
 @dataclass(frozen=True)
 class Study(Trainings):
-    """The settings of a study, as its YAML file holds them.
+    """The settings of a study, as in its YAML file.
 
     Attributes:
-        subjects: the trainings that are evaluated, by name, ``fp`` among them if wanted; empty: all
-            that are quantized.
-        evaluate: keys of :class:`divqat.evaluate.Grid` (in the file, ``attack`` can take its place,
-            see :func:`short_grid`), but ``seeds``: a victim is attacked with the seed that it was
-            trained with.
+        subjects: names of the trainings to evaluate, which may include ``fp``; empty: all quantized
+            ones.
+        evaluate: keys of :class:`divqat.evaluate.Grid` except ``seeds``, as a victim is attacked
+            with the seed of its training. The file may have ``attack`` instead, see
+            :func:`short_grid`.
         Others: see :class:`Trainings`.
 
     Raises:
-        ConfigError: an unknown key or a bad value, anywhere.
+        ConfigError: an unknown key or an invalid value.
     """
 
     subjects: list[str]
@@ -35,10 +35,12 @@ class Study(Trainings):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Study:
-        """From the content of a YAML file; what is left out has its default."""
+        """From the content of a YAML file; missing keys get their defaults."""
         check_keys(data, SECTIONS)
         if "attack" in data and "evaluate" in data:
-            raise ConfigError("attack: wanted it or evaluate, whose short form it is, got both")
+            raise ConfigError(
+                "attack: wanted either it or evaluate, of which it is the short form, got both"
+            )
         subjects, grid = data.get("subjects") or [], data.get("evaluate") or {}
         if "attack" in data:
             grid = short_grid(data["attack"] or {})
@@ -46,34 +48,34 @@ class Study(Trainings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = self.names
-        if not isinstance(self.subjects, list) or not set(self.subjects) <= set(known):
-            raise ConfigError(f"subjects: wanted some of {', '.join(known)}, got {self.subjects!r}")
+        names = self.names
+        if not isinstance(self.subjects, list) or not set(self.subjects) <= set(names):
+            raise ConfigError(f"subjects: wanted some of {', '.join(names)}, got {self.subjects!r}")
         check_keys(self.evaluate, Grid.names(), where="evaluate")
         if "seeds" in self.evaluate:
             raise ConfigError("evaluate: the study sets seeds itself, remove it")
-        self.grid  # noqa: B018 (its values are checked)
+        self.grid  # noqa: B018 (the property checks the values)
 
     @property
     def evaluated(self) -> list[str]:
-        """The names of the trainings that are evaluated."""
+        """The names of the trainings to evaluate."""
         return self.subjects or self.attacked
 
     @property
     def grid(self) -> Grid:
-        """What is tried."""
+        """The attacks and defenses of the evaluation."""
         return Grid.from_dict(self.evaluate, where="evaluate")
 
 
 def short_grid(attack: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``evaluate`` that ``attack`` is short for: KnockoffNets from each of ``answers``.
+    """The long form (``evaluate``) of ``attack``: KnockoffNets with each kind of ``answers``.
 
     Args:
-        attack: keys of :class:`divqat.experiments.deploy.AttackConfig` but ``seed``, and
+        attack: keys of :class:`divqat.experiments.deploy.AttackConfig` except ``seed``, and
             ``answers``: a list of ``probs``, ``label``, ``top3``, ``rounded2`` ...
 
     Raises:
-        ConfigError: an unknown key or a bad value.
+        ConfigError: an unknown key or an invalid value.
     """
     check_keys(attack, [*AttackConfig.names(), "answers"], where="attack")
     if "seed" in attack:
@@ -95,5 +97,5 @@ def short_grid(attack: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _knockoff(answer: str) -> str:
-    """The spec of KnockoffNets that learns from these answers."""
+    """The spec of KnockoffNets with answers of this kind."""
     return "knockoff" if answer == "probs" else f"knockoff:reading={answer}"

@@ -1,7 +1,8 @@
-"""Units of work in other processes, of this machine or of a cluster.
+"""Run tasks in other processes, on this machine or on a cluster.
 
-A unit is a call that leaves its results in files and can be made again. What runs units is a
-:class:`concurrent.futures.Executor`: :func:`processes` of this machine, or :func:`cluster`.
+A task is a function call that writes its results to files and can be repeated. Tasks are run by a
+:class:`concurrent.futures.Executor` from :func:`process_executor` (this machine) or
+:func:`cluster_executor`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ from divqat._util import progress, streams
 from divqat._util.errors import require
 from divqat._util.foreign import trust, trusted
 
-# What the server of processes imports, if it is installed: units need it, and it takes seconds.
-IMPORTED = [
-    "divqat.experiments.units",
+# What the server of processes imports, if it is installed: tasks need it, and it takes seconds.
+PRELOADED = [
+    "divqat.experiments.tasks",
     "matplotlib.figure",
     "onnxscript",
     "onnxruntime",
     "sklearn.datasets",
 ]
-ATTEMPTS = 3  # at a unit whose process dies each time
-_alone = threading.Lock()  # the number of threads and the random state belong to a whole process
+ATTEMPTS = 3  # of a task whose process dies
+# One task at a time: the number of threads and the random state belong to the whole process.
+_process_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A part of a job.
+class Task:
+    """A function call to run in another process.
 
     Attributes:
-        name: unique; for people.
-        call, arguments: what it does: a function of a module, and arguments that can be pickled.
-        after: names of the units whose results it reads.
+        name: unique, for messages.
+        call, arguments: a module-level function, and arguments that can be pickled.
+        after: names of the tasks that have to finish first.
     """
 
     name: str
@@ -60,62 +62,62 @@ class Unit:
     after: tuple[str, ...] = ()
 
 
-def run_units(units: Sequence[Unit], executor: Executor, log: Callable[[str], object]) -> None:
-    """Run units, each as soon as those that it comes after are done.
+def run_tasks(tasks: Sequence[Task], executor: Executor, log: Callable[[str], object]) -> None:
+    """Run tasks, each as soon as the tasks in its ``after`` have finished.
 
-    A unit whose process dies is run again. The first error ends this: no other unit is submitted.
+    A task whose process dies is run again. After the first exception no more tasks are submitted.
 
     Args:
-        units: what is to be done.
-        executor: runs them. Where a process dies, the future of its unit alone raises
-            BrokenExecutor, or the executor runs the unit again by itself.
-        log: takes a line when a unit is run again.
+        tasks: the tasks.
+        executor: if a process dies, it either fails only that process's task with BrokenExecutor,
+            or runs the task again itself.
+        log: is called with a line when a task is run again.
 
     Raises:
-        BrokenExecutor: a unit's process died three times.
-        Others: as the units.
+        BrokenExecutor: a task's process died three times.
+        Others: the exceptions of the tasks.
     """
-    for _ in progress.progress(_finished(units, executor, log), "units", total=len(units)):
+    for _ in progress.progress(_run_in_order(tasks, executor, log), "tasks", total=len(tasks)):
         pass
 
 
-def _finished(
-    units: Sequence[Unit], executor: Executor, log: Callable[[str], object]
+def _run_in_order(
+    tasks: Sequence[Task], executor: Executor, log: Callable[[str], object]
 ) -> Iterator[str]:
-    """The names of units as they are finished."""
-    waiting, done, deaths = list(units), set[str](), Counter[str]()
-    running: dict[Future[None], Unit] = {}
+    """Run tasks and yield the name of each when it has finished."""
+    waiting, done, deaths = list(tasks), set[str](), Counter[str]()
+    running: dict[Future[None], Task] = {}
     while waiting or running:
-        for unit in [unit for unit in waiting if done.issuperset(unit.after)]:
-            waiting.remove(unit)
-            running[executor.submit(_run, unit, trusted())] = unit
+        for task in [task for task in waiting if done.issuperset(task.after)]:
+            waiting.remove(task)
+            running[executor.submit(_run_task, task, trusted())] = task
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            unit = running.pop(future)
+            task = running.pop(future)
             try:
                 future.result()
             except BrokenExecutor:
-                deaths[unit.name] += 1
-                if deaths[unit.name] == ATTEMPTS:
+                deaths[task.name] += 1
+                if deaths[task.name] == ATTEMPTS:
                     raise
-                log(f"{unit.name}: its process died, it is run again")
-                waiting.append(unit)
+                log(f"{task.name}: its process died, running it again")
+                waiting.append(task)
             else:
-                done.add(unit.name)
-                yield unit.name
+                done.add(task.name)
+                yield task.name
 
 
-def _run(unit: Unit, names: tuple[str, ...]) -> None:
-    """Run a unit in the process of a worker; ``names`` are trusted, as where it was submitted."""
+def _run_task(task: Task, names: tuple[str, ...]) -> None:
+    """Run a task in a worker process, and trust the same ``names`` as the submitting process."""
     progress.hide()
-    with _alone, trust(*names):
-        unit.call(*unit.arguments)
+    with _process_lock, trust(*names):
+        task.call(*task.arguments)
 
 
 @contextmanager
-def processes(count: int) -> Iterator[Executor]:
-    """An executor of so many processes of this machine, which share torch's CPU threads. An error
-    in the block, and so Ctrl-C, ends them."""
-    executor = _Processes(count)
+def process_executor(count: int) -> Iterator[Executor]:
+    """An executor with ``count`` processes on this machine, which share torch's CPU threads. An
+    exception in the block, including Ctrl-C, ends them."""
+    executor = _ProcessExecutor(count)
     try:
         yield executor
     except BaseException:
@@ -126,17 +128,18 @@ def processes(count: int) -> Iterator[Executor]:
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[Executor]:
-    """An executor of the dask workers behind a scheduler.
+def cluster_executor(address: str) -> Iterator[Executor]:
+    """An executor that runs tasks on the workers of a dask scheduler.
 
-    Where a worker dies, dask gives its unit to another one, three times. After an error in the
-    block nothing is begun, but a worker finishes what it is at.
+    If a worker dies, dask gives its task to another one, up to three times. After an exception in
+    the block no task starts, but running ones finish.
 
     Args:
         address: of the scheduler, such as ``tcp://10.0.0.1:8786``.
 
     Raises:
-        ImportError: dask.distributed is missing. OSError: nobody answers there.
+        ImportError: dask.distributed is missing.
+        OSError: the scheduler does not respond.
     """
     distributed = require("distributed", "cluster")
     with distributed.Client(address) as client:
@@ -147,47 +150,49 @@ def cluster(address: str) -> Iterator[Executor]:
             executor.shutdown(wait=False)
 
 
-class _Processes(Executor):
-    """Processes of one call at a time. One that dies fails its own call, and another takes its
-    place; in a ProcessPoolExecutor of several, one that dies fails all calls."""
+class _ProcessExecutor(Executor):
+    """Processes that run one call at a time. If one dies, only its call fails, and a new process
+    replaces it; in a ProcessPoolExecutor all calls would fail."""
 
     def __init__(self, count: int) -> None:
         self._threads = ThreadPoolExecutor(count)  # each waits for one process
-        self._share = max(1, torch.get_num_threads() // count)
+        self._threads_each = max(1, torch.get_num_threads() // count)
         self._idle: SimpleQueue[ProcessPoolExecutor | None] = SimpleQueue()
         for _ in range(count):
             self._idle.put(None)
         self._lock, self._ended = threading.Lock(), False
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self._threads.submit(self._wait, functools.partial(call, *args, **kwargs))
+        return self._threads.submit(self._run_call, functools.partial(call, *args, **kwargs))
 
-    def _wait(self, call: Callable[[], Any]) -> Any:
+    def _run_call(self, call: Callable[[], Any]) -> Any:
         pool = self._idle.get()
         try:
-            with self._lock:  # no process is started while terminate() looks for them
+            with self._lock:  # starts no process while terminate() lists them
                 if self._ended:
-                    raise BrokenExecutor("the processes were ended")
-                pool = pool or self._new()
+                    raise BrokenExecutor("the processes have been terminated")
+                pool = pool or self._new_pool()
                 result = pool.submit(call)
             return result.result()
         except BrokenExecutor:
-            pool = None
+            if pool is not None:
+                pool.shutdown()  # waits for the end of its process
+                pool = None
             raise
         finally:
             self._idle.put(pool)
 
-    def _new(self) -> ProcessPoolExecutor:
-        # A fork of this process has torch's locks without its threads. One of a server has neither,
-        # and need not import everything again.
+    def _new_pool(self) -> ProcessPoolExecutor:
+        # A fork of this process would copy torch's locks, but not its threads. A fork of a server
+        # has neither, and does not import everything again.
         methods = multiprocessing.get_all_start_methods()
         method = "forkserver" if "forkserver" in methods else "spawn"
-        multiprocessing.set_forkserver_preload(IMPORTED)
+        multiprocessing.set_forkserver_preload(PRELOADED)
         context = multiprocessing.get_context(method)
-        return ProcessPoolExecutor(1, context, _start, (self._share,))
+        return ProcessPoolExecutor(1, context, _init_process, (self._threads_each,))
 
     def terminate(self) -> None:
-        """End all processes, whatever they are at."""
+        """Terminate all processes at once."""
         with self._lock:
             self._ended = True
             for process in multiprocessing.active_children():
@@ -201,7 +206,8 @@ class _Processes(Executor):
                 pool.shutdown(wait)
 
 
-def _start(threads: int) -> None:
+def _init_process(threads: int) -> None:
     streams.be_lenient()
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process has it, and ends the others
+    # Ctrl-C is for the parent, which then terminates its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Training: full precision, plain QAT, DivQAT, and what DivQAT is compared with.
+"""Training: full precision, plain QAT, DivQAT, and the baselines.
 
 Example:
     >>> from divqat.train import TrainConfig, load_run, train

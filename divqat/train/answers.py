@@ -1,4 +1,4 @@
-"""The teacher's answers to the training images, computed once and kept in the run folder."""
+"""The teacher's logits for the training images, computed once and cached in the run folder."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ def teacher_logits(
     *,
     keep: bool = True,
 ) -> Tensor:  # float32 [N, num_classes], on the device of the images
-    """Load the answers, or compute and write them.
+    """Load the cached logits, or compute and write them.
 
     Args:
         folder: the run folder; the file is ``teacher_logits.pt``.
-        teacher: in eval mode, on the device of ``data``, [N] images.
-        key: what else the answers depend on, say the teacher's fingerprint and the precision. With
-            a digest of the images it is kept beside the answers; a file of another key, or a
+        teacher: in eval mode, on the device of ``data``.
+        data: N images, not augmented.
+        key: what else the logits depend on, such as the teacher's fingerprint and the precision. It
+            is stored beside the logits, with a digest of the images; a file with another key, or a
             damaged one, is replaced.
-        keep: write the file. Of several processes one does; the others read it if it is there.
+        keep: write the file. Only one process should; the others read the file if it exists.
     """
     wanted = {**key, "images": digest(data)}
-    kept = _load(folder / FILE)
-    if kept is not None and kept["key"] == wanted:
-        return kept["logits"].to(data.labels.device)
+    cached = _load(folder / FILE)
+    if cached is not None and cached["key"] == wanted:
+        return cached["logits"].to(data.labels.device)
     with torch.inference_mode():
         chunks = [
             teacher(images.contiguous(memory_format=torch.channels_last)).float()
             for images, _ in batches(data, BATCH)
         ]
-    # outside, so that it is an ordinary tensor, of which the backward pass may keep rows
+    # Outside inference_mode: autograd may save rows of an ordinary tensor, not of an inference one.
     logits = torch.cat(chunks).clone()
     if keep:
         save_checkpoint(folder / FILE, {"key": wanted, "logits": logits.cpu()})
@@ -53,7 +54,7 @@ def teacher_logits(
 
 def _load(file: Path) -> dict[str, Any] | None:
     try:
-        kept = load_checkpoint(file)
+        cached = load_checkpoint(file)
     except (FileNotFoundError, ValueError):
         return None
-    return kept if kept.keys() == {"key", "logits"} else None
+    return cached if cached.keys() == {"key", "logits"} else None

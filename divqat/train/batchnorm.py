@@ -1,7 +1,7 @@
-"""BatchNorm over the whole batch, where that is spread over several processes.
+"""BatchNorm with statistics over the batches of all processes.
 
-``nn.SyncBatchNorm`` computes the same, on GPUs only. This one is an all-reduce each way, on any
-device, and its images may be fewer than its rows.
+``nn.SyncBatchNorm`` computes the same, but only on GPUs. This one works on every device, with one
+all-reduce in the forward and one in the backward pass, and it can leave padding rows out.
 """
 
 from __future__ import annotations
@@ -18,102 +18,103 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class WholeBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` that in a block of :func:`whole_batch` and in training mode normalizes by
-    the statistics of all processes' images; elsewhere it is what it is.
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that normalizes by the statistics of all processes' images in training
+    mode within :func:`synchronized_batchnorm`, and behaves like its base class otherwise.
 
-    Running statistics are those of all processes' images, too, the variance with N / (N − 1), N
-    the values per channel in all of them.
+    The running statistics also cover all processes' images, the variance with N / (N − 1), N the
+    number of values per channel in all processes.
 
     Attributes:
-        fillers: first rows of the input that do not count, within the block; None: outside.
+        padding: how many leading rows of the input do not count; None outside the block.
     """
 
-    fillers: int | None = None
+    padding: int | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[n, C, H, W] → [n, C, H, W]."""
-        if self.fillers is None or not self.training:
+        if self.padding is None or not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        mean, var, count = _statistics(input.detach()[self.fillers :])
+        mean, var, count = _statistics(input.detach()[self.padding :])
         assert self.num_batches_tracked is not None and self.momentum is not None
         assert self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
-            # A single value has no variance, and no divisor of 0 either.
+            # Of a single value the variance is 0, and the divisor must not be 0.
             self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), self.momentum)
-        settings = self.eps, self.fillers
+        settings = self.eps, self.padding
         return _Normalize.apply(input, self.weight, self.bias, mean, var, count, *settings)
 
 
 def synchronize_batchnorm(model: nn.Module) -> None:
-    """Make every BatchNorm of ``model`` a :class:`WholeBatchNorm2d`, in its place.
+    """Turn every BatchNorm of ``model`` into a :class:`SyncBatchNorm2d`, in place.
 
-    Parameters, buffers, names and hooks stay; the one within a :class:`divqat.nn.QuantConvBn2d` is
-    one of them.
+    This includes the BatchNorm of a :class:`divqat.nn.QuantConvBn2d`. Parameters, buffers, names
+    and hooks stay.
 
     Raises:
-        ValueError: a BatchNorm that is not an ``nn.BatchNorm2d``, or one without γ and β, running
-            statistics or momentum.
+        ValueError: a BatchNorm is not an ``nn.BatchNorm2d``, or lacks γ and β, running statistics
+            or momentum.
     """
     for name, norm in model.named_modules():
         if not isinstance(norm, _BatchNorm):
             continue
-        whole = norm.affine and norm.track_running_stats and norm.momentum is not None
-        if type(norm) is not nn.BatchNorm2d or not whole:
+        supported = norm.affine and norm.track_running_stats and norm.momentum is not None
+        if type(norm) is not nn.BatchNorm2d or not supported:
             raise ValueError(
                 f"model: wanted nn.BatchNorm2d with γ, β, running statistics and momentum, got "
                 f"{name}: {norm}"
             )
-        norm.__class__ = WholeBatchNorm2d  # as torch's parametrizations do it
+        norm.__class__ = SyncBatchNorm2d  # like torch's parametrizations
 
 
 @contextmanager
-def whole_batch(model: nn.Module, fillers: int) -> Iterator[None]:
-    """A block in which all processes run ``model`` forward, each on its part of the batch.
+def synchronized_batchnorm(model: nn.Module, padding: int) -> Iterator[None]:
+    """Within this block all processes run ``model`` forward, each on its part of the batch.
 
-    One all-reduce per BatchNorm in training mode; so is the backward, in the block or after it.
+    Each BatchNorm in training mode costs one all-reduce in the forward and one in the backward
+    pass, which may run after the block.
 
     Args:
-        model: of :func:`synchronize_batchnorm`, or any, which stays as it is.
-        fillers: how many of the first rows of this process's part are not of the batch. They are
-            normalized by the statistics, and do not count in them.
+        model: from :func:`synchronize_batchnorm`; any other model is not affected.
+        padding: how many leading rows of this process's input do not belong to the batch. They are
+            normalized, but left out of the statistics.
     """
-    norms = [module for module in model.modules() if isinstance(module, WholeBatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, SyncBatchNorm2d)]
     try:
         for norm in norms:
-            norm.fillers = fillers
+            norm.padding = padding
         yield
     finally:
         for norm in norms:
-            norm.fillers = None
+            norm.padding = None
 
 
 @torch.no_grad()
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of all processes' ``x``, and how many values of a channel they are.
+    """Mean and biased variance over all processes' ``x``, and the number of values per channel.
 
-    Each process takes its mean and variance as ``nn.BatchNorm2d`` does. What is added up is
-    [Σ x, Σ x², n] out of them, in float64: there the cancellation of Σ x² / N − mean² stays below
-    float32's rounding up to a mean of 10^4 standard deviations.
+    Each process computes mean and variance as ``nn.BatchNorm2d`` does, and turns them into
+    [Σ x, Σ x², n] in float64, which the all-reduce sums. In float64 the cancellation in
+    Σ x² / N − mean² stays below float32's rounding up to a mean of 10^4 standard deviations.
 
     Args:
         x: [n, C, H, W]; n may be 0.
 
     Returns:
-        [C], [C] and [1], float32, or float64 for float64.
+        [C], [C] and [1]; float64 for float64 input, else float32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     channels = x.shape[1]
     n = x.numel() // channels
     moments = x.new_zeros(2 * channels + 1, dtype=torch.float64)
     if n:
-        # Running statistics of float32 let it take bfloat16, too; nothing else reads them.
+        # Unused, but with float32 running statistics the op also accepts bfloat16 input.
         running = x.new_zeros(2, channels, dtype=dtype)
-        own = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
-        mean, var = (value.double() for value in own)
+        statistics = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+        mean, var = (value.double() for value in statistics)
         moments = torch.cat([n * mean, n * (var + mean.square()), torch.full_like(mean[:1], n)])
     dist.all_reduce(moments)
     total, squares, count = moments.split([channels, channels, 1])
@@ -123,13 +124,13 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalize(torch.autograd.Function):
-    """y = γ x̂ + β, x̂ = (x − mean) / √(var + eps), with the gradient that passes through the
-    statistics of all processes' x.
+    """y = γ x̂ + β, x̂ = (x − mean) / √(var + eps), with the gradient through the statistics of all
+    processes' x.
 
-    With Σ over all processes' rows, N the number of values that the statistics are of:
+    With Σ over the rows of all processes and N values per channel:
     dL/dx = γ / √(var + eps) · (dL/dy − (Σ dL/dy + x̂ Σ x̂ dL/dy) / N) (Ioffe and Szegedy 2015, §3,
-    the derivatives after algorithm 1, put together), where a filler lacks the second term. Of γ
-    and β each process keeps its own part of the gradient, as of all other parameters.
+    the derivatives after algorithm 1, combined). For padding rows the second term is left out. The
+    gradients of γ and β are those of this process's rows, as for all other parameters.
     """
 
     @staticmethod
@@ -142,10 +143,10 @@ class _Normalize(torch.autograd.Function):
         var: Tensor,
         count: Tensor,
         eps: float,
-        fillers: int,
+        padding: int,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps, ctx.fillers = eps, fillers
+        ctx.eps, ctx.padding = eps, padding
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
@@ -158,8 +159,8 @@ class _Normalize(torch.autograd.Function):
         )
         sums = torch.cat([dweight, dbias])
         dist.all_reduce(sums)
-        # What is left is affine in x̂, as a BatchNorm is.
+        # The second term is affine in x̂, so batch_norm computes it.
         factor = -weight * torch.rsqrt(var + ctx.eps) / count
         gamma, beta = (factor * part for part in sums.chunk(2))
-        dx[ctx.fillers :] += F.batch_norm(x[ctx.fillers :], mean, var, gamma, beta, eps=ctx.eps)
+        dx[ctx.padding :] += F.batch_norm(x[ctx.padding :], mean, var, gamma, beta, eps=ctx.eps)
         return dx, dweight, dbias, None, None, None, None, None

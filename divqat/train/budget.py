@@ -1,4 +1,4 @@
-"""A budget of validation accuracy, and how much of a defense it allows."""
+"""The accuracy budget: how much of the defense a loss of validation accuracy allows."""
 
 from __future__ import annotations
 
@@ -16,49 +16,51 @@ from divqat.train.config import QUANTIZATION, SHARED, TrainConfig
 from divqat.train.folder import Run, load_run
 from divqat.train.network import build_model
 
-STEPS = 20  # on the whole way
-REWINDS = 2  # with half of λ and w, and with a quarter
+STEPS = 20  # of the interpolation
+REWINDS = 2  # with half of λ and w, then with a quarter
 
 
 class Budget:
-    """How strong a defense may be, and how far the weights go from undefended to defended ones.
+    """Weakens the defense until the network is within the accuracy budget.
 
-    Inside is A_ref − A <= b in points of validation accuracy. The result is the last network that
-    is inside, of those after each of the last third of the epochs. If none is, the training goes
-    back to before these, and on from there with half the weights λ and w in the loss; if need be a
-    second time, with a quarter. Weights of the loss that change while training would have to be
-    judged at a high learning rate, at which accuracy is not yet what it will be; here each is
-    judged by the networks that it leads to, for a third of the time. (To rewind weights and
-    learning rate, there to train on after pruning: Renda, Frankle and Carbin, "Comparing rewinding
-    and fine-tuning in neural network pruning", ICLR 2020, arXiv 2003.02389, §2.)
+    A network is within the budget if A_ref − A <= b, in points of validation accuracy. The result
+    is the last one within it, among the networks after each of the last third of the epochs. If
+    there is none, the training rewinds to before these epochs and repeats them with half the loss
+    weights λ and w; if necessary a second time, with a quarter. To adjust the loss weights during
+    training instead, one would have to judge them at a high learning rate, where accuracy is still
+    far from its final value. Here each choice is judged by the networks that it leads to, at the
+    cost of a third of the training. (Rewinding weights and learning rate was proposed for
+    retraining after pruning: Renda, Frankle and Carbin, "Comparing rewinding and fine-tuning in
+    neural network pruning", ICLR 2020, arXiv 2003.02389, §2.)
 
-    What is outside then, too, goes towards the reference:
+    If the last attempt exceeds the budget, too, its weights are interpolated towards the reference:
 
         θ(s) = θ₀ + s (θ − θ₀),  s = 1, 0.95 ... 0
 
     θ are the last weights, θ₀ those of plain QAT, or without a ``reference`` those of the teacher,
-    where both began. The result is the first θ(s) inside, or if there is none, the most accurate.
-    Activation ranges and BatchNorm's statistics go the same way, and a zero point that is no longer
-    its range's follows, with the scale; other whole numbers stay. Where accuracy is lowest in the
-    middle of the way, little of the defense is left when it is back. That networks trained on from
-    the same weights can be joined by a straight line without such a barrier, and that what was
-    learned second can be traded against the first on it, is of Frankle et al., "Linear mode
-    connectivity and the lottery ticket hypothesis", ICML 2020, arXiv 1912.05671, and Ilharco et
-    al., "Patching open-vocabulary models by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
+    from which both started. The result is the first θ(s) within the budget, or else the most
+    accurate one. Activation ranges and BatchNorm statistics are interpolated as well; scales and
+    zero points follow from the ranges, and other integers stay. If accuracy is lowest in the middle
+    of the path, little of the defense is left once it has recovered. That networks fine-tuned from
+    the same weights can be connected by a straight line without such a barrier is a finding of
+    Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, arXiv
+    1912.05671; that the line trades the second task against the first, of Ilharco et al., "Patching
+    open-vocabulary models by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
 
-    The validation split no longer estimates without bias what it has chosen; the test split does.
+    The validation accuracy of the chosen network is biased, as it was chosen by it; the test
+    accuracy is not.
 
     Args:
         points: b, above 0.
         reference: A_ref, a fraction.
-        start: θ₀, a state dict; where it lacks something the trained value stays.
+        start: θ₀, a state dict; entries that it lacks keep their trained values.
 
     Attributes:
-        attempts: networks that were outside and were given up: validation accuracy, points below
-            the reference and whatever else was measured, the share of λ and w in their last epochs,
-            and the seconds of these.
-        path: what was measured of the last one: share s, validation accuracy, points below the
-            reference, and whatever else; the last row is the result.
+        attempts: one row per rejected network: its validation accuracy, points below the reference
+            and other measurements, the share of λ and w in its last epochs (``weaker``), and how
+            many seconds these epochs took.
+        path: one row per interpolated network: share s, validation accuracy, points below the
+            reference and other measurements. The last row is the result.
     """
 
     def __init__(self, points: float, reference: float, start: Mapping[str, Any]) -> None:
@@ -67,76 +69,79 @@ class Budget:
         self.path: list[dict[str, float]] = []
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: TrainConfig, reference: Run | None, validation: LabeledImages
     ) -> Budget | None:
-        """The budget of a training, if it has one; ``reference`` of :func:`load_reference`."""
+        """The budget of a training, or None; ``reference`` is from :func:`load_reference`."""
         if config.accuracy_budget is None:
             return None
         assert reference is not None
-        found = accuracy(predict(reference.model, validation), validation.labels)
-        return cls(config.accuracy_budget, found, weights_of(config, reference))
+        reference_accuracy = accuracy(predict(reference.model, validation), validation.labels)
+        return cls(config.accuracy_budget, reference_accuracy, reference_weights(config, reference))
 
     @property
-    def weaker(self) -> float:
-        """The share of λ and w that the defense has in the loss by now."""
+    def strength(self) -> float:
+        """The current share of λ and w: 1, 0.5 or 0.25."""
         return 0.5 ** len(self.attempts)
 
     def allows(self, validation_accuracy: float) -> bool:
-        """Whether a network of this accuracy, a fraction, is inside."""
-        return _within(self._below({"validation_accuracy": validation_accuracy}), self.points)
+        """Whether a network of this accuracy, a fraction, is within the budget."""
+        measured = {"validation_accuracy": validation_accuracy}
+        return _within(self._points_below(measured), self.points)
 
     @property
-    def patient(self) -> bool:
-        """Whether the last third may be learned once more."""
+    def can_rewind(self) -> bool:
+        """Whether the last third of the epochs may be repeated once more."""
         return len(self.attempts) < REWINDS
 
-    def give_up(self, found: dict[str, float], seconds: float) -> None:
-        """Note a network that is outside; the defense is weaker from now on.
+    def reject(self, measured: dict[str, float], seconds: float) -> None:
+        """Record a network that exceeds the budget, and halve ``strength``.
 
         Args:
-            found: as of ``measure`` in :meth:`settle`. seconds: what is lost with it.
+            measured: what ``measure`` returned, see :meth:`choose_weights`.
+            seconds: how long the epochs took that are discarded with the network.
         """
-        given_up = {"weaker": self.weaker, "seconds": seconds, "points_below": self._below(found)}
-        self.attempts.append(given_up | found)
+        below = self._points_below(measured)
+        attempt = {"weaker": self.strength, "seconds": seconds, "points_below": below}
+        self.attempts.append(attempt | measured)
 
-    def settle(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
-        """Give ``model``, which is trained, the weights that are the result.
+    def choose_weights(self, model: nn.Module, measure: Callable[[], dict[str, float]]) -> None:
+        """Interpolate the weights of the trained ``model`` until it is within the budget.
 
         Args:
-            measure: what is to be known of the model as it is: ``validation_accuracy``, a
-                fraction, and what else is to be in the path.
+            measure: evaluates ``model`` as it is; returns ``validation_accuracy``, a fraction, and
+                whatever else ``path`` should record.
         """
         end = deepcopy(model.state_dict())
         for step in range(STEPS, -1, -1):
             share = step / STEPS
-            model.load_state_dict(between(self.start, end, share))
-            found = measure()
-            below = self._below(found)
-            self.path.append({"share": share, "points_below": below, **found})
+            model.load_state_dict(interpolate(self.start, end, share))
+            measured = measure()
+            below = self._points_below(measured)
+            self.path.append({"share": share, "points_below": below, **measured})
             if _within(below, self.points):
                 break
         else:
             self.path.append(min(self.path, key=lambda row: row["points_below"]))
-            model.load_state_dict(between(self.start, end, self.chosen["share"]))
+            model.load_state_dict(interpolate(self.start, end, self.chosen["share"]))
 
-    def _below(self, found: dict[str, float]) -> float:
-        return 100 * (self.reference - found["validation_accuracy"])
+    def _points_below(self, measured: dict[str, float]) -> float:
+        return 100 * (self.reference - measured["validation_accuracy"])
 
     @property
     def chosen(self) -> dict[str, float]:
-        """The row of the path that is the result."""
+        """The row of ``path`` that describes the result."""
         return self.path[-1]
 
     def summary(self) -> dict[str, Any]:
-        """What to tell at the end."""
-        found = {name: self.chosen[name] for name in ("share", "points_below")}
+        """The entry ``budget`` of ``summary.json``."""
+        chosen = {name: self.chosen[name] for name in ("share", "points_below")}
         inside = _within(self.chosen["points_below"], self.points)
-        outcome = {"points": self.points, "reference": self.reference, **found, "inside": inside}
-        return {**outcome, "weaker": self.weaker, "attempts": self.attempts, "path": self.path}
+        outcome = {"points": self.points, "reference": self.reference, **chosen, "inside": inside}
+        return {**outcome, "weaker": self.strength, "attempts": self.attempts, "path": self.path}
 
-    def line(self) -> str:
-        """A line for the log."""
+    def message(self) -> str:
+        """The result as a log line."""
         row = self.chosen
         return (
             f"accuracy budget: epoch {row['epoch']:g}, {row['share']:.0%} of the way from the "
@@ -144,17 +149,17 @@ class Budget:
             f"{row['points_below']:.2f} points below, {self.points:g} allowed"
         )
 
-    def again(self, epoch: int) -> str:
-        """A line for the log, after :meth:`give_up`; training goes on after ``epoch``."""
+    def rewind_message(self, epoch: int) -> str:
+        """The log line after :meth:`reject`, when training resumes after ``epoch``."""
         last = self.attempts[-1]
         return (
             f"accuracy budget: {last['points_below']:.2f} points below the reference's "
-            f"{self.reference:.2%}, {self.points:g} allowed: back to epoch {epoch}, and on with "
-            f"{self.weaker:g} of the defense's weight"
+            f"{self.reference:.2%}, {self.points:g} allowed: going back to epoch {epoch}, with "
+            f"{self.strength:g} of the defense's weight"
         )
 
     def warning(self) -> str | None:
-        """A sentence if the budget is not kept, or nothing is left of the defense."""
+        """A warning if the budget is exceeded or nothing is left of the defense, else None."""
         row = self.chosen
         if not _within(row["points_below"], self.points):
             return (
@@ -172,41 +177,41 @@ class Budget:
         return None
 
     def state(self) -> dict[str, Any]:
-        """What a training that goes on has to find again."""
+        """What a checkpoint stores, to resume from."""
         return {
             "attempts": self.attempts, "path": self.path, "start": fingerprint(self.start),
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state`.
+        """Restore a :meth:`state`.
 
         Raises:
-            ValueError: it began with another reference.
+            ValueError: the state belongs to another reference.
         """
         if state["start"] != fingerprint(self.start):
-            raise ValueError("reference: it has changed since this training was begun")
+            raise ValueError("reference: it has changed since this training started")
         self.attempts, self.path = state.get("attempts", []), state["path"]
 
 
-def between(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """The state dict after a share, from 0 to 1, of the straight way; only floating-point tensors
-    move, and with share 0 and 1 the bits are those of ``start`` and ``end``. Scale and zero point
-    follow from each range when it is loaded."""
+def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """start + share · (end − start) for every floating-point tensor; other values are those of
+    ``end``. Shares of 0 and 1 give the bits of ``start`` and ``end``. Scales and zero points follow
+    from the ranges when the state dict is loaded."""
 
-    def move(name: str, last: Any) -> Any:
+    def interpolated(name: str, last: Any) -> Any:
         first = start.get(name, last)
         if not isinstance(last, Tensor) or not last.is_floating_point():
             return last
         first = first.to(last.device)
-        # a range that was never observed is infinite, at both ends
+        # where, as a range that was never observed is infinite in both
         return torch.where(first == last, last, torch.lerp(first, last, share))
 
-    return {name: move(name, last) for name, last in end.items()}
+    return {name: interpolated(name, last) for name, last in end.items()}
 
 
-def weights_of(config: TrainConfig, run: Run) -> dict[str, Any]:
-    """The state dict of ``run`` in the names of the model that ``config`` trains: those of a
-    folded BatchNorm differ. One of full precision has no activation ranges."""
+def reference_weights(config: TrainConfig, run: Run) -> dict[str, Any]:
+    """The state dict of ``run`` with the parameter names of the model that ``config`` trains, where
+    BatchNorms are folded into convolutions. From a full-precision run it has no ranges."""
     if run.config.kind.quantized:
         return run.model.state_dict()
     model = build_model(config, run.shape)
@@ -216,16 +221,17 @@ def weights_of(config: TrainConfig, run: Run) -> dict[str, Any]:
 
 
 def load_reference(config: TrainConfig, teacher: Run | None) -> Run | None:
-    """The plain QAT that a budget counts from; where ``config.reference`` is None the teacher.
+    """The plain QAT run that the budget is measured against, or the teacher if
+    ``config.reference`` is None.
 
     Raises:
-        FileNotFoundError: no finished training in the folder ``config.reference``.
-        ValueError: that is no plain QAT of the same teacher, data and quantized model.
+        FileNotFoundError: no training in the folder ``config.reference``.
+        ValueError: it is unfinished, or not plain QAT with the same teacher, data and quantization.
     """
     if config.reference is None or teacher is None:
         return teacher
     run = load_run(str(config.reference))
-    ignored = {"data_root", *config.idle}
+    ignored = {"data_root", *config.unused}
     same = [name for name in (*SHARED, *QUANTIZATION) if name not in ignored]
     wanted = {"method": "qat"} | {name: getattr(config, name) for name in same}
     for name, value in wanted.items():
@@ -243,4 +249,4 @@ def load_reference(config: TrainConfig, teacher: Run | None) -> Run | None:
 
 
 def _within(below: float, points: float) -> bool:
-    return below <= points + 1e-9  # rounding of the difference
+    return below <= points + 1e-9  # the difference is rounded

@@ -1,4 +1,4 @@
-"""Which settings of a training contradict each other."""
+"""Checks for settings of a training that contradict each other."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Whether settings that are fine one by one are so together.
+    """Check settings against each other; each one by itself is valid already.
 
     Raises:
-        ConfigError: they are not; it names the setting.
+        ConfigError: two settings contradict each other; it names one of them.
     """
-    if not config.kind.taught and config.teacher is not None:
+    if not config.kind.needs_teacher and config.teacher is not None:
         raise ConfigError(
             f"teacher: wanted none for method {config.method}, got {config.teacher!r}"
         )
-    if config.kind.taught and config.teacher is None:
+    if config.kind.needs_teacher and config.teacher is None:
         raise ConfigError(
-            f"teacher: method {config.method} wants the run folder of a full-precision training, "
-            "got none"
+            "teacher: wanted the run folder of a full-precision training with method "
+            f"{config.method}, got none"
         )
     if config.weights is not None and config.method != "fp":
         raise ConfigError(
-            f"weights: wanted none for method {config.method}, which begins with its teacher's, "
+            f"weights: wanted none for method {config.method}, which starts from its teacher's, "
             f"got {config.weights!r}"
         )
     if not config.epochs and config.weights is None:
-        raise ConfigError("epochs: wanted at least 1, or weights that are taken as they are, got 0")
+        raise ConfigError("epochs: wanted at least 1, or weights to use unchanged, got 0")
     if config.cache_teacher and (config.pad or config.flip):
         raise ConfigError(
             "cache_teacher: wanted images that are the same in every epoch, got pad = "
@@ -42,7 +42,7 @@ def check_settings(config: TrainConfig) -> None:
     if config.save_as_codes and (config.compile or not trains_int8):
         raise ConfigError(
             "save_as_codes: wanted quantization-aware training without compile, which decides "
-            f"itself what to keep, got method {config.method}, compile = "
+            f"itself what to save, got method {config.method}, compile = "
             f"{str(config.compile).lower()}"
         )
     _check_defense(config)
@@ -58,15 +58,15 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def _check_defense(config: TrainConfig) -> None:
-    """Misdirection, InI, the budget and the reference."""
+    """Check misdirection, InI, accuracy budget and reference."""
     if config.misdirect and config.method != "divqat":
         raise ConfigError(
             f"misdirect: wanted 0 with a method other than divqat, got {config.misdirect:g} with "
             f"method {config.method}"
         )
-    if config.shows_proxies and ("folder" in config.proxies) != (config.proxy_root is not None):
+    if config.uses_proxies and ("folder" in config.proxies) != (config.proxy_root is not None):
         raise ConfigError(
-            f"proxy_root: wanted a folder for the proxies 'folder', and for no others, got "
+            f"proxy_root: wanted a folder if proxies include 'folder', else none, got "
             f"{config.proxy_root!r} with proxies {', '.join(config.proxies)}"
         )
     if config.method == "ini" and (config.compile or config.precision == "float16"):
@@ -93,27 +93,27 @@ def _check_defense(config: TrainConfig) -> None:
         )
     if config.distill and (config.direction != "student_teacher" or config.bound is not None):
         raise ConfigError(
-            "direction, bound: wanted student_teacher, the default, and none with distill: the "
-            "reference pulls by KL(reference‖student), without a limit, got "
+            "direction, bound: wanted student_teacher (the default) and no bound with distill, "
+            "whose loss is an unbounded KL(reference‖student), got "
             f"{config.direction} and {config.bound}"
         )
 
 
 def check_divergence(settings: LossSettings, num_classes: int) -> None:
-    """Whether the divergence has something to see.
+    """Check that the divergence can differ from 0.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it cannot.
     """
     if (settings.method, settings.classes, num_classes) == ("divqat", "non_label", 2):
         raise ConfigError(
-            "classes: wanted all with two classes, got non_label: the other class alone always has "
-            "the probability 1, and the divergence would be 0"
+            "classes: wanted all with two classes, got non_label: the only other class always has "
+            "probability 1, so the divergence would be 0"
         )
 
 
-def check_team(config: TrainConfig, processes: int, device: str) -> None:
-    """See :meth:`TrainConfig.check_team`."""
+def check_world_size(config: TrainConfig, processes: int, device: str) -> None:
+    """See :meth:`TrainConfig.check_world_size`."""
     parts = processes * config.accumulate
     if config.batch_size < parts:
         raise ConfigError(
@@ -127,7 +127,7 @@ def check_team(config: TrainConfig, processes: int, device: str) -> None:
         )
     if config.method == "ini" and parts > 1:
         raise ConfigError(
-            "method: wanted one process and accumulate = 1 with ini, whose terms are not sums over "
+            "method: wanted one process and accumulate = 1 with ini, whose loss is no sum over "
             f"images, got {processes} and {config.accumulate}"
         )
     if config.cuda_graph and (device != "cuda" or processes > 1):

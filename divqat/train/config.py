@@ -19,9 +19,9 @@ from divqat.train.settings.loss import DISTILL
 from divqat.train.settings.misdirection import MISDIRECT
 from divqat.train.settings.optimizer import LR_SCALING
 
-# What a run has to share with its teacher.
+# Settings that a run must share with its teacher ...
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
-QUANTIZATION = (  # and with a reference
+QUANTIZATION = (  # ... and those that it must also share with a reference
     "preset", "weight_bits", "activation_bits", "first_last_bits",
 )  # fmt: skip
 RANGES = ("ranges", "freeze_observers_epoch", "freeze_batchnorm_epoch")
@@ -34,7 +34,7 @@ MISDIRECTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
-    # the last one's fields come first
+    # The fields of the last base class come first.
     RunningSettings,
     QuantizationSettings,
     MisdirectionSettings,
@@ -42,98 +42,98 @@ class TrainConfig(
     OptimizerSettings,
     DataSettings,
 ):
-    """What :func:`divqat.train.train` does; each field is a flag of ``divqat train`` and a key of
-    its YAML files.
+    """The settings of :func:`divqat.train.train`. Each field is a flag of ``divqat train`` and a
+    key of its YAML files.
 
     Raises:
-        ConfigError: a value of a wrong type or out of range, or values that contradict each other.
+        ConfigError: a value has the wrong type or is out of range, or two contradict each other.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         budgeted = self.method == "divqat" and self.accuracy_budget is not None
-        self._settle("weight_bits", default_weight_bits(self.preset))
-        self._settle("misdirect", MISDIRECT if budgeted else 0.0)
-        self._settle("weight", 0.0 if self.misdirect else self.kind.weight)
-        self._settle("direction", self.kind.direction)
-        alone = self.misdirect and self.reference is not None and not self.weight
-        self._settle("distill", DISTILL if alone else 0.0)
+        self._set_default("weight_bits", default_weight_bits(self.preset))
+        self._set_default("misdirect", MISDIRECT if budgeted else 0.0)
+        self._set_default("weight", 0.0 if self.misdirect else self.kind.weight)
+        self._set_default("direction", self.kind.direction)
+        distills = self.misdirect and self.reference is not None and not self.weight
+        self._set_default("distill", DISTILL if distills else 0.0)
         checks.check_settings(self)
-        self.check_team(1)
+        self.check_world_size(1)
 
-    def _settle(self, name: str, value: float | str) -> None:
+    def _set_default(self, name: str, value: float | str) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
     @property
-    def shows_proxies(self) -> bool:
-        """Whether proxies of a thief's images go with the training images."""
-        asks = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
-        return bool(self.misdirect or asks)
+    def uses_proxies(self) -> bool:
+        """Whether each batch also holds proxies of a thief's images."""
+        ini = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
+        return bool(self.misdirect or ini)
 
     @property
-    def idle(self) -> set[str]:
-        """Settings whose values change nothing in this training."""
-        idle = set[str]()
-        if not self.shows_proxies:
-            idle |= {*MISDIRECTION[1:], "proxy_root"}
-        if not self.compares:
-            idle |= {*LOSS, "cache_teacher"}
+    def unused(self) -> set[str]:
+        """Names of the settings that have no effect on this training."""
+        unused = set[str]()
+        if not self.uses_proxies:
+            unused |= {*MISDIRECTION[1:], "proxy_root"}
+        if not self.has_divergence:
+            unused |= {*LOSS, "cache_teacher"}
         if not self.kind.quantized:
-            idle |= {*QUANTIZATION, *RANGES}
+            unused |= {*QUANTIZATION, *RANGES}
         assert self.weight_bits is not None
         if not narrow(self.weight_bits, self.activation_bits):
-            idle |= {"first_last_bits"}
+            unused |= {"first_last_bits"}
         if self.method != "ini":
-            idle |= {*INI}
-        return idle
+            unused |= {*INI}
+        return unused
 
-    def check_team(self, processes: int, device: str = "cuda") -> None:
-        """Whether so many processes, on devices of this type, can do the steps.
+    def check_world_size(self, processes: int, device: str = "cuda") -> None:
+        """Check that ``processes`` processes on devices of this type can train with these settings.
 
         Raises:
-            ConfigError: fewer images per step than parts; exact ranges, which a layer would have
-                to know of the whole batch while that is spread over several parts; so ini's
-                gradients; a graph without a GPU, or of collectives; or compiled collectives.
+            ConfigError: fewer images per step than micro-batches; exact ranges or method ini with
+                several micro-batches, as both need the whole batch at once; a CUDA graph without a
+                GPU or with several processes; or compiled synchronized BatchNorm.
         """
-        checks.check_team(self, processes, device)
+        checks.check_world_size(self, processes, device)
 
-    def delayed(self, processes: int = 1) -> bool:
-        """Whether activations are quantized with the range before the batch."""
+    def uses_delayed_ranges(self, processes: int = 1) -> bool:
+        """Whether a batch is quantized with the ranges observed before it."""
         return self.ranges == "delayed" or processes * self.accumulate > 1
 
-    def frozen(self, what: str, epoch: int) -> bool:
+    def is_frozen(self, what: str, epoch: int) -> bool:
         """Whether ``what`` ("observers" or "batchnorm") is frozen in ``epoch``, counted from 1."""
-        return epoch >= self.first_frozen(what)
+        return epoch >= self.freeze_epoch(what)
 
-    def first_frozen(self, what: str) -> float:
-        """The epoch from which ``what`` is frozen, counted from 1; inf: never."""
+    def freeze_epoch(self, what: str) -> float:
+        """The first epoch, counted from 1, in which ``what`` is frozen; inf if it never is."""
         first = getattr(self, f"freeze_{what}_epoch")
         if first is not None:
             return first
-        if self.method == "ptq":  # its passes have no other purpose
+        if self.method == "ptq":  # observing is all that it does
             return math.inf
-        # The last third, at least the last; never in a single epoch. A second large term is more
-        # than a frozen BatchNorm takes at a high learning rate.
-        few = what == "batchnorm" and (self.misdirect or self.method == "kd-qat")
-        return max(2, self.epochs if few else self.rewound_epoch + 1)
+        # The last third, but at least the last epoch; never in a single epoch. BatchNorm freezes
+        # late where the loss has a second large term: at a high learning rate it would diverge.
+        late = what == "batchnorm" and (self.misdirect or self.method == "kd-qat")
+        return max(2, self.epochs if late else self.rewind_epoch + 1)
 
     @property
-    def rewound_epoch(self) -> int:
-        """The last epoch before the last third, after which a training may go on once more, see
-        :class:`divqat.train.budget.Budget`; 0: from its begin."""
+    def rewind_epoch(self) -> int:
+        """The epoch after which the last third begins, to which :class:`divqat.train.budget.Budget`
+        can rewind; 0 is the start of the training."""
         return self.epochs - max(1, round(self.epochs / 3))
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0 over the whole run."""
+        """The learning rate of ``step``, counted from 0 over the whole run."""
         if self.method == "ptq":
             return 0.0
         steps = self.epochs * steps_per_epoch
         warmup = self.lr_warmup_epochs * steps_per_epoch
         # Goyal et al. 2017, §2.1 (linear); Krizhevsky 2014, §5 (square root)
         scale = (self.batch_size / self.base_batch_size) ** LR_SCALING[self.lr_scaling]
-        if self.kind.quantized and self.frozen("batchnorm", 1 + step // steps_per_epoch):
-            scale = min(scale, 1.0)  # what divqat.train.collapse is about
+        if self.kind.quantized and self.is_frozen("batchnorm", 1 + step // steps_per_epoch):
+            scale = min(scale, 1.0)  # see divqat.train.collapse
         lr = self.lr * scale
         if self.schedule == "one-cycle":
             warmup = warmup or 0.3 * steps

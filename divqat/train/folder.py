@@ -1,4 +1,4 @@
-"""The folder of one training: what is in it, how it is checked, how its model comes back."""
+"""The run folder of a training: its files, their checks, and loading the model back."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from divqat._util.files import load_checkpoint, save_checkpoint, write_text
 from divqat._util.settings import differences
 from divqat.data import Splits, load
 from divqat.train.config import TrainConfig
-from divqat.train.network import build_model, check_size, example
+from divqat.train.network import build_model, check_size, example_input
 from divqat.train.settings import DataSettings
 
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
-# Where something lies or runs, not what it is: a run may go on with other values. That the teacher
-# is the same is seen from its weights; what the reference was is in the checkpoint.
-FREE = ("device", "data_root", "stream", "workers", "teacher", "reference")
+# Settings that may differ when a run resumes: where files are and what it runs on. Whether the
+# teacher and the reference are the same is checked by the fingerprints of their weights.
+MAY_DIFFER = ("device", "data_root", "stream", "workers", "teacher", "reference")
 
 
-KINDS = {"config": dict, "shape": dict, "epoch": int, "model": dict, "rows": list}  # of its parts
+FIELD_TYPES = {
+    "config": dict,
+    "shape": dict,
+    "epoch": int,
+    "model": dict,
+    "rows": list,
+}  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,18 +42,18 @@ class Run:
     folder: Path
     config: TrainConfig
     model: nn.Module  # float or prepared, in eval mode, on the CPU
-    epoch: int  # epochs done
+    epoch: int  # epochs completed
     shape: dict[str, Any]  # in_channels, num_classes, image_size
-    teacher: str | None  # its fingerprint, if it had one
-    fingerprint: str  # what identifies the weights, as they were written
+    teacher: str | None  # the teacher's fingerprint
+    fingerprint: str  # of the weights in the checkpoint
 
     @property
     def example(self) -> Tensor:
-        """A float32 batch of the model's input shape."""
-        return example(self.shape)
+        """float32 zeros [2, C, H, W] in the model's input shape."""
+        return example_input(self.shape)
 
     def splits(self, data_root: str | None = None) -> Splits:
-        """The data set that the run learned, decoded by as many processes as is usual here."""
+        """The data set of the run, decoded by the default number of workers of this machine."""
         return load_splits(replace(self.config, workers=None), data_root)
 
 
@@ -55,8 +61,9 @@ def load_run(folder: str | Path) -> Run:
     """Load a finished training.
 
     Raises:
-        FileNotFoundError: no checkpoint there. ValueError: a damaged one, or not finished.
-        ConfigError: it names code that nobody trusts, see :func:`divqat.trust`.
+        FileNotFoundError: no checkpoint in ``folder``.
+        ValueError: the checkpoint is damaged or the training unfinished.
+        ConfigError: the run names code that is not trusted, see :func:`divqat.trust`.
     """
     folder = Path(folder)
     state = read_checkpoint(folder)
@@ -77,7 +84,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint of a run folder, on the CPU.
 
     Raises:
-        FileNotFoundError: none there. ValueError: it is damaged, or not one of a training.
+        FileNotFoundError: no checkpoint. ValueError: it is damaged, or not from a training.
     """
     if not (folder / CHECKPOINT).is_file():
         raise FileNotFoundError(f"no training at {folder}: there is no {CHECKPOINT}")
@@ -86,13 +93,13 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     missing = {"config", "shape", "epoch", "model", "optimizer", "rows", "teacher"} - state.keys()
     if missing:
         raise ValueError(
-            f"{folder / CHECKPOINT} is not of a training: no {', '.join(sorted(missing))}"
+            f"{folder / CHECKPOINT} is not from a training: no {', '.join(sorted(missing))}"
         )
-    for key, kind in KINDS.items():
+    for key, kind in FIELD_TYPES.items():
         if not isinstance(state[key], kind):
             got = type(state[key]).__name__
-            raise ValueError(f"{folder / CHECKPOINT} is not of a training: {key} is a {got}")
-    # From before these existed: their defaults would be another loss or grid than the run had.
+            raise ValueError(f"{folder / CHECKPOINT} is not from a training: {key} is a {got}")
+    # Checkpoints from before these settings existed: today's defaults differ from what the run did.
     state["config"].setdefault("distill", 0.0)
     state["config"].setdefault("first_last_bits", 8)
     return state
@@ -105,8 +112,8 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def clean_up(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Undo what a kill left behind: metrics that lack the last of ``rows``, those of the
-    checkpoint; and remove the summary of a training that was here before."""
+    """Repair what a killed process left behind: write ``rows``, those of the checkpoint, to
+    ``metrics.csv``, and remove the summary of an earlier training."""
     (folder / SUMMARY).unlink(missing_ok=True)
     _write_metrics(folder, rows)
 
@@ -120,17 +127,18 @@ def _write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
         write_text(folder / METRICS, text.getvalue())
 
 
-def check_same(folder: Path, there: Mapping[str, Any], here: TrainConfig) -> None:
-    """Refuse a run folder whose checkpoint has other settings that matter to either training."""
-    # Through TrainConfig: a checkpoint from before a setting existed has its default.
-    configs = (TrainConfig.from_dict(there, where=str(folder / CHECKPOINT)), here)
-    left_out = {*FREE} | (configs[0].idle & configs[1].idle)
-    pair = ({k: v for k, v in c.to_dict().items() if k not in left_out} for c in configs)
+def check_same_settings(folder: Path, stored: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse, by ValueError, to resume a checkpoint with other settings; those may differ that have
+    no effect in either training."""
+    # TrainConfig.from_dict adds the defaults of settings newer than the checkpoint.
+    configs = (TrainConfig.from_dict(stored, where=str(folder / CHECKPOINT)), config)
+    ignored = {*MAY_DIFFER} | (configs[0].unused & configs[1].unused)
+    pair = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in configs)
     different = differences(*pair)
     if different:
         raise ValueError(
             f"{folder} holds a training with other settings ({'; '.join(different)}): "
-            "give these settings as they were, choose another --out, or delete it"
+            "keep these settings, choose another --out, or delete it"
         )
 
 
@@ -138,7 +146,7 @@ def load_splits(settings: DataSettings, data_root: str | None = None) -> Splits:
     """The data set of a training.
 
     Raises:
-        ValueError: ``validation_fraction`` leaves nothing to validate on.
+        ValueError: ``validation_fraction`` leaves no validation images.
         Others: as :func:`divqat.data.load`.
     """
     splits = load(
@@ -151,7 +159,7 @@ def load_splits(settings: DataSettings, data_root: str | None = None) -> Splits:
     )
     if not len(splits.validation):
         raise ValueError(
-            "validation_fraction: wanted one that keeps images aside to validate on, got "
-            f"{settings.validation_fraction:g}, of {len(splits.train)} images none"
+            "validation_fraction: wanted one that leaves images to validate on, got "
+            f"{settings.validation_fraction:g}, which is none of {len(splits.train)} images"
         )
     return splits

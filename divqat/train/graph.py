@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-WARMUP = 3  # calls that create what a capture must find: workspaces, momentum, a scaler's state
-# function → its output, and what computes it again in the same memory
+WARMUP = 3  # eager calls that allocate what a capture needs: workspaces, momentum, scaler state
+# Takes a function; returns its output, and a function that recomputes it in the same memory.
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 
 
 def cuda_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     """Capture ``function`` on the current stream, without running it."""
     graph = torch.cuda.CUDAGraph()
-    # Threads of a data loader may allocate pinned memory meanwhile: no matter to this stream.
+    # thread_local: data-loader threads may allocate pinned memory during the capture.
     with torch.cuda.graph(
         graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
     ):
@@ -25,8 +25,8 @@ def cuda_graph(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Non
 
 
 @contextmanager
-def own_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run the block on ``stream``, after all before it and before all after it; None: as ever."""
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run the block on ``stream``, in order with the current stream; None: on the current one."""
     if stream is None:
         yield
         return
@@ -37,18 +37,19 @@ def own_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-class Captured:
-    """``function``, replayed from the fourth call that is like the first one: of inputs of these
-    shapes, and with these constants.
+class GraphedCallable:
+    """``function``, captured in a CUDA graph and replayed.
 
-    What else it reads has to stay where it is in memory; what it decides in Python is decided
-    when it is captured. All calls have to be on one stream that is not the default one: the
-    nodes that accumulate gradients belong to the stream of their first use. Other calls run as
-    ever.
+    The capture happens in the fourth call with the input shapes and constants of the first; later
+    ones of these calls are replayed. Calls with other shapes or constants run eagerly.
+
+    All other memory that ``function`` reads has to stay at its address, and its Python branches are
+    fixed by the capture. All calls have to run on one stream other than the default one, as the
+    nodes that accumulate gradients belong to the stream of their first use.
 
     Args:
-        function: of tensors, to one tensor, which is overwritten by the next call.
-        capture: :func:`cuda_graph`, or what stands for it where there is no GPU.
+        function: takes tensors; returns a tensor, which the next call overwrites.
+        capture: :func:`cuda_graph`, or a stand-in where there is no GPU.
     """
 
     def __init__(self, function: Callable[..., Tensor], capture: Capture = cuda_graph) -> None:
@@ -56,17 +57,17 @@ class Captured:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the graph: what the function decides in Python has changed."""
-        self.kind: object = None  # shapes and constants of the calls that are captured
-        self.calls = 0  # of this kind
+        """Discard the graph, after a change to what the function does in Python."""
+        self.signature: object = None  # shapes and constants of the calls to capture
+        self.calls = 0  # with this signature
         self.inputs: list[Tensor] = []
         self.captured: tuple[Tensor, Callable[[], None]] | None = None  # output, replay
 
     def __call__(self, *inputs: Tensor, **constants: object) -> Tensor:
-        kind = [tensor.shape for tensor in inputs], constants
-        if self.kind is None:
-            self.kind = kind
-        if kind != self.kind:
+        signature = [tensor.shape for tensor in inputs], constants
+        if self.signature is None:
+            self.signature = signature
+        if signature != self.signature:
             return self.function(*inputs, **constants)
         self.calls += 1
         if self.calls <= WARMUP:
@@ -75,8 +76,8 @@ class Captured:
             self.inputs = [tensor.clone() for tensor in inputs]
             self.captured = self.capture(lambda: self.function(*self.inputs, **constants))
         else:
-            for own, given in zip(self.inputs, inputs, strict=True):
-                own.copy_(given)
+            for static, new in zip(self.inputs, inputs, strict=True):
+                static.copy_(new)
         output, replay = self.captured
         replay()
         return output

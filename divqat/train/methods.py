@@ -1,4 +1,4 @@
-"""The methods of training: the defense, its control, and what it is compared with."""
+"""The training methods: the defense, its control, and the baselines."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """What distinguishes a method.
+    """The properties of a training method.
 
     Attributes:
-        help: one line of the command line's help.
-        quantized: gives an int8 model, from the teacher's weights; else a full-precision one, from
-            new weights.
-        divergence_sign: s of L = CE − s · λ T² D(model, teacher): 1 moves away from the teacher's
-            answers, −1 towards them, 0 does not ask for them.
-        weight, direction: λ and D where the settings leave them open.
+        help: its description on the command line.
+        quantized: trains an int8 model, starting from the teacher's weights; otherwise a
+            full-precision model from new weights.
+        divergence_sign: s of L = CE − s · λ T² D(model, teacher): 1 moves the model's answers away
+            from the teacher's, −1 towards them, 0 leaves the divergence out.
+        weight, direction: the defaults of λ and D.
     """
 
     help: str
@@ -25,43 +25,41 @@ class Method:
     direction: str = "student_teacher"
 
     @property
-    def taught(self) -> bool:
-        """Whether it starts or learns from a teacher."""
+    def needs_teacher(self) -> bool:
+        """Whether it starts from a teacher's weights or learns from its answers."""
         return self.quantized or self.divergence_sign != 0
 
 
 # nasty: Nasty Teacher (Ma et al., "Undistillable: Making a nasty teacher that cannot teach
 #   students", ICLR 2021, arXiv 2105.07381, §3): L = CE(y, q) − ω τ² KL(q_τ‖p_τ) against a frozen
-#   network of the same architecture. τ = 4 and ω = 0.04 are those of the authors' code for
-#   CIFAR-10; it takes τ = 20 and ω = 0.005 for CIFAR-100. Initial weights are not the teacher's
-#   even under the same seed (see build_model).
-# ini: see divqat.nn.ini. Of full precision, as its authors have it; ptq takes it as it is, qat
-#   learns on from it without its loss.
-# ptq: ranges as moving averages, over frozen weights with the BatchNorm folded in (Krishnamoorthi,
+#   network of the same architecture. τ = 4 and ω = 0.04 are from the authors' code for CIFAR-10,
+#   which uses τ = 20 and ω = 0.005 for CIFAR-100. The initial weights differ from the teacher's
+#   even with the same seed (see build_model).
+# ini: see divqat.nn.ini. Full precision, as in the paper; ptq quantizes the result unchanged, qat
+#   continues from it without the loss of InI.
+# ptq: ranges are moving averages; weights are frozen, with BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).
 # kd-qat: L = CE(y, q) + λ T² KL(p_T‖q_T) (Hinton et al., "Distilling the knowledge in a neural
-#   network", NIPS workshop 2014, arXiv 1503.02531, §2, there between nets of different size; Mishra
-#   and Marr, "Apprentice", ICLR 2018, for quantized students). Hinton et al. weigh CE less than the
-#   other term and give no number; λ = 1 weighs both alike.
+#   network", NIPS workshop 2014, arXiv 1503.02531, §2, between networks of different sizes; Mishra
+#   and Marr, "Apprentice", ICLR 2018, for quantized students). Hinton et al. give CE a smaller
+#   weight than the other term, without a number; λ = 1 weights both equally.
 METHODS = {
     "fp": Method("full precision", quantized=False),
     "nasty": Method(
-        "full precision and hard to distill, a Nasty Teacher: from new weights, away from the "
+        "full precision and hard to distill (Nasty Teacher): from new weights, away from the "
         "teacher's answers",
         quantized=False,
         divergence_sign=1,
         weight=0.04,
     ),
     "ini": Method(
-        "full precision and trained against a simulated thief (InI), from new weights",
+        "full precision, trained against a simulated thief (InI), from new weights",
         quantized=False,
     ),
-    "ptq": Method(
-        "post-training quantization: ranges are observed, no weight changes", quantized=True
-    ),
+    "ptq": Method("post-training quantization: observes ranges, changes no weight", quantized=True),
     "qat": Method("plain quantization-aware training, the undefended control", quantized=True),
     "kd-qat": Method(
-        "quantization-aware training towards the teacher's answers, the defense's mirror image",
+        "quantization-aware training towards the teacher's answers (distillation)",
         quantized=True,
         divergence_sign=-1,
         weight=1.0,

@@ -1,4 +1,4 @@
-"""The network of a training."""
+"""Building and checking the network of a training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from divqat.nn import FakeQuantize
 from divqat.quantize import prepare, preset
 from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.config import TrainConfig
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.victim.outputs import LastOperation
 
 
 def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
-    """The float or prepared network of a configuration, with weights from its seed."""
-    # From its teacher's initial weights a nasty one would follow the teacher's path, on which their
-    # divergence is 0 and so is its gradient.
-    own = (config.method,) if config.method == "nasty" else ()
-    model = build_float(config.model, config.seed, shape, *own)
+    """The float or prepared network of a configuration, with initial weights from its seed."""
+    # From the teacher's initial weights a nasty network would follow the teacher's path, along
+    # which their divergence and its gradient are 0.
+    purpose = (config.method,) if config.method == "nasty" else ()
+    model = build_float(config.model, config.seed, shape, *purpose)
     if not config.kind.quantized:
         return model
     quantization = preset(
@@ -39,33 +39,33 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
         activation_bits=config.activation_bits,
         first_last_bits=config.first_last_bits,
     )
-    return prepare(model, quantization, example(shape))
+    return prepare(model, quantization, example_input(shape))
 
 
 def check_size(name: str, shape: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
-    """See that a checkpoint holds as many weights as a network of its shape has, before memory for
-    them is taken; of a network of the user's own nothing is known before.
+    """Check that a checkpoint holds as many weights as a network of its shape, before allocating
+    memory for the network. The size of a user's own network is not checked.
 
     Raises:
-        ValueError: it holds fewer, or the shape is none, or too large.
+        ValueError: the checkpoint holds fewer weights, or its shape is invalid or too large.
     """
     try:
         sizes = [shape["in_channels"], *shape["image_size"]]
-        fits = all(type(size) is int and size > 0 for size in (*sizes, shape["num_classes"]))
-        if not fits or len(sizes) != 3 or math.prod(sizes) > MAX_INPUT:
-            raise ValueError(f"no shape of a network, or one too large: {dict(shape)}")
+        valid = all(type(size) is int and size > 0 for size in (*sizes, shape["num_classes"]))
+        if not valid or len(sizes) != 3 or math.prod(sizes) > MAX_INPUT:
+            raise ValueError(f"the shape is invalid or too large: {dict(shape)}")
         if not is_foreign(name):
             with torch.device("meta"):
                 wanted = sum(p.numel() for p in build_float(name, 0, shape).parameters())
             held = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
             if held < wanted:
-                raise ValueError(f"{wanted} weights are wanted, it has {held} numbers")
+                raise ValueError(f"wanted {wanted} weights, got {held}")
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not of a training: {error}") from error
+        raise ValueError(f"{path} is not from a training: {error}") from error
 
 
 def build_float(name: str, seed: int, shape: Mapping[str, Any], *purpose: str) -> nn.Module:
-    """A float network, with other weights from its seed for each purpose."""
+    """A float network. Its initial weights depend on ``seed`` and ``purpose``."""
     with torch.random.fork_rng([]):
         torch.manual_seed(derived_seed(seed, "init", *purpose))
         return models.build(
@@ -77,10 +77,11 @@ def build_float(name: str, seed: int, shape: Mapping[str, Any], *purpose: str) -
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Fill a network with a state dict that was saved elsewhere.
+    """Load a state dict that was saved elsewhere.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it is none, or one of another network.
+        FileNotFoundError: no such file.
+        ValueError: the file is not a state dict, or that of another network.
     """
     state = load_checkpoint(path)
     try:
@@ -92,7 +93,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def shape_of(splits: Splits) -> dict[str, Any]:
-    """in_channels, num_classes and image_size of the networks that learn a data set."""
+    """in_channels, num_classes and image_size of a network for this data set."""
     return {
         "in_channels": splits.channels,
         "num_classes": splits.num_classes,
@@ -100,42 +101,45 @@ def shape_of(splits: Splits) -> dict[str, Any]:
     }
 
 
-def example(shape: Mapping[str, Any]) -> Tensor:
+def example_input(shape: Mapping[str, Any]) -> Tensor:
     """float32 zeros [2, C, H, W]."""
     return torch.zeros(2, shape["in_channels"], *shape["image_size"])
 
 
 def check_logits(model: nn.Module, images: Tensor) -> None:
-    """Refuse, by ValueError, a network that ends in a softmax or sigmoid: losses have theirs."""
+    """Refuse, by ValueError, a network that ends in a softmax or sigmoid; the loss applies it."""
     with torch.no_grad(), LastOperation() as last:
         kind = last.kind(copy.deepcopy(model).eval()(images))
     if kind in ("probabilities", "sigmoids"):
-        raise ValueError(f"model: wanted a network that answers logits, got {kind}; leave them out")
+        raise ValueError(
+            f"model: wanted a network that returns logits, got {kind}; remove its last activation"
+        )
 
 
-def begin(
-    config: TrainConfig, shape: Mapping[str, Any], teacher: nn.Module | None, team: Team
+def build_initial_model(
+    config: TrainConfig, shape: Mapping[str, Any], teacher: nn.Module | None, world: World
 ) -> nn.Module:
-    """The network that a training begins with, on the team's device.
+    """The network at the start of a training, on the device of ``world``.
 
     Args:
-        config: the settings. shape: in_channels, num_classes, image_size.
-        teacher: in full precision; a quantized network has its weights.
-        team: whose ranges and batches it may share.
+        config: the settings.
+        shape: in_channels, num_classes, image_size.
+        teacher: a full-precision network, whose weights a quantized one starts from.
+        world: the processes of the training.
     """
     model = build_model(config, shape)
     if is_foreign(config.model) and not config.kind.quantized:
-        check_logits(model, example(shape))
+        check_logits(model, example_input(shape))
     if config.weights is not None:
         load_weights(model, config.weights)
     if teacher is not None and config.kind.quantized:
         model.load_state_dict(teacher.state_dict())
-    # Channels last: convolutions and batch norms are faster so on CPUs and on tensor cores.
-    model.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.delayed(team.size):
+    # Convolutions and batch norms are faster in channels_last, on CPUs and on tensor cores.
+    model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.uses_delayed_ranges(world.size):
         for module in model.modules():
             if isinstance(module, FakeQuantize):
                 module.mode = "delayed"
-    if config.sync_batchnorm and team.size > 1:
+    if config.sync_batchnorm and world.size > 1:
         synchronize_batchnorm(model)
     return model

@@ -1,4 +1,4 @@
-"""The loss of a training, put together from its terms."""
+"""The training loss: a weighted sum of its terms."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from torch.nn import functional as F
 from divqat.nn import DivQATLoss, MisdirectionLoss
 from divqat.nn.ini import InI, without_conflicts
 from divqat.train.config import LOSS
-from divqat.train.distributed import Part, Team
+from divqat.train.distributed import MicroBatch, World
 from divqat.train.network import build_float
 from divqat.train.settings import LossSettings, MisdirectionSettings
 
-# Float32 images [M, C, H, W] to a frozen network's logits, float32 [M, num_classes].
-Ask = Callable[[Tensor], Tensor]
+# From images, float32 [M, C, H, W], to the logits of a frozen network, float32 [M, num_classes].
+Teacher = Callable[[Tensor], Tensor]
 
 
 class Objective:
     """L = CE(y, q) − λ T² D(q, p) + κ T² KL(r‖q) + w · mean_x~ CE(q(x~), t(x~)) + terms of InI.
 
-    q are the model's answers to training images, p the teacher's and r the reference's, of which
-    one is asked; x~ are proxies of a thief's images (:mod:`divqat.data.proxies`) and t the
-    misdirection's targets. λ is ``weight``, κ ``distill``, w ``misdirect``. The first two terms are
-    :class:`divqat.nn.DivQATLoss` (κ: its mirror image, of weight −κ), the next is
-    :class:`divqat.nn.MisdirectionLoss`, the last :class:`divqat.nn.ini.InI`: here they are only
-    weighed and added, over the parts of a step and the processes of a team.
+    q are the model's answers to training images, p the teacher's and r the reference's; a loss uses
+    p or r, not both. x~ are proxies of a thief's images (:mod:`divqat.data.proxies`), t the targets
+    of the misdirection. λ is ``weight``, κ ``distill``, w ``misdirect``. CE, D and KL are computed
+    by :class:`divqat.nn.DivQATLoss` (the κ term as a divergence of weight −κ), the next term by
+    :class:`divqat.nn.MisdirectionLoss`, the last by :class:`divqat.nn.ini.InI`. This class weights
+    them and sums over micro-batches and processes.
 
     Args:
-        settings, proxies: of the divergence, and of the misdirection.
-        team: the processes that do a step together.
+        settings: of the divergence.
+        proxies: settings of the misdirection.
+        world: the processes that share a step.
         parameters: of the model; InI compares gradients.
-        warmup_steps: in which λ rises.
-        misdirection, ini: those terms, where the loss has them.
+        warmup_steps: the steps in which λ rises from 0.
+        misdirection, ini: these terms, if the loss has them.
     """
 
     def __init__(
         self,
         settings: LossSettings,
         proxies: MisdirectionSettings,
-        team: Team,
+        world: World,
         parameters: list[nn.Parameter],
         warmup_steps: int,
         misdirection: MisdirectionLoss | None = None,
         ini: InI | None = None,
     ) -> None:
-        self.settings, self.proxies, self.team = settings, proxies, team
+        self.settings, self.proxies, self.world = settings, proxies, world
         self.parameters = parameters
-        self.misdirection = None if misdirection is None else misdirection.to(team.device)
+        self.misdirection = None if misdirection is None else misdirection.to(world.device)
         self.ini = ini
         self.divergence: DivQATLoss | None = None
         if settings.kind.divergence_sign:
@@ -58,18 +59,18 @@ class Objective:
             arguments = {name: getattr(settings, name) for name in (*names, "label_smoothing")}
             if settings.distill:
                 arguments |= {"weight": -settings.distill, "direction": "teacher_student"}
-            self.divergence = DivQATLoss(**arguments, warmup_steps=warmup_steps).to(team.device)
-        self.weaken(1.0)
+            self.divergence = DivQATLoss(**arguments, warmup_steps=warmup_steps).to(world.device)
+        self.set_strength(1.0)
 
-    def weaken(self, share: float) -> None:
-        """From here on the defense has this share of its weights in the loss, λ and w."""
-        self.share = share
+    def set_strength(self, strength: float) -> None:
+        """Scale the loss weights λ and w of the defense by ``strength`` from now on."""
+        self.strength = strength
         if self.divergence is not None and not self.settings.distill:
             sign = self.settings.kind.divergence_sign
-            self.divergence.set_weight(share * sign * float(self.settings.weight or 0))
+            self.divergence.set_weight(strength * sign * float(self.settings.weight or 0))
 
     def start_step(self, number: int) -> None:
-        """What follows is this step, counted from 0 over the whole training: λ may rise."""
+        """Set λ for step ``number``, counted from 0 over the whole training."""
         if self.divergence is not None:
             self.divergence.steps.fill_(number)
 
@@ -78,62 +79,67 @@ class Objective:
         logits: Tensor,  # float32 [n + m, num_classes]
         labels: Tensor,  # int64 [n]
         images: Tensor,  # float32 [n + m, C, H, W]: n training images, then m proxies
-        answers: Tensor | None,  # float32 [n, num_classes], if the divergence wants them
-        ask: Ask,
-        part: Part,
+        teacher_logits: Tensor | None,  # float32 [n, num_classes], if the loss has a divergence
+        teacher: Teacher,
+        micro_batch: MicroBatch,
         total: int,
         sums: Tensor,
     ) -> Tensor:
-        """A part's share of the loss, [].
+        """A micro-batch's share of the loss, [].
 
         Args:
-            logits, labels, images: of the part. answers: of the network that is asked, to the
-                training images. ask: for its answers to proxies, where the targets need them.
-            part: how much of the step it is. total: training images of the whole step.
-            sums: float64 [5], gets added what it comes to: this process's sums over its images of
-                loss, cross-entropy and divergence, over its proxies of misdirection loss and
-                misled answers.
+            logits, labels, images: of the micro-batch.
+            teacher_logits: of the teacher or the reference, for the training images.
+            teacher: computes logits for the proxies, if the targets need them.
+            micro_batch: the part of the step that this is.
+            total: training images of the whole step.
+            sums: float64 [5], is updated in place: this process's sums of loss, cross-entropy and
+                divergence over its images, and of misdirection loss and misled answers over its
+                proxies.
         """
         n = len(labels)
-        loss, ce, divergence = self.of_images(logits[:n], labels, answers)
-        objective = loss * part.weight
-        sums[:3] += part.count * torch.stack([loss.detach(), ce, divergence])
+        loss, ce, divergence = self.loss_on_images(logits[:n], labels, teacher_logits)
+        objective = loss * micro_batch.weight
+        sums[:3] += micro_batch.count * torch.stack([loss.detach(), ce, divergence])
         if self.misdirection is not None and len(images) > n:
-            theirs = ask(images[n:]) if self.misdirection.targets.needs_teacher else None
-            astray = self.misdirection.targets.terms(logits[n:], theirs, images[n:])
-            # the sum over the parts and the mean over the processes is w · mean
-            weight = self.share * float(self.proxies.misdirect or 0)
-            mean = weight * astray.loss / self.proxies.proxy_count(total)
-            objective = objective + mean * self.team.size
+            needs_teacher = self.misdirection.targets.needs_teacher
+            proxy_teacher_logits = teacher(images[n:]) if needs_teacher else None
+            terms = self.misdirection.targets.terms(logits[n:], proxy_teacher_logits, images[n:])
+            weight = self.strength * float(self.proxies.misdirect or 0)
+            mean = weight * terms.loss / self.proxies.proxy_count(total)
+            # summed over micro-batches and averaged over processes, this is w · mean
+            objective = objective + mean * self.world.size
             sums[0] += total * mean.detach()
-            sums[3:] += torch.stack([astray.loss.detach(), astray.misled])
+            sums[3:] += torch.stack([terms.loss.detach(), terms.misled])
         if self.ini is not None:
-            terms = self.ini(logits, labels, images)
-            sums[0] += total * sum(term.detach() for term in terms)
-            objective = without_conflicts([objective, *terms], self.parameters)
+            ini_terms = self.ini(logits, labels, images)
+            sums[0] += total * sum(term.detach() for term in ini_terms)
+            objective = without_conflicts([objective, *ini_terms], self.parameters)
         return objective
 
-    def of_images(
-        self, logits: Tensor, labels: Tensor, answers: Tensor | None
+    def loss_on_images(
+        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, cross-entropy and divergence of training images, each []; only the first has a
-        gradient."""
+        """Mean loss, cross-entropy and divergence of training images, each []; only the loss has a
+        gradient. Shapes as in ``__call__``."""
         if self.divergence is None:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
             return loss, loss.detach(), torch.zeros_like(loss)
-        loss = self.divergence(logits, labels, answers)
+        loss = self.divergence(logits, labels, teacher_logits)
         assert self.divergence.ce is not None and self.divergence.divergence is not None
         return loss, self.divergence.ce, self.divergence.divergence
 
 
-def ini_terms(
+def build_ini(
     settings: LossSettings, network: str, seed: int, shape: Mapping[str, Any], device: torch.device
 ) -> InI | None:
-    """The terms of InI on ``device``, whose thief has the victim's architecture; of other methods,
-    None.
+    """The terms of InI on ``device``, or None for other methods. The simulated thief has the
+    victim's architecture.
 
     Args:
-        network: its name. shape: of :func:`divqat.train.network.shape_of`.
+        network: name of the victim's network.
+        seed: of the training.
+        shape: from :func:`divqat.train.network.shape_of`.
     """
     if settings.method != "ini":
         return None

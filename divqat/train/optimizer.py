@@ -1,4 +1,4 @@
-"""The optimizers by name, with a learning rate that a captured step can read."""
+"""The optimizers, with a learning rate that a captured step can read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EXTRA = "large-batch"
 def build_optimizer(
     settings: OptimizerSettings, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> Optimizer:
-    """The optimizer of a training, for ``parameters`` on ``device``.
+    """Build the optimizer of a training for ``parameters`` on ``device``.
 
-    SGD is PyTorch's fused one: one launch for all parameters, and with a gradient scaler no look
-    at a number on the host. Its learning rate is a float32 tensor [] on the device. LARS (You et
-    al. 2017) and LAMB (You et al. 2020, v3) are pytorch_optimizer's.
+    SGD is PyTorch's fused implementation: one launch for all parameters, and no host sync with a
+    gradient scaler. Its learning rate is a float32 tensor [] on the device. LARS (You et al. 2017)
+    and LAMB (You et al. 2020, v3) come from pytorch_optimizer.
 
     Raises:
-        ImportError: pytorch_optimizer is missing.
+        ImportError: pytorch_optimizer is missing, with LARS or LAMB.
     """
     common: dict[str, Any] = dict(lr=settings.lr, weight_decay=settings.weight_decay)
     if settings.optimizer == "sgd":
@@ -36,8 +36,8 @@ def build_optimizer(
             nesterov=settings.momentum > 0,
             fused=True,
         )
-        # Its own first step makes the buffers, and leaves garbage in them if a gradient scaler has
-        # that step skipped (torch 2.13). From zeros it is the same step, bit for bit.
+        # SGD allocates these buffers in its first step, and leaves garbage in them if the gradient
+        # scaler skips that step (torch 2.13). Starting from zeros gives the same bits.
         for parameter in sgd.param_groups[0]["params"] if settings.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -48,7 +48,7 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Use ``lr`` from now on; a tensor keeps its place in memory."""
+    """Set the learning rate; a tensor is filled in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -57,8 +57,9 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict, but keep how and where the learning rate is kept, and what is fused."""
-    own = [{key: group.get(key) for key in ("lr", "fused")} for group in optimizer.param_groups]
+    """Load a state dict, but keep ``fused`` and the tensor or number that holds the learning rate.
+    Its value is set before each step."""
+    current = [{key: group.get(key) for key in ("lr", "fused")} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, own, strict=True):
-        group.update(kept)
+    for group, values in zip(optimizer.param_groups, current, strict=True):
+        group.update(values)

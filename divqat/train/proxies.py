@@ -1,4 +1,4 @@
-"""The proxies that go with a training's batches."""
+"""The proxies of a thief's images that are added to training batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from divqat.data.batches import batches, to_float, to_uint8
 from divqat.nn import MisdirectionLoss
 from divqat.nn.misdirection import SAMPLE, sample_size
 from divqat.nn.proxies import ProxySource
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.settings import MisdirectionSettings
 
 
-def fitted_misdirection(
+def fit_misdirection(
     settings: MisdirectionSettings, seed: int, num_classes: int, train_set: LabeledImages
 ) -> MisdirectionLoss:
-    """The misdirection of a training, on the CPU, its decoy fitted to proxies of the training
-    images; the same in every process."""
+    """The misdirection of a training, on the CPU, with its decoy fitted to proxies of the training
+    images. It is the same in every process."""
     generator = _sample_generator(seed)
-    at_once = min(sample_size(train_set.image_shape), len(train_set))
+    batch_size = min(sample_size(train_set.image_shape), len(train_set))
     return MisdirectionLoss(
-        batches(train_set, at_once, generator=generator),
+        batches(train_set, batch_size, generator=generator),
         num_classes,
         seed=seed,
         kinds=settings.proxies,
@@ -42,57 +42,57 @@ def _sample_generator(seed: int) -> Generator:
 
 
 class Proxies:
-    """The proxies of each step.
+    """Draws the proxies of each step.
 
-    Each process draws its own, of its own images: with another number of processes they are
-    others, of the same kinds.
+    Each process draws its own from its own images, so another number of processes gives other
+    proxies of the same kinds.
 
     Args:
-        source: what they are drawn from, on the team's device.
-        seed: of the training. team: this process, of how many, and the device of its images.
+        source: what they are drawn from, on the device of ``world``.
+        seed: of the training.
+        world: this process, its device and the number of processes.
     """
 
-    def __init__(self, source: ProxySource, seed: int, team: Team) -> None:
-        self.source, self.seed, self.team = source, seed, team
-        self.generator = Generator(team.device)
+    def __init__(self, source: ProxySource, seed: int, world: World) -> None:
+        self.source, self.seed, self.world = source, seed, world
+        self.generator = Generator(world.device)
 
     @classmethod
-    def of(
+    def from_settings(
         cls,
         settings: MisdirectionSettings,
         seed: int,
         misdirection: MisdirectionLoss | None,
         train_set: LabeledImages,
-        team: Team,
+        world: World,
     ) -> Proxies:
-        """Those of a training; a misdirection has drawn what they come from."""
+        """The proxies of a training, from the source of its misdirection if it has one."""
         if misdirection is not None:
             source = misdirection.source
         else:
             shape, folder = train_set.image_shape, settings.proxy_root
             source = ProxySource(settings.proxies, shape, folder=folder, seed=seed)
-        return cls(source.to(team.device), seed, team)
+        return cls(source.to(world.device), seed, world)
 
     def start(self, epoch: int) -> None:
-        """What follows are the proxies of this epoch."""
-        self.generator.manual_seed(derived_seed(self.seed, "proxies", epoch, self.team.rank))
+        """Seed the generator for ``epoch``, counted from 1."""
+        self.generator.manual_seed(derived_seed(self.seed, "proxies", epoch, self.world.rank))
 
     def sample(self, train_set: LabeledImages) -> Iterator[Tensor]:
-        """About 2048 proxies, float32 [M, C, H, W], in parts on the CPU; the same in every process
-        and on every device."""
-        generator, at_once = _sample_generator(self.seed), sample_size(train_set.image_shape)
-        loader = batches(train_set, min(at_once, len(train_set)), generator=generator)
-        on_cpu = self.team.device.type == "cpu"
+        """About 2048 proxies on the CPU, in batches of float32 [M, C, H, W]; the same in every
+        process and on every device."""
+        generator, count = _sample_generator(self.seed), sample_size(train_set.image_shape)
+        loader = batches(train_set, min(count, len(train_set)), generator=generator)
+        on_cpu = self.world.device.type == "cpu"
         source = self.source if on_cpu else deepcopy(self.source).cpu()
-        for images, labels in islice(loader, -(-SAMPLE // at_once)):
-            own, of = to_uint8(images).cpu(), labels.cpu()
-            yield to_float(source(own, generator, at_once, of))
+        for images, labels in islice(loader, -(-SAMPLE // count)):
+            yield to_float(source(to_uint8(images).cpu(), generator, count, labels.cpu()))
 
     def __call__(
         self,
         images: Tensor,  # float32 [n, C, H, W], a batch of training images
         labels: Tensor,  # int64 [n]
-        total: int,  # proxies of the step, of all processes
+        total: int,  # proxies of the step, in all processes
     ) -> Tensor:  # float32 [m, C, H, W]
-        count = len(range(self.team.rank, total, self.team.size))
+        count = len(range(self.world.rank, total, self.world.size))
         return to_float(self.source(to_uint8(images), self.generator, count, labels))

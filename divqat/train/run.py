@@ -1,4 +1,4 @@
-"""The training loop: seeded, resumable, and the same for all methods."""
+"""The training loop: seeded, resumable and shared by all methods."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from divqat.data.checks import check_classes, find_copies
 from divqat.evaluate.curves import budget_path, training_curves
 from divqat.metrics import accuracy, mean_top_probability, predict, softmax
 from divqat.train.checks import check_divergence
-from divqat.train.collapse import collapse
+from divqat.train.collapse import collapse_warning
 from divqat.train.config import SHARED, TrainConfig
-from divqat.train.distributed import Team, connect, local_device
+from divqat.train.distributed import World, connect, local_device
 from divqat.train.folder import (
     CHECKPOINT,
     METRICS,
     SUMMARY,
     Run,
-    check_same,
+    check_same_settings,
     clean_up,
     load_run,
     load_splits,
@@ -47,46 +47,47 @@ from divqat.train.trainer import Trainer
 def train(
     config: TrainConfig, out: str | Path, *, log: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Train into a run folder, or go on with the training that is there.
+    """Train into a run folder, or resume the training in it.
 
-    Under torchrun, or where torch.distributed is initialized, the processes do the steps of one
-    together; process 0 alone writes and logs, and how many there are may change when a run goes
-    on. Each needs the data set and the teacher's folder.
+    Under torchrun, or if torch.distributed is initialized, the processes share the images of each
+    step. Only rank 0 writes and logs. Every process needs the data set and the teacher's folder.
+    The number of processes may change when a run is resumed.
 
-    ``out`` gets ``config.yaml``, ``metrics.csv`` (a row per epoch), ``checkpoint.pt`` (after every
-    epoch), and at the end ``summary.json`` and ``plots/``. A run that was killed at any moment and
-    started again ends with the same bits as one that was not. The model of the last epoch is the
-    result, or with ``accuracy_budget`` what :class:`divqat.train.budget.Budget` chooses; the test
-    set is looked at once, at the end.
+    Writes ``config.yaml``, ``metrics.csv`` (a row per epoch) and ``checkpoint.pt`` (after every
+    epoch) to ``out``, and at the end ``summary.json`` and ``plots/``. A run that is killed at any
+    time and resumed gives the same bits as an uninterrupted one. The result is the model after the
+    last epoch, or with ``accuracy_budget`` the one that :class:`divqat.train.budget.Budget`
+    chooses. The test set is used once, at the end.
 
     Args:
         config: the settings.
-        out: the run folder; made if it does not exist.
-        log: takes one line per epoch, and at the end the warnings of the summary.
+        out: the run folder; created if it does not exist.
+        log: is called with one line per epoch, and at the end with the warnings of the summary.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        FileNotFoundError: the data set or the teacher is not there.
+        FileNotFoundError: the data set or the teacher was not found.
         ValueError: the folder holds a training with other settings or a damaged checkpoint, or
-            the teacher or the reference does not fit.
-        WriteError: a file cannot be written, as the disk is full. FolderLost: ``out`` was deleted.
+            the teacher or the reference does not match.
+        WriteError: a file cannot be written, for example because the disk is full.
+        FolderLost: ``out`` was deleted during the training.
         MemoryError: the batch does not fit; it says how many images would.
-        FloatingPointError: NaN or Inf; it names epoch, step and cause. The last epoch's
-            checkpoint stays.
-        ImportError: PyYAML is missing.
+        FloatingPointError: NaN or Inf; it names epoch, step and cause. The checkpoint of the last
+            complete epoch stays.
+        ImportError: PyYAML, or the library of the optimizer, is missing.
     """
     require("yaml", "cli")
-    # Who trains a network of theirs means it in its teacher and its reference, too.
+    # Naming a network of one's own trusts its code in the teacher and the reference as well.
     with (
         trust(*filter(is_foreign, [config.model])),
-        connect(find_device(local_device(config.device))) as team,
+        connect(find_device(local_device(config.device))) as world,
     ):
-        if team.rank:
-            return _train(config, Path(out), _no_log, team)
-        with held("out", out) as folder:  # by the process that writes
-            return _train(config, folder, log, team)
+        if world.rank:
+            return _train(config, Path(out), _no_log, world)
+        with held("out", out) as folder:
+            return _train(config, folder, log, world)
 
 
 def _no_log(line: str) -> None:
@@ -94,51 +95,51 @@ def _no_log(line: str) -> None:
 
 
 def _train(
-    config: TrainConfig, out: Path, log: Callable[[str], object], team: Team
+    config: TrainConfig, out: Path, log: Callable[[str], object], world: World
 ) -> dict[str, Any]:
-    config.check_team(team.size, team.device.type)  # before anything is written
-    state, summary, writes = None, None, team.rank == 0
+    config.check_world_size(world.size, world.device.type)  # before anything is written
+    state, summary, is_main = None, None, world.rank == 0
     check_tree(out)
-    if writes and (out / CHECKPOINT).exists():
+    if is_main and (out / CHECKPOINT).exists():
         state = read_checkpoint(out)
-        check_same(out, state["config"], config)
+        check_same_settings(out, state["config"], config)
         if state["epoch"] == config.epochs and (out / SUMMARY).is_file():
             summary = read_json(out / SUMMARY)
-    # Not all read the folder: process 0 may have written to it already, or be the one that has it.
-    state, summary = team.broadcast((state, summary))
+    # Only rank 0 reads the folder: others may not see it, or may see what rank 0 wrote meanwhile.
+    state, summary = world.broadcast((state, summary))
     teacher = None if config.teacher is None else _load_teacher(config)
     if state is not None and teacher is not None and state["teacher"] != teacher.fingerprint:
-        raise ValueError(f"teacher: {config.teacher} has changed since {out} was begun")
+        raise ValueError(f"teacher: {config.teacher} has changed since {out} was started")
     if summary is not None:
         log(f"{out}: all {config.epochs} epochs are done")
-        _warn(summary, log)
+        _log_warnings(summary, log)
         return summary
 
-    splits = _checked_splits(config, writes, log)
-    if writes:
+    splits = _load_checked_splits(config, log, thorough=is_main)
+    if is_main:
         clean_up(out, [] if state is None else state["rows"])
         write_yaml(out / "config.yaml", config.to_dict())
     with cpu_threads(config.threads), _deterministic(config.deterministic):
-        trainer = Trainer(config, splits, teacher, team, out)
+        trainer = Trainer(config, splits, teacher, world, out)
         if state is None:
             if not config.epochs:
                 trainer.measure_untrained()
-            if writes:
+            if is_main:
                 write_checkpoint(out, trainer.state())
         else:
             trainer.load(state)
-            log(f"{out}: going on after epoch {trainer.epoch} of {config.epochs}")
+            log(f"{out}: resuming after epoch {trainer.epoch} of {config.epochs}")
         while trainer.epoch < config.epochs:
             row = trainer.run_epoch()
-            if writes:
+            if is_main:
                 write_checkpoint(out, trainer.state())
-            log(_line(row, config.epochs))
+            log(_epoch_line(row, config.epochs))
             if trainer.epoch < row["epoch"] and trainer.budget is not None:
-                log(trainer.budget.again(trainer.epoch))
+                log(trainer.budget.rewind_message(trainer.epoch))
         if trainer.budget is not None:
-            log(trainer.budget.line())
+            log(trainer.budget.message())
         summary = _summary(trainer, splits)
-    if writes:
+    if is_main:
         _finish(config, summary, out, log)
     return summary
 
@@ -146,7 +147,7 @@ def _train(
 def _finish(
     config: TrainConfig, summary: dict[str, Any], out: Path, log: Callable[[str], object]
 ) -> None:
-    """Write the plots and the summary."""
+    """Write the plots and the summary, and log the result."""
     try:
         training_curves({printable(out.name): [out / METRICS]}, out / "plots" / "training.png")
         if summary["budget"] is not None:
@@ -157,36 +158,38 @@ def _finish(
     write_json(out / SUMMARY, summary)
     log(
         f"test accuracy {summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s, "
-        f"{summary['waiting']:.1%} of the steps' time waiting for images, "
-        f"peak memory {_peak(summary, config.teacher)}: {out}"
+        f"{summary['waiting']:.1%} of the training time waiting for images, "
+        f"peak memory {_peak_memory_text(summary, config.teacher)}: {out}"
     )
-    _warn(summary, log)
+    _log_warnings(summary, log)
 
 
-def _checked_splits(config: TrainConfig, alone: bool, log: Callable[[str], object]) -> Splits:
-    """The data set, and lines about what is odd in it; ``alone``: also those that take long."""
+def _load_checked_splits(
+    config: TrainConfig, log: Callable[[str], object], *, thorough: bool
+) -> Splits:
+    """Load the data set and log warnings about it; ``thorough`` includes the slow checks."""
     splits = load_splits(config)
     check_divergence(config, splits.num_classes)
-    for line in [*check_classes(splits), *(find_copies(splits) if alone else [])]:
+    for line in [*check_classes(splits), *(find_copies(splits) if thorough else [])]:
         log(f"warning: {line}")
     if isinstance(splits.train, StreamedSet):
         log(
             f"{len(splits.train)} training images, {splits.train.nbytes / 2**30:.1f} GiB, are "
-            f"decoded as they are needed; worker processes: {splits.train.decoder.workers}"
+            f"decoded on demand; worker processes: {splits.train.decoder.workers}"
         )
     return splits
 
 
 def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
-    """The content of ``summary.json``; looks at the test set."""
+    """The content of ``summary.json``, which includes the test accuracy."""
     config, budget = trainer.config, trainer.budget
     last = trainer.rows[-1] if budget is None else budget.chosen
     logits = predict(trainer.model.eval(), splits.test)
-    frozen_from = config.first_frozen("batchnorm") if config.kind.quantized else inf
+    frozen_from = config.freeze_epoch("batchnorm") if config.kind.quantized else inf
     result = last["validation_accuracy"]
-    broken = collapse(trainer.rows, result, frozen_from, never=config.epochs + 1)
-    warnings = [broken, None if budget is None else budget.warning()]
-    lost = 0.0 if budget is None else sum(attempt["seconds"] for attempt in budget.attempts)
+    collapsed = collapse_warning(trainer.rows, result, frozen_from, never=config.epochs + 1)
+    warnings = [collapsed, None if budget is None else budget.warning()]
+    discarded = 0.0 if budget is None else sum(attempt["seconds"] for attempt in budget.attempts)
     return {
         "method": config.method,
         "dataset": config.dataset,
@@ -197,10 +200,10 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
         "validation_accuracy": last["validation_accuracy"],
         "test_accuracy": accuracy(logits, splits.test.labels),
         "test_top_probability": mean_top_probability(softmax(logits)),
-        "seconds": lost + sum(row["seconds"] for row in trainer.rows),
+        "seconds": discarded + sum(row["seconds"] for row in trainer.rows),
         "ms_per_step": mean(row["ms_per_step"] for row in trainer.rows),
-        "waiting": mean(row.get("waiting", 0.0) for row in trainer.rows),  # share of the steps
-        "peak_memory": peak_memory(trainer.device),  # bytes, of process 0
+        "waiting": mean(row.get("waiting", 0.0) for row in trainer.rows),  # fraction
+        "peak_memory": peak_memory(trainer.device),  # bytes, of rank 0
         "budget": None if budget is None else budget.summary(),
         "warnings": [warning for warning in warnings if warning is not None],
         "versions": versions(),
@@ -208,7 +211,7 @@ def _summary(trainer: Trainer, splits: Splits) -> dict[str, Any]:
     }
 
 
-def _warn(summary: dict[str, Any], log: Callable[[str], object]) -> None:
+def _log_warnings(summary: dict[str, Any], log: Callable[[str], object]) -> None:
     for warning in summary.get("warnings", []):
         log(f"warning: {printable(warning)}")
 
@@ -222,18 +225,18 @@ def _load_teacher(config: TrainConfig) -> Run:
             f"{config.teacher}"
         )
     for name in SHARED:
-        there, here = getattr(teacher.config, name), getattr(config, name)
-        if there != here and name != "data_root":
-            raise ValueError(f"{name}: wanted {there} as in {config.teacher}, got {here}")
+        wanted, got = getattr(teacher.config, name), getattr(config, name)
+        if wanted != got and name != "data_root":
+            raise ValueError(f"{name}: wanted {wanted} as in {config.teacher}, got {got}")
     return teacher
 
 
-def _peak(summary: dict[str, Any], teacher: str | None) -> str:
-    """The peak memory, beside that of the full-precision training."""
+def _peak_memory_text(summary: dict[str, Any], teacher: str | None) -> str:
+    """The peak memory, and in parentheses that of the teacher's training."""
     text = _megabytes(summary["peak_memory"])
     if teacher is not None and (Path(teacher) / SUMMARY).is_file():
-        before = read_json(Path(teacher) / SUMMARY).get("peak_memory")
-        text += f" (full precision: {_megabytes(before)})"
+        teacher_peak = read_json(Path(teacher) / SUMMARY).get("peak_memory")
+        text += f" (full precision: {_megabytes(teacher_peak)})"
     return text
 
 
@@ -241,7 +244,7 @@ def _megabytes(nbytes: int | None) -> str:
     return "not measured" if nbytes is None else f"{nbytes / 2**20:.0f} MB"
 
 
-def _line(row: dict[str, Any], epochs: int) -> str:
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
     divergence = "" if row["divergence"] is None else f"  divergence {row['divergence']:.4f}"
     if "misled" in row:
         divergence += f"  proxies misled {row['misled']:.1%}"
@@ -256,7 +259,7 @@ def _line(row: dict[str, Any], epochs: int) -> str:
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:  # cuBLAS wants it said in this way, before its first use
+    if wanted:  # cuBLAS reads this when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted or before)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from divqat.quantize import save_as_codes
-from divqat.train.distributed import Part, Team
+from divqat.train.distributed import MicroBatch, World
 from divqat.train.objective import Objective
 from divqat.train.optimizer import build_optimizer
 from divqat.train.settings import OptimizerSettings, RunningSettings
@@ -19,15 +19,15 @@ from divqat.train.settings import OptimizerSettings, RunningSettings
 class Step:
     """Forward, loss, backward and update.
 
-    Nothing is read on the host, and what changes from step to step is in tensors that keep their
-    place, so that a CUDA graph can hold all of it.
+    There is no host sync, and everything that changes from step to step is in tensors with fixed
+    addresses, so that a CUDA graph can capture the whole step.
 
     Args:
         model: trained in place.
-        teacher: asked for its answers, if the method wants them and none are kept in ``answers``;
-            with ``distill`` the reference.
+        teacher: the network whose answers the loss uses, if any; with ``distill`` the reference.
+            For training images it is not run if ``cached_logits`` is set.
         labels: int64 [number of training images], on the device.
-        team: the processes that do the step together.
+        world: the processes that share the step.
         objective: the loss.
         running, optimizer: the settings.
     """
@@ -37,97 +37,103 @@ class Step:
         model: nn.Module,
         teacher: nn.Module | None,
         labels: Tensor,
-        team: Team,
+        world: World,
         objective: Objective,
         running: RunningSettings,
         optimizer: OptimizerSettings,
     ) -> None:
-        self.running, self.model, self.team = running, model, team
+        self.running, self.model, self.world = running, model, world
         self.accumulate, self.grad_clip = optimizer.accumulate, optimizer.grad_clip
         self.labels, self.objective = labels, objective
-        self.answers: Tensor | None = None  # float32 [number of images, num_classes], if kept
+        self.cached_logits: Tensor | None = None  # float32 [number of training images, num_classes]
         self.teacher: Callable[[Tensor], Tensor] | None = teacher
         self.net = model
         if running.compile:
             self.net = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
             if teacher is not None:
                 self.teacher = torch.compile(teacher, fullgraph=True, dynamic=False)
-        self.net = team.wrap(self.net)
-        # Small gradients are 0 in float16 unless the loss is scaled up.
-        self.scaler = torch.amp.GradScaler(team.device.type, enabled=running.precision == "float16")
-        self.optimizer = build_optimizer(optimizer, model.parameters(), team.device)
+        self.net = world.wrap(self.net)
+        # Without loss scaling, small gradients underflow in float16.
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, enabled=running.precision == "float16"
+        )
+        self.optimizer = build_optimizer(optimizer, model.parameters(), world.device)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """A block that runs in the precision that was asked for."""
+        """A context that runs in the chosen precision."""
         dtype = getattr(torch, self.running.precision)
-        return torch.autocast(self.team.device.type, dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
-    def _saving(self) -> AbstractContextManager[None]:
+    def _save_as_codes(self) -> AbstractContextManager[None]:
         return save_as_codes(self.model) if self.running.save_as_codes else nullcontext()
 
-    def modes(self) -> AbstractContextManager[None]:
-        """A block in which the model's modules are in the modes that the steps want."""
+    def training_mode(self) -> AbstractContextManager[None]:
+        """A context in which the model is in the mode that the steps need."""
         self.model.train()
         return nullcontext()
 
     def forward(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Logits of contiguous images [n, C, H, W], float32 [n, num_classes]."""
+        """Logits, float32 [n, num_classes], of contiguous images [n, C, H, W]."""
         with self.autocast():
             return net(images).float()
 
-    def parts(
+    def micro_batches(
         self, images: Tensor, index: Tensor, proxies: Tensor | None = None, *, total: int
-    ) -> Iterator[Part]:
-        """Images in the parts that this process runs one after another, the proxies of each after
-        its training images; see __call__."""
-        parts = self.team.parts(self.net, images, index, total, self.accumulate)
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of this process, each with its share of the proxies after its training
+        images. For the arguments see ``__call__``."""
+        micro_batches = self.world.micro_batches(self.net, images, index, total, self.accumulate)
         if proxies is None:
-            yield from parts
+            yield from micro_batches
             return
-        for part, own in zip(parts, proxies.tensor_split(self.accumulate), strict=True):
-            yield replace(part, images=torch.cat([part.images, own]))
+        proxy_parts = proxies.tensor_split(self.accumulate)
+        for micro_batch, part in zip(micro_batches, proxy_parts, strict=True):
+            yield replace(micro_batch, images=torch.cat([micro_batch.images, part]))
 
     def __call__(
         self, images: Tensor, index: Tensor, proxies: Tensor | None = None, *, total: int
     ) -> Tensor:
-        """Do the step.
+        """Run the step.
 
-        Proxies run in one batch with the training images, because an activation range and a
-        BatchNorm have one batch each: a range observed apart would clip the others, and
-        statistics of either alone are not those that the deployed network, which cannot know
-        what it is asked, will use.
+        Proxies and training images share a forward pass, because activation ranges and BatchNorm
+        statistics are per batch: ranges observed on one kind alone would clip the other, and the
+        deployed network, which cannot tell them apart, has one set of statistics for both.
 
         Args:
-            images: float32 [n, C, H, W], this process's own. index: int64 [n], which ones they are.
-            proxies: float32 [m, C, H, W], its own, where the loss wants some.
-            total: images of the whole batch, without proxies.
+            images: float32 [n, C, H, W], this process's shard.
+            index: int64 [n], their positions in the training set.
+            proxies: float32 [m, C, H, W], this process's, if the loss needs them.
+            total: images of the global batch, without proxies.
 
         Returns:
-            float64 [8]: this process's sums over its images of loss, cross-entropy and divergence,
-            over its proxies of misdirection loss and misled answers, and whether (1) or not (0)
-            images, logits and loss were finite.
+            float64 [8]: this process's sums of loss, cross-entropy and divergence over its images,
+            its sums of misdirection loss and misled answers over its proxies, and whether images,
+            logits and loss were finite (1) or not (0).
         """
         self.optimizer.zero_grad()
         sums = torch.zeros(5, dtype=torch.float64, device=images.device)
         finite = torch.ones(3, dtype=torch.bool, device=images.device)
-        for part in self.parts(images, index, proxies, total=total):
+        for part in self.micro_batches(images, index, proxies, total=total):
             n = len(part.index)
             batch = part.images.contiguous(memory_format=torch.channels_last)
-            with self._saving():
+            with self._save_as_codes():
                 logits = self.forward(self.net, batch)
-            labels, answers = self.labels[part.index], self._answers(batch[:n], part.index)
-            objective = self.objective(logits, labels, batch, answers, self._ask, part, total, sums)
+            teacher_logits = self._teacher_logits(batch[:n], part.index)
+            labels, teacher = self.labels[part.index], self._run_teacher
+            objective = self.objective(
+                logits, labels, batch, teacher_logits, teacher, part, total, sums
+            )
             self.backward(objective)
             finite &= torch.stack([t.detach().isfinite().all() for t in (batch, logits, objective)])
         self.update()
         return torch.cat([sums, finite.double()])
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a part's share of the loss, []."""
+        """Accumulate the gradient of a micro-batch's share of the loss, []."""
         self.scaler.scale(loss).backward()
 
     def update(self) -> None:
-        """Move the weights by the gradient."""
+        """Clip the gradient, if ``grad_clip`` is set, and update the weights."""
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -135,46 +141,52 @@ class Step:
         self.scaler.update()
 
     @torch.inference_mode()
-    def misled(self, parts: Iterable[Tensor]) -> float:
-        """The share of proxies, float32 [M, C, H, W] each, that the model, in eval mode, misleads
-        about."""
+    def misled_share(self, proxies: Iterable[Tensor]) -> float:
+        """The fraction of proxies, in batches of float32 [M, C, H, W], whose answers mislead; the
+        model is in eval mode."""
         misdirection = self.objective.misdirection
         assert misdirection is not None
         counts = []
-        for images in parts:
-            batch = images.to(self.team.device, memory_format=torch.channels_last)
-            theirs = self._ask(batch) if misdirection.targets.needs_teacher else None
+        for images in proxies:
+            batch = images.to(self.world.device, memory_format=torch.channels_last)
+            needs_teacher = misdirection.targets.needs_teacher
+            teacher_logits = self._run_teacher(batch) if needs_teacher else None
             logits = self.forward(self.model, batch)
-            counts.append((misdirection.targets.terms(logits, theirs, batch).misled, len(images)))
+            terms = misdirection.targets.terms(logits, teacher_logits, batch)
+            counts.append((terms.misled, len(images)))
         return float(sum(misled for misled, _ in counts)) / sum(n for _, n in counts)
 
-    def _answers(self, images: Tensor, index: Tensor) -> Tensor | None:
-        """The teacher's logits, float32 [n, num_classes], if the loss asks for them."""
-        if self.answers is not None:
-            return self.answers[index]
-        if self.teacher is None or not self.objective.settings.compares:
+    def _teacher_logits(self, images: Tensor, index: Tensor) -> Tensor | None:
+        """The teacher's logits, float32 [n, num_classes], if the loss has a divergence."""
+        if self.cached_logits is not None:
+            return self.cached_logits[index]
+        if self.teacher is None or not self.objective.settings.has_divergence:
             return None
-        return self._ask(images)
+        return self._run_teacher(images)
 
-    def _ask(self, images: Tensor) -> Tensor:
+    def _run_teacher(self, images: Tensor) -> Tensor:
         assert self.teacher is not None
         with torch.inference_mode(), self.autocast():
             logits = self.teacher(images)
-        return logits.float().clone()  # the backward pass may not keep an inference tensor
+        return logits.float().clone()  # autograd cannot save an inference tensor
 
 
 def check_finite(finite: Tensor, epoch: int, last_step: int) -> None:
-    """Raise for the first row of ``finite`` (float [steps, 3]: images, logits, loss) with a 0;
-    the last row is of ``last_step``."""
+    """Raise FloatingPointError for the first row of ``finite`` with a 0.
+
+    Args:
+        finite: float64 [steps, 3]; 1 if images, logits and loss were finite, else 0.
+        last_step: the step of the last row.
+    """
     finite = finite.bool()
     if finite.all():
         return
     row = int((~finite).any(1).int().argmax())
     causes = (
-        "the input images hold NaN or Inf",
+        "the input images contain NaN or Inf",
         "the model's logits became NaN or Inf; try a smaller lr or grad_clip",
         "the loss became NaN or Inf though the logits are finite; "
-        "try a smaller weight, or bound, or grad_clip",
+        "try a smaller weight, a bound or grad_clip",
     )
     cause = causes[int((~finite[row]).int().argmax())]
     raise FloatingPointError(f"epoch {epoch}, step {last_step - len(finite) + 1 + row}: {cause}")

@@ -1,4 +1,4 @@
-"""What one training holds and does epoch by epoch."""
+"""The state of a training, and its epochs."""
 
 from __future__ import annotations
 
@@ -22,279 +22,279 @@ from divqat.nn import MisdirectionLoss
 from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
 from divqat.train.answers import teacher_logits
 from divqat.train.budget import Budget, load_reference
+from divqat.train.calibration import CalibrationStep
 from divqat.train.config import TrainConfig
-from divqat.train.distributed import Team
+from divqat.train.distributed import World
 from divqat.train.folder import Run
-from divqat.train.graph import Captured, own_stream
+from divqat.train.graph import GraphedCallable, on_stream
 from divqat.train.memory import StepMemory
-from divqat.train.network import begin, shape_of
-from divqat.train.objective import Objective, ini_terms
-from divqat.train.observation import Observation
+from divqat.train.network import build_initial_model, shape_of
+from divqat.train.objective import Objective, build_ini
 from divqat.train.optimizer import load_optimizer, set_learning_rate
-from divqat.train.proxies import Proxies, fitted_misdirection
+from divqat.train.proxies import Proxies, fit_misdirection
 from divqat.train.step import Step, check_finite
 
-CHECK_EVERY = 50  # steps between two looks at whether all numbers are finite
+CHECK_EVERY = 50  # steps between checks for NaN and Inf
 
 
 class Trainer:
-    """Model, optimizer and what has been measured; ``epoch`` is the number of epochs done.
+    """Model, optimizer and metrics; ``epoch`` is the number of completed epochs.
 
-    After an epoch every process of the team holds the same.
+    After each epoch all processes hold the same state.
 
     Args:
-        config: the settings. splits: the data. teacher: of all methods but fp.
-        team: this process and the others, on its device.
-        folder: the run folder, for the teacher's answers.
+        config: the settings. splits: the data. teacher: None for methods without one.
+        world: this process among all, and its device.
+        folder: the run folder, for the cache of the teacher's logits.
     """
 
     def __init__(
-        self, config: TrainConfig, splits: Splits, teacher: Run | None, team: Team, folder: Path
+        self, config: TrainConfig, splits: Splits, teacher: Run | None, world: World, folder: Path
     ) -> None:
-        device = team.device
+        device = world.device
         reset_peak(device)
-        self.config, self.team, self.device = config, team, device
-        self.delayed = config.delayed(team.size)
+        self.config, self.world, self.device = config, world, device
+        self.delayed = config.uses_delayed_ranges(world.size)
         self.epoch, self.rows = 0, list[dict[str, Any]]()
-        # What a budget may go back to: where the last third began, and the last network inside.
-        self.kept: dict[str, Any] | None = None
+        # For a budget: the state before the last third, and the last network within the budget.
+        self.rewind_state: dict[str, Any] | None = None
         train_set = splits.train.to(device)
-        # In the place of a label its image's number, as the teacher's kept answers need it, too.
-        numbers = torch.arange(len(train_set), device=device)
-        self.train_set = replace(train_set, labels=numbers)  # type: ignore[type-var]
-        self.validation = splits.validation
-        self.shape = shape_of(splits)
+        # Labels are replaced by image indices, which also address the teacher's cached logits.
+        index = torch.arange(len(train_set), device=device)
+        self.train_set = replace(train_set, labels=index)  # type: ignore[type-var]
+        self.validation, self.shape = splits.validation, shape_of(splits)
         if teacher is not None and teacher.shape != self.shape:
             raise ValueError(
-                f"teacher: wanted a model of {self.shape} like the data, got {teacher.shape}"
+                f"teacher: wanted a model for {self.shape}, as the data, got {teacher.shape}"
             )
-        self.model = begin(config, self.shape, None if teacher is None else teacher.model, team)
+        teacher_model = None if teacher is None else teacher.model
+        self.model = build_initial_model(config, self.shape, teacher_model, world)
         self.steps, self.drop_last = steps_per_epoch(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         misdirection: MisdirectionLoss | None = None
         if config.misdirect:
-            misdirection = fitted_misdirection(config, config.seed, splits.num_classes, train_set)
+            misdirection = fit_misdirection(config, config.seed, splits.num_classes, train_set)
         self.proxies: Proxies | None = None
-        if config.shows_proxies:
-            self.proxies = Proxies.of(config, config.seed, misdirection, train_set, team)
+        if config.uses_proxies:
+            seed = config.seed
+            self.proxies = Proxies.from_settings(config, seed, misdirection, train_set, world)
         reference = load_reference(config, teacher)
-        known = reference if config.distill else teacher
-        asked: nn.Module | None = None  # λ = 0 asks no teacher, nor does a decoy
+        target = reference if config.distill else teacher  # whose answers the divergence compares
+        target_model: nn.Module | None = None  # not needed with λ = 0 and a decoy
         needs_teacher = misdirection is not None and misdirection.targets.needs_teacher
-        if known is not None and (config.compares or needs_teacher):
-            asked = known.model.requires_grad_(False)
-            asked.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = Objective(
-            config,
-            config,
-            team,
-            list(self.model.parameters()),
-            round(config.warmup_epochs * self.steps),
-            misdirection,
-            ini_terms(config, config.model, config.seed, self.shape, device),
-        )
-        kind = Observation if config.method == "ptq" else Step
-        self.step = kind(self.model, asked, train_set.labels, team, self.objective, config, config)
-        if known is not None and config.cache_teacher and config.compares:
-            key = {"teacher": known.fingerprint, "precision": config.precision}
+        if target is not None and (config.has_divergence or needs_teacher):
+            target_model = target.model.requires_grad_(False)
+            target_model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parameters, warmup = list(self.model.parameters()), round(config.warmup_epochs * self.steps)
+        ini = build_ini(config, config.model, config.seed, self.shape, device)
+        self.objective = Objective(config, config, world, parameters, warmup, misdirection, ini)
+        make, labels = CalibrationStep if config.method == "ptq" else Step, train_set.labels
+        self.step = make(self.model, target_model, labels, world, self.objective, config, config)
+        if target is not None and config.cache_teacher and config.has_divergence:
+            key = {"teacher": target.fingerprint, "precision": config.precision}
             with self.step.autocast():
-                self.step.answers = teacher_logits(
-                    folder, known.model, self.train_set, key, keep=team.rank == 0
+                self.step.cached_logits = teacher_logits(
+                    folder, target.model, self.train_set, key, keep=world.rank == 0
                 )
-        self.budget = Budget.of(config, reference, self.validation)
+        self.budget = Budget.from_config(config, reference, self.validation)
         images = min(config.batch_size, len(self.train_set))
         images += 0 if self.proxies is None else config.proxy_count(images)
-        self.need = StepMemory.of(self.step, self.train_set, images)
-        self.need.check()
-        self.frozen: tuple[bool, ...] | None = None  # what was in the last epoch
+        self.memory = StepMemory.measure(self.step, self.train_set, images)
+        self.memory.check()
+        self.frozen: tuple[bool, ...] | None = None  # observers, BatchNorm; in the last epoch
         self.stream = torch.cuda.Stream(device) if config.cuda_graph else None
-        self.do_step = Captured(self.step) if config.cuda_graph else self.step
+        self.run_step = GraphedCallable(self.step) if config.cuda_graph else self.step
 
     def state(self) -> dict[str, Any]:
-        """All that the next epoch depends on. Generators and the learning rate are functions of
-        seed, epoch and step, so the numbers are enough."""
+        """The checkpoint: all that the next epoch depends on. Random numbers and the learning rate
+        are functions of seed, epoch and step."""
         return {
             "config": self.config.to_dict(),
             "shape": self.shape,
             "teacher": self.teacher_id,
             "epoch": self.epoch,
-            **self._learned(),
+            **self._learned_state(),
             "rows": self.rows,
             "budget": None if self.budget is None else self.budget.state(),
-            "kept": self.kept,
+            "kept": self.rewind_state,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self._load_learned(state)
-        self.epoch, self.rows, self.kept = state["epoch"], state["rows"], state.get("kept")
+        """Restore a :meth:`state`."""
+        self._load_learned_state(state)
+        self.epoch, self.rows, self.rewind_state = state["epoch"], state["rows"], state.get("kept")
         if self.budget is not None:
             self.budget.load(state["budget"])
-            self.objective.weaken(self.budget.weaker)
+            self.objective.set_strength(self.budget.strength)
 
-    def _learned(self) -> dict[str, Any]:
+    def _learned_state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
         }
 
-    def _load_learned(self, state: dict[str, Any]) -> None:
+    def _load_learned_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         load_optimizer(self.step.optimizer, state["optimizer"])
         self.step.scaler.load_state_dict(state.get("scaler", {}))
 
     def run_epoch(self) -> dict[str, Any]:
-        """Train one epoch, validate, and return its row of ``metrics.csv``. A budget can take
-        back the last ones: ``epoch`` is an earlier one then."""
+        """Train one epoch, validate, and return its row of ``metrics.csv``. A budget may rewind the
+        training; then ``self.epoch`` is smaller than before."""
         start = time.perf_counter()
         config, epoch = self.config, self.epoch + 1
-        if self.budget is not None and self.epoch >= config.rewound_epoch and self.kept is None:
-            self.kept = deepcopy({"epoch": self.epoch, **self._learned(), "inside": None})
+        in_last_third = self.epoch >= config.rewind_epoch
+        if self.budget is not None and in_last_third and self.rewind_state is None:
+            state = {"epoch": self.epoch, **self._learned_state(), "inside": None}
+            self.rewind_state = deepcopy(state)
         self._freeze(epoch)
         seed = derived_seed(config.seed, "epoch", epoch)
         with (
             torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-            own_stream(self.stream),
-            self.step.modes(),
+            on_stream(self.stream),
+            self.step.training_mode(),
         ):
-            torch.manual_seed(seed + self.team.rank)  # dropout
-            sums, waited = self._steps(epoch, Generator().manual_seed(seed))
-            loss, ce, divergence, astray, misled = sums.tolist()
-        self.team.average_batchnorm(self.model)
+            torch.manual_seed(seed + self.world.rank)  # dropout
+            sums, waited = self._run_steps(epoch, Generator().manual_seed(seed))
+            loss, ce, divergence, misdirection, misled = sums.tolist()
+        self.world.average_batchnorm(self.model)
         seconds = time.perf_counter() - start
-        logits = self._validate(epoch, self.steps)
+        logits = self._validation_logits(epoch, self.steps)
         row = {
             "epoch": epoch,
             "loss": loss,
             "ce": ce,
-            "divergence": divergence if config.compares else None,
-            **self._validated(logits),
+            "divergence": divergence if config.has_divergence else None,
+            **self._validation_metrics(logits),
             "lr": config.learning_rate(epoch * self.steps - 1, self.steps),
             "ms_per_step": 1000 * seconds / self.steps,
             "waiting": waited / seconds,
             "seconds": time.perf_counter() - start,
         }
         if config.misdirect:
-            row |= {"misdirection": astray, "misled": misled}
+            row |= {"misdirection": misdirection, "misled": misled}
         self.epoch = epoch
         self.rows.append(row)
-        if self.budget is not None and self.kept is not None:
-            self._keep_inside(self.budget, self.kept)
+        if self.budget is not None and self.rewind_state is not None:
+            self._apply_budget(self.budget, self.rewind_state)
             row["seconds"] = time.perf_counter() - start
         return row
 
     def measure_untrained(self) -> None:
-        """A row for weights that are taken as they are."""
-        start, logits = time.perf_counter(), self._validate(0, 0)
-        row = {"epoch": 0, "loss": None, "ce": None, "divergence": None, **self._validated(logits)}
+        """Add a row of metrics for weights that are used without training."""
+        start, logits = time.perf_counter(), self._validation_logits(0, 0)
+        row: dict[str, Any] = {"epoch": 0, "loss": None, "ce": None, "divergence": None}
+        row |= self._validation_metrics(logits)
         row |= {"lr": None, "ms_per_step": 0.0, "waiting": 0.0}
         self.rows.append(row | {"seconds": time.perf_counter() - start})
 
-    def _validated(self, logits: Tensor) -> dict[str, float]:
-        """What logits of the validation images say of the model."""
+    def _validation_metrics(self, logits: Tensor) -> dict[str, float]:
+        """Metrics from the logits of the validation images."""
         return {
             "validation_accuracy": accuracy(logits, self.validation.labels),
             "top_probability": mean_top_probability(softmax(logits)),
         }
 
-    def _keep_inside(self, budget: Budget, kept: dict[str, Any]) -> None:
-        """Note a network that is inside; after the last epoch go back to it, or if there is none
-        begin the last third again."""
-        if self.team.broadcast(budget.allows(self.rows[-1]["validation_accuracy"])):
-            kept["inside"] = deepcopy({"epoch": self.epoch, "model": self.model.state_dict()})
+    def _apply_budget(self, budget: Budget, rewind_state: dict[str, Any]) -> None:
+        """Remember a network within the budget. After the last epoch return to the last of them; if
+        there is none, rewind, or when that is used up, interpolate."""
+        if self.world.broadcast(budget.allows(self.rows[-1]["validation_accuracy"])):
+            rewind_state["inside"] = deepcopy(
+                {"epoch": self.epoch, "model": self.model.state_dict()}
+            )
         if self.epoch < self.config.epochs:
             return
-        inside, first = kept["inside"], kept["epoch"]
-        if inside is None and budget.patient:
-            lost = sum(row["seconds"] for row in self.rows[first:])
-            budget.give_up(self._measure(self.epoch), lost)
-            self._load_learned(deepcopy(kept))
-            self.objective.weaken(budget.weaker)
+        inside, first = rewind_state["inside"], rewind_state["epoch"]
+        if inside is None and budget.can_rewind:
+            seconds = sum(row["seconds"] for row in self.rows[first:])
+            budget.reject(self._measure_for_budget(self.epoch), seconds)
+            self._load_learned_state(deepcopy(rewind_state))
+            self.objective.set_strength(budget.strength)
             self.epoch, self.rows, self.frozen = first, self.rows[:first], None
             return
         if inside is not None:
             self.model.load_state_dict(inside["model"])
         chosen = self.epoch if inside is None else inside["epoch"]
-        budget.settle(self.model, partial(self._measure, chosen))
-        self.kept = None
+        budget.choose_weights(self.model, partial(self._measure_for_budget, chosen))
+        self.rewind_state = None
 
-    def _validate(self, epoch: int, step: int) -> Tensor:
-        """The logits of the validation images, after ``step`` of ``epoch``; leaves eval mode on."""
+    def _validation_logits(self, epoch: int, step: int) -> Tensor:
+        """Logits of the validation images after ``step`` of ``epoch``; sets eval mode."""
         try:
             return predict(self.model.eval(), self.validation)
         except FloatingPointError as error:
             raise FloatingPointError(
-                f"epoch {epoch}, step {step}: the weights gave NaN or Inf on the validation "
+                f"epoch {epoch}, step {step}: the model gives NaN or Inf on the validation "
                 "images; try a smaller lr or grad_clip"
             ) from error
 
-    def _measure(self, epoch: int) -> dict[str, float]:
-        """What a budget weighs; every process finds the same."""
-        logits = self._validate(epoch, self.steps)
-        found = {"epoch": epoch, "validation_accuracy": accuracy(logits, self.validation.labels)}
+    def _measure_for_budget(self, epoch: int) -> dict[str, float]:
+        """What a budget records of the model; the same in every process."""
+        logits = self._validation_logits(epoch, self.steps)
+        score = accuracy(logits, self.validation.labels)
+        measured = {"epoch": epoch, "validation_accuracy": score}
         if self.proxies is not None:
             train_set = replace(self.train_set, labels=self.step.labels)  # type: ignore[type-var]
-            found["misled"] = self.step.misled(self.proxies.sample(train_set))
-        return self.team.broadcast(found)
+            measured["misled"] = self.step.misled_share(self.proxies.sample(train_set))
+        return self.world.broadcast(measured)
 
     def _freeze(self, epoch: int) -> None:
-        """Freeze what is frozen from ``epoch`` on."""
-        frozen = tuple(self.config.frozen(what, epoch) for what in ("observers", "batchnorm"))
+        """Freeze observers and BatchNorm if they are frozen in ``epoch``."""
+        frozen = tuple(self.config.is_frozen(what, epoch) for what in ("observers", "batchnorm"))
         if frozen[0]:
             freeze_observers(self.model)
         if frozen[1]:
             freeze_batchnorm(self.model)
-        if frozen != self.frozen and isinstance(self.do_step, Captured):
-            self.do_step.reset()
+        if frozen != self.frozen and isinstance(self.run_step, GraphedCallable):
+            self.run_step.reset()
         self.frozen = frozen
 
-    def _steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
-        """All steps of an epoch: means of loss, cross-entropy and divergence, of misdirection loss
-        and misled answers, float64 [5], and the seconds that the host waited for images."""
+    def _run_steps(self, epoch: int, generator: Generator) -> tuple[Tensor, float]:
+        """Run the steps of an epoch. Returns the means of loss, cross-entropy, divergence,
+        misdirection loss and misled answers, float64 [5], and the seconds of waiting for images."""
         config = self.config
-        shift = partial(augment, pad=config.pad, flip=config.flip)
+        augmentation = partial(augment, pad=config.pad, flip=config.flip)
         loader = batches(
             self.train_set,
             config.batch_size,
             generator=generator,
-            augment=shift if config.pad or config.flip else None,
+            augment=augmentation if config.pad or config.flip else None,
             drop_last=self.drop_last,
-            shard=(self.team.rank, self.team.size),
+            shard=(self.world.rank, self.world.size),
         )
-        # Read once per epoch: a number on the host would make every step wait for the device.
+        # Read on the host once per epoch; every read makes the host wait for the device.
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        count = proxies = 0
+        count, proxies, finite = 0, 0, list[Tensor]()
         if self.proxies is not None:
             self.proxies.start(epoch)
-        finite: list[Tensor] = []
-        done = (epoch - 1) * self.steps
-        if self.team.rank == 0:
+        if self.world.rank == 0:
             name = f"epoch {epoch}/{config.epochs}"
             loader = progress(loader, name, total=self.steps, unit="step")
         waited, ready = 0.0, time.perf_counter()
         for step, (images, index) in enumerate(loader, start=1):
             waited += time.perf_counter() - ready
             total = min(config.batch_size, len(self.train_set) - count)
-            lr = config.learning_rate(done + step - 1, self.steps)
-            set_learning_rate(self.step.optimizer, lr)
-            self.objective.start_step(done + step - 1)
+            number = (epoch - 1) * self.steps + step - 1  # of the step, over the whole training
+            set_learning_rate(self.step.optimizer, config.learning_rate(number, self.steps))
+            self.objective.start_step(number)
             inputs = [images, index]
             if self.proxies is not None:
                 count_proxies = config.proxy_count(total)
                 inputs.append(self.proxies(images, self.step.labels[index], count_proxies))
                 proxies += count_proxies
             if step == 1 and self.delayed:
-                parts = self.step.parts(*inputs, total=total)
+                parts = self.step.micro_batches(*inputs, total=total)
                 observe_first(self.model, (part.images for part in parts))
-            with self.need.explained():
-                result = self.do_step(*inputs, total=total)
+            with self.memory.explain_errors():
+                result = self.run_step(*inputs, total=total)
             sums += result[:5]
             finite.append(result[5:].clone())
             count += total
             if step % CHECK_EVERY == 0 or step == self.steps:
-                # Of all processes: they stop together, with one error, and nobody waits.
-                check_finite(self.team.reduce(torch.stack(finite), "MIN"), epoch, step)
+                # Reduced over all processes, so that all stop with the same error.
+                check_finite(self.world.reduce(torch.stack(finite), "MIN"), epoch, step)
                 finite.clear()
             ready = time.perf_counter()
-        sums = self.team.reduce(sums)
+        sums = self.world.reduce(sums)
         return torch.cat([sums[:3] / count, sums[3:] / max(1, proxies)]), waited

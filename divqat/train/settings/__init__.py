@@ -1,6 +1,7 @@
-"""The settings of a training by topic. Each is declared once: a flag, a YAML key, an attribute.
+"""The settings of a training, by topic. A setting is declared once, which gives a flag, a YAML key
+and an attribute.
 
-A function takes the topic that it uses; :class:`divqat.train.TrainConfig` is all of them.
+A function takes the topic that it uses; :class:`divqat.train.TrainConfig` combines all topics.
 """
 
 from divqat.train.settings.data import DataSettings

@@ -1,4 +1,4 @@
-"""What is learned, and by which network."""
+"""Settings of data set and network."""
 
 from __future__ import annotations
 
@@ -14,40 +14,43 @@ class DataSettings(Options):
     """The data set and the network."""
 
     model: str = option(
-        "lenet", "Network; one of yours: a function of in_channels, num_classes and image_size.",
+        "lenet", "Network; your own is a function of in_channels, num_classes and image_size.",
         group="what to train", choices=models.names(), foreign=True,
     )  # fmt: skip
     weights: str | None = option(
-        None, "State dict (.pt) of the network, trained elsewhere, that fp begins with; with "
-        "epochs 0 it is taken as it is.",
+        None, "State dict (.pt) of the network, trained elsewhere, from which fp starts; with "
+        "epochs 0 it is used unchanged.",
         group="what to train",
     )  # fmt: skip
-    dataset: str = option("digits", "Data set to learn.", group="data", choices=data.names())
+    dataset: str = option("digits", "Data set to train on.", group="data", choices=data.names())
     data_root: str | None = option(
-        None, "Folder with the data set's files, where they are not found by themselves.",
+        None, "Folder with the data set's files, if they are not found automatically.",
         group="data",
     )  # fmt: skip
     image_size: int = option(
-        32, "Height and width for gtsrb and folder, whose pictures vary in size.",
+        32, "Height and width of images from gtsrb and folder, in pixels.",
         group="data", least=8, most=2048,
     )  # fmt: skip
     validation_fraction: float = option(
-        0.1, "Part of the training images kept aside to validate on.",
+        0.1, "Fraction of the training images held out for validation.",
         group="data", above=0, below=1,
     )  # fmt: skip
     stream: str = option(
         "auto",
-        "Decode the pictures of gtsrb and folder while training instead of holding them all; auto: "
-        "if they would take more than 4 GiB. The batches are the same.",
+        "Decode images of gtsrb and folder on demand instead of holding all in memory; auto: if "
+        "they would take more than 4 GiB. The batches are the same.",
         group="data",
         choices=STREAM,
     )
     workers: int | None = option(
-        None, "Processes that decode streamed pictures; None: one per core but one, shared by the "
-        "processes of torchrun; 0: the training does it itself.",
+        None, "Worker processes that decode streamed images; 0: decode in the training process. "
+        "None: one less than CPU cores, divided among the processes of torchrun.",
         group="data", least=0,
     )  # fmt: skip
     pad: int = option(
-        0, "Shift each training image at random by up to so many pixels.", group="data", least=0
+        0,
+        "Augmentation: shift each training image at random by up to this many pixels.",
+        group="data",
+        least=0,
     )
-    flip: bool = option(False, "Mirror training images at random.", group="data")
+    flip: bool = option(False, "Augmentation: mirror training images at random.", group="data")

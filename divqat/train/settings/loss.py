@@ -1,4 +1,4 @@
-"""Method and loss of a training."""
+"""Settings of method and loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DISTILL = 1.0  # with misdirect and a reference
 
 
 def _defaults(setting: str) -> str:
-    """What a setting is if it is left open, by method."""
+    """The default of a setting for each method."""
     values = {
         name: getattr(method, setting) for name, method in METHODS.items() if method.divergence_sign
     }
@@ -21,7 +21,7 @@ def _defaults(setting: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Options):
-    """Method, divergence, InI and the budget of accuracy."""
+    """Method, divergence, InI and accuracy budget."""
 
     method: str = option(
         "fp",
@@ -31,22 +31,23 @@ class LossSettings(Options):
     )
     teacher: str | None = option(
         None,
-        "Run folder of a finished fp, nasty or ini training, for all methods but fp and ini. "
-        "Quantized models start from its weights; divqat, kd-qat and nasty learn from its answers.",
+        "Run folder of a finished fp, nasty or ini training, for all methods except fp and ini. "
+        "Quantized models start from its weights; divqat, kd-qat and nasty use its answers.",
         group="what to train",
     )
     label_smoothing: float = option(
-        0.0, "Share of the target spread over all classes; in qat a baseline that hides confidence "
-        "without a teacher.",
+        0.0, "Fraction of the target spread over all classes; with qat, a baseline defense that "
+        "lowers confidence.",
         group="optimizer", least=0, below=1,
     )  # fmt: skip
     weight: float | None = option(
-        None, "λ, how strongly the teacher's answers push (divqat, nasty) or pull (kd-qat); 0 is "
-        f"plain qat or fp. None: {_defaults('weight')}, or 0 with misdirect.",
+        None, "λ, weight of the divergence from the teacher's answers, which divqat and nasty "
+        "maximize and kd-qat minimizes; 0: plain qat or fp. None: "
+        f"{_defaults('weight')}, or 0 with misdirect.",
         group="divergence loss", least=0,
     )  # fmt: skip
     temperature: float = option(
-        4.0, "T of the softmaxes whose divergence counts.", group="divergence loss", above=0
+        4.0, "T of the softmaxes in the divergence.", group="divergence loss", above=0
     )
     direction: str | None = option(
         None, "Divergence: KL(student‖teacher), KL(teacher‖student) or Jensen-Shannon. "
@@ -54,59 +55,59 @@ class LossSettings(Options):
         group="divergence loss", choices=DIRECTIONS,
     )  # fmt: skip
     classes: str = option(
-        "all", "Classes that the divergence sees; non_label leaves the label's probability alone.",
+        "all", "Classes in the divergence; non_label leaves out the label's probability.",
         group="divergence loss", choices=CLASSES,
     )  # fmt: skip
     bound: float | None = option(
         None,
-        "Most divergence (nats) that one image is pushed to.",
+        "Upper limit of the divergence of an image (nats).",
         group="divergence loss",
         above=0,
     )
     guard: bool = option(
-        False, "No divergence for images that are classified wrong.", group="divergence loss"
+        False, "Leave misclassified images out of the divergence.", group="divergence loss"
     )
     warmup_epochs: float = option(
-        0.0, "Epochs in which λ rises from 0.", group="divergence loss", least=0
+        0.0, "Warm-up: epochs in which λ rises from 0.", group="divergence loss", least=0
     )
     distill: float | None = option(
-        None, "How strongly the reference's answers to training images pull (kd-qat's loss) beside "
-        "misdirect, which costs less accuracy then; without weight. None: "
+        None, "Weight of distillation from the reference on training images (kd-qat's loss), which "
+        "lowers the accuracy cost of misdirect; excludes weight. None: "
         f"{DISTILL:g} with misdirect and a reference, else 0.",
         group="misdirection", least=0,
     )  # fmt: skip
     ini_gamma: float = option(
-        0.3, "γ: draws answers to proxies of a thief's images to those of an untrained network.",
+        0.3, "γ: pulls answers to a thief's proxies towards those of an untrained network.",
         group="InI (method ini)", least=0,
     )  # fmt: skip
     ini_delta: float = option(
-        1.0, "δ: turns what a thief learns from answers to training images away from the task.",
+        1.0, "δ: turns a thief's gradient on training images away from the task's gradient.",
         group="InI (method ini)", least=0,
     )  # fmt: skip
     ini_epsilon: float = option(
-        1000.0, "ε: makes what a thief learns from answers to proxies small; with γ = δ = ε = 0 "
-        "the training is that of fp.",
+        1000.0, "ε: shrinks a thief's gradient on proxies; with γ = δ = ε = 0 the training is that "
+        "of fp.",
         group="InI (method ini)", least=0,
     )  # fmt: skip
     accuracy_budget: float | None = option(
-        None, "Points of validation accuracy that the defense may cost: of the last third of the "
-        "epochs, the last network that is inside is the result; where none is, they are done again "
-        "with half of the defense, and with a quarter; then the weights go towards those of the "
-        "reference. None: any.",
+        None, "Points of validation accuracy that the defense may cost. The result is the last "
+        "network within the budget after one of the last third of the epochs; if there is none, "
+        "these are repeated with half of the defense, then a quarter; then the weights are "
+        "interpolated towards the reference. None: no limit.",
         group="accuracy budget", above=0, below=100,
     )  # fmt: skip
     reference: str | None = option(
-        None, "Run folder of the plain qat, of the same teacher, that the budget counts from and "
-        "that the weights go back to; None: the teacher.",
+        None, "Run folder of a plain qat training with the same teacher, which the budget is "
+        "measured against. None: the teacher.",
         group="accuracy budget",
     )  # fmt: skip
 
     @property
     def kind(self) -> Method:
-        """What the method is like."""
+        """The properties of the method."""
         return METHODS[self.method]
 
     @property
-    def compares(self) -> bool:
-        """Whether the loss has a divergence from another network's answers to training images."""
+    def has_divergence(self) -> bool:
+        """Whether the loss compares answers to training images with those of another network."""
         return bool(self.kind.divergence_sign and (self.weight or self.distill))

@@ -1,4 +1,4 @@
-"""How a training takes its steps."""
+"""Settings of optimizer and learning rate."""
 
 from __future__ import annotations
 
@@ -16,44 +16,42 @@ class OptimizerSettings(Options):
     """Epochs, batches, learning rate."""
 
     epochs: int = option(
-        10, "Passes over the training images; ptq needs no more than 1.", group="optimizer", least=0
+        10, "Passes over the training images; ptq needs only 1.", group="optimizer", least=0
     )
-    batch_size: int = option(
-        64, "Images per step, of all processes together.", group="optimizer", least=1
-    )
+    batch_size: int = option(64, "Images per step, over all processes.", group="optimizer", least=1)
     accumulate: int = option(
-        1, "Parts that a process splits its images of a step into, to need less memory; same "
-        "gradient, BatchNorm and dropout aside.",
+        1, "Gradient accumulation: micro-batches per step and process, to save memory; same "
+        "gradient, except for BatchNorm and dropout.",
         group="optimizer", least=1,
     )  # fmt: skip
     optimizer: str = option(
         "sgd",
-        "sgd: Nesterov; lars and lamb scale each layer's step by the ratio of its norms, for large "
-        "batches.",
+        "sgd: Nesterov momentum; lars, lamb: for large batches, scale each layer's step by the "
+        "norm of its weights over that of its update.",
         group="optimizer",
         choices=OPTIMIZERS,
     )
-    lr: float = option(0.05, "Highest learning rate.", group="optimizer", above=0)
+    lr: float = option(0.05, "Peak learning rate.", group="optimizer", above=0)
     lr_scaling: str = option(
         "none",
-        "What lr is multiplied by: 1, or the ratio batch_size / base_batch_size (linear, for sgd), "
-        "or its square root (for lars and lamb); at most 1 from the freezing of BatchNorm on.",
+        "Factor of lr: none: 1; linear (for sgd): batch_size / base_batch_size; sqrt (for lars and "
+        "lamb): its square root. At most 1 once BatchNorm is frozen.",
         group="optimizer",
         choices=tuple(LR_SCALING),
     )
     base_batch_size: int = option(
-        128, "Images per step that lr holds for, where it is scaled.", group="optimizer", least=1
+        128, "Batch size for which lr is meant, if lr is scaled.", group="optimizer", least=1
     )
     schedule: str = option(
         "cosine",
-        "Course of the learning rate: cosine falls from lr to 0; "
-        "one-cycle rises from lr/25 to lr, then falls to 0.",
+        "Learning-rate schedule: cosine falls from lr to 0; one-cycle rises from lr/25 to lr, then "
+        "falls to 0.",
         group="optimizer",
         choices=("cosine", "one-cycle"),
     )
     lr_warmup_epochs: float = option(
         0.0,
-        "Epochs in which the learning rate rises; 0: none for cosine, 30 % of all for one-cycle.",
+        "Warm-up epochs of the learning rate; 0: none for cosine, 30 % of all for one-cycle.",
         group="optimizer",
         least=0,
     )
@@ -62,6 +60,6 @@ class OptimizerSettings(Options):
     )
     weight_decay: float = option(5e-4, "L2 penalty.", group="optimizer", least=0)
     grad_clip: float | None = option(
-        None, "Largest norm of a step's gradient; longer ones are scaled down.",
+        None, "Gradient clipping: largest norm of a step's gradient.",
         group="optimizer", above=0,
     )  # fmt: skip

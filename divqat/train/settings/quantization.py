@@ -1,4 +1,4 @@
-"""The int8 scheme that is trained for."""
+"""Settings of quantization."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from divqat.quantize.config import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationSettings(Options):
-    """Preset, widths, and when ranges and statistics stay fixed."""
+    """Preset, bit widths, and when ranges and BatchNorm statistics freeze."""
 
     preset: str = option(
-        "x86", "Runtime whose int8 scheme is trained for.", group="quantization", choices=PRESETS
+        "x86", "Target runtime, which sets the int8 scheme.", group="quantization", choices=PRESETS
     )
     weight_bits: int | None = option(
         None,
-        "Bits of a weight. None: 7, with which no CPU saturates; 8 with preset tensorrt.",
+        "Bits of a weight. None: 7, with which no CPU saturates, or 8 with preset tensorrt.",
         group="quantization", least=2, most=8,
     )  # fmt: skip
     activation_bits: int = option(
         8, "Bits of an activation.", group="quantization", least=2, most=8
     )
     first_last_bits: int = option(
-        7, "Least bits of the first and the last layer's weights, where others have fewer than 7.",
+        7, "Minimum bits of weights in the first and last layer, if others have fewer than 7.",
         group="quantization", least=2, most=8,
     )  # fmt: skip
     ranges: str = option(
         "auto",
-        "Activations of a batch are quantized with the range that includes it (exact) or the one "
-        "before it (delayed); auto: exact, but delayed with several processes or parts.",
+        "Activation ranges that quantize a batch: exact: updated with this batch; delayed: from "
+        "before it; auto: exact, or delayed with several processes or accumulate above 1.",
         group="quantization",
         choices=("auto", "exact", "delayed"),
     )
     freeze_observers_epoch: int | None = option(
         None,
-        "Epoch (from 1) from which activation ranges stay fixed; beyond the last: never. "
-        "None: the last third of the epochs.",
+        "First epoch, counted from 1, with frozen activation ranges; more than epochs: never. "
+        "None: the start of the last third.",
         group="quantization",
         least=2,
     )
     freeze_batchnorm_epoch: int | None = option(
-        None, "Epoch from which BatchNorm statistics stay fixed; as above, but the last one with "
-        "misdirect and in kd-qat.",
+        None, "First epoch with frozen BatchNorm statistics. None: the start of the last third, or "
+        "with misdirect or kd-qat the last epoch.",
         group="quantization", least=1,
     )  # fmt: skip

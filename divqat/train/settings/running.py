@@ -1,4 +1,4 @@
-"""How and where a training is computed."""
+"""Settings of speed, device and seed."""
 
 from __future__ import annotations
 
@@ -15,44 +15,46 @@ class RunningSettings(Options):
 
     precision: str = option(
         "float32",
-        "Autocast of forward and backward; scales, loss and weights stay in float32. With float16 "
-        "the loss is scaled, and a step whose gradients overflow is skipped.",
+        "Autocast dtype of the model; scales, loss and weights stay in float32. float16 uses loss "
+        "scaling and skips steps whose gradients overflow.",
         group="speed",
         choices=PRECISIONS,
     )
     compile: bool = option(
-        False, "torch.compile the model, whole; the first steps take minutes.", group="speed"
+        False, "torch.compile the whole model; the first steps take minutes.", group="speed"
     )
     cuda_graph: bool = option(
-        False, "Capture the whole step once and replay it: same bits, no launches one by one.",
+        False, "Capture the whole step in a CUDA graph and replay it: same bits, fewer launches.",
         group="speed",
     )  # fmt: skip
     cache_teacher: bool = option(
         False,
-        "Ask the teacher about every training image once, and keep its answers in the run folder; "
-        "without pad and flip, as they belong to the images as they are.",
+        "Compute the teacher's logits once per training image and cache them in the run folder; "
+        "excludes pad and flip, which change the images.",
         group="speed",
     )
     sync_batchnorm: bool = option(
-        False, "With several processes: BatchNorm's statistics are those of all their images (of a "
-        "part, with accumulate), not of each process's own; two collectives per BatchNorm and "
-        "step until it freezes; without compile.",
+        False, "With several processes: compute BatchNorm statistics over the images of all (per "
+        "micro-batch, with accumulate); two collectives per BatchNorm and step until it freezes; "
+        "excludes compile.",
         group="speed",
     )  # fmt: skip
     save_as_codes: bool = option(
-        False, "Keep quantized activations for the backward pass as 8-bit codes: less memory, more "
+        False, "Save quantized activations for the backward pass as 8-bit codes: less memory, more "
         "time, same bits.",
         group="speed",
     )  # fmt: skip
     seed: int = option(
-        0, "Everything random follows from it: initial weights, order of the images, shifts.",
+        0, "Seed of all random numbers: initial weights, order of the images, augmentation.",
         group="running", least=0,
     )  # fmt: skip
-    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: cuda if there.", group="running")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: cuda if available.", group="running")
     threads: int | None = option(
         None, "CPU threads; None: all. The last bits of a result can depend on it.",
         group="running", least=1,
     )  # fmt: skip
     deterministic: bool = option(
-        False, "Slower algorithms that give the same bits on a GPU every time.", group="running"
+        False,
+        "Use deterministic algorithms: slower, but the same bits on every run on a GPU.",
+        group="running",
     )

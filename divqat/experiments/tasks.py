@@ -1,4 +1,4 @@
-"""The units of a study: trainings, and parts of the evaluation of each victim."""
+"""The tasks of a study: trainings, and the parts of each victim's evaluation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from divqat._util.held import held
 from divqat.data import Splits
 from divqat.evaluate.assessment import Assessment, Context
 from divqat.experiments.study import Study
-from divqat.experiments.subjects import subject_of
-from divqat.experiments.workers import Unit
+from divqat.experiments.subjects import deploy_run
+from divqat.experiments.workers import Task
 from divqat.train import Run, load_run, train
 from divqat.train.folder import load_splits
 
@@ -22,11 +22,13 @@ Log = Callable[[str], object]
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
-    """A study in its folder.
+class _StudyRun:
+    """One run of a study.
 
     Attributes:
-        token: tells this run of the study from others: a worker keeps what it has loaded for it.
+        study: the settings.
+        out: the folder of the study.
+        token: identifies this run; a worker caches by it what it has loaded.
     """
 
     study: Study
@@ -37,38 +39,39 @@ class _Job:
         return hash(self.token)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Job) and self.token == other.token
+        return isinstance(other, _StudyRun) and self.token == other.token
 
 
-def units_of(study: Study, queries: int, out: Path) -> list[Unit]:
-    """All units of a study, each after those whose results it reads.
+def study_tasks(study: Study, queries: int, out: Path) -> list[Task]:
+    """All tasks of a study, each after those whose results it reads.
 
     Args:
-        queries: images of the query set.
-        out: the folder of the study, absolute.
+        study: the settings.
+        queries: size of the query set.
+        out: the absolute path of the study's folder.
     """
-    job = _Job(study, out, secrets.token_hex(8))
-    return [unit for seed in study.seeds for unit in _units_of_seed(job, queries, seed)]
+    job = _StudyRun(study, out, secrets.token_hex(8))
+    return [task for seed in study.seeds for task in _seed_tasks(job, queries, seed)]
 
 
-def _units_of_seed(job: _Job, queries: int, seed: int) -> Iterator[Unit]:
+def _seed_tasks(job: _StudyRun, queries: int, seed: int) -> Iterator[Task]:
     study = job.study
     for name in study.names:
         needs = tuple(f"seed {seed} {other}" for other in study.needs(name))
-        yield Unit(f"seed {seed} {name}", _train, (job, seed, name), needs)
+        yield Task(f"seed {seed} {name}", _train, (job, seed, name), needs)
     for name in study.evaluated:
         victim, where = f"seed {seed} {name}", (job, seed, name)
-        yield Unit(f"{victim}: side effects", _side_effects, where, (victim,))
+        yield Task(f"{victim}: side effects", _side_effects, where, (victim,))
         for spec in study.grid.defenses:
             released = f"{victim}, {spec}"
-            yield Unit(released, _released, (*where, spec), (victim,))
+            yield Task(released, _released, (*where, spec), (victim,))
             for cell in study.grid.attacker(queries, spec):
                 text = " ".join(map(str, cell))
-                yield Unit(f"{released} <- {text}", _attack, (*where, spec, *cell), (released,))
+                yield Task(f"{released} <- {text}", _attack, (*where, spec, *cell), (released,))
 
 
-def trained(study: Study, seed: int, name: str, out: Path, log: Log) -> Run:
-    """A training of a study, after what is left of it was done."""
+def train_or_load(study: Study, seed: int, name: str, out: Path, log: Log) -> Run:
+    """Load a training of a study; train or resume it first unless it is finished."""
     folder = study.folder(out, seed, name)
     train(
         study.training(name, seed, out),
@@ -78,24 +81,26 @@ def trained(study: Study, seed: int, name: str, out: Path, log: Log) -> Run:
     return load_run(folder)
 
 
-def _train(job: _Job, seed: int, name: str) -> None:
-    """Train, and where it is evaluated, export and verify."""
+def _train(job: _StudyRun, seed: int, name: str) -> None:
+    """Train; export and verify if the training is evaluated."""
     _check_shared(job.out)
     with held("out", job.out):
-        run = trained(job.study, seed, name, job.out, _print)
+        run = train_or_load(job.study, seed, name, job.out, _print)
         if name in job.study.evaluated:
-            subject_of(run, _splits(job), name=name)
+            deploy_run(run, _splits(job), name=name)
 
 
-def _side_effects(job: _Job, seed: int, name: str) -> None:
+def _side_effects(job: _StudyRun, seed: int, name: str) -> None:
     _assess(job, seed, name, lambda victim: victim.side_effects(seed))
 
 
-def _released(job: _Job, seed: int, name: str, spec: str) -> None:
+def _released(job: _StudyRun, seed: int, name: str, spec: str) -> None:
     _assess(job, seed, name, lambda victim: victim.released(seed, spec))
 
 
-def _attack(job: _Job, seed: int, name: str, spec: str, text: str, budget: int, clone: str) -> None:
+def _attack(
+    job: _StudyRun, seed: int, name: str, spec: str, text: str, budget: int, clone: str
+) -> None:
     def attack(victim: Assessment) -> None:
         if not victim.released(seed, spec).unreachable:
             victim.attack(seed, spec, text, budget, clone)
@@ -103,36 +108,36 @@ def _attack(job: _Job, seed: int, name: str, spec: str, text: str, budget: int, 
     _assess(job, seed, name, attack)
 
 
-def _assess(job: _Job, seed: int, name: str, part: Callable[[Assessment], object]) -> None:
+def _assess(job: _StudyRun, seed: int, name: str, part: Callable[[Assessment], object]) -> None:
     _check_shared(job.out)
     with held("out", job.out), cpu_threads(job.study.grid.threads):
         part(_assessment(job, seed, name))
 
 
-@functools.lru_cache(maxsize=1)  # units of one victim follow each other
-def _assessment(job: _Job, seed: int, name: str) -> Assessment:
+@functools.lru_cache(maxsize=1)  # a victim's tasks run in a row
+def _assessment(job: _StudyRun, seed: int, name: str) -> Assessment:
     run = load_run(job.study.folder(job.out, seed, name))
-    return Assessment(_context(job), subject_of(run, _splits(job), name=name))
+    return Assessment(_context(job), deploy_run(run, _splits(job), name=name))
 
 
 @functools.lru_cache(maxsize=1)
-def _context(job: _Job) -> Context:
+def _context(job: _StudyRun) -> Context:
     splits, grid = _splits(job), job.study.grid
     return Context(grid.measured(splits), grid.queries(splits), grid, job.out, _print)
 
 
 @functools.lru_cache(maxsize=1)
-def _splits(job: _Job) -> Splits:
+def _splits(job: _StudyRun) -> Splits:
     return load_splits(job.study.training("fp", job.study.seeds[0], job.out))
 
 
 def _check_shared(out: Path) -> None:
     if not (out / "config.yaml").is_file():
         raise FileNotFoundError(
-            f"out: wanted a folder that all workers share, but {out} is not there on this one"
+            f"out: wanted a folder that all workers share, but this one does not see {out}"
         )
 
 
 def _print(line: str) -> None:
-    """Print a whole line at once, as other processes print, too."""
+    """Print a line in one write, so that lines of several processes do not mix."""
     print(f"{line}\n", end="", flush=True)
