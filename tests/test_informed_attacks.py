@@ -15,6 +15,7 @@ from toys import (
     same_bits,
     toy_images,
     toy_model,
+    toy_splits,
     toy_victim,
 )
 
@@ -33,7 +34,11 @@ from divqat.attacks.answers import centred_logs
 from divqat.attacks.residual import PENALTIES, cross_fitted, ridge
 from divqat.attacks.same_shade import block_of, shuffled_inside
 from divqat.data import ImageSet, to_float
+from divqat.evaluate import Grid, Subject, evaluate
+from divqat.experiments.subjects import decoy_of
 from divqat.nn.decoy import Decoy, Sample, coarse_picture
+from divqat.train import TrainConfig, load_run, train, trainer
+from divqat.train.proxies import fit_misdirection
 from divqat.victim import QueryBudgetExceeded, Victim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -343,3 +348,41 @@ def test_the_logarithms_are_logits():
     logits = torch.randn(5, CLASSES, generator=torch.Generator().manual_seed(0))
     wanted = logits - logits.mean(1, keepdim=True)
     torch.testing.assert_close(centred_logs(logits.softmax(1)), wanted, rtol=1e-4, atol=1e-5)
+
+
+# in an evaluation
+
+
+def test_an_evaluation_passes_the_decoy_of_each_victim(tmp_path):
+    grid = Grid(
+        attacks=("known-decoy",), query_set="noise", query_limit=40, clones=("lenet",), epochs=1,
+        seeds=1, holdout=20, labeled=20, epsilons=(), threads=1,
+    )  # fmt: skip
+    given = []
+
+    def spy(images):
+        given.append(len(images))
+        return decoy()(images)
+
+    subjects = [Subject("plain", MODEL), Subject("misled", misled, decoy=spy)]
+    found = evaluate(subjects, toy_splits(), grid, tmp_path, log=lambda line: None)
+    assert [cell.victim for cell in found.cells] == ["plain", "misled"]
+    assert 40 in given
+
+
+@pytest.mark.slow
+def test_the_decoy_of_a_run_is_the_one_that_it_was_trained_with(
+    tmp_path, lenet_teacher, monkeypatch
+):
+    fitted = []
+    monkeypatch.setattr(
+        trainer,
+        "fit_misdirection",
+        lambda *args: fitted.append(fit_misdirection(*args)) or fitted[0],
+    )
+    settings = dict(method="divqat", misdirect=0.5, teacher=str(lenet_teacher), epochs=1, threads=1)
+    train(TrainConfig(dataset="digits", **settings), tmp_path, log=lambda line: None)
+    run = load_run(tmp_path)
+    images = to_float(run.splits().test.images[:50])
+    assert torch.equal(decoy_of(run, run.splits())(images), fitted[0].targets.decoy(images))
+    assert decoy_of(load_run(lenet_teacher), run.splits()) is None
