@@ -4,17 +4,22 @@ from divqat.attacks.attack import Attack, Extraction
 from divqat.attacks.best_of import BestOf
 from divqat.attacks.copycat import CopycatCNN
 from divqat.attacks.ddae import DDAE, DDAEPlus
+from divqat.attacks.detect_and_drop import DetectAndDrop
 from divqat.attacks.dfme import DFME
 from divqat.attacks.fine_tune import FineTune
 from divqat.attacks.jbda import JBDA
 from divqat.attacks.jbda_tr import JBDATR
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.knockoff_adaptive import KnockoffAdaptive
+from divqat.attacks.known_decoy import KnownDecoy
 from divqat.attacks.labeled_only import LabeledOnly
 from divqat.attacks.maze import MAZE
 from divqat.attacks.partial_bayes import PartialBayes
+from divqat.attacks.re_encode import ReEncode
 from divqat.attacks.relabel import Relabel
+from divqat.attacks.residual import Residual
 from divqat.attacks.s4l import S4L
+from divqat.attacks.same_shade import SameShade
 from divqat.attacks.selective import Selective
 from divqat.attacks.shadow import Shadow
 from divqat.attacks.sift import Sift
@@ -31,6 +36,11 @@ ATTACKS: dict[str, type[Attack]] = {
     "skeptical": SkepticalStudent,
     "selective": Selective,
     "sift": Sift,
+    "residual": Residual,
+    "same-shade": SameShade,
+    "known-decoy": KnownDecoy,
+    "detect-and-drop": DetectAndDrop,
+    "re-encode": ReEncode,
     "relabel": Relabel,
     "fine-tune": FineTune,
     "labeled-only": LabeledOnly,
@@ -56,13 +66,18 @@ __all__ = [
     "BestOf",
     "CopycatCNN",
     "DDAEPlus",
+    "DetectAndDrop",
     "Extraction",
     "FineTune",
     "KnockoffAdaptive",
     "KnockoffNets",
+    "KnownDecoy",
     "LabeledOnly",
     "PartialBayes",
+    "ReEncode",
     "Relabel",
+    "Residual",
+    "SameShade",
     "Selective",
     "Shadow",
     "Sift",

@@ -51,6 +51,12 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
     return lambda answers: distributions(answers.round(decimals=int(number)))
 
 
+def centred_logs(answers: Tensor) -> Tensor:  # [N, num_classes] -> like answers
+    """c(log y), c(v) = v - mean(v): logits, up to a constant of each row."""
+    logs = distributions(answers).clamp(min=LEAST).log()
+    return logs - logs.mean(1, keepdim=True)
+
+
 def _standardized(answers: Tensor, scale: float) -> Tensor:
     logs = distributions(answers).clamp(min=LEAST).log()
     # unbiased=False: the deviation of a single answer is 0, not NaN.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from divqat._util.files import read_json, write_json
-from divqat.attacks import Attack
+from divqat.attacks import Attack, KnownDecoy
 from divqat.data import ImageSet
 from divqat.evaluate.defended import Defended
 from divqat.metrics import accuracy, fidelity, predict
@@ -41,7 +41,8 @@ def run_attack(
     :class:`divqat.evaluate.results.Cell`.
 
     Args:
-        attack: one with a method ``against`` gets to know the defense.
+        attack: one with a method ``against`` gets to know the defense, and
+            :class:`divqat.attacks.KnownDecoy` the decoy.
         defended: the victim.
         clone: the surrogate, with its initial weights.
         holdout: the attacker's labeled images.
@@ -54,6 +55,8 @@ def run_attack(
         shutil.rmtree(work, ignore_errors=True)
     if hasattr(attack, "against"):
         attack = attack.against(copy.deepcopy(defended.defense))
+    if isinstance(attack, KnownDecoy):
+        attack = attack.knowing(deployed.subject.decoy)
     curve = Curve(work / "curve.json", test)
     victim = defended.victim(attack.query_budget)
     start = time.perf_counter()

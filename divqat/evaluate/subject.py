@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Subject:
         gradients: the module, in eval mode, whose gradients a white-box attacker of ``model``
             follows: the fake-quantized model that was exported, or ``model`` itself; None: the
             robustness of ``model`` is not measured.
+        decoy: from float32 images [N, C, H, W] to what ``model`` was trained to answer to foreign
+            ones, [N, num_classes], for the attack that knows it; None: there is none.
 
     Raises:
         TypeError: ``gradients`` is not a module.
@@ -47,6 +50,7 @@ class Subject:
     seed: int | None = None
     agreement: float | None = None
     gradients: nn.Module | None = None
+    decoy: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_name("name", self.name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from divqat._util.names import check_folder, check_name
 from divqat._util.settings import ConfigError
@@ -15,6 +18,7 @@ from divqat.experiments.deploy import export_run, exported_file, verify_run
 from divqat.export.verify import as_attacked
 from divqat.train import Run, load_run
 from divqat.train.folder import CHECKPOINT, read_checkpoint
+from divqat.train.proxies import fit_misdirection
 
 INT8, FAKE, FLOAT, FILE = (
     "the exported int8 model in ONNX Runtime",
@@ -29,12 +33,28 @@ def deploy_run(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
 
     A full-precision run is attacked without export, and so is any run with ``fake_quant``.
     """
-    method, seed = _method(run), run.config.seed
+    method, seed, decoy = _method(run), run.config.seed, decoy_of(run, splits)
     if not run.config.kind.quantized or fake_quant:
-        return Subject(name, run.model, method, seed, agreement=1.0, gradients=run.model)
+        return Subject(name, run.model, method, seed, 1.0, gradients=run.model, decoy=decoy)
     export_run(run, splits)
     _, agreement = as_attacked(verify_run(run, splits))
-    return Subject(name, exported_file(run), method, seed, agreement, gradients=run.model)
+    file = exported_file(run)
+    return Subject(name, file, method, seed, agreement, gradients=run.model, decoy=decoy)
+
+
+def decoy_of(run: Run, splits: Splits) -> Callable[[Tensor], Tensor] | None:
+    """The decoy that a run was misdirected with, fitted at the first call; None: it has none."""
+    config = run.config
+    if not config.misdirect or config.misdirect_target != "decoy":
+        return None
+
+    @functools.cache
+    def fitted() -> nn.Module:
+        loss = fit_misdirection(config, config.seed, splits.num_classes, splits.train)
+        assert loss.targets.decoy is not None
+        return loss.targets.decoy
+
+    return lambda images: fitted()(images)
 
 
 def _method(run: Run) -> str:
