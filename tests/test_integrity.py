@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import sys
 import warnings
 import zipfile
 
@@ -181,3 +182,15 @@ def test_a_checksum_is_of_the_value(tmp_path):
     assert sealed_json({"a": 1}) != sealed_json({"a": 1.0})
     with pytest.raises(ValueError):
         sealed_json({"a": float("nan")})
+
+
+def test_a_checkpoint_can_be_sealed_while_a_profiler_holds_its_frames(tmp_path):
+    """As dask's does, by ``sys._current_frames``: their locals then outlive the calls."""
+    frames = []
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: frames.append(frame))
+    try:
+        save_checkpoint(tmp_path / "state.pt", {"x": 1})
+    finally:
+        sys.setprofile(before)
+    assert load_checkpoint(tmp_path / "state.pt") == {"x": 1} and frames

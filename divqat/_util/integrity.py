@@ -67,7 +67,9 @@ def seal_zip(file: io.BytesIO) -> None:
     """Append the checksum of a zip file, as written by ``torch.save``, as its comment."""
     file.seek(-len(NO_COMMENT), io.SEEK_END)
     file.write(COMMENT.to_bytes(2, "little"))
-    file.write((MARK + _sha256(file.getbuffer())).encode())
+    with file.getbuffer() as data:  # a profiler may hold on to frames, but now not to the buffer
+        checksum = MARK + _sha256(data)
+    file.write(checksum.encode())
 
 
 def check_zip(data: bytes) -> None:
