@@ -51,6 +51,14 @@ def reading(text: str) -> Callable[[Tensor], Tensor]:
     return lambda answers: distributions(answers.round(decimals=int(number)))
 
 
+def lowest(scores: Tensor, share: float) -> Tensor:  # [N] -> int64 [M], ascending
+    """The rows of the ``share`` with the lowest scores, rounded, but at least one.
+
+    Of equal rows the earlier ones come first."""
+    count = max(1, round(share * len(scores)))
+    return scores.sort(stable=True).indices[:count].sort().values
+
+
 def centred_logs(answers: Tensor) -> Tensor:  # [N, num_classes] -> like answers
     """c(log y), c(v) = v - mean(v): logits, up to a constant of each row."""
     logs = distributions(answers).clamp(min=LEAST).log()

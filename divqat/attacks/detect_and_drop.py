@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from divqat._util.settings import option
-from divqat.attacks.answers import centred_logs, reading
+from divqat.attacks.answers import centred_logs, lowest, reading
 from divqat.attacks.attack import Task
 from divqat.attacks.residual import cross_fitted, ridge
 from divqat.attacks.shadow import Shadow, as_released
@@ -44,8 +44,7 @@ class DetectAndDrop(Shadow):
         stored = task.folder.load("kept.pt")
         if stored is None:
             misled = self._misled(task, images, as_released(answers, task.victim.answer))
-            count = max(1, round(self.keep * len(images)))
-            stored = {"rows": misled.sort(stable=True).indices[:count].sort().values}
+            stored = {"rows": lowest(misled, self.keep)}
             task.folder.save("kept.pt", stored)
         rows = stored["rows"]
         return images[rows], reading(self.reading)(answers[rows])

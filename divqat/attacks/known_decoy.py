@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from divqat._util.devices import fingerprint
 from divqat._util.settings import option
-from divqat.attacks.answers import LEAST, centred_logs, distributions, reading
+from divqat.attacks.answers import LEAST, centred_logs, distributions, lowest, reading
 from divqat.attacks.attack import Extraction, Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.attacks.residual import cross_fitted, ridge
@@ -69,9 +69,8 @@ class KnownDecoy(KnockoffNets):
             return super()._targets(task, images, answers)
         expected = answers_of(decoy, images)
         if self.way == "drop":
-            score = -(expected * distributions(answers).clamp(min=LEAST).log()).sum(1)
-            count = max(1, round(self.keep * len(images)))
-            rows = score.sort(descending=True, stable=True).indices[:count].sort().values
+            explained = (expected * distributions(answers).clamp(min=LEAST).log()).sum(1)
+            rows = lowest(explained, self.keep)
             return images[rows], reading(self.reading)(answers[rows])
         torch.manual_seed(self.seed)
         logs, decoys = centred_logs(answers).double(), centred_logs(expected).double()

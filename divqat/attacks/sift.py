@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from divqat._util.settings import option
+from divqat.attacks.answers import lowest
 from divqat.attacks.attack import Task
 from divqat.attacks.knockoff import KnockoffNets
 from divqat.data.batches import to_float
@@ -36,9 +37,7 @@ class Sift(KnockoffNets):
     keep: float = option(0.15, "Share of the answers to learn.", above=0, most=1)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        count = max(1, round(self.keep * len(images)))
-        order = decoy_likelihood(images, answers).sort(stable=True).indices
-        rows = order[:count].sort().values
+        rows = lowest(decoy_likelihood(images, answers), self.keep)
         return super()._targets(task, images[rows], answers[rows])
 
 
