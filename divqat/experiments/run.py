@@ -20,8 +20,8 @@ from divqat.evaluate import Evaluation, evaluate
 from divqat.experiments import workers
 from divqat.experiments.study import Study
 from divqat.experiments.subjects import deploy_run, describe_deployment
-from divqat.experiments.tasks import study_tasks, train_or_load
-from divqat.train import Run
+from divqat.experiments.tasks import finish_training, study_tasks
+from divqat.train import Run, load_run
 from divqat.train.folder import load_splits
 
 OLD = "result.json"  # written by versions before studies existed
@@ -111,6 +111,6 @@ def _train_seed(
 ) -> Iterator[tuple[str, Run]]:
     """Finish the trainings of a seed, and yield name and run of those that are evaluated."""
     for name in study.names:
-        run = train_or_load(study, seed, name, out, log)
+        folder = finish_training(study, seed, name, out, log)
         if name in study.evaluated:
-            yield name, run
+            yield name, load_run(folder)

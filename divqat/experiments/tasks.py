@@ -15,7 +15,7 @@ from divqat.evaluate.assessment import Assessment, Context
 from divqat.experiments.study import Study
 from divqat.experiments.subjects import deploy_run
 from divqat.experiments.workers import Task
-from divqat.train import Run, load_run, train
+from divqat.train import load_run, train
 from divqat.train.folder import load_splits
 
 Log = Callable[[str], object]
@@ -70,24 +70,24 @@ def _seed_tasks(job: _StudyRun, queries: int, seed: int) -> Iterator[Task]:
                 yield Task(f"{released} <- {text}", _attack, (*where, spec, *cell), (released,))
 
 
-def train_or_load(study: Study, seed: int, name: str, out: Path, log: Log) -> Run:
-    """Load a training of a study; train or resume it first unless it is finished."""
+def finish_training(study: Study, seed: int, name: str, out: Path, log: Log) -> Path:
+    """Train or resume a training of a study unless it is finished; returns its run folder."""
     folder = study.folder(out, seed, name)
     train(
         study.training(name, seed, out),
         folder,
         log=lambda line: log(f"[seed {seed} {name}] {line}"),
     )
-    return load_run(folder)
+    return folder
 
 
 def _train(job: _StudyRun, seed: int, name: str) -> None:
     """Train; export and verify if the training is evaluated."""
     _check_shared(job.out)
     with held("out", job.out):
-        run = train_or_load(job.study, seed, name, job.out, _print)
+        folder = finish_training(job.study, seed, name, job.out, _print)
         if name in job.study.evaluated:
-            deploy_run(run, _splits(job), name=name)
+            deploy_run(load_run(folder), _splits(job), name=name)
 
 
 def _side_effects(job: _StudyRun, seed: int, name: str) -> None:
