@@ -18,7 +18,11 @@ thread_local constinit dim3 blockDim{}, gridDim{};
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4 << 10;
+constexpr size_t kStackBytes = 512 << 10, kGuardBytes = 4 << 10;
+// Where the stack of a thread begins below the end of its memory: were it the same place for all,
+// the stacks of a block would compete for one set of the cache. 17 lines, as 17 and the number of
+// sets have no common divisor.
+size_t offset(unsigned thread) { return thread % 256 * 17 * 64; }
 
 class Block;
 // The block that this OS thread runs.
@@ -30,16 +34,23 @@ enum class State { kReady, kInWarp, kInBlock, kReturned };
 struct Fiber {
   ~Fiber() { munmap(stack, kStackBytes); }
 
-  void* stack = nullptr;
-  ucontext_t start;
-  bool started = false;
-  jmp_buf context;
-  unsigned thread = 0;
   State state = State::kReady;
-  Collective waits{};
+  unsigned thread = 0;
   uint64_t value = 0;  // what it brought to the primitive, then what it takes away
+  Collective waits{};
   int source = 0;
+  bool started = false;
+  void* stack = nullptr;
+  jmp_buf context;
+  ucontext_t start;
 };
+
+// Mostly without a look at the strings.
+bool same(const Collective& a, const Collective& b) {
+  return (a.name == b.name && a.mask == b.mask && a.site.line() == b.site.line() &&
+          a.site.column() == b.site.column() && a.site.file_name() == b.site.file_name()) ||
+         a == b;
+}
 
 class Block {
  public:
@@ -94,7 +105,7 @@ void Block::grow(size_t threads) {
     mprotect(fiber->stack, kGuardBytes, PROT_NONE);
     getcontext(&fiber->start);
     fiber->start.uc_stack.ss_sp = fiber->stack;
-    fiber->start.uc_stack.ss_size = kStackBytes;
+    fiber->start.uc_stack.ss_size = kStackBytes - offset(fiber->thread);
     fiber->start.uc_link = nullptr;
     makecontext(&fiber->start, enter, 0);
     fibers_.push_back(std::move(fiber));
@@ -167,7 +178,7 @@ uint64_t Block::meet_in_warp(const Collective& what, uint64_t value, int source,
   for (unsigned lane = 0; lane < lanes; ++lane) {
     const Fiber& fiber = *fibers_[first + lane];
     if (!taking_part(lane)) continue;
-    if (!(fiber.waits == what)) fail("diverged: " + stuck());
+    if (!same(fiber.waits, what)) fail("diverged: " + stuck());
     if (!taking_part(unsigned(fiber.source))) {
       fail("lane " + std::to_string(lane) + " reads lane " + std::to_string(fiber.source) +
            ", which takes no part in " + what.name);
@@ -195,7 +206,7 @@ int Block::meet_in_block(const Collective& what, bool value, bool grid) {
     return int(self->value);
   }
   for (unsigned i = 0; i < threads_; ++i) {
-    if (!(fibers_[i]->waits == what)) fail("diverged: " + stuck());
+    if (!same(fibers_[i]->waits, what)) fail("diverged: " + stuck());
   }
   in_block_ = 0;
   for (unsigned i = 0; i < threads_; ++i) {
