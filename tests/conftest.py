@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import backends
+import forks
 import trainings
 from hypothesis import HealthCheck, settings
 
@@ -125,6 +127,16 @@ def emulated_kernels():
         yield module
         # every launch has to reset the counters for its last block
         assert module.counters_are_zero()
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs code in processes that know no editable install of divqat, and have imported torch."""
+    here = Path(__file__).parent
+    others = [p for p in sys.path if p and Path(p) != here and not (Path(p) / "divqat").exists()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(others)}
+    with forks.serving(["torch"], ["-S"], environment) as server:  # -S: no .pth files
+        yield server
 
 
 @pytest.fixture(scope="module")  # so that module-scoped fixtures run on one thread, too

@@ -1,6 +1,5 @@
 """What setup.py builds where: without a compiler, with one, and where CUDA was asked for."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import serving
 from test_packaging import LEFT_OUT, ROOT, python
 
 from divqat.ops import _native
@@ -18,13 +18,17 @@ from divqat.ops import _native
 pytestmark = pytest.mark.slow
 
 
-def build(source, what, **environment):
-    """Run setup.py on a copy of the sources; its exit code and what it said."""
-    command = [sys.executable, "setup.py", "-q", what, "--dist-dir", "dist"]
-    done = subprocess.run(
-        command, cwd=source, env=os.environ | environment, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def build():
+    """Runs setup.py in a copy of the sources; its exit code and what it said."""
+
+    def run(source, what, before="", **environment):
+        command = ["setup.py", "-q", what, "--dist-dir", "dist"]
+        code, *said = server.run(command, source, environment, before=before)
+        return code, "".join(said)
+
+    with serving(["setuptools", "torch.utils.cpp_extension"]) as server:
+        yield run
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def said(text):
     return [line for line in text.splitlines() if line.startswith("divqat: ")]
 
 
-def test_without_a_compiler_the_package_is_pure_python_and_one_line_says_so(source):
+def test_without_a_compiler_the_package_is_pure_python_and_one_line_says_so(build, source):
     code, text = build(source, "bdist_wheel", CXX="no-such-compiler")
     assert code == 0, text
     assert said(text) == [
@@ -47,7 +51,7 @@ def test_without_a_compiler_the_package_is_pure_python_and_one_line_says_so(sour
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
-def test_python_only_on_request_without_a_word(source):
+def test_python_only_on_request_without_a_word(build, source):
     code, text = build(source, "bdist_wheel", DIVQAT_BUILD="python")
     assert code == 0 and said(text) == [], text
     assert [path.name for path in source.glob("dist/*-py3-none-any.whl")]
@@ -61,7 +65,9 @@ def test_python_only_on_request_without_a_word(source):
         ("cuda", {"CUDA_HOME": ""}, "cannot be built: "),
     ],
 )
-def test_what_was_asked_for_and_cannot_be_built_is_an_error(source, mode, environment, reason):
+def test_what_was_asked_for_and_cannot_be_built_is_an_error(
+    build, source, mode, environment, reason
+):
     if mode == "cuda" and torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
     code, text = build(source, "bdist_wheel", DIVQAT_BUILD=mode, **environment)
@@ -69,7 +75,7 @@ def test_what_was_asked_for_and_cannot_be_built_is_an_error(source, mode, enviro
     assert not list(source.glob("dist/*"))
 
 
-def test_a_compiler_that_fails_is_an_error_or_one_line(source):
+def test_a_compiler_that_fails_is_an_error_or_one_line(build, source):
     broken = source / "broken-compiler"
     broken.write_text("#!/bin/sh\necho 'cannot create executables' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -80,7 +86,7 @@ def test_a_compiler_that_fails_is_an_error_or_one_line(source):
     assert any("without native kernels: the compiler failed" in line for line in said(text))
 
 
-def test_a_cuda_compiler_that_fails_takes_nothing_else_along(source):
+def test_a_cuda_compiler_that_fails_takes_nothing_else_along(build, source):
     for name, text in {
         "broken-compiler": "exit 1",
         "toolkit/bin/nvcc": "echo 'Cuda compilation tools, release 13.0, V13.0.1'; exit 1",
@@ -89,11 +95,11 @@ def test_a_cuda_compiler_that_fails_takes_nothing_else_along(source):
         (source / name).write_text(f"#!/bin/sh\n{text}\n")
         (source / name).chmod(0o755)
     # as if this torch had CUDA
-    (source / "sitecustomize.py").write_text(
-        "import os, torch, torch.utils.cpp_extension as extension\n"
-        "torch.version.cuda, extension.CUDA_HOME = '13.0', os.environ['CUDA_HOME']\n"
-    )
-    environment = {"CXX": str(source / "broken-compiler"), "PYTHONPATH": str(source)}
+    environment = {
+        "CXX": str(source / "broken-compiler"),
+        "before": "import os, torch, torch.utils.cpp_extension as extension\n"
+        "torch.version.cuda, extension.CUDA_HOME = '13.0', os.environ['CUDA_HOME']\n",
+    }
     code, text = build(source, "bdist_wheel", CUDA_HOME=str(source / "toolkit"), **environment)
     assert code == 0, text
     lines = "\n".join(said(text))
@@ -116,7 +122,7 @@ else:
 
 @pytest.mark.skipif(_native.extension is None, reason="divqat._C is not built")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
-def test_sdist_to_wheel_with_kernels_works_elsewhere(source, tmp_path):
+def test_sdist_to_wheel_with_kernels_works_elsewhere(build, fresh, source, tmp_path):
     code, text = build(source, "sdist", DIVQAT_BUILD="python")
     assert code == 0, text
     (archive,) = source.glob("dist/*.tar.gz")
@@ -140,7 +146,7 @@ import torch, divqat
 y = divqat.ops.fake_quantize(torch.randn(9), torch.tensor(0.1), torch.tensor(0).int(), -8, 7)
 print(divqat._C.__file__, divqat.ops.backends()["fake_quantize"]["cpu"][0])
 """
-    path, backend = python(tmp_path, code, tmp_path / "installed")
+    path, backend = python(fresh, tmp_path, code, tmp_path / "installed")
     assert Path(path).parent == tmp_path / "installed" / "divqat" and backend == "native"
 
 

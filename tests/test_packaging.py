@@ -23,19 +23,11 @@ OPTIONAL = (
 )
 
 
-def python(folder, code, *path):
-    """Run code with ``path`` in front of everything but no editable install of divqat."""
-    others = [p for p in sys.path if p and not (Path(p) / "divqat").exists()]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, path), *others])}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code],  # -S: no .pth files
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.split()
+def python(server, folder, code, *path):
+    """Run code with ``path`` in front of everything; what it printed."""
+    code, output, errors = server.run(code, folder, path=path)
+    assert code == 0, output + errors
+    return output.split()
 
 
 def pip(*arguments, cwd):
@@ -88,7 +80,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, checkout):
     assert any(name.endswith("/LICENSE") for name in information)
 
 
-def test_installed_package_works_elsewhere(installed, tmp_path):
+def test_installed_package_works_elsewhere(fresh, installed, tmp_path):
     code = """
 import torch, divqat, divqat.kernels
 from torch import nn
@@ -97,22 +89,22 @@ prepared = divqat.prepare(net, "x86", torch.randn(2, 3, 8, 8))
 prepared(torch.randn(2, 3, 8, 8)).sum().backward()
 print(divqat.__file__, divqat.kernels.__file__, divqat.__version__)
 """
-    package, kernels, version = python(tmp_path, code, installed)
+    package, kernels, version = python(fresh, tmp_path, code, installed)
     assert Path(package) == installed / "divqat" / "__init__.py"
     assert Path(kernels) == installed / "divqat" / "kernels" / "__init__.py"
     assert list(installed.glob(f"divqat-{version}.dist-info"))
 
 
-def test_checkout_works_without_being_installed(checkout, tmp_path):
+def test_checkout_works_without_being_installed(fresh, checkout, tmp_path):
     code = "import divqat, divqat.kernels as k; print(divqat.__file__, k.__file__)"
-    package, kernels = python(tmp_path, code, checkout)
+    package, kernels = python(fresh, tmp_path, code, checkout)
     assert Path(package) == checkout / "divqat" / "__init__.py"
     assert Path(kernels) == checkout / "kernels" / "__init__.py"
 
 
-def test_sdist_builds_the_same_wheel(built, checkout, tmp_path):
+def test_sdist_builds_the_same_wheel(fresh, built, checkout, tmp_path):
     code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
-    python(checkout, code)
+    python(fresh, checkout, code)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -144,7 +136,7 @@ def test_extras_are_declared_for_every_optional_package(built):
         assert f" {package};" in extras
 
 
-def test_every_module_imports_without_the_optional_packages(checkout, tmp_path):
+def test_every_module_imports_without_the_optional_packages(fresh, checkout, tmp_path):
     code = f"""
 import sys
 for name in {OPTIONAL!r}:
@@ -155,7 +147,7 @@ for module in pkgutil.walk_packages(divqat.__path__, "divqat."):
         importlib.import_module(module.name)
         print(module.name)
 """
-    names = set(python(tmp_path, code, checkout))
+    names = set(python(fresh, tmp_path, code, checkout))
     here = {
         ".".join(p.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__")
         for p in checkout.glob("divqat/**/*.py")
@@ -165,7 +157,7 @@ for module in pkgutil.walk_packages(divqat.__path__, "divqat."):
     assert {f"divqat.{part}" for part in parts} <= names
 
 
-def test_importing_is_quiet_and_does_not_touch_the_gpu_or_the_random_state(checkout, tmp_path):
+def test_importing_is_quiet_and_touches_neither_gpu_nor_random_state(fresh, checkout, tmp_path):
     code = """
 import torch, warnings
 warnings.simplefilter("error")
@@ -177,4 +169,4 @@ after = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads(
 assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 assert not torch.cuda.is_initialized()
 """
-    assert python(tmp_path, code, checkout) == []
+    assert python(fresh, tmp_path, code, checkout) == []
