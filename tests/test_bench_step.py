@@ -99,9 +99,11 @@ def test_a_misdirected_step_has_proxies_of_its_own(setup):
 
 
 def test_the_step_compiles_without_a_break(setup):
-    """PyTorch's does so in the test of the compiled step."""
+    """PyTorch's does so in the test of the compiled step. All that is in the other recipes is in
+    these: of the plain one the model is that with a teacher, and the loss that of ``delayed``."""
+    contained = {OURS, f"{OURS}, DivQAT, cached teacher"}
     for name, recipe in step.recipes("cpu").items():
-        if not name.startswith(OURS) or "compiled" not in recipe.modes:
+        if not name.startswith(OURS) or "compiled" not in recipe.modes or name in contained:
             continue
         one = step.Step(setup, recipe, "eager")
         with one.serving():
