@@ -109,14 +109,27 @@ def test_a_cuda_compiler_that_fails_takes_nothing_else_along(build, source):
     assert code == 0 and "without CUDA kernels: there is no compiler" in "\n".join(said(text))
 
 
-# Reads each source with all that it includes, as to compile it; what the same sources were compiled
-# to by the set-up is what they are linked to.
+# Reads all sources with all that they include, at once, as they mostly include the same; what the
+# same sources were compiled to by the set-up is what they are linked to.
 COMPILER = """#!{python}
-import os, shutil, sys
-if "-shared" in sys.argv:
-    shutil.copy({extension!r}, sys.argv[sys.argv.index("-o") + 1])
-else:
-    os.execvp("c++", ["c++", *("-E" if word == "-c" else word for word in sys.argv[1:])])
+import json, os, shutil, subprocess, sys
+words = sys.argv[1:]
+if "-o" not in words:  # who are you?
+    os.execvp("c++", ["c++", *words])
+output = words[words.index("-o") + 1]
+if "-shared" not in words:
+    with open(output, "w") as file:
+        json.dump(words, file)
+    sys.exit()
+commands = [json.load(open(word)) for word in words if word.endswith(".o")]
+sources = [words[words.index("-o") - 1] for words in commands]
+assert len(set(sources)) == {count}, sources
+text = "".join(f'#include "{{source}}"\\n' for source in sources)
+out = commands[0][commands[0].index("-o") + 1]
+flags = [word for word in commands[0] if word not in ("-c", sources[0], "-o", out)]
+command = ["c++", *flags, "-E", "-x", "c++", "-", "-o", output]
+subprocess.run(command, input=text, text=True, check=True)
+shutil.copy({extension!r}, output)
 """
 
 
@@ -134,7 +147,8 @@ def test_sdist_to_wheel_with_kernels_works_elsewhere(build, fresh, source, tmp_p
         assert (folder / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     compiler = tmp_path / "compiler"
     extension = _native.extension.__file__
-    compiler.write_text(COMPILER.format(python=sys.executable, extension=extension))
+    count = len(list((ROOT / "csrc").glob("cpu/*.cpp"))) + 1
+    compiler.write_text(COMPILER.format(python=sys.executable, extension=extension, count=count))
     compiler.chmod(0o755)
     code, text = build(folder, "bdist_wheel", DIVQAT_BUILD="cpu", CXX=str(compiler))
     assert code == 0, text
