@@ -104,26 +104,28 @@ class NoCopies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("name", [*MADE, "mixed"])
+@pytest.mark.parametrize("name", [*MADE, "mixed", "composed"])
 def test_no_kind_copies_from_the_host(name):
     """On a GPU the host would wait for it."""
     images, labels = pictures(6, (3, 12, 9)), torch.arange(6) % 2
+    pools = dict.fromkeys(proxies.PARTS, pictures(4, (3, 12, 9)))
     with NoCopies():
-        made = proxy_batch([name], images, seeded(), 5, labels=labels)
+        made = proxy_batch([name], images, seeded(), 5, labels=labels, pools=pools)
     assert len(made) == 5
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [*MADE, "mixed"])
+@pytest.mark.parametrize("name", [*MADE, "mixed", "composed"])
 def test_proxies_on_a_gpu_do_not_wait_for_it(name):
     device = torch.device("cuda")
     images, labels = pictures(6, (3, 12, 9)).to(device), (torch.arange(6) % 2).to(device)
+    pools = dict.fromkeys(proxies.PARTS, images)
     generator = torch.Generator(device)
 
     def make():
         generator.manual_seed(1)
-        return proxy_batch([name], images, generator, 5, labels=labels)
+        return proxy_batch([name], images, generator, 5, labels=labels, pools=pools)
 
     wanted = make()  # loads the kernels
     with no_waiting():
@@ -131,8 +133,23 @@ def test_proxies_on_a_gpu_do_not_wait_for_it(name):
     assert torch.equal(made, wanted)
 
 
+def test_compositions_are_neither_their_parts_nor_the_images():
+    images = pictures(6, (1, 16, 16))
+    pools = proxy_pools(["composed"], (1, 16, 16), CPU)
+    assert list(pools) == list(proxies.PARTS)
+    made = proxy_batch(["composed"], images, seeded(), 300, pools=pools).float()
+    assert len(made.unique(dim=0)) > 280
+    for part in (images, *pools.values()):
+        assert (torch.cdist(made.flatten(1), part.float().flatten(1)).amin(1) > 1).all()
+    # On the grounds that are most frequent: black, white, that of an image.
+    corner = made[:, 0, 0, 0]
+    assert (corner == 0).float().mean() > 0.2 and (corner == 255).float().mean() > 0.05
+
+
 def test_refusals():
     images = pictures(2)
+    with pytest.raises(ValueError, match="pools: wanted glyphs"):
+        proxy_batch(["composed"], images, seeded(), 1)
     with pytest.raises(ValueError, match="unknown proxy 'glyph'"):
         proxy_batch(["glyph"], images, seeded(), 1)
     with pytest.raises(ValueError, match="pools: wanted photos"):

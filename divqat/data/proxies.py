@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from divqat._util.errors import unknown_name
+from divqat.data.compositions import composed
 from divqat.data.distortions import (
     choose,
     collage,
@@ -55,8 +56,9 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "collage": collage,
 }
 DRAWN = ("glyphs", "leaves", "noise")  # do not depend on the given images
+PARTS = ("glyphs", "leaves")  # of ``composed``
 READ = ("photos", "folder")
-NAMES = (*MADE, "mixed", *READ)
+NAMES = (*MADE, "mixed", "composed", *READ)
 # The default proxies of a defense.
 PROXIES = (
     "glyphs", "leaves", "noise", "shuffled", "rotated", "inverted", "warped", "zoomed", "collage",
@@ -73,7 +75,8 @@ def proxy_pools(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Pools of the proxies that do not depend on training images, which are made only once:
-    ``glyphs``, ``leaves``, ``noise``, ``photos`` and ``folder``, as far as ``names`` has them.
+    ``glyphs``, ``leaves``, ``noise``, ``photos`` and ``folder``, as far as ``names`` has
+    them; the first two also for ``composed``.
 
     A pool has at most 4096 drawings (64 MiB), drawn on the CPU and thus the same on all devices, or
     10,000 pictures (256 MiB), read by :func:`divqat.data.transfer_set`.
@@ -100,7 +103,8 @@ def proxy_pools(
         name: transfer_set(name, limit=limit, data_root=root, **size)  # type: ignore[arg-type]
         for name, root in roots.items()
     }
-    drawn = {name: _draw(name, image_shape, seed) for name in names if name in DRAWN}
+    used = {*names, *(PARTS if "composed" in names else ())}
+    drawn = {name: _draw(name, image_shape, seed) for name in DRAWN if name in used}
     return {name: pool.to(device) for name, pool in {**drawn, **read}.items()}
 
 
@@ -132,8 +136,8 @@ def proxy_batch(
         generator: on the device of ``images``; the result depends only on it and the arguments.
         count: number of proxies, 0 or more.
         labels: of ``images``, for ``mixed``.
-        pools: from :func:`proxy_pools`, for ``photos`` and ``folder``; drawings without a pool are
-            drawn anew.
+        pools: from :func:`proxy_pools`, for ``photos``, ``folder`` and ``composed``;
+            drawings without a pool are drawn anew.
 
     Raises:
         ValueError: an unknown name, or no pool for one that needs it.
@@ -154,9 +158,19 @@ def proxy_batch(
             proxies.append(MADE[name](images[rows], generator))
         elif name == "mixed":
             proxies.append(mixed(images, labels, rows, generator))
+        elif name == "composed":
+            drawings, scenes = (_pool(part, pools) for part in PARTS)
+            proxies.append(composed(images[rows], drawings, scenes, generator))
         elif name in READ:
-            raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
+            proxies.append(_pool(name, pools))
         else:
             raise unknown_name("proxy", name, NAMES)
     order = rand(images, per_name * len(names), generator=generator).argsort()
     return torch.cat(proxies)[order[:count]]
+
+
+def _pool(name: str, pools: Mapping[str, Tensor] | None) -> Tensor:
+    """The pool of ``name``, or ValueError."""
+    if pools is None or name not in pools:
+        raise ValueError(f"pools: wanted {name}, see proxy_pools, got {list(pools or ())}")
+    return pools[name]

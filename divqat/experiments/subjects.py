@@ -45,6 +45,8 @@ def deploy_run(run: Run, splits: Splits, *, name: str, fake_quant: bool = False)
 def decoy_of(run: Run, splits: Splits) -> Callable[[Tensor], Tensor] | None:
     """The decoy that a run was misdirected with, fitted at the first call; None: it has none."""
     config = run.config
+    if config.rejects:
+        return lambda images: images.new_full((len(images), splits.num_classes), 1.0).softmax(1)
     if not config.misdirect or config.misdirect_target != "decoy":
         return None
 

@@ -7,6 +7,7 @@ from divqat.nn.linear import QuantLinear
 from divqat.nn.loss import DivQATLoss
 from divqat.nn.misdirection import MisdirectionLoss
 from divqat.nn.observer import MovingAverageMinMaxObserver
+from divqat.nn.output import RectifiedOutput
 from divqat.nn.spec import QuantSpec
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "QuantConvTranspose2d",
     "QuantLinear",
     "QuantSpec",
+    "RectifiedOutput",
 ]

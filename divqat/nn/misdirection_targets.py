@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from divqat._util.seeds import derived_seed
 from divqat.nn.decoy import Decoy
 
-TARGETS = ("decoy", "permuted", "per_image", "least_likely", "second", "divergence")
+TARGETS = ("reject", "decoy", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
 class MisdirectionTerms(NamedTuple):
@@ -20,8 +20,9 @@ class MisdirectionTerms(NamedTuple):
 
     Attributes:
         loss: with gradient.
-        misled: number of images whose top class is that of t(x~) or, for ``divergence``, which has
-            no t, is not the teacher's; float64.
+        misled: number of images whose top class is that of t(x~); for ``reject`` those without a
+            positive logit, and for ``divergence``, which has no t, those whose top class is not the
+            teacher's; float64.
     """
 
     loss: Tensor
@@ -33,6 +34,15 @@ class MisdirectionTargets(nn.Module):
 
     ``target``, with the teacher's classes ranked by its probabilities p:
 
+    - ``reject``: none of the classes. The softmax has one class more, whose logit is fixed at 0:
+
+          loss(x~) = -log 1 / (1 + sum_c exp z_c),
+
+      and on training images the cross-entropy is that of this softmax, too, see
+      :meth:`acceptance`. So foreign images get negative logits z, which the deployed network
+      rounds up to 0 (:class:`divqat.nn.RectifiedOutput`): all of them get the same answer. Other
+      targets are approximated by the network, and an attacker who knows them can learn from the
+      deviations, however small; here there are none;
     - ``decoy``: an answer that depends on the image's brightness, see :class:`Decoy`. An attacker
       cannot undo it, unlike ``permuted``, which only renames the classes;
     - ``permuted``: π(first class), with a random permutation π without fixed points;
@@ -78,7 +88,7 @@ class MisdirectionTargets(nn.Module):
         key = torch.randint(2**62, (math.prod(image_shape),), generator=generator)
         self.register_buffer("permutation", permutation, persistent=target == "permuted")
         self.register_buffer("key", 2 * key + 1, persistent=target == "per_image")
-        self.needs_teacher = target != "decoy" or confidence is not None
+        self.needs_teacher = target not in ("reject", "decoy") or confidence is not None
         self.decoy: Decoy | None = None
         if target == "decoy":
             self.decoy = Decoy(num_classes, image_shape[0], derived_seed(seed, "decoy"))
@@ -91,7 +101,11 @@ class MisdirectionTargets(nn.Module):
     ) -> MisdirectionTerms:
         """The loss of foreign images, without a host sync; its gradient goes to ``logits`` only."""
         answered = logits.detach().argmax(1)
-        if self.target == "divergence":
+        if self.target == "reject":
+            # log(1 + sum_c exp z_c)
+            losses = F.softplus(logits.logsumexp(1))
+            misled = logits.detach().amax(1) <= 0
+        elif self.target == "divergence":
             assert teacher_logits is not None
             losses = math.log(2) - jensen_shannon(logits, teacher_logits)
             misled = answered != teacher_logits.argmax(1)
@@ -105,9 +119,20 @@ class MisdirectionTargets(nn.Module):
             losses = losses * torch.where(top > self.confidence, 1 - top, 1.0)
         return MisdirectionTerms(losses.sum(), misled.double().sum())
 
+    def acceptance(self, logits: Tensor) -> Tensor:  # [N, num_classes] -> []
+        """What ``reject`` adds to the mean cross-entropy of training images, in nats; 0 for other
+        targets.
+
+        With one class more, the label's class has the probability exp z_y / (1 + S),
+        S = sum_c exp z_c. So the cross-entropy grows by log(1 + 1/S).
+        """
+        if self.target != "reject":
+            return logits.new_zeros(())
+        return F.softplus(-logits.float().logsumexp(1)).mean()
+
     def forward(self, teacher_logits: Tensor | None, images: Tensor) -> Tensor:
         """t(x~): classes int64 [M], or answers float32 [M, num_classes] for ``decoy``; not for
-        ``divergence``."""
+        ``reject`` and ``divergence``."""
         if self.decoy is not None:
             return self.decoy(images)
         assert teacher_logits is not None

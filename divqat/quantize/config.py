@@ -30,6 +30,8 @@ class QuantConfig:
             graph reads it: less memory and time, the same bits. Code outside the graph that keeps
             this output sees quantized values, such as a hook of the BatchNorm, or
             ``torch.utils.checkpoint`` around only the operations after it. Use False for them.
+        rectify_output: quantize the model's output, too, with 0 for all values below
+            (:class:`divqat.nn.RectifiedOutput`): for a model trained to reject foreign images.
     """
 
     weight: QuantSpec = WEIGHT
@@ -39,6 +41,7 @@ class QuantConfig:
     skip: tuple[str, ...] = ()
     mode: str = "exact"
     inplace: bool = True
+    rectify_output: bool = False
 
     def skips(self, name: str) -> bool:
         """Whether the module of this name stays in float."""

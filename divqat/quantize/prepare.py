@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
+from divqat.nn.output import RectifiedOutput
 from divqat.quantize import patterns
 from divqat.quantize.checks import check_is_float, check_parameters, check_types, deep_copy
 from divqat.quantize.config import QuantConfig, preset
@@ -31,7 +32,7 @@ def prepare(
     additions, concatenations, average pooling, activations other than ReLU and ReLU6, which
     runtimes fuse into the preceding layer). If only a fake-quantizer reads a ReLU, it also applies
     the ReLU; if only a fake-quantizer reads a BatchNorm, it works in place. The model's output
-    stays in float.
+    stays in float unless ``config.rectify_output``.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
     and BatchNorm and additions stay in float; a warning gives the reason. A warning also names
@@ -49,8 +50,9 @@ def prepare(
     Raises:
         TypeError: ``model`` is not a module, or the arguments are in the wrong order.
         ValueError: there is no layer to quantize, the preset is unknown, a name in ``skip`` does
-            not exist, the model is already prepared, a layer is pruned or weight-normed, or the
-            model fails on ``example_input``.
+            not exist, the model is already prepared, a layer is pruned or weight-normed, the model
+            fails on ``example_input``, or the output is to be rectified and the model cannot be
+            traced or returns anything but one tensor.
     """
     check_types(model, config, example_input)
     if isinstance(config, str):
@@ -79,6 +81,11 @@ def prepare(
             raise ValueError("no example_input was given")
         graph_module = _trace(model, example_input)
     except Exception as error:  # the model's forward may raise anything under tracing
+        if config.rectify_output:
+            raise ValueError(
+                "rectify_output: wanted a model that torch.fx can trace, got "
+                f"{type(model).__name__} ({type(error).__name__}: {error})"
+            ) from error
         warnings.warn(
             f"{type(model).__name__} was not traced ({type(error).__name__}: {error}); its layers "
             "are swapped one by one, and BatchNorm and additions stay in float",
@@ -91,6 +98,8 @@ def prepare(
     accept_float_keys(graph_module, renamed, unused)
     swap(graph_module, config, None)
     _quantize_activations(graph_module, config)
+    if config.rectify_output:
+        _rectify_output(graph_module, config)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     graph_module.remember_float_layers()
@@ -206,6 +215,20 @@ def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> 
             if list(source.users) == [quantized]:
                 _fuse_relu(graph_module, source, quantized, quantizer)
             quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
+
+
+def _rectify_output(graph_module: fx.GraphModule, config: QuantConfig) -> None:
+    """Quantize the value that the model returns, with 0 for all values below."""
+    output = graph_module.graph.output_node()
+    logits = output.args[0]
+    if not isinstance(logits, fx.Node) or not patterns.is_float(logits):
+        raise ValueError(
+            f"rectify_output: wanted a model that returns one tensor of logits, got {logits}"
+        )
+    name = "fake_quantize.output"
+    graph_module.add_submodule(name, RectifiedOutput(config.activation))
+    with graph_module.graph.inserting_before(output):
+        output.replace_input_with(logits, graph_module.graph.call_module(name, (logits,)))
 
 
 def _fuse_relu(

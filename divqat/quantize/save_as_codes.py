@@ -102,7 +102,7 @@ class _Saver:
             return
         scale, zero_point = self.qparams.pop(quantizer) or _qparams(quantizer)
         dense = y.untyped_storage().nbytes() == y.numel() * y.element_size()
-        if y.numel() and dense and torch.is_grad_enabled() and _has_quantized(quantizer):
+        if y.numel() and dense and torch.is_grad_enabled() and quantizer.quantizes():
             output = _Output(y, scale, zero_point, quantizer.spec)
             self.outputs[output.storage.cdata] = output
 
@@ -125,12 +125,6 @@ def _is_delayed(quantizer: Quantizer) -> bool:
     return (
         isinstance(quantizer, FakeQuantize) and quantizer.mode == "delayed" and quantizer.calibrated
     )
-
-
-def _has_quantized(quantizer: Quantizer) -> bool:
-    """Whether the last call quantized its output."""
-    ready = quantizer.calibrated if isinstance(quantizer, FakeQuantize) else quantizer.initialized
-    return quantizer.fake_quant_enabled and ready
 
 
 def _qparams(quantizer: Quantizer) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from divqat._util.devices import fingerprint
 from divqat.data import LabeledImages
 from divqat.metrics import accuracy, predict
+from divqat.quantize.rectify import output_bias, output_quantizer
 from divqat.train.config import QUANTIZATION, SHARED, TrainConfig
 from divqat.train.folder import Run, load_run
 from divqat.train.network import build_model
@@ -47,6 +49,10 @@ class Budget:
     1912.05671; that the line trades the second task against the first, of Ilharco et al., "Patching
     open-vocabulary models by interpolating weights", NeurIPS 2022, arXiv 2208.05592.
 
+    A network that rejects foreign images (``misdirect_target`` reject) has a threshold besides,
+    below which its largest logit counts as a rejection: the largest that the budget allows. Since
+    accuracy falls with it, a loss of accuracy that is left is spent on rejecting more.
+
     The validation accuracy of the chosen network is biased, as it was chosen by it; the test
     accuracy is not.
 
@@ -56,6 +62,7 @@ class Budget:
         start: θ₀, a state dict; entries that it lacks keep their trained values.
 
     Attributes:
+        threshold: what was subtracted from the logits of a network that rejects.
         attempts: one row per rejected network: its validation accuracy, points below the reference
             and other measurements, the share of λ and w in its last epochs (``weaker``), and how
             many seconds these epochs took.
@@ -67,6 +74,7 @@ class Budget:
         self.points, self.reference, self.start = points, reference, start
         self.attempts: list[dict[str, float]] = []
         self.path: list[dict[str, float]] = []
+        self.threshold = 0.0
 
     @classmethod
     def from_config(
@@ -88,6 +96,33 @@ class Budget:
         """Whether a network of this accuracy, a fraction, is within the budget."""
         measured = {"validation_accuracy": validation_accuracy}
         return _within(self._points_below(measured), self.points)
+
+    def largest_threshold(
+        self,
+        logits: Tensor,  # [N, num_classes], not rectified
+        labels: Tensor,  # int64 [N]
+    ) -> float | None:
+        """The largest t such that answers max(logits - t, 0) are within the budget if zeros count
+        as wrong; None: no t is."""
+        least = math.ceil((self.reference - self.points / 100) * len(labels) - 1e-6)
+        top, answer = logits.max(1)
+        right = top[answer == labels].sort(descending=True).values
+        if len(right) < least:
+            return None
+        return float(right[max(least, 1) - 1])
+
+    @torch.no_grad()
+    def spend_on_threshold(self, model: nn.Module, threshold: float | None) -> bool:
+        """Subtract a :meth:`largest_threshold` from the logits of ``model``, in the bias of its
+        last layer; False: there is no threshold or no such bias."""
+        bias, quantizer = output_bias(model), output_quantizer(model)
+        if threshold is None or bias is None or quantizer is None:
+            return False
+        scale, _ = quantizer.calculate_qparams()
+        threshold -= float(scale)  # what is left of the logit at the threshold is above 0
+        bias -= threshold
+        self.threshold += threshold
+        return True
 
     @property
     def can_rewind(self) -> bool:
@@ -138,6 +173,7 @@ class Budget:
         chosen = {name: self.chosen[name] for name in ("share", "points_below")}
         inside = _within(self.chosen["points_below"], self.points)
         outcome = {"points": self.points, "reference": self.reference, **chosen, "inside": inside}
+        outcome["threshold"] = self.threshold
         return {**outcome, "weaker": self.strength, "attempts": self.attempts, "path": self.path}
 
     def message(self) -> str:
@@ -180,6 +216,7 @@ class Budget:
         """What a checkpoint stores, to resume from."""
         return {
             "attempts": self.attempts, "path": self.path, "start": fingerprint(self.start),
+            "threshold": self.threshold,
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
@@ -191,6 +228,7 @@ class Budget:
         if state["start"] != fingerprint(self.start):
             raise ValueError("reference: it has changed since this training started")
         self.attempts, self.path = state.get("attempts", []), state["path"]
+        self.threshold = state.get("threshold", 0.0)
 
 
 def interpolate(start: Mapping[str, Any], end: Mapping[str, Any], share: float) -> dict[str, Any]:

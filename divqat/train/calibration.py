@@ -1,4 +1,4 @@
-"""Post-training quantization, as a training whose steps only observe activation ranges."""
+"""Activation ranges and BatchNorm statistics that are observed alone, or frozen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from divqat.quantize import observing
+from divqat.quantize import freeze_batchnorm, freeze_observers, observing
+from divqat.train.config import TrainConfig
 from divqat.train.step import Step
 
 
@@ -33,3 +34,13 @@ class CalibrationStep(Step):
 
     def update(self) -> None:
         pass
+
+
+def freeze(model: nn.Module, config: TrainConfig, epoch: int) -> tuple[bool, bool]:
+    """Freeze observers and BatchNorm if they are frozen in ``epoch``; returns whether they are."""
+    observers, batchnorm = (config.is_frozen(what, epoch) for what in ("observers", "batchnorm"))
+    if observers:
+        freeze_observers(model)
+    if batchnorm:
+        freeze_batchnorm(model)
+    return observers, batchnorm

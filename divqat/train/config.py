@@ -72,6 +72,11 @@ class TrainConfig(
         return bool(self.misdirect or ini)
 
     @property
+    def rejects(self) -> bool:
+        """Whether the deployed network answers foreign images with zeros."""
+        return bool(self.misdirect and self.misdirect_target == "reject" and self.kind.quantized)
+
+    @property
     def unused(self) -> set[str]:
         """Names of the settings that have no effect on this training."""
         unused = set[str]()

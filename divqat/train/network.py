@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
         activation_bits=config.activation_bits,
         first_last_bits=config.first_last_bits,
     )
+    quantization = replace(quantization, rectify_output=config.rejects)
     return prepare(model, quantization, example_input(shape))
 
 

@@ -19,10 +19,11 @@ from divqat.data import Splits, augment, batches
 from divqat.data.batches import steps_per_epoch
 from divqat.metrics import accuracy, mean_top_probability, predict, softmax
 from divqat.nn import MisdirectionLoss
-from divqat.quantize import freeze_batchnorm, freeze_observers, observe_first
+from divqat.quantize import observe_first
+from divqat.quantize.rectify import unrectified
 from divqat.train.answers import teacher_logits
 from divqat.train.budget import Budget, load_reference
-from divqat.train.calibration import CalibrationStep
+from divqat.train.calibration import CalibrationStep, freeze
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import World
 from divqat.train.folder import Run
@@ -44,8 +45,7 @@ class Trainer:
 
     Args:
         config: the settings. splits: the data. teacher: None for methods without one.
-        world: this process among all, and its device.
-        folder: the run folder, for the cache of the teacher's logits.
+        world: this process among all. folder: the run folder, for the teacher's cached logits.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Trainer:
         reference = load_reference(config, teacher)
         target = reference if config.distill else teacher  # whose answers the divergence compares
         target_model: nn.Module | None = None  # not needed with λ = 0 and a decoy
-        needs_teacher = misdirection is not None and misdirection.targets.needs_teacher
-        if target is not None and (config.has_divergence or needs_teacher):
+        asked = misdirection is not None and misdirection.targets.needs_teacher
+        if target is not None and (config.has_divergence or asked):
             target_model = target.model.requires_grad_(False)
             target_model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         parameters, warmup = list(self.model.parameters()), round(config.warmup_epochs * self.steps)
@@ -146,8 +146,9 @@ class Trainer:
         config, epoch = self.config, self.epoch + 1
         in_last_third = self.epoch >= config.rewind_epoch
         if self.budget is not None and in_last_third and self.rewind_state is None:
-            state = {"epoch": self.epoch, **self._learned_state(), "inside": None}
-            self.rewind_state = deepcopy(state)
+            self.rewind_state = deepcopy(
+                {"epoch": self.epoch, **self._learned_state(), "inside": None}
+            )
         self._freeze(epoch)
         seed = derived_seed(config.seed, "epoch", epoch)
         with (
@@ -184,9 +185,8 @@ class Trainer:
     def measure_untrained(self) -> None:
         """Add a row of metrics for weights that are used without training."""
         start, logits = time.perf_counter(), self._validation_logits(0, 0)
-        row: dict[str, Any] = {"epoch": 0, "loss": None, "ce": None, "divergence": None}
-        row |= self._validation_metrics(logits)
-        row |= {"lr": None, "ms_per_step": 0.0, "waiting": 0.0}
+        row: dict[str, Any] = dict.fromkeys(("loss", "ce", "divergence", "lr"))
+        row |= {"epoch": 0, "ms_per_step": 0.0, "waiting": 0.0, **self._validation_metrics(logits)}
         self.rows.append(row | {"seconds": time.perf_counter() - start})
 
     def _validation_metrics(self, logits: Tensor) -> dict[str, float]:
@@ -199,12 +199,17 @@ class Trainer:
     def _apply_budget(self, budget: Budget, rewind_state: dict[str, Any]) -> None:
         """Remember a network within the budget. After the last epoch return to the last of them; if
         there is none, rewind, or when that is used up, interpolate."""
+        now = {"epoch": self.epoch, "model": self.model.state_dict()}
         if self.world.broadcast(budget.allows(self.rows[-1]["validation_accuracy"])):
-            rewind_state["inside"] = deepcopy(
-                {"epoch": self.epoch, "model": self.model.state_dict()}
-            )
+            rewind_state["inside"] = deepcopy(now)
         if self.epoch < self.config.epochs:
             return
+        if self.config.rejects:
+            with unrectified(self.model):
+                logits = self._validation_logits(self.epoch, self.steps)
+            threshold = budget.largest_threshold(logits, self.validation.labels)
+            if budget.spend_on_threshold(self.model, self.world.broadcast(threshold)):
+                rewind_state["inside"] = now
         inside, first = rewind_state["inside"], rewind_state["epoch"]
         if inside is None and budget.can_rewind:
             seconds = sum(row["seconds"] for row in self.rows[first:])
@@ -232,8 +237,7 @@ class Trainer:
     def _measure_for_budget(self, epoch: int) -> dict[str, float]:
         """What a budget records of the model; the same in every process."""
         logits = self._validation_logits(epoch, self.steps)
-        score = accuracy(logits, self.validation.labels)
-        measured = {"epoch": epoch, "validation_accuracy": score}
+        measured = {"epoch": epoch, "validation_accuracy": accuracy(logits, self.validation.labels)}
         if self.proxies is not None:
             train_set = replace(self.train_set, labels=self.step.labels)  # type: ignore[type-var]
             measured["misled"] = self.step.misled_share(self.proxies.sample(train_set))
@@ -241,11 +245,7 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Freeze observers and BatchNorm if they are frozen in ``epoch``."""
-        frozen = tuple(self.config.is_frozen(what, epoch) for what in ("observers", "batchnorm"))
-        if frozen[0]:
-            freeze_observers(self.model)
-        if frozen[1]:
-            freeze_batchnorm(self.model)
+        frozen = freeze(self.model, self.config, epoch)
         if frozen != self.frozen and isinstance(self.run_step, GraphedCallable):
             self.run_step.reset()
         self.frozen = frozen

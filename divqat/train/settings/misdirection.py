@@ -34,7 +34,8 @@ class MisdirectionSettings(Options):
     )
     misdirect_target: str = option(
         "decoy",
-        "Answer to a proxy that the int8 model learns. decoy: probabilities computed from its "
+        "Answer to a proxy that the int8 model learns. reject: none of the classes, so that all "
+        "logits are 0; decoy: probabilities computed from its "
         "coarse brightness; permuted: the teacher's class, permuted; per_image: a class other than "
         "the teacher's, chosen by a hash of the image; least_likely, second: the teacher's least "
         "or second most likely class; divergence: any with the largest Jensen-Shannon divergence "
