@@ -67,6 +67,13 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
             tables.attacks_table(result),
             plots.attacks(result, drawn / "attacks.png"),
         ),
+        Section(
+            "What the victim adds",
+            "Clones of attackers with labeled images, beside their controls: the same labels, "
+            "query set and initial clone, without the victim. The difference, in points, is taken "
+            "seed by seed; only this was stolen.",
+            tables.controls_table(result),
+        ),
         *_side_effects(result),
         Section("More queries", plot=plots.budget_curve(result, drawn / "budget.png")),
         Section(

@@ -17,7 +17,7 @@ from divqat.evaluate.results import (
     epsilon_text,
     reads,
 )
-from divqat.evaluate.specs import UNDEFENDED
+from divqat.evaluate.specs import UNDEFENDED, control_of
 from divqat.evaluate.table import ABSENT, Table, percent, spread
 
 NOT_MEASURED = "not measured"
@@ -123,6 +123,34 @@ def attacks_table(result: Evaluation) -> Table:
         )
     header = ["Defense", "Attack", "Clone", "Queries", *victims, "Best epoch", "Seconds"]
     return Table(header, rows, text_columns=3)
+
+
+def controls_table(result: Evaluation) -> Table | None:
+    """What the victim adds to each attack with labeled images: for each victim the accuracy of the
+    clone, that of its control, and their difference seed by seed, in points; None if there is no
+    control."""
+    victims = list(dict.fromkeys(row.victim for row in result.released))
+    tried = list(dict.fromkeys(cell.attack for cell in result.cells))
+    rows = []
+    for defense, attack, clone, budget in dict.fromkeys(
+        (c.defense, c.attack, c.clone, c.budget) for c in result.cells
+    ):
+        control = control_of(attack, tried)
+        if control is None:
+            continue
+        row = [defense, attack, control, clone, str(budget)]
+        for victim in victims:
+            cells = result.select(result.cells, victim=victim, clone=clone, budget=budget)
+            with_it, without = (
+                {cell.seed: cell.accuracy for cell in result.select(cells, defense=d, attack=a)}
+                for d, a in ((defense, attack), (UNDEFENDED, control))
+            )
+            row += [percent(with_it.values()), percent(without.values())]
+            row.append(percent(with_it[s] - without[s] for s in with_it if s in without))
+        rows.append(row)
+    columns = [f"{v}: {what}" for v in victims for what in ("clone", "control", "victim adds")]
+    header = ["Defense", "Attack", "Control", "Clone", "Budget", *columns]
+    return Table(header, rows, text_columns=4) if rows else None
 
 
 def released_table(result: Evaluation) -> Table:
