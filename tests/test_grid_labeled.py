@@ -176,11 +176,18 @@ def test_the_report_shows_what_the_victim_adds(model, tmp_path):
     assert {(cell.defense, cell.queries) for cell in alone} == {("none", 0)} and len(alone) == 4
     assert best_of(alone) is None
     table = controls_table(result)
+    best = ["best of all", "best without the victim"]
     assert [row[:3] for row in table.rows] == [
-        [defense, attacks[1], attacks[2]] for defense in ("none", "label")
+        [defense, *names] for defense in ("none", "label") for names in (attacks[1:3], best)
     ]
     assert "## What the victim adds" in (tmp_path / "report.md").read_text()
-    for row in table.rows:
+    for row in table.rows[1::2]:
+        for column, victim in ((5, "qat"), (8, "other")):
+            cells = result.per_seed(victim, row[0], best_of)
+            assert row[column] == percent(cell.accuracy for cell in cells)
+            alone_too = result.select(alone, victim=victim)
+            assert row[column + 1] == percent(cell.accuracy for cell in alone_too)
+    for row in table.rows[::2]:
         for column, victim in ((5, "qat"), (8, "other")):
             cells = result.select(result.cells, victim=victim)
             with_it, without = (
@@ -192,7 +199,8 @@ def test_the_report_shows_what_the_victim_adds(model, tmp_path):
     (audit,) = [a for a in audits(result) if a.name == "the baseline without the victim is known"]
     assert not audit.ok and "not tried: add labeled-only;" in audit.detail
     assert "fixmatch:victim=false,ratio=1 " in audit.detail
-    assert controls_table(Evaluation(**{**result.__dict__, "cells": alone})) is None
+    plain = result.select(result.cells, attack="knockoff")
+    assert controls_table(Evaluation(**{**result.__dict__, "cells": plain})) is None
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_every_attack_and_control_starts_from_its_weights(nets, tmp_path, monkey
     assert all(same_bits(clone, second[0]) for clone in second)
     assert not torch.equal(first[0].head.weight, second[0].head.weight)  # its seed's own
     table = controls_table(result)
-    assert [row[1:3] for row in table.rows] == [list(ATTACKS[i : i + 2]) for i in (1, 3, 5)]
+    assert [row[1:3] for row in table.rows[:-1]] == [list(ATTACKS[i : i + 2]) for i in (1, 3, 5)]
 
 
 def test_a_study_may_name_it_if_it_is_trusted(nets):

@@ -71,7 +71,7 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
             "What the victim adds",
             "Clones of attackers with labeled images, beside their controls: the same labels, "
             "query set and initial clone, without the victim. The difference, in points, is taken "
-            "seed by seed; only this was stolen.",
+            "seed by seed. Only what the best of all has beyond the best without was stolen.",
             tables.controls_table(result),
         ),
         *_side_effects(result),

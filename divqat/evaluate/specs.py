@@ -106,6 +106,15 @@ def owns(text: str) -> bool:
     return make_attack(text, {}).owns
 
 
+def is_alone(text: str) -> bool:
+    """Whether an attack learns labeled images and takes nothing from the victim.
+
+    Raises:
+        ConfigError: see :func:`make_attack`.
+    """
+    return owns(text) and not steals(text) and not is_control(text)
+
+
 def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:
     """The attack that ``text`` names.
 
