@@ -9,6 +9,7 @@ from typing import Any
 from divqat._util.bounds import check_tree
 from divqat.evaluate import plots, tables
 from divqat.evaluate.audits import audits
+from divqat.evaluate.cells import CURVE_IMAGES
 from divqat.evaluate.page import Section, write_page
 from divqat.evaluate.results import EVALUATION, Evaluation
 from divqat.evaluate.specs import owns
@@ -76,6 +77,13 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
         ),
         *_side_effects(result),
         Section("More queries", plot=plots.budget_curve(result, drawn / "budget.png")),
+        Section(
+            "More epochs",
+            f"The clones after every epoch or round, on the first {CURVE_IMAGES} test images. No "
+            "clone was chosen by these: each is that of its last epoch. As the learning rate falls "
+            "to 0, a flat end alone does not say that a longer training would gain nothing.",
+            plot=plots.epoch_curve(result, drawn / "epochs.png"),
+        ),
         Section(
             "Answers",
             "The released answers, before any attack.",
