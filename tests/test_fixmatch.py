@@ -1,5 +1,6 @@
 """FixMatch and S4L by a thief with labels, and what they are without the victim."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -166,6 +167,25 @@ def test_labeled_images_that_do_not_fit_cost_no_query(settings):
     with pytest.raises(RuntimeError, match="needs labeled images: call"):
         settings(victim, QUERIES, CLONE)
     assert victim.queries == 0
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@each
+def test_settings_survive_yaml_and_bfloat16(settings, asks):
+    changed = {**settings.to_dict(), "precision": "bfloat16", "victim": asks, "epochs": 1}
+    clone = run(type(settings).from_dict(changed)).clone
+    assert all(weight.isfinite().all() for weight in clone.parameters())
+    assert next(clone.parameters()).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("asks", [True, False])
+@each
+def test_clone_trains_on_its_device(settings, asks):
+    settings = replace(settings, victim=asks).owning(OWNED)
+    found = settings(Victim(MODEL), QUERIES, copy.deepcopy(CLONE).cuda())
+    assert all(state.is_cuda for state in found.clone.state_dict().values())
 
 
 def test_arguments_are_checked():
