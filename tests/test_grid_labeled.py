@@ -12,9 +12,10 @@ from divqat.data import ImageSet, Splits
 from divqat.evaluate import Evaluation, Grid, Subject, assessment, evaluate
 from divqat.evaluate.audits import audits
 from divqat.evaluate.results import best_of
-from divqat.evaluate.specs import make_attack, owns, steals
+from divqat.evaluate.specs import control_of, make_attack, owns, steals
 from divqat.evaluate.subject import image_keys
-from divqat.evaluate.tables import attacks_table, main_table
+from divqat.evaluate.table import percent, spread
+from divqat.evaluate.tables import attacks_table, controls_table, main_table
 from divqat.experiments.run import run_study
 from divqat.experiments.study import Study
 
@@ -163,9 +164,68 @@ def test_too_few_validation_images_are_known_before_any_work(model, tmp_path, mo
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
+def test_the_report_shows_what_the_victim_adds(model, tmp_path):
+    attacks = ("knockoff", "fixmatch:ratio=1", "fixmatch:victim=false,ratio=1", "relabel")
+    settings = {"budgets": (50,), "epochs": 1, "seeds": 2, "holdout": 40, "labeled": 60}
+    settings |= {"batch_size": 25, "epsilons": ()}
+    grid = Grid(attacks=attacks, defenses=("none", "label"), **settings, **QUICK)
+    victims = [Subject("qat", model, "qat"), Subject("other", model, "divqat")]
+    result = evaluate(victims, toy_splits(), grid, tmp_path, log=lambda _: 0)
+    alone = result.select(result.cells, attack=attacks[2])
+    assert {(cell.defense, cell.queries) for cell in alone} == {("none", 0)} and len(alone) == 4
+    assert best_of(alone) is None
+    table = controls_table(result)
+    best = ["best of all", "best without the victim"]
+    assert [row[:3] for row in table.rows] == [
+        [defense, *names] for defense in ("none", "label") for names in (attacks[1:3], best)
+    ]
+    assert "## What the victim adds" in (tmp_path / "report.md").read_text()
+    for row in table.rows[1::2]:
+        for column, victim in ((5, "qat"), (8, "other")):
+            cells = result.per_seed(victim, row[0], best_of)
+            assert row[column] == percent(cell.accuracy for cell in cells)
+            alone_too = result.select(alone, victim=victim)
+            assert row[column + 1] == percent(cell.accuracy for cell in alone_too)
+    for row in table.rows[::2]:
+        for column, victim in ((5, "qat"), (8, "other")):
+            cells = result.select(result.cells, victim=victim)
+            with_it, without = (
+                [cell.accuracy for cell in result.select(cells, defense=defense, attack=attack)]
+                for defense, attack in ((row[0], row[1]), ("none", row[2]))
+            )
+            adds = (100 * (a - b) for a, b in zip(with_it, without, strict=True))
+            assert row[column : column + 3] == [percent(with_it), percent(without), spread(adds)]
+    (audit,) = [a for a in audits(result) if a.name == "the baseline without the victim is known"]
+    assert not audit.ok and "not tried: add labeled-only;" in audit.detail
+    assert "fixmatch:victim=false,ratio=1 " in audit.detail
+    plain = result.select(result.cells, attack="knockoff")
+    assert controls_table(Evaluation(**{**result.__dict__, "cells": plain})) is None
+
+
+@pytest.mark.parametrize(
+    ("attack", "among", "wanted"),
+    [
+        ("fixmatch", ["labeled-only", "fixmatch:victim=false"], "fixmatch:victim=false"),
+        ("fixmatch", ["labeled-only", "fixmatch:victim=false,ratio=1"], None),
+        ("fixmatch:ratio=1,lr=0.1", ["fixmatch:lr=0.10,victim=false,ratio=1"], 0),
+        ("s4l:labels=true", ["labeled-only", "s4l", "s4l:labels=true,victim=false"], 2),
+        ("s4l", ["labeled-only"], None),  # owns nothing
+        ("relabel", ["labeled-only:epochs=9"], 0),
+        ("fine-tune", ["labeled-only", "fine-tune:victim=false"], 1),
+        ("jbda:start=owned", ["knockoff", "labeled-only"], 1),
+        ("labeled-only", ["labeled-only"], None),
+        ("fine-tune:victim=false", ["labeled-only", "fine-tune:victim=false"], None),
+    ],
+)
+def test_controls_are_found(attack, among, wanted):
+    assert control_of(attack, among) == (among[wanted] if isinstance(wanted, int) else wanted)
+
+
 def test_what_kinds_of_attack_there_are():
     assert [spec for spec in GRID.attacks if owns(spec)] == list(OWNING)
     assert steals("relabel") and steals("selective:keep=0.1") and steals("knockoff")
+    assert not steals("fixmatch:victim=false") and steals("fixmatch:victim=true")
     assert not steals("labeled-only") and not steals("selective:reading=shuffled")
     for ask in (owns, steals):
         with pytest.raises(ConfigError, match=r"unknown attack 'relable' \(did you mean 'relabel'"):

@@ -1,8 +1,10 @@
 """The plots of an evaluation: nothing is cut off, and no two attacks look alike."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evaluations import cell, fake_evaluation
 from matplotlib.figure import Figure
 
 from divqat.evaluate import Evaluation, plots
@@ -38,6 +40,22 @@ def test_a_budget_curve_has_room_for_its_legend(name, figures, tmp_path):
     lines = [container.lines[0] for container in figure.axes[0].containers]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(shown)
     assert all(ax.get_window_extent().height > 100 for ax in figure.axes)
+
+
+def test_curves_by_epoch_are_those_that_were_measured(figures, tmp_path):
+    curves = [[0.1, 0.5, 0.6], [0.3, 0.5, 0.8]]
+    cells = [replace(cell(seed, "qat", "knockoff", 0.7), curve=curves[seed]) for seed in (0, 1)]
+    short = replace(cell(0, "qat", "fixmatch", 0.7), curve=[0.1, 0.2])
+    fewer = replace(cells[0], attack="copycat", budget=100)
+    behind = replace(cells[0], attack="sift", defense="label")
+    result = fake_evaluation(cells=[*cells, short, fewer, behind])
+    assert plots.epoch_curve(result, tmp_path / "epochs.png") == tmp_path / "epochs.png"
+    ((ax,), (legend,)) = figures[0].axes, figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["knockoff (vgg_small)"]
+    (line,) = (container.lines[0] for container in ax.containers)
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == pytest.approx([20, 50, 70])
+    assert plots.epoch_curve(fake_evaluation(cells=[short]), tmp_path / "none.png") is None
 
 
 @pytest.mark.slow

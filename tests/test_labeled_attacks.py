@@ -23,7 +23,15 @@ from toys import (
 )
 
 from divqat._util.settings import ConfigError
-from divqat.attacks import FineTune, KnockoffNets, LabeledOnly, Relabel, attack
+from divqat.attacks import (
+    DetectAndDrop,
+    FineTune,
+    KnockoffNets,
+    LabeledOnly,
+    Relabel,
+    Shadow,
+    attack,
+)
 from divqat.attacks.relabel import NEVER, Relabeled, class_map_solver
 from divqat.data import ImageSet, to_float
 from divqat.metrics import accuracy, predict
@@ -212,6 +220,27 @@ def test_labeled_images_alone_ask_nothing():
     # Nothing of the victim is in it.
     other = LabeledOnly(epochs=20).owning(OWNED)(Victim(permuted), QUERIES, CLONE)
     assert same_bits(found.clone, other.clone)
+
+
+# without the victim
+
+
+@pytest.mark.parametrize(
+    ("settings", "training"),
+    [
+        (ATTACKS[0], {}),
+        (ATTACKS[2], {"epochs": 3, "lr": 0.01, "batch_size": 20}),
+        (Shadow(**QUICK), {}),
+        (DetectAndDrop(**QUICK), {}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_without_the_victim_labels_alone_are_learned(settings, training):
+    victim = Victim(MODEL, query_budget=0)
+    found = replace(settings, victim=False).owning(OWNED)(victim, QUERIES, CLONE)
+    alone = LabeledOnly(**training, pad=settings.pad).owning(OWNED)(victim, QUERIES, CLONE)
+    assert found.queries == victim.queries == len(found.transfer_set[0]) == 0
+    assert same_bits(found.clone, alone.clone)
 
 
 # all of them

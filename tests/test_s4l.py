@@ -47,21 +47,21 @@ def test_images_never_asked_are_turned_too():
     clone = still()
     clone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     loss = settings._loss(task(clone))
-    assert len(loss.unlabeled) == 10
+    assert len(loss.unlabeled.images) == 10
     seen.clear()
     loss(clone, to_float(QUERIES[:2]), TARGETS, 0.0)
     assert len(seen[0]) == 4 * (2 + 2)
     chosen = settings._draw(task(clone), torch.Generator().manual_seed(0))
     asked = {QUERIES[row].numpy().tobytes() for row in chosen}
-    unlabeled = {to_float(image).numpy().tobytes() for image in loss.unlabeled}
-    assert not asked & {image.numpy().tobytes() for image in loss.unlabeled}
+    unlabeled = {to_float(image).numpy().tobytes() for image in loss.unlabeled.images.images}
+    assert not asked & {image.numpy().tobytes() for image in loss.unlabeled.images.images}
     assert all(image.numpy().tobytes() in unlabeled for image in seen[0][2:4])
     assert all(torch.equal(seen[0][4 + i], seen[0][i].rot90(1, (1, 2))) for i in range(4))
 
 
 def test_without_unlabeled_images_only_asked_ones_are_turned():
-    assert not len(S4L(query_budget=100, unlabeled=False)._loss(task(still())).unlabeled)
-    assert not len(S4L()._loss(task(still())).unlabeled)
+    for settings in (S4L(query_budget=100, unlabeled=False), S4L()):
+        assert not len(settings._loss(task(still())).unlabeled.images)
 
 
 def test_weight_zero_without_batch_norm_is_knockoff_nets():

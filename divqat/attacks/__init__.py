@@ -7,6 +7,7 @@ from divqat.attacks.ddae import DDAE, DDAEPlus
 from divqat.attacks.detect_and_drop import DetectAndDrop
 from divqat.attacks.dfme import DFME
 from divqat.attacks.fine_tune import FineTune
+from divqat.attacks.fixmatch import FixMatch
 from divqat.attacks.jbda import JBDA
 from divqat.attacks.jbda_tr import JBDATR
 from divqat.attacks.knockoff import KnockoffNets
@@ -43,6 +44,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "re-encode": ReEncode,
     "relabel": Relabel,
     "fine-tune": FineTune,
+    "fixmatch": FixMatch,
     "labeled-only": LabeledOnly,
     "d-dae": DDAE,
     "d-dae+": DDAEPlus,
@@ -69,6 +71,7 @@ __all__ = [
     "DetectAndDrop",
     "Extraction",
     "FineTune",
+    "FixMatch",
     "KnockoffAdaptive",
     "KnockoffNets",
     "KnownDecoy",

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from divqat._util.settings import option
 from divqat.attacks.clone_settings import CloneSettings
-from divqat.data import Splits, transfer_names, transfer_set
-
-OWN = "own"  # not a transfer set: it comes with the victim's data
-FOLDER = "folder"
+from divqat.attacks.query_set import FOLDER, NAMES, OWN, load_query_set, parse_query_set
+from divqat.data import Splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +22,10 @@ class Attacker(CloneSettings):
 
     query_set: str = option(
         "photos",
-        f"Images that the attacker queries; {OWN}: the victim's validation split, for an attacker "
-        "who has unlabeled images of the victim's kind.",
+        f"Images that the attacker queries: one of {', '.join(NAMES)}, each with :COUNT or not, or "
+        f"several joined by +, like {OWN}:1500+openclipart. {OWN}: the victim's validation split, "
+        "for an attacker who has unlabeled images of the victim's kind.",
         group="attacker",
-        choices=(*transfer_names(), OWN),
     )
     query_root: str | None = option(
         None, "Folder with these images, if they are not found automatically.", group="attacker"
@@ -35,20 +33,21 @@ class Attacker(CloneSettings):
     device: str = option("auto", "Where networks train: cpu, cuda ...", group="running")
     threads: int | None = option(None, "CPU threads; None: all.", group="running", least=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_query_set(self.query_set)
+
     @property
     def places(self) -> set[str]:
         """Settings of locations, which do not change results. (The content of a query set that is
         a folder depends on ``query_root``.)"""
-        return {"device"} if self.query_set == FOLDER else {"device", "query_root"}
+        folder = any(part.name == FOLDER for part in parse_query_set(self.query_set))
+        return {"device"} if folder else {"device", "query_root"}
 
     def load_queries(self, splits: Splits, limit: int | None) -> Tensor:
-        """The query set, uint8 [N, C, H, W]; the same for every seed."""
-        if self.query_set == OWN:
-            return splits.validation.subset(slice(limit)).images
-        return transfer_set(
-            self.query_set,
-            channels=splits.channels,
-            image_size=splits.image_size,
-            data_root=self.query_root,
-            limit=limit,
-        )
+        """The query set, uint8 [N, C, H, W]; the same for every seed.
+
+        Raises:
+            See :func:`divqat.attacks.query_set.load_query_set`.
+        """
+        return load_query_set(self.query_set, splits, self.query_root, limit)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from divqat._util.settings import option
 from divqat.attacks.attack import Extraction, Task
-from divqat.attacks.knockoff import KnockoffNets
-from divqat.attacks.labeled import LabeledAttack, learn_labels
+from divqat.attacks.controlled import Controlled
+from divqat.attacks.labeled import learn_labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTune(LabeledAttack, KnockoffNets):
+class FineTune(Controlled):
     """KnockoffNets, then fine-tuning of all weights of the clone on labeled images.
 
     Ours, against victims that give wrong classes to foreign images: the features that the clone
     has learned are useful even if the classes are wrong. Both trainings are those of
     :class:`TransferAttack`, with the same ``pad``, ``flip``, momentum, L2 penalty and precision;
     the second starts with a new optimizer and a new cosine. ``watch`` continues the count of
-    epochs. The baseline is :class:`divqat.attacks.LabeledOnly`.
+    epochs. Its control, ``victim=false``, is the second training alone.
 
     Args:
         tune_epochs, tune_lr, tune_batch_size: settings of the second training.
@@ -33,10 +34,12 @@ class FineTune(LabeledAttack, KnockoffNets):
 
     def _extract(self, task: Task) -> Extraction:
         labeled = self._labeled(task)
+        second: dict[str, Any] = {"epochs": self.tune_epochs, "lr": self.tune_lr}
+        second["batch_size"] = self.tune_batch_size
+        if not self.victim:
+            return self._alone(task, **second)
         extraction = super()._extract(task)
-        tuning = replace(
-            self, epochs=self.tune_epochs, lr=self.tune_lr, batch_size=self.tune_batch_size
-        )
+        tuning = replace(self, **second)
         after = replace(task, watch=lambda clone, count: task.watch(clone, self.epochs + count))
         try:
             clone = learn_labels(tuning, after, labeled, "tuned.pt")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from divqat._util.errors import require
 from divqat._util.settings import option
 from divqat.attacks.attack import Extraction, Task
-from divqat.attacks.knockoff import KnockoffNets
-from divqat.attacks.labeled import LabeledAttack
+from divqat.attacks.controlled import Controlled
 from divqat.metrics import predict
 
 MAPS = ("permutation", "any")
@@ -20,7 +19,7 @@ NEVER = -1e9  # logit of a class to which no class of the clone is mapped: finit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relabel(LabeledAttack, KnockoffNets):
+class Relabel(Controlled):
     """KnockoffNets, then a remapping of the clone's classes that fits labeled images best.
 
     Ours, against victims that give wrong classes to foreign images: a clone of such answers may
@@ -46,6 +45,8 @@ class Relabel(LabeledAttack, KnockoffNets):
 
     def _extract(self, task: Task) -> Extraction:
         labeled = self._labeled(task)
+        if not self.victim:
+            return self._alone(task)
         solve = class_map_solver(self.map)  # a missing SciPy must fail before the first query
 
         def relabeled(clone: nn.Module) -> nn.Module:

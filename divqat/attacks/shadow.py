@@ -11,9 +11,9 @@ from torch import Generator, Tensor, nn
 from divqat._util.settings import option
 from divqat.attacks.answers import READINGS, reading
 from divqat.attacks.attack import Extraction, Task
+from divqat.attacks.controlled import Controlled
 from divqat.attacks.ddae import recovery_network, reinitialized, train
-from divqat.attacks.knockoff import KnockoffNets
-from divqat.attacks.labeled import LabeledAttack, learn_labels
+from divqat.attacks.labeled import learn_labels
 from divqat.attacks.training import Loss
 from divqat.data.batches import to_float, to_uint8
 from divqat.data.proxies import PROXIES, proxy_batch
@@ -26,7 +26,7 @@ BATCHES, BATCH = 8, 256  # of proxies that a decoy is fitted to: as many as for 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shadow(LabeledAttack, KnockoffNets):
+class Shadow(Controlled):
     """KnockoffNets whose clone learns answers from which the misdirection is removed.
 
     Ours, against :class:`divqat.nn.MisdirectionLoss`, by an attacker who knows everything about it
@@ -81,7 +81,7 @@ class Shadow(LabeledAttack, KnockoffNets):
 
     def _extract(self, task: Task) -> Extraction:
         self._labeled(task)  # images that do not fit must fail before the first query
-        return super()._extract(task)
+        return super()._extract(task) if self.victim else self._alone(task)
 
     def _targets(self, task: Task, images: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         control = self.reading == CONTROL

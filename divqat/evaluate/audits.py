@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from statistics import mean
 
 from divqat.evaluate.results import HARD, SOFT, Cell, Evaluation, Released, best_of, reads
-from divqat.evaluate.specs import CONTROL, UNDEFENDED, is_control, owns, steals
+from divqat.evaluate.specs import (
+    CONTROL,
+    UNDEFENDED,
+    control_of,
+    is_control,
+    owns,
+    steals,
+    without_victim,
+)
 from divqat.evaluate.tables import floor
 
 ACCURACY_LOSS = 0.005  # a defense that costs more accuracy is flagged
@@ -104,15 +112,19 @@ def _best_without_labels(cells: list[Cell]) -> Cell | None:
 
 def _labels_alone(result: Evaluation) -> list[Audit]:
     """Whether the accuracy that an attacker's labeled images give without the victim is known."""
-    attacks = [attack for attack in result.grid["attacks"] if steals(attack) and owns(attack)]
-    alone = [cell.accuracy for cell in result.cells if not steals(cell.attack)
-             and owns(cell.attack) and not is_control(cell.attack)]  # fmt: skip
-    best = max((c.accuracy for c in result.cells if c.attack in attacks), default=None)
-    if best is None:
+    attacks = list(dict.fromkeys(cell.attack for cell in result.cells))
+    controls = {text: control_of(text, attacks) for text in attacks if steals(text) and owns(text)}
+    if not controls:
         return []
-    detail = f"{mean(alone):.1%} without a query" if alone else "not tried: add labeled-only"
+    missing = dict.fromkeys(without_victim(text) for text, control in controls.items()
+                            if control is None)  # fmt: skip
+    alone = {control: [cell.accuracy for cell in result.cells if cell.attack == control]
+             for control in controls.values() if control is not None}  # fmt: skip
+    known = [f"{control} {mean(values):.1%}" for control, values in alone.items()]
+    best = max(cell.accuracy for cell in result.cells if cell.attack in controls)
+    detail = "; ".join([*known, *([f"not tried: add {', '.join(missing)}"] if missing else [])])
     name = "the baseline without the victim is known"
-    return [Audit(name, bool(alone), f"{detail}; best clone that starts from them {best:.1%}")]
+    return [Audit(name, not missing, f"{detail}; best clone that starts from them {best:.1%}")]
 
 
 def _chance(result: Evaluation) -> Audit:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from divqat._util.figures import BARS, COLORS, colors, save_plot
-from divqat.evaluate.results import HARD, SOFT, Evaluation, best_of, reads
+from divqat.evaluate.results import HARD, SOFT, Cell, Evaluation, best_of, reads
 from divqat.evaluate.specs import UNDEFENDED, is_control
 from divqat.evaluate.tables import floor
 from divqat.metrics import HISTOGRAM_BINS
 
 MARKERS, DASHES = "osD^vPX*<>ph8d", ("-", "--", ":", "-.")
+MARKED = 15  # points of a line that is drawn with markers
 LINE = {"color": "#808080", "lw": 1}
 WHISKER = {"ecolor": "#909090", "capsize": 2, "lw": 1}
 
@@ -137,34 +139,58 @@ def _bars(
 def budget_curve(result: Evaluation, path: Path) -> Path | None:
     """Clone accuracy against queries, on undefended victims; None if there is only one budget."""
     cells = [c for c in result.cells if c.defense == UNDEFENDED and not is_control(c.attack)]
-    budgets = sorted({cell.budget for cell in cells})
-    if len(budgets) < 2:
+    if len({cell.budget for cell in cells}) < 2:
         return None
+    points = _Points("queries", "log", lambda cell: [(cell.budget, cell.accuracy)])
+    return _lines(result, cells, points, path)
+
+
+def epoch_curve(result: Evaluation, path: Path) -> Path | None:
+    """Clone accuracy after every epoch or round, on undefended victims and at the largest query
+    budget; None if no clone was trained for longer than two."""
+    cells = result.select(result.cells, defense=UNDEFENDED, budget=result.budget)
+    cells = [cell for cell in cells if len(cell.curve) > 2]
+    points = _Points("epoch or round", "linear", lambda cell: list(enumerate(cell.curve, 1)))
+    return _lines(result, cells, points, path) if cells else None
+
+
+@dataclass(frozen=True)
+class _Points:
+    """What a plot of lines has along its x axis, and the points of one attack's line."""
+
+    label: str
+    scale: str
+    of: Callable[[Cell], list[tuple[int, float]]]  # x and accuracy
+
+
+def _lines(result: Evaluation, cells: list[Cell], points: _Points, path: Path) -> Path:
+    """A panel for each victim with a line for each attack and clone."""
     victims = list(dict.fromkeys(cell.victim for cell in cells))
     attacks = {(cell.attack, cell.clone): f"{cell.attack} ({cell.clone})" for cell in cells}
 
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(victims), sharey=True, squeeze=False)[0]
+        entries = {}
         for ax, victim in zip(axes, victims, strict=True):
             # Another dash pattern when the colors repeat.
             styles = ({"color": color, "ls": ls} for ls in DASHES for color in COLORS)
             for style, (attack, clone) in zip(itertools.cycle(styles), attacks, strict=False):
-                points = []
-                for budget in budgets:
-                    seeds = result.select(
-                        cells, victim=victim, attack=attack, clone=clone, budget=budget
+                found: dict[int, list[float]] = {}
+                for cell in result.select(cells, victim=victim, attack=attack, clone=clone):
+                    for x, accuracy in points.of(cell):
+                        found.setdefault(x, []).append(100 * accuracy)
+                if found:
+                    line = [(x, mean(found[x]), _std(found[x])) for x in sorted(found)]
+                    mark = "o" if len(line) <= MARKED else None
+                    entries[attacks[attack, clone]] = ax.errorbar(
+                        *zip(*line, strict=True), **style, marker=mark, ms=4, capsize=2
                     )
-                    if seeds:
-                        values = [100 * cell.accuracy for cell in seeds]
-                        points.append((budget, mean(values), _std(values)))
-                if points:
-                    ax.errorbar(*zip(*points, strict=True), **style, marker="o", ms=4,
-                                capsize=2, label=attacks[attack, clone])  # fmt: skip
-            ax.set(title=victim, xlabel="queries", xscale="log")
+            ax.set(title=victim, xlabel=points.label, xscale=points.scale)
             ax.axhline(100 * result.chance, ls=":", **LINE)
         axes[0].set_ylabel("clone's test accuracy (%)")
-        entries = axes[0].get_legend_handles_labels()
-        figure.legend(*entries, loc="outside upper center", ncols=columns, fontsize=8)
+        figure.legend(
+            [*entries.values()], [*entries], loc="outside upper center", ncols=columns, fontsize=8
+        )
 
     # A legend wider than the figure would be cut off.
     entry = 0.5 + 0.07 * max(map(len, attacks.values()))  # inches

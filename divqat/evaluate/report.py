@@ -9,6 +9,7 @@ from typing import Any
 from divqat._util.bounds import check_tree
 from divqat.evaluate import plots, tables
 from divqat.evaluate.audits import audits
+from divqat.evaluate.cells import CURVE_IMAGES
 from divqat.evaluate.page import Section, write_page
 from divqat.evaluate.results import EVALUATION, Evaluation
 from divqat.evaluate.specs import owns
@@ -67,8 +68,22 @@ def _sections(result: Evaluation, folder: Path) -> list[Section]:
             tables.attacks_table(result),
             plots.attacks(result, drawn / "attacks.png"),
         ),
+        Section(
+            "What the victim adds",
+            "Clones of attackers with labeled images, beside their controls: the same labels, "
+            "query set and initial clone, without the victim. The difference, in points, is taken "
+            "seed by seed. Only what the best of all has beyond the best without was stolen.",
+            tables.controls_table(result),
+        ),
         *_side_effects(result),
         Section("More queries", plot=plots.budget_curve(result, drawn / "budget.png")),
+        Section(
+            "More epochs",
+            f"The clones after every epoch or round, on the first {CURVE_IMAGES} test images. No "
+            "clone was chosen by these: each is that of its last epoch. As the learning rate falls "
+            "to 0, a flat end alone does not say that a longer training would gain nothing.",
+            plot=plots.epoch_curve(result, drawn / "epochs.png"),
+        ),
         Section(
             "Answers",
             "The released answers, before any attack.",

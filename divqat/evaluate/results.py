@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from divqat._util.files import read_json, write_json
 from divqat._util.rows import made
-from divqat.evaluate.specs import split_spec, steals
+from divqat.evaluate.specs import is_alone, split_spec, steals
 from divqat.metrics import Confidence
 
 SOFT, HARD = "as_given", "label"  # values of KnockoffNets' setting ``reading``
@@ -223,6 +223,15 @@ def best_of(cells: list[Cell]) -> Cell | None:
     first. Attacks that take nothing from the victim do not count."""
     return max(
         (cell for cell in cells if steals(cell.attack)),
+        key=lambda cell: cell.holdout_accuracy,
+        default=None,
+    )
+
+
+def best_alone(cells: list[Cell]) -> Cell | None:
+    """Likewise among the attackers with labeled images who take nothing from the victim."""
+    return max(
+        (cell for cell in cells if is_alone(cell.attack)),
         key=lambda cell: cell.holdout_accuracy,
         default=None,
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from divqat._util.errors import unknown_name
 from divqat._util.settings import ConfigError, check_keys
 from divqat.attacks import ATTACKS, Attack
+from divqat.attacks.controlled import SemiSupervised
 from divqat.attacks.training import TransferAttack
 from divqat.defenses import DEFENSES, Defense
 
 UNDEFENDED = "none"
+VICTIM = "victim"  # the setting that turns an attack into its control
+LABELS_ALONE = "labeled-only"
 CONTROL = "shuffled"  # a value of ``reading``, see divqat.attacks.answers
 COMMON = {"query_budget", "seed", "precision", "pad", "flip"}  # defaults that any attack may take
 WORDS = {"true": True, "false": False, "none": None}
@@ -56,7 +59,42 @@ def steals(text: str) -> bool:
     Raises:
         ConfigError: an unknown attack.
     """
-    return _attack_class(text).asks and not is_control(text)
+    return (
+        _attack_class(text).asks
+        and not is_control(text)
+        and split_spec(text)[1].get(VICTIM, True) is not False
+    )
+
+
+def control_of(text: str, attacks: Iterable[str]) -> str | None:
+    """The control that shows what an attack with labeled images owes to them: among ``attacks`` the
+    same one without the victim, else the labels alone; None if there is none.
+
+    An attack that also learns from the query set as it is has only the first.
+
+    Raises:
+        ConfigError: an unknown attack.
+    """
+    if not (steals(text) and owns(text)):
+        return None
+    name, settings = split_spec(text)
+    alone = name, {**settings, VICTIM: False}
+    found = {other: split_spec(other) for other in attacks}
+    same = [other for other, spec in found.items() if spec == alone]
+    if not issubclass(_attack_class(text), SemiSupervised):
+        same += [other for other, (kind, _) in found.items() if kind == LABELS_ALONE]
+    return next(iter(same), None)
+
+
+def without_victim(text: str) -> str:
+    """The spec of an attack's control: its own, or that of the labels alone.
+
+    Raises:
+        ConfigError: an unknown attack.
+    """
+    if not issubclass(_attack_class(text), SemiSupervised):
+        return LABELS_ALONE
+    return f"{text}{',' if ':' in text else ':'}{VICTIM}=false"
 
 
 def owns(text: str) -> bool:
@@ -66,6 +104,15 @@ def owns(text: str) -> bool:
         ConfigError: see :func:`make_attack`.
     """
     return make_attack(text, {}).owns
+
+
+def is_alone(text: str) -> bool:
+    """Whether an attack learns labeled images and takes nothing from the victim.
+
+    Raises:
+        ConfigError: see :func:`make_attack`.
+    """
+    return owns(text) and not steals(text) and not is_control(text)
 
 
 def make_attack(text: str, defaults: Mapping[str, Any]) -> Attack:

@@ -13,11 +13,12 @@ from divqat.evaluate.results import (
     Cell,
     Evaluation,
     Released,
+    best_alone,
     best_of,
     epsilon_text,
     reads,
 )
-from divqat.evaluate.specs import UNDEFENDED
+from divqat.evaluate.specs import UNDEFENDED, control_of, is_alone
 from divqat.evaluate.table import ABSENT, Table, percent, spread
 
 NOT_MEASURED = "not measured"
@@ -123,6 +124,43 @@ def attacks_table(result: Evaluation) -> Table:
         )
     header = ["Defense", "Attack", "Clone", "Queries", *victims, "Best epoch", "Seconds"]
     return Table(header, rows, text_columns=3)
+
+
+def controls_table(result: Evaluation) -> Table | None:
+    """What the victim adds to each attack with labeled images: for each victim the accuracy of the
+    clone, that of its control, and their difference seed by seed, in points; None if there is no
+    control. The last row of a defense compares the best of all attacks with the best attacker
+    without the victim."""
+    victims = list(dict.fromkeys(row.victim for row in result.released))
+    tried = list(dict.fromkeys(cell.attack for cell in result.cells))
+    keys = list(dict.fromkeys((c.defense, c.attack, c.clone, c.budget) for c in result.cells))
+    rows = []
+    for defense in dict.fromkeys(defense for defense, *_ in keys):
+        for _, attack, clone, budget in (key for key in keys if key[0] == defense):
+            control = control_of(attack, tried)
+            if control is not None:
+                row = [defense, attack, control, clone, str(budget)]
+                for victim in victims:
+                    cells = result.select(result.cells, victim=victim, clone=clone, budget=budget)
+                    asked = result.select(cells, defense=defense, attack=attack)
+                    row += _added(asked, result.select(cells, attack=control))
+                rows.append(row)
+        if any(map(is_alone, tried)):
+            row = [defense, "best of all", "best without the victim", "any", str(result.budget)]
+            for victim in victims:
+                asked = result.per_seed(victim, defense, best_of)
+                row += _added(asked, result.per_seed(victim, UNDEFENDED, best_alone))
+            rows.append(row)
+    columns = [f"{v}: {what}" for v in victims for what in ("clone", "control", "victim adds")]
+    header = ["Defense", "Attack", "Control", "Clone", "Budget", *columns]
+    return Table(header, rows, text_columns=4) if rows else None
+
+
+def _added(asked: list[Cell], alone: list[Cell]) -> list[str]:
+    """Accuracies of clones with and without the victim, and their differences seed by seed."""
+    with_it, without = ({cell.seed: cell.accuracy for cell in cells} for cells in (asked, alone))
+    added = (with_it[seed] - without[seed] for seed in with_it if seed in without)
+    return [percent(with_it.values()), percent(without.values()), percent(added)]
 
 
 def released_table(result: Evaluation) -> Table:
