@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 
 from divqat._util.errors import unknown_name
 from divqat.data.distortions import (
+    augmented,
     choose,
     collage,
     edges,
@@ -53,6 +54,7 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "leaves": leaves,
     "zoomed": zoomed,
     "collage": collage,
+    "augmented": augmented,
 }
 DRAWN = ("glyphs", "leaves", "noise")  # do not depend on the given images
 READ = ("photos", "folder")
