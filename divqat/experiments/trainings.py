@@ -27,10 +27,11 @@ class Trainings:
         common: keys of :class:`TrainConfig` for all trainings.
         fp: keys for the full-precision training.
         victims: keys by name, which is also the name of the run folder: ``method`` (any but fp),
-            ``teacher`` (the name of an earlier ``nasty`` or ``ini`` victim; default: fp, or none
-            for ``ini``), ``reference`` (the name of an earlier ``qat`` victim, against which an
-            ``accuracy_budget`` is measured), and others. A victim with method nasty or ini is
-            trained, but neither exported nor attacked; int8 models made from it are.
+            ``teacher`` (the name of an earlier full-precision victim; default: fp, or none for
+            ``ini``), ``reference`` (the name of an earlier ``qat`` victim, against which an
+            ``accuracy_budget`` is measured), and others. A victim with a full-precision method
+            (nasty, ini, misleader) is trained, but neither exported nor attacked; int8 models made
+            from it are.
 
     Raises:
         ConfigError: an unknown key or an invalid value, or settings of a victim that do not match
@@ -95,8 +96,8 @@ class Trainings:
                 )
             if self.teacher(name) not in teachers:
                 raise ConfigError(
-                    f"{name}: teacher: wanted fp, or an earlier nasty or ini victim, "
-                    f"got {self.teacher(name)!r}"
+                    f"{name}: teacher: wanted fp, or an earlier full-precision victim, got "
+                    f"{self.teacher(name)!r}"
                 )
             reference = settings.get("reference")
             if reference not in (None, *references):
@@ -118,7 +119,7 @@ class Trainings:
         config = self.training(name, self.seeds[0], Path())
         others: dict[str, tuple[str, tuple[str, ...]]] = {}
         if config.kind.needs_teacher:
-            others["teacher"] = self.teacher(name), SHARED
+            others["teacher"] = self.teacher(name), config.shared
         if config.reference is not None:
             others["reference"] = self.victims[name]["reference"], (*SHARED, *QUANTIZATION)
         for role, (other, settings) in others.items():
