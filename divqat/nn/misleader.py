@@ -30,7 +30,7 @@ class Misleader:
     CIFAR-10 uses (λ, T, α) = (0.001, 6, 0.3) for ResNet-18, (0.05, 4, 0.9) for MobileNetV2 and
     (0.01, 2, 0.3) for DenseNet-121; S has V's architecture, learns with momentum 0.9, weight decay
     5e-4, and a learning rate that falls from 0.01 like V's. V starts from new weights. The deployed
-    victim averages the probabilities of three such V.
+    victim averages the probabilities of three such V: :class:`divqat.models.Ensemble`.
 
     Otherwise than there:
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from divqat._util.settings import ConfigError
+from divqat.models import ENSEMBLE
+from divqat.models.ensemble import MEMBERS
 from divqat.train.settings import LossSettings
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ def check_settings(config: TrainConfig) -> None:
             f"weights: wanted none for method {config.method}, which starts from its teacher's, "
             f"got {config.weights!r}"
         )
-    if not config.epochs and config.weights is None:
+    if not config.epochs and config.weights is None and config.method != "ensemble":
         raise ConfigError("epochs: wanted at least 1, or weights to use unchanged, got 0")
+    _check_ensemble(config)
     if config.cache_teacher and (config.pad or config.flip):
         raise ConfigError(
             "cache_teacher: wanted images that are the same in every epoch, got pad = "
@@ -55,6 +58,24 @@ def check_settings(config: TrainConfig) -> None:
             raise ConfigError(
                 f"{name}: wanted at most epochs = {config.epochs}, got {getattr(config, name):g}"
             )
+
+
+def _check_ensemble(config: TrainConfig) -> None:
+    """Check method, network, epochs and members of an ensemble."""
+    if config.method != "ensemble":
+        if config.members is not None:
+            raise ConfigError(
+                f"members: wanted none with a method other than ensemble, got {config.method}"
+            )
+        return
+    if config.model != ENSEMBLE or config.epochs:
+        raise ConfigError(
+            f"method: wanted model {ENSEMBLE} and epochs 0 with ensemble, got {config.model} and "
+            f"{config.epochs}"
+        )
+    count = len(config.members or ())
+    if count != len(MEMBERS):
+        raise ConfigError(f"members: wanted those of {', '.join(MEMBERS)}, got {count}")
 
 
 def _check_defense(config: TrainConfig) -> None:

@@ -78,9 +78,10 @@ class TrainConfig(
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Names of the settings that must be those of the teacher. A misleader model may have
-        another network, as it only learns from the teacher's answers."""
-        return tuple(name for name in SHARED if self.method != "misleader" or name != "model")
+        """Names of the settings that must be those of the teacher and of members. A misleader model
+        may have another network, as it only learns from the teacher's answers."""
+        differs = {"model"} if self.method in ("misleader", "ensemble") else {}
+        return tuple(name for name in SHARED if name not in differs)
 
     @property
     def unused(self) -> set[str]:

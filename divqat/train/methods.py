@@ -41,6 +41,8 @@ class Method:
 # misleader: see divqat.nn.misleader. Full precision, as in the paper, and as for ini. λ is the
 #   paper's α here, and the cross-entropy counts 1 − α. α = 0.3 and T = 6 are those of the authors'
 #   script for ResNet-18 on CIFAR-10.
+# ensemble: of MISLEADER, but members may come from any full-precision method. ptq quantizes the
+#   members unchanged; qat trains them on, with the cross-entropy of their mean probabilities.
 # ptq: ranges are moving averages; weights are frozen, with BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).
 # kd-qat: L = CE(y, q) + λ T² KL(p_T‖q_T) (Hinton et al., "Distilling the knowledge in a neural
@@ -68,6 +70,10 @@ METHODS = {
         weight=0.3,
         temperature=6.0,
         direction="teacher_student",
+    ),
+    "ensemble": Method(
+        "the ensemble of the full-precision trainings members, untrained (epochs 0)",
+        quantized=False,
     ),
     "ptq": Method("post-training quantization: observes ranges, changes no weight", quantized=True),
     "qat": Method("plain quantization-aware training, the undefended control", quantized=True),

@@ -27,6 +27,7 @@ from divqat.train.config import TrainConfig
 from divqat.train.distributed import World
 from divqat.train.folder import Run
 from divqat.train.graph import GraphedCallable, on_stream
+from divqat.train.members import load_members
 from divqat.train.memory import StepMemory
 from divqat.train.network import build_initial_model, shape_of
 from divqat.train.objective import Objective, build_thief
@@ -68,6 +69,7 @@ class Trainer:
             )
         teacher_model = None if teacher is None else teacher.model
         self.model = build_initial_model(config, self.shape, teacher_model, world)
+        load_members(self.model, config, self.shape)
         self.steps, self.drop_last = steps_per_epoch(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         misdirection: MisdirectionLoss | None = None

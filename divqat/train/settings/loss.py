@@ -31,11 +31,17 @@ class LossSettings(Options):
     )
     teacher: str | None = option(
         None,
-        "Run folder of a finished full-precision training, for all methods except fp and ini. "
+        "Run folder of a finished full-precision training, for all methods except fp, ini and "
+        "ensemble. "
         "Quantized models start from its weights; divqat, kd-qat, nasty and misleader use its "
         "answers.",
         group="what to train",
     )
+    members: tuple[str, ...] | None = option(
+        None, "Run folders of the finished full-precision trainings of an ensemble's networks, in "
+        "their order, with method ensemble.",
+        group="what to train",
+    )  # fmt: skip
     label_smoothing: float = option(
         0.0, "Fraction of the target spread over all classes; with qat, a baseline defense that "
         "lowers confidence.",
