@@ -152,3 +152,32 @@ def test_distances_of_glyphs_by_hand():
     stroke = torch.tensor([[[[0.0, 0.0], [1.0, 0.0]], [[5.0, 5.0], [5.0, 5.0]]]])
     points = torch.tensor([[0.5, 0.25], [-3.0, 4.0], [2.0, 0.0], [5.0, 6.0]])
     torch.testing.assert_close(_to_strokes(points, stroke), torch.tensor([[0.25, 5.0, 1.0, 1.0]]))
+
+
+def test_augmented_images_are_turned_a_little_and_every_second_one_mirrored():
+    """Of a ramp along x the gradient turns, whatever happens to its size and sign."""
+    ramp = (64 + 4 * torch.arange(32)).to(torch.uint8).expand(1, 3, 32, 32)
+    made = distortions.augmented(ramp.expand(400, 3, 32, 32), seeded()).double()
+    middle = made[:, 0, 8:24, 8:24]  # what is moved in is outside
+    x, y = middle.diff(dim=2).mean((1, 2)), middle.diff(dim=1).mean((1, 2))
+    angle = torch.atan2(-y, x).rad2deg()
+    mirrored = angle.abs() > 90
+    assert 140 < mirrored.sum() < 260  # six standard deviations
+    tilt = torch.where(mirrored, angle.abs() - 180, angle.abs()).abs()
+    assert 13 < tilt.max() < 17  # 15, up to rounding
+    change = torch.hypot(x, y) / 4
+    assert 0.3 < change.min() < 0.6 and 1.3 < change.max() < 2.0  # 0.6² 0.85 ... 1.4² 1.1
+    assert ((made > 0).double().mean((1, 2, 3)) > 0.5).all()
+
+
+def test_augmented_images_are_lighter_darker_and_sometimes_gray():
+    color = torch.tensor([70, 80, 95], dtype=torch.uint8).view(1, 3, 1, 1)
+    made = distortions.augmented(color.expand(500, 3, 9, 7), seeded())[:, :, 4, 3].double()
+    gray = (made.amax(1) - made.amin(1)) <= 1
+    assert 46 < gray.sum() < 154  # six standard deviations
+    mean = made @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) / 78.72
+    assert 0.59 < mean.min() < 0.65 and 1.35 < mean.max() < 1.41
+    spread = (made.amax(1) - made.amin(1))[~gray] / 25 / mean[~gray]
+    assert 0.29 < spread.min() < 0.5 and 1.5 < spread.max() < 2.03  # 0.6², 1.4², rounded
+    one = distortions.augmented(color[:, :1].expand(4, 1, 8, 8), seeded())
+    assert one.shape == (4, 1, 8, 8)

@@ -21,7 +21,7 @@ from divqat.nn.proxies import ProxySource
 from divqat.train import TrainConfig, load_run, step, train
 from divqat.train.distributed import World
 from divqat.train.network import build_model
-from divqat.train.objective import Objective, build_ini
+from divqat.train.objective import Objective, build_thief
 from divqat.train.proxies import Proxies
 from divqat.train.step import Step
 
@@ -207,7 +207,7 @@ def test_a_step_adds_the_terms():
     twin = copy.deepcopy(model).double()
     images, labels, _ = batch()
     ini, world = InI(student, 0.3, 1.0, 5.0), World()
-    objective = Objective(config(), config(), world, list(model.parameters()), 0, ini=ini)
+    objective = Objective(config(), config(), world, list(model.parameters()), 0, thief=ini)
     do = Step(model, None, labels, world, objective, config(), config())
     torch.manual_seed(3)
     result = do(images[:6].float(), torch.arange(6), images[6:].float(), total=6)
@@ -246,14 +246,15 @@ def test_with_zero_weights_it_is_plain_training_bit_for_bit(ini, tmp_path):
 def test_the_simulated_thief_does_not_start_from_the_victims_weights():
     shape = dict(in_channels=1, num_classes=10, image_size=[8, 8])
     one, same, other = (
-        build_ini(config(), "lenet", seed, shape, torch.device("cpu")).student for seed in (0, 0, 1)
+        build_thief(config(), "lenet", seed, shape, torch.device("cpu")).student
+        for seed in (0, 0, 1)
     )
     assert_equal(one.state_dict(), same.state_dict())
     assert not torch.equal(one.features[0][0].weight, other.features[0][0].weight)
     assert not torch.equal(
         one.features[0][0].weight, build_model(config(), shape).features[0][0].weight
     )
-    assert build_ini(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
+    assert build_thief(TrainConfig(), "lenet", 0, shape, torch.device("cpu")) is None
 
 
 @pytest.mark.slow
@@ -297,7 +298,7 @@ def test_it_learns_the_task_and_its_terms(tmp_path):
         images, labels = splits.test.images[:256], splits.test.labels[:256]
         images = torch.cat([to_float(images), foreign])
         logits = run.model(images).detach()
-        student = build_ini(config(), "lenet", 0, run.shape, torch.device("cpu")).student
+        student = build_thief(config(), "lenet", 0, run.shape, torch.device("cpu")).student
         found[method] = [
             sum(InI(student, *weights)(logits, labels, images)).item() for weights in torch.eye(3)
         ]

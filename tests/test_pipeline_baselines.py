@@ -48,14 +48,14 @@ def test_a_full_precision_victim_teaches_and_is_not_attacked(tmp_path):
 @pytest.mark.parametrize(
     ("victims", "message"),
     [
-        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp, or an earlier nasty"),
+        ({"a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted fp, or an earlier full"),
         (
             {"a": {"method": "qat", "teacher": "b"}, "b": NASTY},
-            "an earlier nasty or ini victim, got 'b'",
+            "an earlier full-precision victim, got 'b'",
         ),
         ({"b": {"method": "qat"}, "a": {"method": "qat", "teacher": "b"}}, "a: teacher: wanted"),
         ({"b": NASTY}, "victims: wanted at least one that is quantized"),
-        ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ini, ptq, qat, kd-"),
+        ({"a": {"method": "fp"}}, "a: method: wanted one of nasty, ini, misleader, ensemble, ptq"),
         ({"b": {**INI, "teacher": "fp"}, "a": {"method": "ptq", "teacher": "b"}}, "wanted none"),
         ({"a": {"method": "qat", "seed": 1}}, "a: the study sets seed itself"),
         ({"a": {"method": "qat", "model": "resnet20"}}, "a: model: wanted lenet as in its teacher"),

@@ -15,7 +15,10 @@ from divqat.train import TrainConfig
         (dict(epochs=None), "epochs: wanted a whole number"),
         (dict(flip="yes"), "flip: wanted true or false, got 'yes'"),
         (dict(momentum=1.0), "momentum: wanted a number at least 0 below 1, got 1"),
-        (dict(method="qqat"), "method: wanted one of fp, nasty, ini, ptq, qat, kd-qat, divqat"),
+        (
+            dict(method="qqat"),
+            "method: wanted one of fp, nasty, ini, misleader, ensemble, ptq, qat, kd",
+        ),
         (dict(weight_bits=9), "weight_bits: wanted a whole number at least 2 at most 8, got 9"),
         (dict(method="qat"), "teacher: wanted the run folder .* method qat, got none"),
         (dict(teacher="runs/fp"), "teacher: wanted none for method fp"),

@@ -108,6 +108,37 @@ def collage(images: Tensor, generator: Generator) -> Tensor:
     return _to_bytes(picture)
 
 
+def augmented(images: Tensor, generator: Generator) -> Tensor:
+    """Augmented, with the ranges of the simulated thief of MISLEADER (:mod:`divqat.nn.misleader`):
+    80 to 100 % of the area with a ratio of 3/4 to 4/3, resized; mirrored, each second one; brighter
+    or darker, with more or less contrast, more or less colorful, each by up to 40 %; every fifth
+    one gray; rotated by up to 15°, moved by up to a tenth of the side, and 0.9 to 1.1 times as
+    large, on black. The sides of a crop end at the image's, and the geometry is one bilinear
+    interpolation."""
+    m, _, height, width = images.shape
+    picture, area, ratio = images.float(), _uniform(images, 0.8, 1, m, generator), height / width
+    stretch = _uniform(images, math.log(3 / 4), math.log(4 / 3), m, generator).exp()
+    sides = (area[:, None] * torch.stack([stretch, 1 / stretch], dim=1)).sqrt().clamp(max=1)
+    center = (1 - sides) * (2 * rand(images, m, 2, generator=generator) - 1)
+    mirror = torch.where(rand(images, m, generator=generator) < 0.5, -1, 1)
+    for anchor in (torch.zeros_like, lambda x: _gray(x).mean((2, 3), keepdim=True), _gray):
+        share = _uniform(images, 0.6, 1.4, (m, 1, 1, 1), generator)
+        picture = torch.lerp(anchor(picture).expand_as(picture), picture, share).clamp(0, 255)
+    gray = rand(images, m, 1, 1, 1, generator=generator) < 0.2
+    picture = torch.where(gray, _gray(picture), picture)
+    angle = _uniform(images, -math.pi / 12, math.pi / 12, m, generator)
+    step = 1 / _uniform(images, 0.9, 1.1, m, generator)
+    x, y = (0.4 * rand(images, 2, m, generator=generator) - 0.2).unbind()  # halves of the side
+    cos, sin = step * angle.cos(), step * angle.sin()
+    rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
+    rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
+    grid = _grid(images, torch.stack(rows, dim=1).view(m, 2, 3))  # in the resized crop
+    inside = grid.abs().amax(-1)[:, None] <= 1
+    sides = sides * torch.stack([mirror, torch.ones_like(mirror)], dim=1)
+    grid = grid * sides[:, None, None] + center[:, None, None]
+    return _to_bytes(torch.where(inside, _sampled(picture, grid, "border"), 0))
+
+
 def edges(images: Tensor, generator: Generator) -> Tensor:
     """The Sobel gradient magnitude of each channel, with the largest value of an image white."""
     # Differences instead of a convolution: copying its kernel to a GPU would be a host sync.
@@ -178,6 +209,22 @@ def rand(like: Tensor, *shape: int, generator: Generator) -> Tensor:
 def choose(like: Tensor, pool: Tensor, count: int, generator: Generator) -> Tensor:
     """Random rows of ``pool``, int64 [count], on the device of ``like``."""
     return torch.randint(len(pool), (count,), generator=generator, device=like.device)
+
+
+def _uniform(
+    like: Tensor, low: float, high: float, shape: int | tuple[int, ...], generator: Generator
+) -> Tensor:
+    """Uniform random numbers in [low, high)."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    return low + (high - low) * rand(like, *shape, generator=generator)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """The luma of RGB images, else the mean of the channels; float32 [M, 1, H, W]."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
 
 
 def _smooth(coarse: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from divqat._util.errors import unknown_name
 from divqat.data.compositions import composed
 from divqat.data.distortions import (
+    augmented,
     choose,
     collage,
     edges,
@@ -54,6 +55,7 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "leaves": leaves,
     "zoomed": zoomed,
     "collage": collage,
+    "augmented": augmented,
 }
 DRAWN = ("glyphs", "leaves", "noise")  # do not depend on the given images
 PARTS = ("glyphs", "leaves")  # of ``composed``

@@ -9,11 +9,12 @@ from typing import Any
 
 from divqat._util.names import check_name
 from divqat._util.settings import ConfigError, check_keys
+from divqat.models.ensemble import MEMBERS
 from divqat.train import TrainConfig
 from divqat.train.config import QUANTIZATION, SHARED
 from divqat.train.methods import METHODS
 
-ROLES = ("teacher", "reference")  # for which a victim names another training
+ROLES = ("teacher", "reference", "members")  # for which a victim names other trainings
 SET_BY_STUDY = ("seed", *ROLES)
 VICTIM_METHODS = tuple(name for name in METHODS if name != "fp")
 
@@ -27,10 +28,12 @@ class Trainings:
         common: keys of :class:`TrainConfig` for all trainings.
         fp: keys for the full-precision training.
         victims: keys by name, which is also the name of the run folder: ``method`` (any but fp),
-            ``teacher`` (the name of an earlier ``nasty`` or ``ini`` victim; default: fp, or none
-            for ``ini``), ``reference`` (the name of an earlier ``qat`` victim, against which an
-            ``accuracy_budget`` is measured), and others. A victim with method nasty or ini is
-            trained, but neither exported nor attacked; int8 models made from it are.
+            ``teacher`` (the name of an earlier full-precision victim; default: fp, or none for
+            ``ini``), ``reference`` (the name of an earlier ``qat`` victim, against which an
+            ``accuracy_budget`` is measured), ``members`` (the names of earlier full-precision
+            victims, for method ``ensemble``), and others. A victim with a full-precision method
+            (nasty, ini, misleader, ensemble) is trained, but neither exported nor attacked; int8
+            models made from it are.
 
     Raises:
         ConfigError: an unknown key or an invalid value, or settings of a victim that do not match
@@ -95,14 +98,23 @@ class Trainings:
                 )
             if self.teacher(name) not in teachers:
                 raise ConfigError(
-                    f"{name}: teacher: wanted fp, or an earlier nasty or ini victim, "
-                    f"got {self.teacher(name)!r}"
+                    f"{name}: teacher: wanted fp, or an earlier full-precision victim, got "
+                    f"{self.teacher(name)!r}"
                 )
             reference = settings.get("reference")
             if reference not in (None, *references):
                 raise ConfigError(
                     f"{name}: reference: wanted an earlier qat victim, got {reference!r}"
                 )
+            if not isinstance(self.members(name), list):
+                raise ConfigError(
+                    f"{name}: members: wanted a list of names, got {self.members(name)!r}"
+                )
+            for member in self.members(name):
+                if member not in teachers:
+                    raise ConfigError(
+                        f"{name}: members: wanted earlier full-precision victims, got {member!r}"
+                    )
             if method == "qat":
                 references.append(name)
             if not METHODS[method].quantized:
@@ -116,12 +128,19 @@ class Trainings:
         """Check now what the training would refuse only after its teacher and reference have been
         trained."""
         config = self.training(name, self.seeds[0], Path())
-        others: dict[str, tuple[str, tuple[str, ...]]] = {}
+        # role, name, settings
+        others = [("members", other, config.shared) for other in self.members(name)]
         if config.kind.needs_teacher:
-            others["teacher"] = self.teacher(name), SHARED
+            others.append(("teacher", self.teacher(name), config.shared))
         if config.reference is not None:
-            others["reference"] = self.victims[name]["reference"], (*SHARED, *QUANTIZATION)
-        for role, (other, settings) in others.items():
+            reference = self.victims[name]["reference"]
+            others.append(("reference", reference, (*SHARED, *QUANTIZATION)))
+        networks = [self.training(other, self.seeds[0], Path()).model for _, other, _ in others]
+        if config.method == "ensemble" and networks != [*MEMBERS]:
+            raise ConfigError(
+                f"{name}: members: wanted networks {', '.join(MEMBERS)}, got {', '.join(networks)}"
+            )
+        for role, other, settings in others:
             other_config = self.training(other, self.seeds[0], Path())
             for setting in settings:
                 wanted, got = getattr(other_config, setting), getattr(config, setting)
@@ -149,10 +168,16 @@ class Trainings:
         """The name of a victim's teacher."""
         return self.victims[name].get("teacher", "fp")
 
+    def members(self, name: str) -> list[str]:
+        """The names of a victim's members."""
+        return self.victims[name].get("members") or []
+
     def needs(self, name: str) -> list[str]:
-        """The names of the training's teacher and reference, if it has them."""
-        if name == "fp" or not METHODS[self.victims[name]["method"]].needs_teacher:
+        """The names of the training's teacher and reference or members, if it has them."""
+        if name == "fp":
             return []
+        if not METHODS[self.victims[name]["method"]].needs_teacher:
+            return self.members(name)
         others = [self.teacher(name), self.victims[name].get("reference")]
         return [other for other in others if other is not None]
 
@@ -164,6 +189,10 @@ class Trainings:
             settings["teacher"] = str(self.folder(out, seed, self.teacher(name)))
             if "reference" in keys:
                 settings["reference"] = str(self.folder(out, seed, keys["reference"]))
+        if name != "fp" and self.members(name):
+            settings["members"] = [
+                str(self.folder(out, seed, member)) for member in self.members(name)
+            ]
         return TrainConfig.from_dict(settings, where=name)
 
     @staticmethod

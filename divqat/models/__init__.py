@@ -15,18 +15,20 @@ from torch import nn
 
 from divqat._util.errors import unknown_name
 from divqat._util.foreign import foreign, is_foreign
+from divqat.models.ensemble import Ensemble
 from divqat.models.lenet import LeNet
 from divqat.models.mobilenetv2_small import MobileNetV2Small
 from divqat.models.resnet20 import ResNet20
 from divqat.models.vgg_small import VGGSmall
 
-__all__ = ["LeNet", "MobileNetV2Small", "ResNet20", "VGGSmall", "build", "names"]
+__all__ = ["Ensemble", "LeNet", "MobileNetV2Small", "ResNet20", "VGGSmall", "build", "names"]
 
+ENSEMBLE = "ensemble"  # only for victims, not for clones
 MIN_SIZE = 8  # every network halves the image at least twice
 
 
 def names() -> list[str]:
-    """The names that :func:`build` knows."""
+    """The names of single networks that :func:`build` knows."""
     return ["lenet", "resnet20", "vgg_small", "mobilenetv2_small"]
 
 
@@ -36,9 +38,9 @@ def build(
     """A network with random weights; ``torch.manual_seed`` determines them.
 
     Args:
-        name: one of :func:`names`, or ``module:function``: a function (or class) that takes the
-            three arguments below by keyword, ``image_size`` as (H, W), and returns the network; see
-            :func:`divqat._util.foreign.foreign`.
+        name: one of :func:`names`, ``ensemble``, or ``module:function``: a function (or class) that
+            takes the three arguments below by keyword, ``image_size`` as (H, W), and returns the
+            network; see :func:`divqat._util.foreign.foreign`.
         in_channels: channels of the images, at least 1.
         num_classes: number of logits, at least 1.
         image_size: (H, W), or one number for both; at least 8. Only ``lenet`` depends on it.
@@ -53,7 +55,7 @@ def build(
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: wanted an nn.Module of {name}, got {type(model).__name__}")
         return model
-    if name not in names():
+    if name not in (*names(), ENSEMBLE):
         raise unknown_name("model", name, names())
     if in_channels < 1:
         raise ValueError(f"in_channels must be at least 1, got {in_channels}")
@@ -67,4 +69,6 @@ def build(
         return ResNet20(in_channels, num_classes)
     if name == "vgg_small":
         return VGGSmall(in_channels, num_classes)
+    if name == ENSEMBLE:
+        return Ensemble(in_channels, num_classes)
     return MobileNetV2Small(in_channels, num_classes)

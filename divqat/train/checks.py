@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from divqat._util.settings import ConfigError
+from divqat.models import ENSEMBLE
+from divqat.models.ensemble import MEMBERS
 from divqat.train.settings import LossSettings
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ def check_settings(config: TrainConfig) -> None:
             f"weights: wanted none for method {config.method}, which starts from its teacher's, "
             f"got {config.weights!r}"
         )
-    if not config.epochs and config.weights is None:
+    if not config.epochs and config.weights is None and config.method != "ensemble":
         raise ConfigError("epochs: wanted at least 1, or weights to use unchanged, got 0")
+    _check_ensemble(config)
     if config.cache_teacher and (config.pad or config.flip):
         raise ConfigError(
             "cache_teacher: wanted images that are the same in every epoch, got pad = "
@@ -57,17 +60,41 @@ def check_settings(config: TrainConfig) -> None:
             )
 
 
+def _check_ensemble(config: TrainConfig) -> None:
+    """Check method, network, epochs and members of an ensemble."""
+    if config.method != "ensemble":
+        if config.members is not None:
+            raise ConfigError(
+                f"members: wanted none with a method other than ensemble, got {config.method}"
+            )
+        return
+    if config.model != ENSEMBLE or config.epochs:
+        raise ConfigError(
+            f"method: wanted model {ENSEMBLE} and epochs 0 with ensemble, got {config.model} and "
+            f"{config.epochs}"
+        )
+    count = len(config.members or ())
+    if count != len(MEMBERS):
+        raise ConfigError(f"members: wanted those of {', '.join(MEMBERS)}, got {count}")
+
+
 def _check_defense(config: TrainConfig) -> None:
-    """Check misdirection, InI, accuracy budget and reference."""
+    """Check misdirection, InI, MISLEADER, accuracy budget and reference."""
     if config.misdirect and config.method != "divqat":
         raise ConfigError(
             f"misdirect: wanted 0 with a method other than divqat, got {config.misdirect:g} with "
             f"method {config.method}"
         )
-    if config.uses_proxies and ("folder" in config.proxies) != (config.proxy_root is not None):
+    proxies = config.proxies or ()
+    if config.uses_proxies and ("folder" in proxies) != (config.proxy_root is not None):
         raise ConfigError(
             f"proxy_root: wanted a folder if proxies include 'folder', else none, got "
-            f"{config.proxy_root!r} with proxies {', '.join(config.proxies)}"
+            f"{config.proxy_root!r} with proxies {', '.join(proxies)}"
+        )
+    if config.method == "misleader" and (config.weight or 0) > 1:
+        raise ConfigError(
+            "weight: wanted at most 1 with misleader, where the cross-entropy counts 1 - weight, "
+            f"got {config.weight:g}"
         )
     if config.method == "ini" and (config.compile or config.precision == "float16"):
         raise ConfigError(
@@ -125,10 +152,11 @@ def check_world_size(config: TrainConfig, processes: int, device: str) -> None:
             f"ranges: wanted delayed or auto with {processes} processes and accumulate = "
             f"{config.accumulate}, got exact"
         )
-    if config.method == "ini" and parts > 1:
+    whole = {"ini": "whose loss is no sum over images", "misleader": "whose thief learns each step"}
+    if config.method in whole and parts > 1:
         raise ConfigError(
-            "method: wanted one process and accumulate = 1 with ini, whose loss is no sum over "
-            f"images, got {processes} and {config.accumulate}"
+            f"method: wanted one process and accumulate = 1 with {config.method}, "
+            f"{whole[config.method]}, got {processes} and {config.accumulate}"
         )
     if config.cuda_graph and (device != "cuda" or processes > 1):
         raise ConfigError(

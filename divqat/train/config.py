@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from divqat.data.proxies import PROXIES
 from divqat.quantize.config import default_weight_bits, narrow
 from divqat.train import checks
 from divqat.train.settings import (
@@ -26,6 +27,7 @@ QUANTIZATION = (  # ... and those that it must also share with a reference
 )  # fmt: skip
 RANGES = ("ranges", "freeze_observers_epoch", "freeze_batchnorm_epoch")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
+MISLEADER = ("misleader_lambda", "misleader_steps", "misleader_lr")
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
 MISDIRECTION = (
     "misdirect", "distill", "proxies", "proxy_share", "misdirect_target", "proxy_confidence",
@@ -55,13 +57,15 @@ class TrainConfig(
         self._set_default("weight_bits", default_weight_bits(self.preset))
         self._set_default("misdirect", MISDIRECT if budgeted else 0.0)
         self._set_default("weight", 0.0 if self.misdirect else self.kind.weight)
+        self._set_default("temperature", self.kind.temperature)
         self._set_default("direction", self.kind.direction)
+        self._set_default("proxies", ("augmented",) if self.method == "misleader" else PROXIES)
         distills = self.misdirect and self.reference is not None and not self.weight
         self._set_default("distill", DISTILL if distills else 0.0)
         checks.check_settings(self)
         self.check_world_size(1)
 
-    def _set_default(self, name: str, value: float | str) -> None:
+    def _set_default(self, name: str, value: float | str | tuple[str, ...]) -> None:
         if getattr(self, name) is None:
             object.__setattr__(self, name, value)
 
@@ -69,7 +73,15 @@ class TrainConfig(
     def uses_proxies(self) -> bool:
         """Whether each batch also holds proxies of a thief's images."""
         ini = self.method == "ini" and (self.ini_gamma or self.ini_epsilon)
-        return bool(self.misdirect or ini)
+        misleader = self.method == "misleader" and self.misleader_lambda
+        return bool(self.misdirect or ini or misleader)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the settings that must be those of the teacher and of members. A misleader model
+        may have another network, as it only learns from the teacher's answers."""
+        differs = {"model"} if self.method in ("misleader", "ensemble") else {}
+        return tuple(name for name in SHARED if name not in differs)
 
     @property
     def rejects(self) -> bool:
@@ -91,15 +103,17 @@ class TrainConfig(
             unused |= {"first_last_bits"}
         if self.method != "ini":
             unused |= {*INI}
+        if self.method != "misleader":
+            unused |= {*MISLEADER}
         return unused
 
     def check_world_size(self, processes: int, device: str = "cuda") -> None:
         """Check that ``processes`` processes on devices of this type can train with these settings.
 
         Raises:
-            ConfigError: fewer images per step than micro-batches; exact ranges or method ini with
-                several micro-batches, as both need the whole batch at once; a CUDA graph without a
-                GPU or with several processes; or compiled synchronized BatchNorm.
+            ConfigError: fewer images per step than micro-batches; exact ranges, or method ini or
+                misleader, with several micro-batches, as they need the whole batch at once; a CUDA
+                graph without a GPU or with several processes; or compiled synchronized BatchNorm.
         """
         checks.check_world_size(self, processes, device)
 

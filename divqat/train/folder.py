@@ -23,7 +23,7 @@ from divqat.train.settings import DataSettings
 CHECKPOINT, METRICS, SUMMARY = "checkpoint.pt", "metrics.csv", "summary.json"
 # Settings that may differ when a run resumes: where files are and what it runs on. Whether the
 # teacher and the reference are the same is checked by the fingerprints of their weights.
-MAY_DIFFER = ("device", "data_root", "stream", "workers", "teacher", "reference")
+MAY_DIFFER = ("device", "data_root", "stream", "workers", "teacher", "reference", "members")
 
 
 FIELD_TYPES = {

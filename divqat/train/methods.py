@@ -15,13 +15,14 @@ class Method:
             full-precision model from new weights.
         divergence_sign: s of L = CE − s · λ T² D(model, teacher): 1 moves the model's answers away
             from the teacher's, −1 towards them, 0 leaves the divergence out.
-        weight, direction: the defaults of λ and D.
+        weight, temperature, direction: the defaults of λ, T and D.
     """
 
     help: str
     quantized: bool
     divergence_sign: int = 0
     weight: float = 0.15
+    temperature: float = 4.0
     direction: str = "student_teacher"
 
     @property
@@ -37,6 +38,11 @@ class Method:
 #   even with the same seed (see build_model).
 # ini: see divqat.nn.ini. Full precision, as in the paper; ptq quantizes the result unchanged, qat
 #   continues from it without the loss of InI.
+# misleader: see divqat.nn.misleader. Full precision, as in the paper, and as for ini. λ is the
+#   paper's α here, and the cross-entropy counts 1 − α. α = 0.3 and T = 6 are those of the authors'
+#   script for ResNet-18 on CIFAR-10.
+# ensemble: of MISLEADER, but members may come from any full-precision method. ptq quantizes the
+#   members unchanged; qat trains them on, with the cross-entropy of their mean probabilities.
 # ptq: ranges are moving averages; weights are frozen, with BatchNorm folded in (Krishnamoorthi,
 #   "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342, 2018, §3).
 # kd-qat: L = CE(y, q) + λ T² KL(p_T‖q_T) (Hinton et al., "Distilling the knowledge in a neural
@@ -54,6 +60,19 @@ METHODS = {
     ),
     "ini": Method(
         "full precision, trained against a simulated thief (InI), from new weights",
+        quantized=False,
+    ),
+    "misleader": Method(
+        "full precision, distilled from the teacher into new weights, against a simulated thief "
+        "that learns (MISLEADER)",
+        quantized=False,
+        divergence_sign=-1,
+        weight=0.3,
+        temperature=6.0,
+        direction="teacher_student",
+    ),
+    "ensemble": Method(
+        "the ensemble of the full-precision trainings members, untrained (epochs 0)",
         quantized=False,
     ),
     "ptq": Method("post-training quantization: observes ranges, changes no weight", quantized=True),

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from divqat.nn import DivQATLoss, MisdirectionLoss
 from divqat.nn.ini import InI, without_conflicts
+from divqat.nn.misleader import Misleader
 from divqat.train.config import LOSS
 from divqat.train.distributed import MicroBatch, World
 from divqat.train.network import build_float
+from divqat.train.optimizer import build_sgd, load_optimizer, set_learning_rate
 from divqat.train.settings import LossSettings, MisdirectionSettings
 
 # From images, float32 [M, C, H, W], to the logits of a frozen network, float32 [M, num_classes].
@@ -21,14 +23,15 @@ Teacher = Callable[[Tensor], Tensor]
 
 
 class Objective:
-    """L = CE(y, q) − λ T² D(q, p) + κ T² KL(r‖q) + w · mean_x~ CE(q(x~), t(x~)) + terms of InI.
+    """L = CE(y, q) − λ T² D(q, p) + κ T² KL(r‖q) + w · mean_x~ CE(q(x~), t(x~)) + a thief's terms.
 
     q are the model's answers to training images, p the teacher's and r the reference's; a loss uses
     p or r, not both. x~ are proxies of a thief's images (:mod:`divqat.data.proxies`), t the targets
     of the misdirection. λ is ``weight``, κ ``distill``, w ``misdirect``. CE, D and KL are computed
     by :class:`divqat.nn.DivQATLoss` (the κ term as a divergence of weight −κ), the next term by
-    :class:`divqat.nn.MisdirectionLoss`, the last by :class:`divqat.nn.ini.InI`. This class weights
-    them and sums over micro-batches and processes.
+    :class:`divqat.nn.MisdirectionLoss`, the last by :class:`divqat.nn.ini.InI` or
+    :class:`divqat.nn.misleader.Misleader`, with which the first is (1 − λ) CE(y, q). This class
+    weights them and sums over micro-batches and processes.
 
     Args:
         settings: of the divergence.
@@ -36,7 +39,7 @@ class Objective:
         world: the processes that share a step.
         parameters: of the model; InI compares gradients.
         warmup_steps: the steps in which λ rises from 0.
-        misdirection, ini: these terms, if the loss has them.
+        misdirection, thief: these terms, if the loss has them.
     """
 
     def __init__(
@@ -47,12 +50,12 @@ class Objective:
         parameters: list[nn.Parameter],
         warmup_steps: int,
         misdirection: MisdirectionLoss | None = None,
-        ini: InI | None = None,
+        thief: InI | Misleader | None = None,
     ) -> None:
         self.settings, self.proxies, self.world = settings, proxies, world
         self.parameters = parameters
         self.misdirection = None if misdirection is None else misdirection.to(world.device)
-        self.ini = ini
+        self.thief = thief
         self.divergence: DivQATLoss | None = None
         if settings.kind.divergence_sign:
             names = [name for name in LOSS if name != "warmup_epochs"]
@@ -69,10 +72,26 @@ class Objective:
             sign = self.settings.kind.divergence_sign
             self.divergence.set_weight(strength * sign * float(self.settings.weight or 0))
 
-    def start_step(self, number: int) -> None:
-        """Set λ for step ``number``, counted from 0 over the whole training."""
+    def start_step(self, number: int, share: float) -> None:
+        """Set λ for step ``number``, counted from 0 over the whole training, and the learning rate
+        of a thief that learns, to this ``share`` of its peak."""
         if self.divergence is not None:
             self.divergence.steps.fill_(number)
+        if isinstance(self.thief, Misleader):
+            set_learning_rate(self.thief.optimizer, share * self.settings.misleader_lr)
+
+    def state(self) -> dict[str, Any]:
+        """What a thief has learned, for the checkpoint."""
+        if not isinstance(self.thief, Misleader):
+            return {}
+        network, optimizer = self.thief.thief, self.thief.optimizer
+        return {"thief": {"model": network.state_dict(), "optimizer": optimizer.state_dict()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore a :meth:`state`, which may hold other keys, too."""
+        if isinstance(self.thief, Misleader):
+            self.thief.thief.load_state_dict(state["thief"]["model"])
+            load_optimizer(self.thief.optimizer, state["thief"]["optimizer"])
 
     def __call__(
         self,
@@ -115,10 +134,15 @@ class Objective:
             objective = objective + mean * self.world.size
             sums[0] += total * mean.detach()
             sums[3:] += torch.stack([terms.loss.detach(), terms.misled])
-        if self.ini is not None:
-            ini_terms = self.ini(logits, labels, images)
+        if isinstance(self.thief, InI):
+            ini_terms = self.thief(logits, labels, images)
             sums[0] += total * sum(term.detach() for term in ini_terms)
             objective = without_conflicts([objective, *ini_terms], self.parameters)
+        elif self.thief is not None and len(images) > n:
+            self.thief.learn(logits[n:], images[n:])
+            term = self.thief(logits[n:], images[n:])
+            sums[0] += total * term.detach()
+            objective = objective + term
         return objective
 
     def loss_on_images(
@@ -130,23 +154,33 @@ class Objective:
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
             return loss, loss.detach(), torch.zeros_like(loss)
         loss = self.divergence(logits, labels, teacher_logits)
+        if self.settings.method == "misleader" and self.settings.weight:
+            smoothing = self.settings.label_smoothing
+            excess = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            loss = loss - self.settings.weight * excess
         assert self.divergence.ce is not None and self.divergence.divergence is not None
         return loss, self.divergence.ce, self.divergence.divergence
 
 
-def build_ini(
+def build_thief(
     settings: LossSettings, network: str, seed: int, shape: Mapping[str, Any], device: torch.device
-) -> InI | None:
-    """The terms of InI on ``device``, or None for other methods. The simulated thief has the
-    victim's architecture.
+) -> InI | Misleader | None:
+    """The terms of InI or MISLEADER on ``device``, or None if the loss has none. The simulated
+    thief has the victim's architecture.
 
     Args:
         network: name of the victim's network.
         seed: of the training.
         shape: from :func:`divqat.train.network.shape_of`.
     """
-    if settings.method != "ini":
+    misleads = settings.method == "misleader" and settings.misleader_lambda
+    if settings.method != "ini" and not misleads:
         return None
     student = build_float(network, seed, shape, "student")
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return InI(student, settings.ini_gamma, settings.ini_delta, settings.ini_epsilon)
+    if settings.method == "ini":
+        return InI(student, settings.ini_gamma, settings.ini_delta, settings.ini_epsilon)
+    optimizer = build_sgd(
+        student.parameters(), device, lr=settings.misleader_lr, momentum=0.9, weight_decay=5e-4
+    )
+    return Misleader(student, optimizer, settings.misleader_lambda, settings.misleader_steps)

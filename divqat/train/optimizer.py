@@ -29,22 +29,26 @@ def build_optimizer(
     """
     common: dict[str, Any] = dict(lr=settings.lr, weight_decay=settings.weight_decay)
     if settings.optimizer == "sgd":
-        sgd = SGD(
-            parameters,
-            **{**common, "lr": torch.tensor(settings.lr, device=device)},
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            fused=True,
+        nesterov = settings.momentum > 0
+        return build_sgd(
+            parameters, device, **common, momentum=settings.momentum, nesterov=nesterov
         )
-        # SGD allocates these buffers in its first step, and leaves garbage in them if the gradient
-        # scaler skips that step (torch 2.13). Starting from zeros gives the same bits.
-        for parameter in sgd.param_groups[0]["params"] if settings.momentum else ():
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
     library = require("pytorch_optimizer", EXTRA)
     if settings.optimizer == "lars":
         return library.LARS(parameters, **common, momentum=settings.momentum)
     return library.Lamb(parameters, **common)
+
+
+def build_sgd(
+    parameters: Iterable[nn.Parameter], device: torch.device, *, lr: float, **settings: Any
+) -> SGD:
+    """PyTorch's fused SGD; see :func:`build_optimizer`."""
+    sgd = SGD(parameters, lr=torch.tensor(lr, device=device), fused=True, **settings)
+    # SGD allocates these buffers in its first step, and leaves garbage in them if the gradient
+    # scaler skips that step (torch 2.13). Starting from zeros gives the same bits.
+    for parameter in sgd.param_groups[0]["params"] if settings["momentum"] else ():
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from divqat._util.seeds import derived_seed
 from divqat.data import LabeledImages
 from divqat.data.batches import batches, to_float, to_uint8
+from divqat.data.proxies import PROXIES
 from divqat.nn import MisdirectionLoss
 from divqat.nn.misdirection import SAMPLE, sample_size
 from divqat.nn.proxies import ProxySource
@@ -29,7 +30,7 @@ def fit_misdirection(
         batches(train_set, batch_size, generator=generator),
         num_classes,
         seed=seed,
-        kinds=settings.proxies,
+        kinds=settings.proxies or PROXIES,
         folder=settings.proxy_root,
         target=settings.misdirect_target,
         confidence=settings.proxy_confidence,
@@ -71,7 +72,7 @@ class Proxies:
             source = misdirection.source
         else:
             shape, folder = train_set.image_shape, settings.proxy_root
-            source = ProxySource(settings.proxies, shape, folder=folder, seed=seed)
+            source = ProxySource(settings.proxies or PROXIES, shape, folder=folder, seed=seed)
         return cls(source.to(world.device), seed, world)
 
     def start(self, epoch: int) -> None:

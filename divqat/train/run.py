@@ -27,7 +27,7 @@ from divqat.evaluate.curves import budget_path, training_curves
 from divqat.metrics import accuracy, mean_top_probability, predict, softmax
 from divqat.train.checks import check_divergence
 from divqat.train.collapse import collapse_warning
-from divqat.train.config import SHARED, TrainConfig
+from divqat.train.config import TrainConfig
 from divqat.train.distributed import World, connect, local_device
 from divqat.train.folder import (
     CHECKPOINT,
@@ -224,7 +224,7 @@ def _load_teacher(config: TrainConfig) -> Run:
             f"teacher: wanted a full-precision training, got method {teacher.config.method} in "
             f"{config.teacher}"
         )
-    for name in SHARED:
+    for name in config.shared:
         wanted, got = getattr(teacher.config, name), getattr(config, name)
         if wanted != got and name != "data_root":
             raise ValueError(f"{name}: wanted {wanted} as in {config.teacher}, got {got}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from divqat.quantize import save_as_codes
 from divqat.train.distributed import MicroBatch, World
 from divqat.train.objective import Objective
-from divqat.train.optimizer import build_optimizer
+from divqat.train.optimizer import build_optimizer, load_optimizer, set_learning_rate
 from divqat.train.settings import OptimizerSettings, RunningSettings
 
 
@@ -58,6 +59,23 @@ class Step:
             world.device.type, enabled=running.precision == "float16"
         )
         self.optimizer = build_optimizer(optimizer, model.parameters(), world.device)
+
+    def state(self) -> dict[str, Any]:
+        """What steps change, besides the model."""
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {**state, **self.objective.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore a :meth:`state`, which may hold other keys, too."""
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler", {}))
+        self.objective.load(state)
+
+    def start(self, number: int, lr: float, share: float) -> None:
+        """Prepare step ``number``, counted from 0 over the whole training, with the learning rate
+        ``lr``, which is ``share`` of its peak."""
+        set_learning_rate(self.optimizer, lr)
+        self.objective.start_step(number, share)
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context that runs in the chosen precision."""

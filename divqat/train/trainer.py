@@ -28,10 +28,10 @@ from divqat.train.config import TrainConfig
 from divqat.train.distributed import World
 from divqat.train.folder import Run
 from divqat.train.graph import GraphedCallable, on_stream
+from divqat.train.members import load_members
 from divqat.train.memory import StepMemory
 from divqat.train.network import build_initial_model, shape_of
-from divqat.train.objective import Objective, build_ini
-from divqat.train.optimizer import load_optimizer, set_learning_rate
+from divqat.train.objective import Objective, build_thief
 from divqat.train.proxies import Proxies, fit_misdirection
 from divqat.train.step import Step, check_finite
 
@@ -69,6 +69,7 @@ class Trainer:
             )
         teacher_model = None if teacher is None else teacher.model
         self.model = build_initial_model(config, self.shape, teacher_model, world)
+        load_members(self.model, config, self.shape)
         self.steps, self.drop_last = steps_per_epoch(len(self.train_set), config.batch_size)
         self.teacher_id = None if teacher is None else teacher.fingerprint
         misdirection: MisdirectionLoss | None = None
@@ -86,8 +87,8 @@ class Trainer:
             target_model = target.model.requires_grad_(False)
             target_model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         parameters, warmup = list(self.model.parameters()), round(config.warmup_epochs * self.steps)
-        ini = build_ini(config, config.model, config.seed, self.shape, device)
-        self.objective = Objective(config, config, world, parameters, warmup, misdirection, ini)
+        thief = build_thief(config, config.model, config.seed, self.shape, device)
+        self.objective = Objective(config, config, world, parameters, warmup, misdirection, thief)
         make, labels = CalibrationStep if config.method == "ptq" else Step, train_set.labels
         self.step = make(self.model, target_model, labels, world, self.objective, config, config)
         if target is not None and config.cache_teacher and config.has_divergence:
@@ -128,16 +129,11 @@ class Trainer:
             self.objective.set_strength(self.budget.strength)
 
     def _learned_state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
-        }
+        return {"model": self.model.state_dict(), **self.step.state()}
 
     def _load_learned_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        load_optimizer(self.step.optimizer, state["optimizer"])
-        self.step.scaler.load_state_dict(state.get("scaler", {}))
+        self.step.load(state)
 
     def run_epoch(self) -> dict[str, Any]:
         """Train one epoch, validate, and return its row of ``metrics.csv``. A budget may rewind the
@@ -276,8 +272,8 @@ class Trainer:
             waited += time.perf_counter() - ready
             total = min(config.batch_size, len(self.train_set) - count)
             number = (epoch - 1) * self.steps + step - 1  # of the step, over the whole training
-            set_learning_rate(self.step.optimizer, config.learning_rate(number, self.steps))
-            self.objective.start_step(number)
+            lr = config.learning_rate(number, self.steps)
+            self.step.start(number, lr, lr / config.lr)
             inputs = [images, index]
             if self.proxies is not None:
                 count_proxies = config.proxy_count(total)

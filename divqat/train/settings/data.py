@@ -14,8 +14,9 @@ class DataSettings(Options):
     """The data set and the network."""
 
     model: str = option(
-        "lenet", "Network; your own is a function of in_channels, num_classes and image_size.",
-        group="what to train", choices=models.names(), foreign=True,
+        "lenet", "Network; ensemble: averages the probabilities of a vgg_small, a resnet20 and a "
+        "mobilenetv2_small; your own is a function of in_channels, num_classes and image_size.",
+        group="what to train", choices=(*models.names(), models.ENSEMBLE), foreign=True,
     )  # fmt: skip
     weights: str | None = option(
         None, "State dict (.pt) of the network, trained elsewhere, from which fp starts; with "

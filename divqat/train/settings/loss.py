@@ -21,7 +21,7 @@ def _defaults(setting: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Options):
-    """Method, divergence, InI and accuracy budget."""
+    """Method, divergence, InI, MISLEADER and accuracy budget."""
 
     method: str = option(
         "fp",
@@ -31,10 +31,17 @@ class LossSettings(Options):
     )
     teacher: str | None = option(
         None,
-        "Run folder of a finished fp, nasty or ini training, for all methods except fp and ini. "
-        "Quantized models start from its weights; divqat, kd-qat and nasty use its answers.",
+        "Run folder of a finished full-precision training, for all methods except fp, ini and "
+        "ensemble. "
+        "Quantized models start from its weights; divqat, kd-qat, nasty and misleader use its "
+        "answers.",
         group="what to train",
     )
+    members: tuple[str, ...] | None = option(
+        None, "Run folders of the finished full-precision trainings of an ensemble's networks, in "
+        "their order, with method ensemble.",
+        group="what to train",
+    )  # fmt: skip
     label_smoothing: float = option(
         0.0, "Fraction of the target spread over all classes; with qat, a baseline defense that "
         "lowers confidence.",
@@ -42,13 +49,16 @@ class LossSettings(Options):
     )  # fmt: skip
     weight: float | None = option(
         None, "λ, weight of the divergence from the teacher's answers, which divqat and nasty "
-        "maximize and kd-qat minimizes; 0: plain qat or fp. None: "
+        "maximize and kd-qat minimizes; with misleader its α, and the cross-entropy counts 1 - α; "
+        "0: plain qat or fp. None: "
         f"{_defaults('weight')}, or 0 with misdirect.",
         group="divergence loss", least=0,
     )  # fmt: skip
-    temperature: float = option(
-        4.0, "T of the softmaxes in the divergence.", group="divergence loss", above=0
-    )
+    temperature: float | None = option(
+        None, "T of the softmaxes in the divergence. None: "
+        f"{_defaults('temperature')}.",
+        group="divergence loss", above=0,
+    )  # fmt: skip
     direction: str | None = option(
         None, "Divergence: KL(student‖teacher), KL(teacher‖student) or Jensen-Shannon. "
         f"None: {_defaults('direction')}.",
@@ -88,6 +98,19 @@ class LossSettings(Options):
         1000.0, "ε: shrinks a thief's gradient on proxies; with γ = δ = ε = 0 the training is that "
         "of fp.",
         group="InI (method ini)", least=0,
+    )  # fmt: skip
+    misleader_lambda: float = option(
+        0.001, "λ: turns answers to proxies away from those of a simulated thief, KL(model‖thief); "
+        "0: none.",
+        group="MISLEADER (method misleader)", least=0,
+    )  # fmt: skip
+    misleader_steps: int = option(
+        5, "Steps in which the simulated thief learns the answers to a step's proxies.",
+        group="MISLEADER (method misleader)", least=1,
+    )  # fmt: skip
+    misleader_lr: float = option(
+        0.01, "Peak learning rate of the simulated thief, which follows the model's schedule.",
+        group="MISLEADER (method misleader)", above=0,
     )  # fmt: skip
     accuracy_budget: float | None = option(
         None, "Points of validation accuracy that the defense may cost. The result is the last "

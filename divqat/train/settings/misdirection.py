@@ -20,9 +20,10 @@ class MisdirectionSettings(Options):
         f"thief's images; 0: none. None: {MISDIRECT} with an accuracy budget, else 0.",
         group="misdirection", least=0,
     )  # fmt: skip
-    proxies: tuple[str, ...] = option(
-        PROXIES, "Kinds of proxies for misdirect and ini, equally many of each; rotated: by 60 "
-        "degrees or more.",
+    proxies: tuple[str, ...] | None = option(
+        None, "Kinds of proxies for misdirect, ini and misleader, equally many of each; rotated: "
+        "by 60 degrees or more; augmented: as in MISLEADER. None: augmented for misleader, else "
+        f"{', '.join(PROXIES)}.",
         group="misdirection", choices=NAMES,
     )  # fmt: skip
     proxy_share: float = option(
