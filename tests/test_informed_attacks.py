@@ -228,6 +228,30 @@ def test_what_the_decoy_explains_least_is_kept(monkeypatch):
     assert torch.equal(seen[0], answers[losses.argsort(descending=True)[:25].sort().values])
 
 
+@pytest.mark.parametrize("threshold", [-99.0, 0.0, 99.0])
+def test_what_differs_from_the_decoy_is_kept(monkeypatch, threshold):
+    """The victim rejects all, some or none of the queries, with zeros."""
+    seen = []
+    monkeypatch.setattr(
+        "divqat.attacks.known_decoy.reading", lambda text: lambda kept: seen.append(kept) or kept
+    )
+
+    def rejecting(images):
+        with torch.no_grad():
+            logits = MODEL(images)
+        return logits * (logits[:, :1] > threshold)
+
+    def uniform(images):
+        return torch.full((len(images), CLASSES), 1 / CLASSES)
+
+    settings = KnownDecoy(way="differ").knowing(uniform)
+    _, answers = quick(settings)(Victim(rejecting), QUERIES, CLONE).transfer_set
+    told = (answers - 1 / CLASSES).abs().amax(1) > 1e-4
+    assert (told.sum() > 0) == (threshold < 99) and (threshold > -99 or told.all())
+    wanted = answers[told] if told.any() else answers[:1]
+    assert torch.equal(seen[0], wanted)
+
+
 def test_a_victim_without_a_decoy_is_attacked_as_by_knockoff():
     settings = dict(epochs=2, batch_size=32, query_budget=100)
     plain = KnockoffNets(reading="standardized2", **settings)(Victim(MODEL), QUERIES, CLONE)

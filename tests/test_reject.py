@@ -41,8 +41,8 @@ def qat(teacher, tmp_path_factory):
 
 
 def settings(teacher, qat, **changes):
-    own = dict(method="divqat", teacher=str(teacher), reference=str(qat), accuracy_budget=2.0)
-    own |= dict(misdirect=1.0, misdirect_target="reject", proxies=KINDS, epochs=4)
+    own = dict(method="divqat", teacher=str(teacher), reference=str(qat), accuracy_budget=5.0)
+    own |= dict(misdirect=0.5, misdirect_target="reject", proxies=KINDS, epochs=4, lr=0.02)
     return TrainConfig(**{**COMMON, **own, **changes})
 
 
@@ -145,7 +145,7 @@ def test_the_shift_of_the_bias_is_that_of_the_logits():
 
 def test_refusals():
     config = type(preset("x86"))(rectify_output=True)
-    with pytest.raises(ValueError, match="rectify_output: wanted a model that torch.fx can trace"):
+    with pytest.raises(ValueError, match="rectify_output: wanted a model that torch"):
         prepare(Net(), config)
     pair = nn.Sequential(nn.Linear(3, 3), Twice())
     with pytest.raises(ValueError, match="rectify_output: wanted a model that returns one tensor"):
@@ -178,7 +178,7 @@ def test_an_accuracy_budget_is_spent_on_rejecting(qat, rejecting):
     summary, splits = read_json(rejecting / "summary.json"), run.splits()
     budget = summary["budget"]
     assert budget["inside"] and budget["share"] == 1
-    least = reference["validation_accuracy"] - 0.02
+    least = reference["validation_accuracy"] - 0.05
     assert summary["validation_accuracy"] >= least - 1e-9
     model, validation = run.model.eval(), splits.validation
     # One right answer less would be too few.
@@ -196,14 +196,14 @@ def test_deployed_answers_to_foreign_images_are_all_the_same(rejecting, qat):
     pools = proxy_pools(KINDS, images.shape[1:], images.device, seed=99)
     foreign = proxy_batch(KINDS, images, seeded(5), 400, pools=pools)
     subject = deploy_run(run, splits, name="rejecting")
-    answers = Victim(subject.model)(foreign)
+    answers = Victim(subject.model)(to_float(foreign))
     uniform = (answers == 0.1).all(1)
     # Unlike an undefended network, which has no class for them.
     assert uniform.double().mean() > 0.5
     assert accuracy(predict(subject.gradients, splits.test), splits.test.labels) > 0.8
     decoy = decoy_of(run, splits)
     assert torch.equal(decoy(to_float(foreign)), torch.full((400, 10), 0.1))
-    plain = predict(load_run(qat).model, foreign)
+    plain = predict(load_run(qat).model.eval(), foreign)
     assert (plain.amax(1) > 0).double().mean() > 0.9
 
 

@@ -20,7 +20,8 @@ from divqat.data.batches import to_float
 from divqat.victim import Victim
 
 K = TypeVar("K", bound="KnownDecoy")
-WAYS = ("subtract", "drop")
+WAYS = ("subtract", "drop", "differ")
+SAME = 1e-4  # largest difference of probabilities that count as equal
 # From float32 images [N, C, H, W] in [-1, 1] to answers [N, num_classes], rows of sum 1.
 Targets = Callable[[Tensor], Tensor]
 
@@ -33,9 +34,11 @@ class KnownDecoy(KnockoffNets):
     nothing to secrecy. ``subtract`` learns c(log y) - B c(log t(x)), c minus its mean over the
     classes and B by ridge regression, of each half of the queries on the other half. ``drop``
     learns the answers that t explains least: those whose cross-entropy -sum t log y is largest.
+    ``differ`` learns the answers that differ from t at all: against a victim that rejects foreign
+    images (:class:`divqat.nn.RectifiedOutput`), whose t is always the same, all that it gave away.
 
     Args:
-        way: ``subtract`` or ``drop``.
+        way: ``subtract``, ``drop`` or ``differ``.
         keep: with ``drop``, this share of the queries, rounded, at least one.
         reading: what the clone learns of the answers that are left.
 
@@ -71,6 +74,11 @@ class KnownDecoy(KnockoffNets):
         if self.way == "drop":
             explained = (expected * distributions(answers).clamp(min=LEAST).log()).sum(1)
             rows = lowest(explained, self.keep)
+            return images[rows], reading(self.reading)(answers[rows])
+        if self.way == "differ":
+            distance = (distributions(answers) - expected).abs().amax(1)
+            # At least one, as a clone cannot learn from nothing.
+            rows = lowest(-distance, float((distance > SAME).double().mean()))
             return images[rows], reading(self.reading)(answers[rows])
         torch.manual_seed(self.seed)
         logs, decoys = centred_logs(answers).double(), centred_logs(expected).double()

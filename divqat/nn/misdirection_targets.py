@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from divqat._util.seeds import derived_seed
 from divqat.nn.decoy import Decoy
 
-TARGETS = ("reject", "decoy", "permuted", "per_image", "least_likely", "second", "divergence")
+TARGETS = ("decoy", "reject", "permuted", "per_image", "least_likely", "second", "divergence")
 
 
 class MisdirectionTerms(NamedTuple):
