@@ -19,6 +19,9 @@ from divqat.nn.misdirection_targets import MisdirectionTargets
 from divqat.quantize.rectify import output_bias, output_quantizer, unrectified
 from divqat.train import TrainConfig, load_run, train
 from divqat.train.budget import Budget
+from divqat.train.distributed import World
+from divqat.train.folder import load_splits
+from divqat.train.proxies import Proxies
 from divqat.victim import Victim
 
 KINDS = ("glyphs", "noise", "shuffled")
@@ -219,3 +222,20 @@ def test_the_output_quantizer_keeps_logits_out_of_saved_codes():
     assert isinstance(output, RectifiedOutput)
     assert output.calibrated and not output.quantizes()
     assert output.eval().quantizes()
+
+
+def test_proxies_get_the_augmentation_of_the_training_images():
+    """Otherwise its black edges would tell them apart."""
+    train_set = load_splits(TrainConfig(dataset="digits")).train
+    white = torch.full((50, 1, 8, 8), 255, dtype=torch.uint8)
+
+    def drawn(epoch, **augmentation):
+        proxies = Proxies(lambda *_: white, 0, World(), **augmentation)
+        proxies.start(epoch)
+        return proxies(to_float(train_set.images[:50]), train_set.labels[:50], 50)
+
+    assert torch.equal(drawn(1), to_float(white))
+    shifted = drawn(1, pad=2)
+    rows = (shifted.amax((1, 3)) < 0).sum(1)  # black ones
+    assert set(rows.tolist()) == {0, 1, 2} and torch.equal(shifted, drawn(1, pad=2))
+    assert not torch.equal(shifted, drawn(2, pad=2))

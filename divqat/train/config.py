@@ -132,6 +132,10 @@ class TrainConfig(
             return first
         if self.method == "ptq":  # observing is all that it does
             return math.inf
+        if what == "batchnorm" and self.rejects:
+            # Frozen, it diverged within an epoch at a learning rate of 0.005, as the loss has no
+            # bound on foreign images.
+            return math.inf
         # The last third, but at least the last epoch; never in a single epoch. BatchNorm freezes
         # late where the loss has a second large term: at a high learning rate it would diverge.
         late = what == "batchnorm" and (self.misdirect or self.method == "kd-qat")

@@ -10,13 +10,13 @@ from torch import Generator, Tensor
 
 from divqat._util.seeds import derived_seed
 from divqat.data import LabeledImages
-from divqat.data.batches import batches, to_float, to_uint8
+from divqat.data.batches import augment, batches, to_float, to_uint8
 from divqat.data.proxies import PROXIES
 from divqat.nn import MisdirectionLoss
 from divqat.nn.misdirection import SAMPLE, sample_size
 from divqat.nn.proxies import ProxySource
 from divqat.train.distributed import World
-from divqat.train.settings import MisdirectionSettings
+from divqat.train.settings import DataSettings, MisdirectionSettings
 
 
 def fit_misdirection(
@@ -52,16 +52,22 @@ class Proxies:
         source: what they are drawn from, on the device of ``world``.
         seed: of the training.
         world: this process, its device and the number of processes.
+        pad, flip: the augmentation of the training images, which proxies get, too. Otherwise its
+            black edges would distinguish them, and the model would learn to recognize these.
     """
 
-    def __init__(self, source: ProxySource, seed: int, world: World) -> None:
+    def __init__(
+        self, source: ProxySource, seed: int, world: World, *, pad: int = 0, flip: bool = False
+    ) -> None:
         self.source, self.seed, self.world = source, seed, world
-        self.generator = Generator(world.device)
+        self.pad, self.flip = pad, flip
+        self.generator, self.shifts = Generator(world.device), Generator()
 
     @classmethod
     def from_settings(
         cls,
         settings: MisdirectionSettings,
+        data: DataSettings,
         seed: int,
         misdirection: MisdirectionLoss | None,
         train_set: LabeledImages,
@@ -73,11 +79,12 @@ class Proxies:
         else:
             shape, folder = train_set.image_shape, settings.proxy_root
             source = ProxySource(settings.proxies or PROXIES, shape, folder=folder, seed=seed)
-        return cls(source.to(world.device), seed, world)
+        return cls(source.to(world.device), seed, world, pad=data.pad, flip=data.flip)
 
     def start(self, epoch: int) -> None:
-        """Seed the generator for ``epoch``, counted from 1."""
+        """Seed the generators for ``epoch``, counted from 1."""
         self.generator.manual_seed(derived_seed(self.seed, "proxies", epoch, self.world.rank))
+        self.shifts.manual_seed(derived_seed(self.seed, "proxy shifts", epoch, self.world.rank))
 
     def sample(self, train_set: LabeledImages) -> Iterator[Tensor]:
         """About 2048 proxies on the CPU, in batches of float32 [M, C, H, W]; the same in every
@@ -96,4 +103,7 @@ class Proxies:
         total: int,  # proxies of the step, in all processes
     ) -> Tensor:  # float32 [m, C, H, W]
         count = len(range(self.world.rank, total, self.world.size))
-        return to_float(self.source(to_uint8(images), self.generator, count, labels))
+        proxies = to_float(self.source(to_uint8(images), self.generator, count, labels))
+        if not (self.pad or self.flip):
+            return proxies
+        return augment(proxies, self.shifts, pad=self.pad, flip=self.flip)

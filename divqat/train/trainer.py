@@ -39,9 +39,7 @@ CHECK_EVERY = 50  # steps between checks for NaN and Inf
 
 
 class Trainer:
-    """Model, optimizer and metrics; ``epoch`` is the number of completed epochs.
-
-    After each epoch all processes hold the same state.
+    """Model, optimizer and metrics, after ``epoch`` epochs the same in all processes.
 
     Args:
         config: the settings. splits: the data. teacher: None for methods without one.
@@ -77,8 +75,9 @@ class Trainer:
             misdirection = fit_misdirection(config, config.seed, splits.num_classes, train_set)
         self.proxies: Proxies | None = None
         if config.uses_proxies:
-            seed = config.seed
-            self.proxies = Proxies.from_settings(config, seed, misdirection, train_set, world)
+            self.proxies = Proxies.from_settings(
+                config, config, config.seed, misdirection, train_set, world
+            )
         reference = load_reference(config, teacher)
         target = reference if config.distill else teacher  # whose answers the divergence compares
         target_model: nn.Module | None = None  # not needed with λ = 0 and a decoy

@@ -43,6 +43,6 @@ class QuantizationSettings(Options):
     )
     freeze_batchnorm_epoch: int | None = option(
         None, "First epoch with frozen BatchNorm statistics. None: the start of the last third, or "
-        "with misdirect or kd-qat the last epoch.",
+        "with misdirect or kd-qat the last epoch, or with misdirect_target reject none.",
         group="quantization", least=1,
     )  # fmt: skip
