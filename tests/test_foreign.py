@@ -130,7 +130,8 @@ def test_weights_of_something_else(nets, tmp_path):
 def test_help_names_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "{lenet,resnet20,vgg_small,mobilenetv2_small,module:function}" in capsys.readouterr().out
+    names = "lenet,resnet20,vgg_small,mobilenetv2_small,ensemble,module:function"
+    assert f"{{{names}}}" in capsys.readouterr().out
 
 
 def test_python_says_the_same(nets, tmp_path):

@@ -180,8 +180,9 @@ class Trainer:
     def measure_untrained(self) -> None:
         """Add a row of metrics for weights that are used without training."""
         start, logits = time.perf_counter(), self._validation_logits(0, 0)
-        row: dict[str, Any] = dict.fromkeys(("loss", "ce", "divergence", "lr"))
-        row |= {"epoch": 0, "ms_per_step": 0.0, "waiting": 0.0, **self._validation_metrics(logits)}
+        row: dict[str, Any] = {"epoch": 0, "loss": None, "ce": None, "divergence": None}
+        row |= self._validation_metrics(logits)
+        row |= {"lr": None, "ms_per_step": 0.0, "waiting": 0.0}
         self.rows.append(row | {"seconds": time.perf_counter() - start})
 
     def _validation_metrics(self, logits: Tensor) -> dict[str, float]:
