@@ -42,6 +42,9 @@ class MisdirectionLoss(nn.Module):
             logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
             loss = loss_fn(logits, labels) + 0.8 * misdirection(foreign, proxies)
 
+    With ``target="reject"`` prepare the model with ``QuantConfig.rectify_output``, and add
+    ``misdirection.targets.acceptance(logits)`` to the loss.
+
     Then the hard labels of foreign images are wrong, too, which a loss on training images cannot
     achieve. The module is built on the CPU, in a few seconds; move it to the device of the model.
     After a call ``misled`` holds the share of the proxies whose top class is that of t(x~), [],
