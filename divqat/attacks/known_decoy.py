@@ -71,19 +71,20 @@ class KnownDecoy(KnockoffNets):
         if decoy is None:
             return super()._targets(task, images, answers)
         expected = answers_of(decoy, images)
+        if self.way == "subtract":
+            torch.manual_seed(self.seed)
+            logs, decoys = centred_logs(answers).double(), centred_logs(expected).double()
+            left = logs - cross_fitted(ridge, decoys, logs)
+            return images, reading(self.reading)(left.softmax(1).float())
         if self.way == "drop":
             explained = (expected * distributions(answers).clamp(min=LEAST).log()).sum(1)
             rows = lowest(explained, self.keep)
-            return images[rows], reading(self.reading)(answers[rows])
-        if self.way == "differ":
+        else:
             distance = (distributions(answers) - expected).abs().amax(1)
-            # At least one, as a clone cannot learn from nothing.
-            rows = lowest(-distance, float((distance > SAME).double().mean()))
-            return images[rows], reading(self.reading)(answers[rows])
-        torch.manual_seed(self.seed)
-        logs, decoys = centred_logs(answers).double(), centred_logs(expected).double()
-        left = logs - cross_fitted(ridge, decoys, logs)
-        return images, reading(self.reading)(left.softmax(1).float())
+            # The first one if there is none, as a clone cannot learn from nothing.
+            differs = (distance > SAME).nonzero()[:, 0]
+            rows = differs if len(differs) else torch.tensor([0])
+        return images[rows], reading(self.reading)(answers[rows])
 
     def _identity(self, victim: Victim, query_set: Tensor, clone: nn.Module) -> dict[str, object]:
         decoy: Targets | None = getattr(self, "_decoy", None)

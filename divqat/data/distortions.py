@@ -86,11 +86,10 @@ def zoomed(images: Tensor, generator: Generator) -> Tensor:
 
 def collage(images: Tensor, generator: Generator) -> Tensor:
     """Three images, 25 to 70 % of the side, rotated, some inverted, on a uniform background."""
-    m, _, height, width = images.shape
+    m = len(images)
     shade = 255 * rand(images, m, 1, 1, 1, generator=generator)
     black = rand(images, m, 1, 1, 1, generator=generator) < 0.5
     picture = torch.where(black, 0, shade).expand(images.shape)
-    ratio = height / width
     for _ in range(PASTED):
         pasted = images[choose(images, images, m, generator)].float()
         invert = rand(images, m, 1, 1, 1, generator=generator) < 0.3
@@ -99,10 +98,7 @@ def collage(images: Tensor, generator: Generator) -> Tensor:
         angle = 2 * math.pi * rand(images, m, generator=generator)
         step = 1 / (0.25 + 0.45 * rand(images, m, generator=generator))
         x, y = (1.4 * rand(images, 2, m, generator=generator) - 0.7).unbind()  # its center
-        cos, sin = step * angle.cos(), step * angle.sin()
-        rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
-        rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
-        grid = _grid(images, torch.stack(rows, dim=1).view(m, 2, 3))
+        grid = _turned(images, angle, step, x, y)
         inside = grid.abs().amax(-1)[:, None] < 0.9  # without the border
         picture = torch.where(inside, _sampled(pasted, grid), picture)
     return _to_bytes(picture)
@@ -115,8 +111,8 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
     one gray; rotated by up to 15°, moved by up to a tenth of the side, and 0.9 to 1.1 times as
     large, on black. The sides of a crop end at the image's, and the geometry is one bilinear
     interpolation."""
-    m, _, height, width = images.shape
-    picture, area, ratio = images.float(), _uniform(images, 0.8, 1, m, generator), height / width
+    m, picture = len(images), images.float()
+    area = _uniform(images, 0.8, 1, m, generator)
     stretch = _uniform(images, math.log(3 / 4), math.log(4 / 3), m, generator).exp()
     sides = (area[:, None] * torch.stack([stretch, 1 / stretch], dim=1)).sqrt().clamp(max=1)
     center = (1 - sides) * (2 * rand(images, m, 2, generator=generator) - 1)
@@ -129,10 +125,7 @@ def augmented(images: Tensor, generator: Generator) -> Tensor:
     angle = _uniform(images, -math.pi / 12, math.pi / 12, m, generator)
     step = 1 / _uniform(images, 0.9, 1.1, m, generator)
     x, y = (0.4 * rand(images, 2, m, generator=generator) - 0.2).unbind()  # halves of the side
-    cos, sin = step * angle.cos(), step * angle.sin()
-    rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
-    rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
-    grid = _grid(images, torch.stack(rows, dim=1).view(m, 2, 3))  # in the resized crop
+    grid = _turned(images, angle, step, x, y)  # in the resized crop
     inside = grid.abs().amax(-1)[:, None] <= 1
     sides = sides * torch.stack([mirror, torch.ones_like(mirror)], dim=1)
     grid = grid * sides[:, None, None] + center[:, None, None]
@@ -235,6 +228,16 @@ def _smooth(coarse: Tensor, like: Tensor) -> Tensor:
 def _grid(images: Tensor, theta: Tensor) -> Tensor:
     """Sampling grids [M, H, W, 2] of affine maps [M, 2, 3] of coordinates from -1 to 1."""
     return F.affine_grid(theta, list(images.shape), align_corners=False)
+
+
+def _turned(images: Tensor, angle: Tensor, step: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Sampling grids [M, H, W, 2] of images that are turned about their centers and moved there to
+    (x, y); ``step`` is in the image, per pixel of the result; each [M]."""
+    ratio = images.shape[2] / images.shape[3]  # grid coordinates run from -1 to 1 along both axes
+    cos, sin = step * angle.cos(), step * angle.sin()
+    rows = [cos, -sin * ratio, sin * ratio * y - cos * x]
+    rows += [sin / ratio, cos, -sin / ratio * x - cos * y]
+    return _grid(images, torch.stack(rows, dim=1).view(-1, 2, 3))
 
 
 def _sampled(images: Tensor, grid: Tensor, outside: str = "reflection") -> Tensor:

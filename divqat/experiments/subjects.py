@@ -46,7 +46,8 @@ def decoy_of(run: Run, splits: Splits) -> Callable[[Tensor], Tensor] | None:
     """The decoy that a run was misdirected with, fitted at the first call; None: it has none."""
     config = run.config
     if config.rejects:
-        return lambda images: images.new_full((len(images), splits.num_classes), 1.0).softmax(1)
+        classes = splits.num_classes
+        return lambda images: images.new_full((len(images), classes), 1 / classes)
     if not config.misdirect or config.misdirect_target != "decoy":
         return None
 

@@ -118,12 +118,10 @@ class Objective:
         """
         n = len(labels)
         loss, ce, divergence = self.loss_on_images(logits[:n], labels, teacher_logits)
+        if self.misdirection is not None:
+            loss = loss + self.misdirection.targets.acceptance(logits[:n])
         objective = loss * micro_batch.weight
         sums[:3] += micro_batch.count * torch.stack([loss.detach(), ce, divergence])
-        if self.misdirection is not None:
-            acceptance = self.misdirection.targets.acceptance(logits[:n])
-            objective = objective + acceptance * micro_batch.weight
-            sums[0] += micro_batch.count * acceptance.detach()
         if self.misdirection is not None and len(images) > n:
             needs_teacher = self.misdirection.targets.needs_teacher
             proxy_teacher_logits = teacher(images[n:]) if needs_teacher else None
