@@ -59,7 +59,7 @@ MADE: dict[str, Callable[[Tensor, Generator], Tensor]] = {
 }
 DRAWN = ("glyphs", "leaves", "noise")  # do not depend on the given images
 PARTS = ("glyphs", "leaves")  # of ``composed``
-READ = ("photos", "folder")
+READ = ("photos", "icons", "folder")
 NAMES = (*MADE, "mixed", "composed", *READ)
 # The default proxies of a defense.
 PROXIES = (
@@ -77,8 +77,8 @@ def proxy_pools(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Pools of the proxies that do not depend on training images, which are made only once:
-    ``glyphs``, ``leaves``, ``noise``, ``photos`` and ``folder``, as far as ``names`` has
-    them; the first two also for ``composed``.
+    ``glyphs``, ``leaves``, ``noise``, ``photos``, ``icons`` and ``folder``, as far as ``names``
+    has them; the first two also for ``composed``.
 
     A pool has at most 4096 drawings (64 MiB), drawn on the CPU and thus the same on all devices, or
     10,000 pictures (256 MiB), read by :func:`divqat.data.transfer_set`.
@@ -138,7 +138,7 @@ def proxy_batch(
         generator: on the device of ``images``; the result depends only on it and the arguments.
         count: number of proxies, 0 or more.
         labels: of ``images``, for ``mixed``.
-        pools: from :func:`proxy_pools`, for ``photos``, ``folder`` and ``composed``;
+        pools: from :func:`proxy_pools`, for ``photos``, ``icons``, ``folder`` and ``composed``;
             drawings without a pool are drawn anew.
 
     Raises:
