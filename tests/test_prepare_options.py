@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import Net, build, conv, images, quantized, settle
+from networks import SIZE, Net, build, conv, images, quantized, settle
 from torch import nn
 from torch.nn import functional as F
 
@@ -98,9 +98,9 @@ def test_skip_quantizes_nothing_that_only_a_skipped_operation_reads():
         return {name.removeprefix("fake_quantize.") for name in activations(prepared)}
 
     assert activations_with() == {"x", "conv", "sigmoid", "add", "pool"}
-    assert activations_with("block") == {"x", "add", "pool"}
+    assert activations_with("block") == {"x", "conv", "add", "pool"}  # of a convolution always
     assert activations_with("pool") == {"x", "conv", "sigmoid", "pool"}
-    assert activations_with("block", "pool", "head") == {"x"}
+    assert activations_with("block", "pool", "head") == {"x", "conv"}
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,10 @@ def test_keyword_calls_and_a_node_named_like_a_method():
 
 def test_output_stays_in_float_even_where_a_layer_reads_it():
     def forward(net, x):
-        features = net.conv(x)
+        features = net.conv(x).cumsum(1)
         return features, net.head(features)
 
-    net = Net(forward, conv=conv(3, 8), head=conv(8, 2))
+    net = Net(forward, conv=conv(3, 8), head=nn.Linear(SIZE, 200))
     read = []
     prepared = divqat.prepare(net, "x86", images())
     prepared.head.register_forward_pre_hook(lambda _m, args: read.append(args[0]))
@@ -233,7 +233,7 @@ def test_unused_module_in_the_float_checkpoint():
         prepared.load_state_dict(net.state_dict() | {"nonsense": torch.ones(1)}, strict=True)
 
 
-def test_functional_layer_stays_in_float_and_is_named():
+def test_functional_layer_is_quantized():
     class Functional(nn.Module):
         def __init__(self):
             super().__init__()
@@ -243,6 +243,6 @@ def test_functional_layer_stays_in_float_and_is_named():
         def forward(self, x):
             return self.last(F.conv2d(x, self.weight))
 
-    with pytest.warns(UserWarning, match="conv2d is a functional layer and stays in float"):
-        prepared = divqat.prepare(Functional(), "x86", images())
-    assert set(quantized(prepared)) == {"last"} and "weight" in dict(prepared.named_parameters())
+    prepared = divqat.prepare(Functional(), "x86", images())
+    assert set(quantized(prepared)) == {"last", "functional.conv2d"}
+    assert "weight" in dict(prepared.named_parameters())

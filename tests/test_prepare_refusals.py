@@ -144,7 +144,7 @@ def test_a_layer_that_is_put_in_after_prepare_stays_in_float_and_convert_says_so
     model.get_submodule("0").set_submodule("5", nn.Linear(64, 3))
     model = keep(model)
     model(X)
-    with pytest.warns(UserWarning, match=r"added after prepare stay in float: 0\.5 \(Linear\)$"):
+    with pytest.warns(UserWarning, match=r"added after prepare stay in float:\n0\.5 \(Linear\)"):
         convert(model)
 
 

@@ -29,7 +29,10 @@ class DataDependent(nn.Module):
 def test_untraceable_model_is_swapped_with_a_warning():
     torch.manual_seed(0)
     model = DataDependent()
-    with pytest.warns(UserWarning, match=r"DataDependent was not traced \(TraceError: .+control"):
+    with pytest.warns(
+        UserWarning,
+        match=r"DataDependent was not traced \(Untraceable: .+:24 .+contents of a tensor",
+    ):
         prepared = divqat.prepare(model, "x86", images())
     assert type(prepared) is DataDependent
     assert set(quantized(prepared)) == {"conv", "head"} and type(prepared.bn) is nn.BatchNorm2d
@@ -86,18 +89,19 @@ class Subclass(nn.Conv2d):
 @pytest.mark.parametrize("traced", [True, False])
 def test_weighted_layers_that_stay_in_float_are_named(traced):
     net = Net(
-        lambda net, x: net.head(net.other(net.subclass(x).flatten(2)).mean(2)),
-        subclass=Subclass(3, 4, 3), other=nn.Conv1d(4, 4, 3), head=nn.Linear(4, 2),
+        lambda net, x: net.head(net.other(net.subclass(x).flatten(2).mT)[0].mean(1)),
+        subclass=Subclass(3, 4, 3), other=nn.GRU(4, 4, batch_first=True), head=nn.Linear(4, 2),
     )  # fmt: skip
     with pytest.warns(UserWarning) as caught:
         prepared = divqat.prepare(net, "x86", images() if traced else None)
     told = "\n".join(str(warning.message) for warning in caught)
-    assert "other (Conv1d)" in told
-    # Tracing goes into what is not of torch.nn, and finds a functional layer there.
-    assert ("conv2d is a functional layer" if traced else "subclass (Subclass)") in told
-    assert set(quantized(prepared)) == {"head"} and "head" not in told
+    assert "other (GRU): runtimes have no integer kernel for it" in told
+    assert set(quantized(prepared)) == {"subclass", "head"} and "head" not in told
+    wanted = r"all layers in int8, got\nother \(GRU\)" if traced else "a model that can be traced"
+    with pytest.raises(ValueError, match=f"strict: wanted {wanted}"):
+        divqat.prepare(net, "x86", images() if traced else None, strict=True)
 
-    skipped = replace(divqat.preset("x86"), skip=("subclass", "other"))
+    skipped = replace(divqat.preset("x86"), skip=("other",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".+ was not traced")

@@ -148,7 +148,7 @@ def test_the_shift_of_the_bias_is_that_of_the_logits():
 
 def test_refusals():
     config = type(preset("x86"))(rectify_output=True)
-    with pytest.raises(ValueError, match="rectify_output: wanted a model that torch"):
+    with pytest.raises(ValueError, match="rectify_output: wanted a model that can be traced"):
         prepare(Net(), config)
     pair = nn.Sequential(nn.Linear(3, 3), Twice())
     with pytest.raises(ValueError, match="rectify_output: wanted a model that returns one tensor"):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from divqat._util.errors import require
 from divqat._util.files import write_atomic
+from divqat.export.arguments import arguments, output_names
 from divqat.export.graph import check_divisors, fix_average_pools, separate_constants
 from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, runtime_kernels
 from divqat.export.saturation import Saturating, advice, saturating
@@ -60,17 +61,20 @@ class ExportReport:
         return f"{text}\n{advice(self.saturating)}" if self.saturating else text
 
 
-def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> ExportReport:
+def export_onnx(model: nn.Module, example_input: Any, path: str | Path) -> ExportReport:
     """Convert a prepared model and write it as ONNX, opset 20, with a dynamic batch dimension.
 
-    The input is called ``images``, the output ``logits``, both float32. Weights are stored as
-    int8, biases as in :func:`divqat.convert`. The file is only written if ONNX Runtime can load it.
+    The input is called ``images``, the output ``logits``, both float32. Several inputs have the
+    names of the forward's arguments, several outputs those of their keys or ``output_0``. Weights
+    are stored as int8, biases as in :func:`divqat.convert`. The file is only written if ONNX
+    Runtime can load it.
     A warning names the layers whose sums may saturate on an x86 CPU without VNNI, which can happen
     with weights of more than 7 bits.
 
     Args:
         model: a trained model, made by :func:`divqat.prepare`.
-        example_input: float32 [N, C, H, W], any N.
+        example_input: float32 [N, C, H, W], any N, or the arguments as for
+            :func:`divqat.prepare`; tensors of N rows have a dynamic first dimension.
         path: the file to write; replaced if it exists.
 
     Raises:
@@ -82,22 +86,18 @@ def export_onnx(model: nn.Module, example_input: Tensor, path: str | Path) -> Ex
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, "export")
-    if example_input.dtype != torch.float32:
-        raise TypeError(
-            f"example_input: wanted float32, as runtimes compute it, got {example_input.dtype}"
-        )
+    inputs = arguments(model, example_input)
     converted = convert(model)
-    example = torch.cat([example_input[:1]] * 2)  # two, as torch.export specializes a batch of one
-    batch = torch.export.Dim("batch")
+    outputs = output_names(converted)
     with _quiet():
         try:
             program = torch.onnx.export(
                 converted,
-                (example,),
+                inputs.values,
                 dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: batch},),
+                input_names=inputs.names,
+                output_names=outputs,
+                dynamic_shapes=inputs.dynamic_shapes,
                 opset_version=20,
                 verbose=False,
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -66,6 +68,32 @@ def check_parameters(name: str, layers: Iterable[tuple[str, nn.Module]]) -> None
                 "from others (pruned, weight-normed ...); first call "
                 f"torch.nn.utils.{_remedy(layer, tensor)}"
             )
+
+
+def check_example(model: nn.Module, example_input: Any) -> None:
+    """Check that the model runs on the example, to tell a wrong example from a tracing failure;
+    ValueError if not."""
+    args, kwargs = as_call(example_input)
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            model(*args, **kwargs)
+    except Exception as error:  # the model's forward may raise anything
+        raise ValueError(
+            "example_input: wanted a batch that the model accepts, got one on which it raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call: a tensor, a tuple of several, or a dictionary by name."""
+    if isinstance(example_input, dict):
+        return (), example_input
+    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
 
 
 def deep_copy(name: str, model: nn.Module) -> nn.Module:

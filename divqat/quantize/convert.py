@@ -9,11 +9,14 @@ from torch import nn
 from divqat.nn._layer import QuantLayer
 from divqat.nn.conv_bn import QuantConvBn2d
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.nn.function import QuantFunction
 from divqat.quantize.checks import check_is_prepared, check_parameters, deep_copy
 from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
+from divqat.quantize.functional import fix_weights
 from divqat.quantize.group_weights import ungroup_weights
 from divqat.quantize.link_inputs import link_inputs
-from divqat.quantize.traced import PreparedModule
+from divqat.quantize.requantize import requantize
+from divqat.quantize.tracing.traced import PreparedModule
 
 
 def freeze_observers(model: nn.Module) -> nn.Module:
@@ -46,19 +49,28 @@ def convert(prepared: nn.Module) -> nn.Module:
             layer is pruned or weight-normed.
     """
     check_is_prepared("prepared", prepared)
-    layers = [(name, m) for name, m in prepared.named_modules() if isinstance(m, QuantLayer)]
+    layers = [
+        (name, m)
+        for name, m in prepared.named_modules()
+        if isinstance(m, QuantLayer) and not isinstance(m, QuantFunction)
+    ]
     norms = [(f"{name}.bn", m.bn) for name, m in layers if isinstance(m, QuantConvBn2d)]
     check_parameters("prepared", [*layers, *norms])
     for module in prepared.modules():
         if isinstance(module, PreparedModule) and (late := module.new_float_layers()):
             warnings.warn(
-                f"layers added after prepare stay in float: {', '.join(late)}", stacklevel=2
+                "layers added after prepare stay in float:\n" + "\n".join(map(str, late)),
+                stacklevel=2,
             )
     for name, module in prepared.named_modules():
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)) and not module.has_range():
             raise ValueError(f"prepared: {name} has not seen a batch in training mode")
     # Runtimes compute in float32, even if training was cast to another dtype.
     model = ungroup_weights(deep_copy("prepared", prepared).requires_grad_(False).float())
+    for module in model.modules():
+        if isinstance(module, PreparedModule):
+            module.set_graphs(module.graph, module.graph)  # that of training mode is not deployed
+            fix_weights(module)
     link_inputs(model)  # again: modules may have been replaced since prepare
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):
@@ -66,4 +78,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):
             model.set_submodule(name, QuantizeDequantize(module))
+    for module in model.modules():
+        if isinstance(module, PreparedModule):
+            requantize(module)
     return model.eval()

@@ -3,56 +3,71 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import fx, nn
 
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.nn.output import RectifiedOutput
 from divqat.quantize import patterns
-from divqat.quantize.checks import check_is_float, check_parameters, check_types, deep_copy
+from divqat.quantize.checks import (
+    check_example,
+    check_is_float,
+    check_parameters,
+    check_types,
+    deep_copy,
+)
 from divqat.quantize.config import QuantConfig, preset
+from divqat.quantize.floats import float_functions, float_layers
+from divqat.quantize.functional import constants, lift_functions
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.link_inputs import link_inputs
-from divqat.quantize.swap import LAYERS, conv_bn, swap
-from divqat.quantize.traced import PreparedModule, accept_float_keys
+from divqat.quantize.swap import LAYERS, conv_bn, layer_type, swap
+from divqat.quantize.tracing import PreparedModule, capture, rename_keys, split
 
 
 def prepare(
-    model: nn.Module, config: QuantConfig | str = "x86", example_input: Tensor | None = None
+    model: nn.Module,
+    config: QuantConfig | str = "x86",
+    example_input: Any = None,
+    *,
+    strict: bool = False,
 ) -> nn.Module:
     """A copy of ``model`` in training mode whose layers and activations are fake-quantized.
 
-    The model is traced with torch.fx. Conv2d + BatchNorm2d become one :class:`QuantConvBn2d`;
-    Conv2d, ConvTranspose2d and Linear become their quantized counterparts under the same names. A
-    fake-quantizer follows every operation whose result a quantized operation reads (layers,
-    additions, concatenations, average pooling, activations other than ReLU and ReLU6, which
-    runtimes fuse into the preceding layer). If only a fake-quantizer reads a ReLU, it also applies
-    the ReLU; if only a fake-quantizer reads a BatchNorm, it works in place. The model's output
-    stays in float unless ``config.rectify_output``.
+    The model is traced with the example, in training and in eval mode
+    (:mod:`divqat.quantize.tracing`); the result switches between the two as the model does. Conv2d
+    + BatchNorm become one :class:`QuantConvBn2d`; Conv2d, ConvTranspose2d and Linear become their
+    quantized counterparts under the same names, and functions that multiply by a weight become
+    :class:`divqat.nn.QuantFunction`. A fake-quantizer follows every convolution, and every
+    operation whose result a quantized operation reads (layers, additions, concatenations, average
+    pooling, activations other than ReLU and ReLU6, which runtimes fuse into the preceding layer).
+    If only a fake-quantizer reads a ReLU, it also applies the ReLU; if only a fake-quantizer reads
+    a BatchNorm, it works in place. The output of a linear layer stays in float unless
+    ``config.rectify_output``.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
     and BatchNorm and additions stay in float; a warning gives the reason. A warning also names
-    layers with a weight that stay in float, because they have other types or are subclasses of the
-    layers above. The weights of a traced model are quantized together, see
-    :func:`divqat.quantize.group_weights`.
+    layers with a weight that stay in float. The weights of a traced model are quantized together,
+    see :func:`divqat.quantize.group_weights`.
 
-    The float model's checkpoints load into the result (``load_state_dict``, strict).
+    The float model's checkpoints load into the result (``load_state_dict``, strict), and its state
+    dict has the float model's keys, besides those of the quantizers.
 
     Args:
         model: any module with layers of these types; it is not changed.
         config: a :class:`QuantConfig` or the name of a preset.
-        example_input: a batch [N, …] for the model's forward; needed for tracing.
+        example_input: a batch [N, …] for the model's forward, a tuple of its arguments, or a
+            dictionary of arguments by name; needed for tracing. Arguments that are no tensors
+            are constants of the result.
+        strict: layers that stay in float are an error.
 
     Raises:
         TypeError: ``model`` is not a module, or the arguments are in the wrong order.
         ValueError: there is no layer to quantize, the preset is unknown, a name in ``skip`` does
             not exist, the model is already prepared, a layer is pruned or weight-normed, the model
-            fails on ``example_input``, or the output is to be rectified and the model cannot be
-            traced or returns anything but one tensor.
+            fails on ``example_input``, a layer stays in float although ``strict``, or the output is
+            to be rectified and the model cannot be traced or returns anything but one tensor.
     """
     check_types(model, config, example_input)
     if isinstance(config, str):
@@ -62,7 +77,7 @@ def prepare(
     for name in config.skip:
         if name not in names:
             raise ValueError(f"skip: wanted names of modules, got {name!r}")
-    if type(model) in LAYERS:
+    if layer_type(model):
         raise ValueError(f"model: wanted a network, got a single {type(model).__name__}")
     quantized = (*LAYERS, nn.BatchNorm2d)
     check_parameters(
@@ -73,162 +88,184 @@ def prepare(
             if isinstance(module, quantized) and not config.skips(name)
         ),
     )
-    model = deep_copy("model", model)
+    prepared = deep_copy("model", model)
     if example_input is not None:
-        _check_example(model, example_input)
+        check_example(prepared, example_input)
     try:
         if example_input is None:
             raise ValueError("no example_input was given")
-        graph_module = _trace(model, example_input)
+        graph_module, renamed = capture(prepared, example_input)
     except Exception as error:  # the model's forward may raise anything under tracing
-        if config.rectify_output:
+        reason = f"({type(error).__name__}: {error})"
+        if strict or config.rectify_output:
+            name = "strict" if strict else "rectify_output"
             raise ValueError(
-                "rectify_output: wanted a model that torch.fx can trace, got "
-                f"{type(model).__name__} ({type(error).__name__}: {error})"
+                f"{name}: wanted a model that can be traced, got {type(model).__name__} {reason}"
             ) from error
         warnings.warn(
-            f"{type(model).__name__} was not traced ({type(error).__name__}: {error}); its layers "
-            "are swapped one by one, and BatchNorm and additions stay in float",
+            f"{type(model).__name__} was not traced {reason}; its layers are swapped one by one, "
+            "and BatchNorm and additions stay in float",
             stacklevel=2,
         )
-        swap(model, config, config.activation)
-        return model.train()
-    unused = model.state_dict().keys() - graph_module.state_dict().keys()
-    renamed = _fuse_batchnorm(graph_module, config)
-    accept_float_keys(graph_module, renamed, unused)
-    swap(graph_module, config, None)
-    _quantize_activations(graph_module, config)
-    if config.rectify_output:
-        _rectify_output(graph_module, config)
-    graph_module.delete_all_unused_submodules()
-    graph_module.recompile()
-    graph_module.remember_float_layers()
-    link_inputs(graph_module)
+        prepared = deep_copy("model", model)  # tracing may have changed the other copy
+        swap(prepared, config, config.activation)
+        _report_float(prepared, config, strict)
+        return prepared.train()
+    _quantize(graph_module, config, renamed)
+    _report_float(graph_module, config, strict)
     # The order in which the graph calls the layers is known.
     return group_weights(graph_module).train()
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """A block with ``model`` in eval mode and without gradients."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+def _quantize(model: PreparedModule, config: QuantConfig, renamed: dict[str, str]) -> None:
+    """Put quantized layers and fake-quantizers into a traced model."""
+    lift_functions(model, config)
+    _fuse_batchnorm(model, config, renamed)
+    rename_keys(model, renamed)
+    swap(model, config, None)
+    _quantize_activations(model, config)
+    if config.rectify_output:
+        _rectify_output(model, config)
+    split(model)
+    for node in model.graph.nodes:
+        node.meta.pop("value", None)
+    model.remember_float_layers()
+    link_inputs(model)
 
 
-def _check_example(model: nn.Module, example_input: Tensor) -> None:
-    """Check that the model runs on the example, to tell a wrong example from a tracing failure."""
-    with _evaluating(model):
-        try:
-            model(example_input)
-        except Exception as error:  # the model's forward may raise anything
-            raise ValueError(
-                "example_input: wanted a batch that the model accepts, got one on which it raises "
-                f"{type(error).__name__}: {error}"
-            ) from error
+def _report_float(model: nn.Module, config: QuantConfig, strict: bool) -> None:
+    """Warn of layers in float that ``config.skip`` does not name; ValueError if ``strict``."""
+    floats = float_layers(model)
+    if isinstance(model, fx.GraphModule):
+        floats += float_functions(model, config)
+    lines = [str(layer) for layer in floats if not config.skips(layer.name)]
+    if not lines:
+        return
+    if strict:
+        raise ValueError("strict: wanted all layers in int8, got\n" + "\n".join(lines))
+    warnings.warn("layers that stay in float:\n" + "\n".join(lines), stacklevel=3)
 
 
-def _trace(model: nn.Module, example_input: Tensor) -> PreparedModule:
-    """Trace the model, and find the tensors among its nodes by a run in eval mode."""
-    graph = fx.Tracer().trace(model)
-    graph_module = PreparedModule(model, graph, type(model).__name__)
-    for node in graph_module.graph.nodes:
-        if node.target in patterns.DROPOUTS:
-            dropout = patterns.DROPOUTS[node.target](node.kwargs["p"], node.kwargs["inplace"])
-            name = f"functional_dropout.{node.name}"
-            graph_module.add_submodule(name, dropout)
-            node.op, node.target, node.kwargs = "call_module", name, {}
-    graph_module.recompile()
-    with _evaluating(graph_module):
-        ShapeProp(graph_module).propagate(example_input)
-    return graph_module
-
-
-def _fuse_batchnorm(graph_module: fx.GraphModule, config: QuantConfig) -> dict[str, str]:
-    """Fuse each Conv2d whose only user is a BatchNorm2d, if both are called once.
-
-    Returns:
-        The old prefix of each BatchNorm's keys, and the new one.
-    """
+def _fuse_batchnorm(
+    graph_module: fx.GraphModule, config: QuantConfig, renamed: dict[str, str]
+) -> None:
+    """Fuse each Conv2d whose only user is a BatchNorm, if both are called once; add the new
+    prefixes of the BatchNorm's keys to ``renamed``."""
     calls = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-    renamed = {}
     for node in list(graph_module.graph.nodes):
-        if patterns.operation(graph_module, node) is not nn.BatchNorm2d:
+        if patterns.operation(graph_module, node) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             continue
         source = node.all_input_nodes[0]
-        if patterns.operation(graph_module, source) is not nn.Conv2d or len(source.users) != 1:
+        if source.op != "call_module" or len(source.users) != 1:
+            continue
+        conv = graph_module.get_submodule(str(source.target))
+        bn: Any = graph_module.get_submodule(str(node.target))
+        if layer_type(conv) is not nn.Conv2d or config.skips(str(source.target)):
             continue
         if calls.count(node.target) != 1 or calls.count(source.target) != 1:
             continue
-        conv = graph_module.get_submodule(source.target)
-        bn = graph_module.get_submodule(node.target)
-        if config.skips(source.target) or not (bn.affine and bn.track_running_stats):
+        if not (bn.affine and bn.track_running_stats) or not _fusable(conv, bn):
             continue
         if config.weight.learned and not config.weight.per_channel:
             continue  # a single learned scale cannot follow the factors of the channels
-        graph_module.set_submodule(source.target, conv_bn(conv, bn, config.weight))
-        renamed[f"{node.target}."] = f"{source.target}.bn."
+        graph_module.set_submodule(str(source.target), conv_bn(conv, bn, config.weight))
+        old, new = f"{node.target}.", f"{source.target}.bn."
+        for name, now in renamed.items():
+            if now.startswith(old):
+                renamed[name] = new + now[len(old) :]
+        renamed[old] = new
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
-        graph_module.delete_submodule(node.target)
-    return renamed
+        graph_module.set_submodule(str(node.target), _children(bn))
+
+
+def _fusable(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether no hook sees the value between the two, or has to run backward."""
+    between = conv._forward_hooks or bn._forward_pre_hooks
+    backward = [m._backward_hooks or m._backward_pre_hooks for m in (conv, bn)]
+    return not between and not any(backward)
+
+
+def _children(bn: nn.Module) -> nn.Module:
+    """What remains at the place of a BatchNorm: the modules in it, such as an activation."""
+    rest = nn.Identity()
+    rest._modules, bn._modules = bn._modules, {}
+    return rest
 
 
 def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:
-    """Insert a fake-quantizer after every value that a quantized operation reads."""
-    nodes = list(graph_module.graph.nodes)
+    """Insert a fake-quantizer after every value that a quantized operation reads or a convolution
+    computes."""
     sources: dict[fx.Node, None] = {}  # in order, without repeats
-    for node in nodes:
+    constant = constants(graph_module.graph)
+    for node in list(graph_module.graph.nodes):
         if any(config.skips(name) for name in patterns.scopes(node)):
             continue
-        if node.op == "call_function" and node.target in patterns.LAYER_FUNCTIONS:
-            warnings.warn(f"{node.name} is a functional layer and stays in float", stacklevel=3)
-        if not patterns.quantizes_inputs(graph_module, node) or not patterns.is_float(node):
-            continue
-        for value in patterns.tensor_inputs(node):
-            source = patterns.producer(graph_module, value)
-            if source.op != "get_attr":
-                sources[source] = None
+        if patterns.quantizes_inputs(graph_module, node) and patterns.is_float(node):
+            for value in patterns.tensor_inputs(graph_module, node):
+                source = patterns.producer(graph_module, value)
+                if source not in constant and patterns.is_gridded(source):
+                    sources[source] = None
+        if patterns.is_convolution(graph_module, node):
+            sources[_fused_activation(graph_module, node)] = None
     for source in sources:
-        is_input = source.op == "placeholder"
-        quantizer = activation_quantizer(config.input() if is_input else config.activation)
-        if not isinstance(quantizer, LearnedStepFakeQuantize):
-            quantizer.mode = config.mode
-        # A node may have the name of a method of nn.Module: "to", "half".
-        taken = hasattr(nn.Module, source.name)
-        name = f"fake_quantize.{source.name}{'_' if taken else ''}"
-        graph_module.add_submodule(name, quantizer)
-        users = list(source.users)
-        with graph_module.graph.inserting_after(source):
-            quantized = graph_module.graph.call_module(name, (source,))
-        quantized.meta = source.meta
-        for user in users:
-            # The model's output stays in float.
-            if user.op != "output":
-                user.replace_input_with(source, quantized)
-        if isinstance(quantizer, FakeQuantize):
-            if list(source.users) == [quantized]:
-                _fuse_relu(graph_module, source, quantized, quantizer)
-            quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
+        _insert_quantizer(graph_module, source, config)
+
+
+def _fused_activation(graph_module: fx.GraphModule, conv: fx.Node) -> fx.Node:
+    """The activation that runtimes fuse into a convolution, or the convolution."""
+    users = list(conv.users)
+    fused = len(users) == 1 and patterns.operation(graph_module, users[0]) in patterns.FUSED
+    return users[0] if fused else conv
+
+
+def _insert_quantizer(graph_module: fx.GraphModule, source: fx.Node, config: QuantConfig) -> None:
+    is_input = source.op == "placeholder"
+    quantizer = activation_quantizer(config.input() if is_input else config.activation)
+    if not isinstance(quantizer, LearnedStepFakeQuantize):
+        quantizer.mode = config.mode
+    # A node may have the name of a method of nn.Module: "to", "half".
+    taken = hasattr(nn.Module, source.name)
+    name = f"fake_quantize.{source.name}{'_' if taken else ''}"
+    graph_module.add_submodule(name, quantizer)
+    of_convolution = patterns.is_convolution(graph_module, source) or (
+        source.op != "placeholder"
+        and bool(source.all_input_nodes)
+        and patterns.is_convolution(graph_module, source.all_input_nodes[0])
+    )
+    # The model's output stays in float, but for that of a convolution.
+    users = [user for user in source.users if user.op != "output" or of_convolution]
+    if not users:
+        graph_module.set_submodule(name, nn.Identity())
+        return
+    with graph_module.graph.inserting_after(source):
+        quantized = graph_module.graph.call_module(name, (source,))
+    quantized.meta = dict(source.meta)
+    for user in users:
+        user.replace_input_with(source, quantized)
+    if isinstance(quantizer, FakeQuantize):
+        if list(source.users) == [quantized]:
+            _fuse_relu(graph_module, source, quantized, quantizer)
+        quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
 
 
 def _rectify_output(graph_module: fx.GraphModule, config: QuantConfig) -> None:
     """Quantize the value that the model returns, with 0 for all values below."""
     output = graph_module.graph.output_node()
-    logits = output.args[0]
-    if not isinstance(logits, fx.Node) or not patterns.is_float(logits):
+    results: Any = output.args[0]
+    logits = results["eval"]
+    one = isinstance(logits, fx.Node) and patterns.is_float(logits)
+    if not one or results["train"] is not logits:
         raise ValueError(
-            f"rectify_output: wanted a model that returns one tensor of logits, got {logits}"
+            "rectify_output: wanted a model that returns one tensor of logits, got "
+            + " and ".join(map(str, dict.fromkeys((logits, results["train"]))))
         )
     name = "fake_quantize.output"
     graph_module.add_submodule(name, RectifiedOutput(config.activation))
     with graph_module.graph.inserting_before(output):
-        output.replace_input_with(logits, graph_module.graph.call_module(name, (logits,)))
+        quantized = graph_module.graph.call_module(name, (logits,))
+    quantized.meta = dict(logits.meta)
+    output.replace_input_with(logits, quantized)
 
 
 def _fuse_relu(

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
 from divqat.nn._layer import QuantLayer
+from divqat.nn.function import QuantFunction
 from divqat.quantize.config import QuantConfig
+from divqat.quantize.tracing.hooks import move_hooks
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
-# Types that multiply by a weight, including their subclasses.
-WEIGHTED = (
-    *(_ConvNd, nn.Linear, nn.Bilinear),
-    *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
-)
+
+def layer_type(module: nn.Module) -> type | None:
+    """The type of ``LAYERS`` as which ``module`` computes, which may be a subclass with another
+    constructor; None: it is no such layer, or has a forward of its own."""
+    for base in LAYERS:
+        if isinstance(module, base) and not isinstance(module, QuantLayer):
+            own = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
+            if own == [getattr(base, name, None) for name in ("forward", "_conv_forward")]:
+                return base
+    return None
 
 
 def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) -> None:
     """Swap every float layer, and set the bits of the first and the last layer.
 
-    First and last are meant in the order of the graph's calls, or of registration without a graph.
-    A warning names the layers with a weight that stay in float although ``config.skip`` does not
-    name them.
+    Of a traced model, the layers are those that its graph calls. First and last are meant in the
+    order of the graph's calls in eval mode, or of registration without a graph.
 
     Raises:
         ValueError: there is no layer to swap.
     """
-    layers = {  # in order
-        module: None
+    modules = dict.fromkeys(_called(model, {"eval", "train"}))  # in order
+    layers = [
+        module
         for name, module in model.named_modules()
-        if (type(module) in LAYERS or isinstance(module, QuantConvBn2d)) and not config.skips(name)
-    }
+        if module in modules
+        and (layer_type(module) or isinstance(module, (QuantConvBn2d, QuantFunction)))
+        and not config.skips(name)
+    ]
     if not layers:
         raise ValueError("model: wanted Conv2d, ConvTranspose2d or Linear layers, got none")
-    calls = list(layers)
-    if isinstance(model, fx.GraphModule):
-        nodes = (node for node in model.graph.nodes if node.op == "call_module")
-        modules = (model.get_submodule(str(node.target)) for node in nodes)
-        calls = [module for module in modules if module in layers] or calls
+    calls = [module for module in _called(model, {"eval"}) if module in layers] or layers
     first, last = calls[0], calls[-1]
     swapped: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         spec = config.edge() if layer in (first, last) else config.weight
-        if isinstance(layer, QuantConvBn2d):
+        if isinstance(layer, QuantLayer):
             layer.set_weight_spec(spec)
             continue
         layer_input = config.input() if input_spec and layer is first else input_spec
@@ -56,19 +59,14 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in swapped:
             model.set_submodule(name, swapped[module])
-    floats = [f"{name} ({kind})" for name, kind in float_layers(model) if not config.skips(name)]
-    if floats:
-        # stacklevel: the caller of prepare
-        warnings.warn(f"layers of these types stay in float: {', '.join(floats)}", stacklevel=3)
 
 
-def float_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """The names and types of the layers with a weight that are not quantized."""
-    return [
-        (name, type(module).__name__)
-        for name, module in model.named_modules()
-        if isinstance(module, WEIGHTED) and not isinstance(module, QuantLayer)
-    ]
+def _called(model: nn.Module, modes: set[str]) -> list[nn.Module]:
+    """The modules that a graph calls in any of the modes, or all without a graph, in order."""
+    if not isinstance(model, fx.GraphModule):
+        return list(model.modules())
+    nodes = [node for node in model.graph.nodes if node.op == "call_module"]
+    return [model.get_submodule(str(n.target)) for n in nodes if modes & n.meta["modes"]]
 
 
 def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
@@ -88,6 +86,8 @@ def conv_bn(conv: Any, bn: Any, spec: QuantSpec) -> QuantConvBn2d:
         input_spec=None,
     )
     fused.weight, fused.bias, fused.bn = conv.weight, conv.bias, bn
+    move_hooks(conv, fused)
+    move_hooks(bn, fused, ("_forward_hooks",))
     return fused.to(conv.weight.device)
 
 
@@ -110,4 +110,5 @@ def _quantized(
         else:
             new = QuantConv2d(layer.in_channels, layer.out_channels, **arguments)
     new.weight, new.bias = layer.weight, layer.bias
+    move_hooks(layer, new)
     return new.to(layer.weight.device)

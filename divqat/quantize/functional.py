@@ -1,0 +1,152 @@
+"""Functions that multiply by a weight become layers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from divqat.nn.function import QuantFunction, matmul
+from divqat.quantize.config import QuantConfig
+from divqat.quantize.patterns import scopes
+from divqat.quantize.tracing.tree import add_module, get_tensor
+
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
+# function → names of its arguments, axis of the weight's output channels
+PRODUCTS: dict[Any, tuple[tuple[str, ...], int]] = {
+    F.linear: (_CONV[:3], 0),
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (_CONV, 0)),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), (_CONV, 0)),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), (_TRANSPOSED, 1)),
+    **dict.fromkeys((torch.matmul, operator.matmul, "matmul"), (("input", "weight"), 1)),
+}
+LAYERS = {F.linear: nn.Linear, F.conv2d: nn.Conv2d, torch.conv2d: nn.Conv2d}
+
+
+def lift_functions(graph_module: fx.GraphModule, config: QuantConfig) -> None:
+    """Replace functions whose weight is computed from parameters alone.
+
+    The function of a layer's own forward becomes the layer of torch.nn with the same parameters
+    (``Conv2d`` with another padding); any other one a :class:`divqat.nn.QuantFunction`.
+    """
+    constant = constants(graph_module.graph)
+    for node in list(graph_module.graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target not in PRODUCTS:
+            continue
+        if any(config.skips(name) for name in scopes(node)):
+            continue
+        names, axis = PRODUCTS[node.target]
+        arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
+        x, weight = arguments.pop("input"), arguments.pop("weight")
+        bias = arguments.pop("bias", None)
+        if not isinstance(weight, fx.Node) or weight not in constant or x in constant:
+            continue
+        shape = weight.meta["value"].shape
+        if node.target in ("matmul", torch.matmul, operator.matmul) and len(shape) != 2:
+            continue
+        if _becomes_layer(graph_module, node, x, weight, bias, arguments):
+            continue
+        function = matmul if axis == 1 and len(names) == 2 else node.target
+        layer = QuantFunction(function, shape, axis, weight_spec=config.weight)
+        name = f"functional.{node.name}"
+        add_module(graph_module, name, layer.to(weight.meta["value"].device))
+        node.op, node.target = "call_module", name
+        node.args, node.kwargs = (x, weight, bias), arguments
+
+
+def _becomes_layer(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    x: fx.Node,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    options: dict[str, Any],
+) -> bool:
+    """Replace a subclass of a layer of torch.nn by the layer if ``node`` is all that it does with
+    its weight."""
+    path, _, name = str(weight.target).rpartition(".")
+    kind = LAYERS.get(node.target)  # type: ignore[arg-type]
+    if kind is None or weight.op != "get_attr" or not path or len(weight.users) != 1:
+        return False
+    owner = graph_module.get_submodule(path)
+    own_bias = bias is None or (bias.op == "get_attr" and bias.target == f"{path}.bias")
+    tensors = {*owner._parameters, *owner._buffers}
+    if name != "weight" or not own_bias or tensors - {"weight", "bias"} or owner._modules:
+        return False
+    if any(isinstance(option, fx.Node) for option in options.values()):
+        return False
+    value, groups = weight.meta["value"], options.get("groups", 1)
+    layer: Any
+    if kind is nn.Linear:
+        layer = nn.Linear(value.shape[1], value.shape[0], bias is not None, device="meta")
+    else:
+        sizes = groups * value.shape[1], value.shape[0], tuple(value.shape[2:])
+        layer = nn.Conv2d(*sizes, bias=bias is not None, device="meta", **options)
+    layer.weight = get_tensor(graph_module, str(weight.target))
+    if bias is not None:
+        layer.bias = get_tensor(graph_module, str(bias.target))
+    layer.training = owner.training
+    graph_module.set_submodule(path, layer)
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (x,), {}
+    return True
+
+
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are computed from parameters and buffers alone."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" or (
+            node.op in ("call_function", "call_method")
+            and node.all_input_nodes
+            and constant.issuperset(node.all_input_nodes)
+        ):
+            constant.add(node)
+    return constant
+
+
+@torch.no_grad()
+def constant_value(graph_module: fx.GraphModule, node: Any) -> Any:
+    """The value of an argument that is computed from parameters and buffers alone."""
+    if not isinstance(node, fx.Node):
+        return node
+    if node.op == "get_attr":
+        return get_tensor(graph_module, str(node.target)).detach()
+    args, kwargs = fx.node.map_arg(
+        (node.args, node.kwargs), lambda source: constant_value(graph_module, source)
+    )
+    target: Any = node.target
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
+def fix_weights(graph_module: fx.GraphModule) -> None:
+    """Compute the weights of all :class:`divqat.nn.QuantFunction` and take their computation out of
+    the graph: for deployment."""
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_module":
+            continue
+        layer = graph_module.get_submodule(str(node.target))
+        if not isinstance(layer, QuantFunction):
+            continue
+        x, weight, bias = node.args
+        values = [constant_value(graph_module, argument) for argument in (weight, bias)]
+        layer.weight, layer.bias = (v.clone() if isinstance(v, Tensor) else v for v in values)
+        node.args = (x,)
+        for argument in (weight, bias):
+            _erase(graph_module.graph, argument)
+    graph_module.recompile()
+
+
+def _erase(graph: fx.Graph, node: Any) -> None:
+    """Erase a constant that nothing uses, and those that only it uses."""
+    if not isinstance(node, fx.Node) or node.users or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for source in inputs:
+        _erase(graph, source)
