@@ -322,3 +322,19 @@ def test_distributed_data_parallel(tmp_path):
         for way in process:
             for grads, wanted in zip(way, alone, strict=True):
                 same(grads, wanted)
+
+
+def test_a_first_layer_without_gradients_takes_none_from_the_others():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                y = self.stem(x).mean((2, 3))
+            return self.head(y)
+
+    model = divqat.prepare(Frozen(), "x86", torch.ones(2, 3, 6, 6))
+    model(torch.ones(2, 3, 6, 6)).sum().backward()
+    assert model.stem.weight.grad is None and model.head.weight.grad is not None

@@ -89,7 +89,9 @@ class Bucket:
         self.layers = layers
 
     def open(self) -> None:
-        """Let the first call of any layer quantize the weights of all."""
+        """Let the first call of any layer quantize the weights of all, with gradients as now: the
+        first layer alone may be called without."""
+        self.differentiable = torch.is_grad_enabled()
         for layer in self.layers:
             layer._group, layer._grouped_weight = self.quantize, None
 
@@ -101,6 +103,10 @@ class Bucket:
     def quantize(self) -> None:
         """Store its quantized weight in every layer, and close."""
         self.close()
+        with torch.set_grad_enabled(self.differentiable):
+            self._quantize()
+
+    def _quantize(self) -> None:
         calls: dict[Any, list[tuple[QuantLayer, Tensor, Tensor | None]]] = {}
         for layer in self.layers:
             # A pruning hook computes the weight as an attribute when the layer is called.
