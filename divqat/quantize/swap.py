@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from divqat._util.errors import unknown_name
 from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
 from divqat.nn._layer import QuantLayer
 from divqat.quantize.config import QuantConfig
@@ -29,7 +30,7 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     name them.
 
     Raises:
-        ValueError: there is no layer to swap.
+        ValueError: there is no layer to swap, or ``config.layer_bits`` names another.
     """
     layers = {  # in order
         module: None
@@ -44,9 +45,14 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
         modules = (model.get_submodule(str(node.target)) for node in nodes)
         calls = [module for module in modules if module in layers] or calls
     first, last = calls[0], calls[-1]
+    names: dict[nn.Module, list[str]] = {layer: [] for layer in layers}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names:
+            names[module].append(name)
+    _check_layer_bits(config, [name for known in names.values() for name in known])
     swapped: dict[nn.Module, nn.Module] = {}
     for layer in layers:
-        spec = config.edge() if layer in (first, last) else config.weight
+        spec = config.layer(names[layer], edge=layer in (first, last))
         if isinstance(layer, QuantConvBn2d):
             layer.set_weight_spec(spec)
             continue
@@ -60,6 +66,12 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     if floats:
         # stacklevel: the caller of prepare
         warnings.warn(f"layers of these types stay in float: {', '.join(floats)}", stacklevel=3)
+
+
+def _check_layer_bits(config: QuantConfig, names: list[str]) -> None:
+    for name in config.layer_bits:
+        if name not in names:
+            raise ValueError(f"layer_bits: {unknown_name('layer', name, names)}")
 
 
 def float_layers(model: nn.Module) -> list[tuple[str, str]]:
