@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from divqat._util.files import read_json
@@ -11,14 +11,14 @@ from divqat._util.settings import ConfigError
 WANTED = "the mixed_precision.json of divqat sensitivity RUN --mixed-precision BUDGET"
 
 
-def parse_layer_bits(items: Iterable[str]) -> dict[str, int]:
-    """``{layer: bits}`` from texts ``layer=bits``.
+def parse_layer_bits(items: Iterable[str] | None) -> dict[str, int]:
+    """``{layer: bits}`` from texts ``layer=bits``; empty for None.
 
     Raises:
         ConfigError: another text, a width outside 2 to 8, or a layer that is named twice.
     """
     found = dict[str, int]()
-    for item in items:
+    for item in items or ():
         name, equals, width = item.rpartition("=")
         if not (name and equals and width in tuple("2345678")):
             raise ConfigError(f"layer_bits: wanted LAYER=BITS with 2 to 8 bits, got {item!r}")
@@ -55,3 +55,14 @@ def read_layer_bits(path: str | Path) -> dict[str, int]:
                 f"{path}: layer_bits: wanted 2 to 8 bits for {name!r}, got {str(width)[:40]!r}"
             )
     return dict(bits)
+
+
+def expand_layer_bits(items: Sequence[str]) -> tuple[str, ...]:
+    """The value of a flag: texts ``layer=bits``, or the path of a file in place of them.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_layer_bits`.
+    """
+    if len(items) == 1 and (Path(items[0]).is_file() or "=" not in items[0]):
+        return format_layer_bits(read_layer_bits(items[0]))
+    return tuple(items)

@@ -104,6 +104,7 @@ def measure(
     """
     sums = [_Sums() for _ in settings]
     labeled: bool | None = None
+    gpus = _gpus(model)
     for images, labels in _read(model, batches, len(settings), description):
         if labeled is not None and labeled != (labels is not None):
             raise ValueError("batches: wanted labels in all batches or in none, got both")
@@ -111,7 +112,7 @@ def measure(
         reference: Tensor | None = None
         for apply, total in zip(settings, sums, strict=True):
             apply()
-            with torch.random.fork_rng(_gpus(model)):
+            with torch.random.fork_rng(gpus):
                 logits = _logits(model(images), len(images))
             if reference is None:
                 reference = logits
