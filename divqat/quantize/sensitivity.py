@@ -110,9 +110,8 @@ def sensitivity(
     A layer's quantization is that of its weight, its bias (if an integer kernel would round it) and
     its input. A quantizer that several layers read counts for each of them: with one of them float,
     it is off for all. Quantizers that only other operations read (additions, pooling, the output)
-    are listed after the layers. Float means float: in eval mode the float setting returns the bits
-    of the model that was prepared, as far as the runtime's kernels allow; the rectification of
-    ``rectify_output`` stays, as it is no quantization.
+    are listed after the layers. With nothing quantized the answers are those of the float model in
+    eval mode; the rectification of ``rectify_output`` stays, as it is no quantization.
 
     The batches are read once; each is answered 2 n + 2 times for n layers, and once more for each
     layer and width in ``bits``. Modes, ranges, buffers and random numbers are restored bit for bit,
