@@ -25,8 +25,10 @@ from divqat.quantize import (  # noqa: E402
     convert,
     freeze_batchnorm,
     freeze_observers,
+    mixed_precision,
     prepare,
     preset,
+    sensitivity,
     summary,
 )
 
@@ -36,10 +38,12 @@ __all__ = [
     "convert",
     "freeze_batchnorm",
     "freeze_observers",
+    "mixed_precision",
     "nn",
     "ops",
     "prepare",
     "preset",
+    "sensitivity",
     "summary",
     "trust",
 ]

@@ -114,7 +114,7 @@ def test_the_guide_runs(tmp_path, monkeypatch):
 def test_a_network_of_ones_own_is_defended_as_the_page_says(tmp_path, monkeypatch):
     """Its commands, but on digits and short."""
     page = (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_nets.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -23,8 +23,15 @@ from divqat.experiments.deploy import (
     verify_run,
 )
 from divqat.experiments.run import run_study
+from divqat.experiments.sensitivity import (
+    SensitivityConfig,
+    mixed_precision_run,
+    sensitivity_run,
+    what_next,
+)
 from divqat.experiments.study import Study
 from divqat.experiments.subjects import load_subjects
+from divqat.quantize.layer_bits import expand_layer_bits
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
 from divqat.train.distributed import rank_and_world_size
@@ -49,6 +56,8 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
     """Settings from defaults, the teacher (those that a run shares with it), ``--config`` and
     flags, in rising priority. With ``--resume`` the run folder replaces the first three."""
     flags = given_flags(args, TrainConfig)
+    if "layer_bits" in flags:
+        flags["layer_bits"] = expand_layer_bits(flags["layer_bits"])
     if args.resume:
         if args.config is not None:
             raise ConfigError("--resume takes the settings from the run folder: leave out --config")
@@ -80,6 +89,17 @@ def verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    return 0
+
+
+def sensitivity(args: argparse.Namespace) -> int:
+    settings = SensitivityConfig(**given_flags(args, SensitivityConfig))
+    run = load_run(args.run)
+    splits = run.splits(args.data_root)
+    print(printable(sensitivity_run(run, splits, settings)["text"]))
+    if settings.mixed_precision is not None:
+        print("\n" + printable(mixed_precision_run(run, splits, settings)["text"]))
+    print("\n" + printable(what_next(run, settings)))
     return 0
 
 

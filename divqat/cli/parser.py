@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from divqat import __version__, data
-from divqat._util.foreign import FOREIGN, is_foreign
-from divqat._util.names import check_folder
+from divqat._util.foreign import FOREIGN
 from divqat._util.settings import add_flags
 from divqat.cli import commands
+from divqat.cli.types import folder_path, foreign_name, fraction, positive_int
 from divqat.evaluate import Grid
 from divqat.experiments.deploy import AttackConfig
+from divqat.experiments.sensitivity import SensitivityConfig
 from divqat.train import TrainConfig
 
 
@@ -25,7 +26,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"divqat {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for define in (_train, _export, _verify, _attack, _evaluate, _run, _study, _report, _info):
+    for define in (
+        _train,
+        _export,
+        _verify,
+        _sensitivity,
+        _attack,
+        _evaluate,
+        _run,
+        _study,
+        _report,
+        _info,
+    ):
         define(subparsers)
     return parser
 
@@ -51,7 +63,7 @@ def _add_command(
         sub.add_argument(
             "--trust",
             nargs="+",
-            type=_foreign_name,
+            type=foreign_name,
             default=[],
             metavar=FOREIGN.upper(),
             help="Import this code if a file or run folder names it. It runs with your rights.",
@@ -69,7 +81,7 @@ def _train(subparsers: Any) -> None:
         "         divqat train --method divqat --teacher runs/fp --lr 0.005 --out runs/divqat",
     )
     sub.add_argument(
-        "--out", type=_folder_path, required=True, metavar="DIR", help="The run folder."
+        "--out", type=folder_path, required=True, metavar="DIR", help="The run folder."
     )
     sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
     sub.add_argument(
@@ -100,11 +112,23 @@ def _verify(subparsers: Any) -> None:
     _run_arguments(sub)
     sub.add_argument(
         "--min-agreement",
-        type=_fraction,
+        type=fraction,
         default=0.995,
         metavar="FRACTION",
         help="Fail if a smaller fraction of images gets the same class (default: 0.995).",
     )
+
+
+def _sensitivity(subparsers: Any) -> None:
+    sub = _add_command(
+        subparsers,
+        "sensitivity",
+        commands.sensitivity,
+        "Measure what the quantization of each layer costs, on the validation images.",
+        "divqat sensitivity runs/qat --mixed-precision 4",
+    )
+    _run_arguments(sub)
+    add_flags(sub, SensitivityConfig)
 
 
 def _attack(subparsers: Any) -> None:
@@ -118,7 +142,7 @@ def _attack(subparsers: Any) -> None:
     sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
     sub.add_argument(
         "--victim",
-        type=_folder_path,
+        type=folder_path,
         required=True,
         metavar="RUN",
         help="Run folder of the victim.",
@@ -129,9 +153,9 @@ def _attack(subparsers: Any) -> None:
         metavar="WHAT",
         help="What the victim returns: probs, label, top<k> or rounded<decimals> (default: probs).",
     )
-    sub.add_argument("--out", type=_folder_path, metavar="DIR", help="Default: RUN/attack-WHAT.")
+    sub.add_argument("--out", type=folder_path, metavar="DIR", help="Default: RUN/attack-WHAT.")
     sub.add_argument(
-        "--data-root", type=_folder_path, metavar="DIR", help="Folder of the victim's data set."
+        "--data-root", type=folder_path, metavar="DIR", help="Folder of the victim's data set."
     )
     sub.add_argument(
         "--fake-quant",
@@ -162,7 +186,7 @@ def _evaluate(subparsers: Any) -> None:
         "are the seeds of one victim.",
     )
     sub.add_argument(
-        "--out", type=_folder_path, required=True, metavar="DIR", help="Folder for everything."
+        "--out", type=folder_path, required=True, metavar="DIR", help="Folder for everything."
     )
     sub.add_argument(
         "--dataset",
@@ -170,7 +194,7 @@ def _evaluate(subparsers: Any) -> None:
         help="The victims' data set, if no run folder names it.",
     )
     sub.add_argument(
-        "--data-root", type=_folder_path, metavar="DIR", help="Folder of the victims' data set."
+        "--data-root", type=folder_path, metavar="DIR", help="Folder of the victims' data set."
     )
     sub.add_argument(
         "--fake-quant",
@@ -214,7 +238,7 @@ def _report(subparsers: Any) -> None:
         "divqat report runs/digits",
     )
     sub.add_argument(
-        "out", type=_folder_path, metavar="OUT", help="Folder of the study or evaluation."
+        "out", type=folder_path, metavar="OUT", help="Folder of the study or evaluation."
     )
 
 
@@ -231,20 +255,20 @@ def _info(subparsers: Any) -> None:
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=_folder_path, required=True, metavar="DIR", help="Folder for everything."
+        "--out", type=folder_path, required=True, metavar="DIR", help="Folder for everything."
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", metavar="N", help="Override the file's seeds."
     )
     parser.add_argument(
-        "--data-root", type=_folder_path, metavar="DIR", help="Override common.data_root."
+        "--data-root", type=folder_path, metavar="DIR", help="Override common.data_root."
     )
     parser.add_argument(
         "--device", metavar="NAME", help="Override common.device and the device of the attacks."
     )
     parser.add_argument(
         "--jobs",
-        type=_positive_int,
+        type=positive_int,
         default=1,
         metavar="N",
         help="Number of trainings and attacks at a time, each in its own process (default: 1). "
@@ -260,36 +284,8 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run", type=_folder_path, metavar="RUN", help="Run folder of a quantized training."
+        "run", type=folder_path, metavar="RUN", help="Run folder of a quantized training."
     )
     parser.add_argument(
-        "--data-root", type=_folder_path, metavar="DIR", help="Folder of the run's data set."
+        "--data-root", type=folder_path, metavar="DIR", help="Folder of the run's data set."
     )
-
-
-def _folder_path(text: str) -> str:
-    try:
-        check_folder("folder", text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("folder: ")) from None
-    return text
-
-
-def _foreign_name(text: str) -> str:
-    if not is_foreign(text):
-        raise argparse.ArgumentTypeError(f"wanted {FOREIGN}, got {text}")
-    return text
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number at least 1, got {text}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text}")
-    return value

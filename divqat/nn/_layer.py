@@ -45,6 +45,7 @@ class QuantLayer(QuantState):
     # pickled without them load.
     _group: Callable[[], None] | None = None  # quantizes the weights of this layer's bucket
     _grouped_weight: tuple[Tensor, Tensor | None] | None = None  # its result for quantized_weight
+    weight_quant_enabled = True  # False: weight and bias stay in float, as in the replaced layer
     # The quantizer of the input, if not in this layer; in a tuple, so that it is not a submodule.
     _source: tuple[FakeQuantize | LearnedStepFakeQuantize, ...] = ()
 
@@ -104,6 +105,8 @@ class QuantLayer(QuantState):
 
         The result of a bucket serves one call: before a second call BatchNorm may have changed.
         """
+        if not self.weight_quant_enabled:
+            return self.scaled_weight()
         if self._group is not None:
             self._group()
         grouped = self._grouped_weight
@@ -167,7 +170,9 @@ class QuantLayer(QuantState):
         """``bias``, in eval mode rounded as for an integer kernel; the gradient passes straight
         through."""
         quantizer = self.input_quantizer
-        if self.training or bias is None or quantizer is None or not quantizer.quantizes():
+        if self.training or bias is None or not self.weight_quant_enabled:
+            return bias
+        if quantizer is None or not quantizer.quantizes():
             return bias
         _, scale = self.deployed_scales(bias, self.input_scale())
         if scale is None:

@@ -112,7 +112,7 @@ class QuantConvBn2d(QuantConv2d):
 
     def quantized_weight(self) -> tuple[Tensor, Tensor | None]:
         """Q(W·s) and s: a learned scale is that of W, an observed one that of W·s."""
-        if self.weight_fake_quantize is None:
+        if self.weight_fake_quantize is None or not self.weight_quant_enabled:
             return super().quantized_weight()
         s = self._factor()
         return self.quantize_weight(self.weight) * s, s
@@ -133,6 +133,9 @@ class QuantConvBn2d(QuantConv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C_in, H, W] → [N, C_out, H', W']."""
         x = self.quantize_input(input)
+        if not self.weight_quant_enabled and not self.training:
+            # Not folded: the same bits as the float model.
+            return self.bn(self.compute(x, self.weight, self.bias))
         weight, s = self.quantized_weight()
         if self._deployed():
             self._check_statistics()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from divqat.nn.spec import ACTIVATION, WEIGHT, QuantSpec
 
@@ -19,6 +20,8 @@ class QuantConfig:
         first_last_bits: bits of the first and the last layer's weights, which cause most of the
             error at low widths; None: the same as for the other layers. The order is that of the
             calls, or of registration in a model that cannot be traced.
+        layer_bits: bits of single layers' weights, by their names in ``named_modules()``; they come
+            before all other settings. :func:`divqat.mixed_precision` chooses them.
         input_bits: bits of the network's input; None: the same as for other activations.
         skip: names of modules, as in ``named_modules()``, whose layers and other operations stay in
             float, including their submodules. Their outputs are still quantized where a quantized
@@ -32,6 +35,9 @@ class QuantConfig:
             ``torch.utils.checkpoint`` around only the operations after it. Use False for them.
         rectify_output: quantize the model's output, too, with 0 for all values below
             (:class:`divqat.nn.RectifiedOutput`): for a model trained to reject foreign images.
+
+    Raises:
+        ValueError: ``layer_bits`` has a width outside 2 to 8.
     """
 
     weight: QuantSpec = WEIGHT
@@ -42,6 +48,12 @@ class QuantConfig:
     mode: str = "exact"
     inplace: bool = True
     rectify_output: bool = False
+    layer_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name, bits in self.layer_bits.items():
+            if type(bits) is not int or not 2 <= bits <= 8:
+                raise ValueError(f"layer_bits: wanted 2 to 8 bits for {name!r}, got {bits!r}")
 
     def skips(self, name: str) -> bool:
         """Whether the module of this name stays in float."""
@@ -50,6 +62,16 @@ class QuantConfig:
     def edge(self) -> QuantSpec:
         """The grid of the first and the last layer's weights."""
         return _with_bits(self.weight, self.first_last_bits)
+
+    def layer(self, names: Iterable[str], edge: bool) -> QuantSpec:
+        """The grid of a layer's weight.
+
+        Args:
+            names: all names of the layer.
+            edge: whether it is the first or the last layer.
+        """
+        given = (self.layer_bits[name] for name in names if name in self.layer_bits)
+        return _with_bits(self.edge() if edge else self.weight, next(given, None))
 
     def input(self) -> QuantSpec:
         """The grid of the network's input."""

@@ -109,6 +109,8 @@ class Bucket:
     def _quantize(self) -> None:
         calls: dict[Any, list[tuple[QuantLayer, Tensor, Tensor | None]]] = {}
         for layer in self.layers:
+            if not layer.weight_quant_enabled:
+                continue
             # A pruning hook computes the weight as an attribute when the layer is called.
             if layer.weight_fake_quantize is not None or "weight" in layer.__dict__:
                 continue

@@ -15,7 +15,17 @@ def link_inputs(model: nn.Module) -> None:
     Layers that are called more than once have none: an integer bias depends on the scale of the
     input, and each call may have another one.
     """
-    sources: dict[QuantLayer, tuple[FakeQuantize | LearnedStepFakeQuantize, ...]] = {}
+    for layer, sources in called_with(model).items():
+        quantizers = (source for source in sources if source is not None)
+        layer._source = tuple(quantizers) if len(sources) == 1 else ()
+
+
+def called_with(
+    model: nn.Module,
+) -> dict[QuantLayer, list[FakeQuantize | LearnedStepFakeQuantize | None]]:
+    """The quantizer of the input of each call of each layer, in traced parts of a model; None: the
+    input of this call has none."""
+    sources: dict[QuantLayer, list[FakeQuantize | LearnedStepFakeQuantize | None]] = {}
     for traced in model.modules():
         if not isinstance(traced, fx.GraphModule):
             continue
@@ -25,12 +35,10 @@ def link_inputs(model: nn.Module) -> None:
             layer = traced.get_submodule(str(node.target))
             if not isinstance(layer, QuantLayer):
                 continue
-            called_before = layer in sources
-            sources[layer] = ()
             source = patterns.producer(traced, node.all_input_nodes[0])
-            if source.op == "call_module" and not called_before:
+            quantizer = None
+            if source.op == "call_module":
                 quantizer = traced.get_submodule(str(source.target))
-                if isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize)):
-                    sources[layer] = (quantizer,)
-    for layer, quantizers in sources.items():
-        layer._source = quantizers
+            known = isinstance(quantizer, (FakeQuantize, LearnedStepFakeQuantize))
+            sources.setdefault(layer, []).append(quantizer if known else None)  # type: ignore[arg-type]
+    return sources

@@ -65,9 +65,10 @@ def prepare(
     Raises:
         TypeError: ``model`` is not a module, or the arguments are in the wrong order.
         ValueError: there is no layer to quantize, the preset is unknown, a name in ``skip`` does
-            not exist, the model is already prepared, a layer is pruned or weight-normed, the model
-            fails on ``example_input``, a layer stays in float although ``strict``, or the output is
-            to be rectified and the model cannot be traced or returns anything but one tensor.
+            not exist or one in ``layer_bits`` is not that of a quantized layer, the model is
+            already prepared, a layer is pruned or weight-normed, the model fails on
+            ``example_input``, a layer stays in float although ``strict``, or the output is to be
+            rectified and the model cannot be traced or returns anything but one tensor.
     """
     check_types(model, config, example_input)
     if isinstance(config, str):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divqat._util.text import columns
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.ops.reference import along
@@ -62,10 +63,7 @@ class Summary:
             clipped = "-" if row.clipped is None else f"{row.clipped:.2%}"
             sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
             cells.append((row.layer, row.kind, row.scheme, scale, clipped, sqnr))
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(line.rstrip() for line in lines)
+        return columns(cells)
 
 
 @torch.no_grad()

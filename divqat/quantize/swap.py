@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from divqat._util.errors import unknown_name
 from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
 from divqat.nn._layer import QuantLayer
 from divqat.nn.function import QuantFunction
@@ -33,7 +34,7 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     order of the graph's calls in eval mode, or of registration without a graph.
 
     Raises:
-        ValueError: there is no layer to swap.
+        ValueError: there is no layer to swap, or ``config.layer_bits`` names another.
     """
     modules = dict.fromkeys(_called(model, {"eval", "train"}))  # in order
     layers = [
@@ -47,9 +48,14 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
         raise ValueError("model: wanted Conv2d, ConvTranspose2d or Linear layers, got none")
     calls = [module for module in _called(model, {"eval"}) if module in layers] or layers
     first, last = calls[0], calls[-1]
+    names: dict[nn.Module, list[str]] = {layer: [] for layer in layers}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names:
+            names[module].append(name)
+    _check_layer_bits(config, [name for known in names.values() for name in known])
     swapped: dict[nn.Module, nn.Module] = {}
     for layer in layers:
-        spec = config.edge() if layer in (first, last) else config.weight
+        spec = config.layer(names[layer], edge=layer in (first, last))
         if isinstance(layer, QuantLayer):
             layer.set_weight_spec(spec)
             continue
@@ -67,6 +73,12 @@ def _called(model: nn.Module, modes: set[str]) -> list[nn.Module]:
         return list(model.modules())
     nodes = [node for node in model.graph.nodes if node.op == "call_module"]
     return [model.get_submodule(str(n.target)) for n in nodes if modes & n.meta["modes"]]
+
+
+def _check_layer_bits(config: QuantConfig, names: list[str]) -> None:
+    for name in config.layer_bits:
+        if name not in names:
+            raise ValueError(f"layer_bits: {unknown_name('layer', name, names)}")
 
 
 def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:

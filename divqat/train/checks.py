@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from divqat._util.settings import ConfigError
 from divqat.models import ENSEMBLE
 from divqat.models.ensemble import MEMBERS
+from divqat.quantize.layer_bits import parse_layer_bits
 from divqat.train.settings import LossSettings
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def check_settings(config: TrainConfig) -> None:
     if not config.epochs and config.weights is None and config.method != "ensemble":
         raise ConfigError("epochs: wanted at least 1, or weights to use unchanged, got 0")
     _check_ensemble(config)
+    parse_layer_bits(config.layer_bits)
     if config.cache_teacher and (config.pad or config.flip):
         raise ConfigError(
             "cache_teacher: wanted images that are the same in every epoch, got pad = "

@@ -23,7 +23,7 @@ from divqat.train.settings.optimizer import LR_SCALING
 # Settings that a run must share with its teacher ...
 SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 QUANTIZATION = (  # ... and those that it must also share with a reference
-    "preset", "weight_bits", "activation_bits", "first_last_bits",
+    "preset", "weight_bits", "activation_bits", "first_last_bits", "layer_bits",
 )  # fmt: skip
 RANGES = ("ranges", "freeze_observers_epoch", "freeze_batchnorm_epoch")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")

@@ -17,9 +17,11 @@ from divqat._util.bounds import MAX_INPUT
 from divqat._util.files import load_checkpoint
 from divqat._util.foreign import is_foreign
 from divqat._util.seeds import derived_seed
+from divqat._util.settings import ConfigError
 from divqat.data import Splits
 from divqat.nn import FakeQuantize
 from divqat.quantize import prepare, preset
+from divqat.quantize.layer_bits import parse_layer_bits
 from divqat.train.batchnorm import synchronize_batchnorm
 from divqat.train.config import TrainConfig
 from divqat.train.distributed import World
@@ -40,7 +42,11 @@ def build_model(config: TrainConfig, shape: Mapping[str, Any]) -> nn.Module:
         activation_bits=config.activation_bits,
         first_last_bits=config.first_last_bits,
     )
-    quantization = replace(quantization, rectify_output=config.rejects)
+    quantization = replace(
+        quantization,
+        rectify_output=config.rejects,
+        layer_bits=parse_layer_bits(config.layer_bits),
+    )
     return prepare(model, quantization, example_input(shape))
 
 
@@ -106,6 +112,17 @@ def shape_of(splits: Splits) -> dict[str, Any]:
 def example_input(shape: Mapping[str, Any]) -> Tensor:
     """float32 zeros [2, C, H, W]."""
     return torch.zeros(2, shape["in_channels"], *shape["image_size"])
+
+
+def check_layer_bits(config: TrainConfig, shape: Mapping[str, Any]) -> None:
+    """Check that ``layer_bits`` names layers of the network; ConfigError if not."""
+    if config.layer_bits and config.kind.quantized:
+        try:
+            build_model(config, shape)
+        except ValueError as error:
+            if not str(error).startswith("layer_bits"):
+                raise
+            raise ConfigError(str(error)) from error
 
 
 def check_logits(model: nn.Module, images: Tensor) -> None:

@@ -41,6 +41,7 @@ from divqat.train.folder import (
     read_checkpoint,
     write_checkpoint,
 )
+from divqat.train.network import check_layer_bits, shape_of
 from divqat.train.trainer import Trainer
 
 
@@ -170,6 +171,7 @@ def _load_checked_splits(
     """Load the data set and log warnings about it; ``thorough`` includes the slow checks."""
     splits = load_splits(config)
     check_divergence(config, splits.num_classes)
+    check_layer_bits(config, shape_of(splits))
     for line in [*check_classes(splits), *(find_copies(splits) if thorough else [])]:
         log(f"warning: {line}")
     if isinstance(splits.train, StreamedSet):

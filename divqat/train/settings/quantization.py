@@ -27,6 +27,11 @@ class QuantizationSettings(Options):
         7, "Minimum bits of weights in the first and last layer, if others have fewer than 7.",
         group="quantization", least=2, most=8,
     )  # fmt: skip
+    layer_bits: tuple[str, ...] | None = option(
+        None, "Bits of single layers' weights, as LAYER=BITS; they come before weight_bits and "
+        "first_last_bits. On the command line also a file: the mixed_precision.json of divqat "
+        "sensitivity.", group="quantization",
+    )  # fmt: skip
     ranges: str = option(
         "auto",
         "Activation ranges that quantize a batch: exact: updated with this batch; delayed: from "
