@@ -166,7 +166,7 @@ class AccuracyBudget:
         """
         if self.finished:
             return
-        if self.search.attempts and self.epoch == last_third(self.epochs):
+        if self._went_back():
             raise RuntimeError(
                 f"finish: wanted the epochs after {self.epoch} repeated with {self.strength:g} of "
                 "the weight, got the end right after going back: loop while not budget.finished, "
@@ -180,9 +180,10 @@ class AccuracyBudget:
         """How the budget stands, as a log line."""
         if self.finished:
             return self.search.message()
-        if self.search.attempts:
-            return self.search.rewind_message(last_third(self.epochs))
-        return f"accuracy budget: epoch {self.epoch} of {self.epochs}"
+        if self._went_back():
+            return self.search.rewind_message(self.epoch)
+        part = f", with {self.strength:g} of the defense's weight" if self.search.attempts else ""
+        return f"accuracy budget: epoch {self.epoch} of {self.epochs}{part}"
 
     def summary(self) -> dict[str, Any]:
         """The result and how it came about, as plain data; when ``finished``.
@@ -233,6 +234,10 @@ class AccuracyBudget:
             restored = [item.state_dict() for item in self.restore]
             model = self.model.state_dict()
             self.search.begin({"epoch": self.epoch, "model": model, "restored": restored})
+
+    def _went_back(self) -> bool:
+        """Whether the last third was taken back and no epoch was trained since."""
+        return bool(self.search.attempts) and self.epoch == last_third(self.epochs)
 
     def _set_weights(self) -> None:
         for loss, weight in zip(self.losses, self.weights, strict=True):
