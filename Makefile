@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test quick test-triton triton-newest triton-oldest lint sanitize install clean
+.PHONY: demo fashion-mnist test quick test-triton triton-newest triton-oldest test-examples lint sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -42,6 +42,15 @@ triton-oldest:
 
 $(OLDEST_TRITON): .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0 numpy==2.2.6
+	@touch $@
+
+# The examples, each in its framework. These are installed beside .venv's packages, which stay as they are.
+EXAMPLES := .venv/examples
+test-examples: .venv/dev $(EXAMPLES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(EXAMPLES) $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/examples
+
+$(EXAMPLES): requirements-examples.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r requirements-examples.txt
 	@touch $@
 
 lint: .venv/dev

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CODE = [
-    path for top in ("divqat", "kernels", "bench") for path in sorted((ROOT / top).rglob("*.py"))
-]
+TOPS = ("divqat", "kernels", "bench", "examples")
+CODE = [path for top in TOPS for path in sorted((ROOT / top).rglob("*.py"))]
 
 
 def test_nothing_lies_loose():
@@ -37,7 +36,7 @@ def test_files_are_short():
     assert not long
 
 
-@pytest.mark.parametrize("top", ["divqat", "bench"])
+@pytest.mark.parametrize("top", ["divqat", "bench", "examples"])
 def test_functions_are_short(top):
     """Without their docstrings. Triton kernels are not functions of that kind."""
     long = {}

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_the_guide_runs(tmp_path, monkeypatch):
 def test_a_network_of_ones_own_is_defended_as_the_page_says(tmp_path, monkeypatch):
     """Its commands, but on digits and short."""
     page = (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
-    code, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the network comes first
     (tmp_path / "my_nets.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -132,6 +133,24 @@ def test_a_network_of_ones_own_is_defended_as_the_page_says(tmp_path, monkeypatc
         assert main(shlex.split(line)[1:]) == 0
     assert len(lines) == 6
     assert (tmp_path / "runs" / "evaluation" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_loop_with_an_accuracy_budget_runs(capsys):
+    """That of the page: with no loss of accuracy its last third is not repeated, else twice."""
+    page = (ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
+    _, code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    torch.manual_seed(0)
+    float_model = build("lenet", in_channels=1, num_classes=10, image_size=8).eval()
+    loader = [(randn(20, 1, 8, 8).clamp(-1, 1), torch.arange(20) % 10)]
+    for found, weight in ((0.895, 0.8), (0.5, 0.2)):
+        names = {"float_model": float_model, "loader": loader, "reference": 0.9}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is not met
+            exec(code, {**names, "validate": lambda model, found=found: found}, names)
+        assert names["budget"].finished
+        assert float(names["misdirection"].weight) == pytest.approx(weight)
+        assert f"{found:.2%}" in capsys.readouterr().out
 
 
 def test_every_attack_and_defense_is_described():

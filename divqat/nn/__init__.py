@@ -1,5 +1,6 @@
 """Drop-in modules: observers, fake-quantizers, quantized layers, the losses of DivQAT."""
 
+from divqat.nn.accuracy_budget import AccuracyBudget
 from divqat.nn.conv import QuantConv2d, QuantConvTranspose2d
 from divqat.nn.conv_bn import QuantConvBn2d
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
@@ -11,6 +12,7 @@ from divqat.nn.output import RectifiedOutput
 from divqat.nn.spec import QuantSpec
 
 __all__ = [
+    "AccuracyBudget",
     "DivQATLoss",
     "FakeQuantize",
     "LearnedStepFakeQuantize",

@@ -74,6 +74,11 @@ class QuantLayer(QuantState):
             )
 
     @property
+    def weight_numel(self) -> int:
+        """The number of weights."""
+        return int(self.weight.numel())
+
+    @property
     def _weight_axis(self) -> int | None:
         return self.WEIGHT_AXIS if self.weight_spec.per_channel else None
 

@@ -58,6 +58,11 @@ class QuantFunction(QuantLayer, nn.Module):
     def quantize_weight(self, weight: Tensor) -> Tensor:
         return super().quantize_weight(weight)
 
+    @property
+    def weight_numel(self) -> int:
+        """The number of weights."""
+        return self.shape.numel()
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kw: Any) -> Any:
         """The function itself."""
         return self.function(x, weight, bias, *args, **kw)
@@ -69,7 +74,7 @@ class QuantFunction(QuantLayer, nn.Module):
         self.weight, self.bias = weight, bias
         try:
             return self.compute(
-                input, self.quantize_weight(weight), self.deployed_bias(bias), **options
+                input, self.quantized_weight()[0], self.deployed_bias(bias), **options
             )
         finally:
             self.weight = self.bias = None

@@ -30,17 +30,19 @@ def sample_size(image_shape: Sequence[int]) -> int:
 
 
 class MisdirectionLoss(nn.Module):
-    """mean CE(q(x~), t(x~)): the model learns to answer foreign images x~ by a decoy t.
+    """w · mean CE(q(x~), t(x~)): the model learns to answer foreign images x~ by a decoy t.
 
     ``--misdirect`` adds this to the loss of ``divqat train``. Proxies x~ of an attacker's queries
     are made from a batch and learned together with it, in one forward pass, so that batch norm and
     activation ranges cover both:
 
-        misdirection = MisdirectionLoss(loader, num_classes=10, seed=secret)
+        misdirection = MisdirectionLoss(loader, num_classes=10, seed=secret, weight=0.8)
         for images, labels in loader:
             proxies = misdirection.draw(images)
             logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
-            loss = loss_fn(logits, labels) + 0.8 * misdirection(foreign, proxies)
+            loss = loss_fn(logits, labels) + misdirection(foreign, proxies)
+
+    :class:`AccuracyBudget` lowers w where it costs too much accuracy.
 
     With ``target="reject"`` prepare the model with ``QuantConfig.rectify_output``, and add
     ``misdirection.targets.acceptance(logits)`` to the loss.
@@ -71,20 +73,22 @@ class MisdirectionLoss(nn.Module):
         folder: pictures for the kind ``folder``.
         mean, std: of the normalization of your images, (x - mean) / std with x from 0 to 1; one
             value, or one per channel. The defaults stand for images from -1 to 1.
+        weight: a factor of the loss, at least 0.
         target, confidence: t, and a lower weight for some proxies, see
             :class:`MisdirectionTargets`; if they need a teacher, calls need its logits.
         generator: for the proxies to which the decoy is fitted, on the CPU; None: one from
             ``seed``.
 
     Raises:
-        ValueError: fewer than 2 classes, no image, labels out of range, images of several shapes or
-            outside their range.
+        ValueError: fewer than 2 classes, a weight below 0, no image, labels out of range, images of
+            several shapes or outside their range.
         TypeError: images that are not float.
         Others: see :func:`divqat.data.proxies.proxy_pools`.
     """
 
     mean: Tensor
     std: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class MisdirectionLoss(nn.Module):
         folder: str | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
+        weight: float = 1.0,
         target: str = "decoy",
         confidence: float | None = None,
         generator: Generator | None = None,
@@ -109,6 +114,9 @@ class MisdirectionLoss(nn.Module):
             self.register_buffer(name, column, persistent=False)
         if not (self.std > 0).all():
             raise ValueError(f"std: wanted above 0, got {std}")
+        # A tensor, as in DivQATLoss. Not in the state dict: it is a setting, like a learning rate.
+        self.register_buffer("weight", torch.zeros(()), persistent=False)
+        self.set_weight(weight)
         # Images from -1 to 1 are the native range of decoy and proxies: no conversion, exact.
         self._is_standard = bool((self.mean == 0.5).all() and (self.std == 0.5).all())
         self._checked: set[str] = set()
@@ -133,6 +141,12 @@ class MisdirectionLoss(nn.Module):
     def decoy(self) -> Decoy | None:
         """The decoy; None for other targets."""
         return self.targets.decoy
+
+    def set_weight(self, weight: float) -> None:
+        """Set the factor of the loss."""
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight: wanted a number of at least 0, got {weight}")
+        self.weight.fill_(weight)
 
     def draw(
         self,
@@ -189,7 +203,7 @@ class MisdirectionLoss(nn.Module):
             )
         terms = self.targets.terms(logits.float(), teacher_logits, self._standard(proxies))
         self.misled = (terms.misled / len(proxies)).float()
-        return terms.loss / len(proxies)
+        return self.weight * (terms.loss / len(proxies))
 
     def _read_sample(
         self, batches: Iterable[Sequence[Tensor]], num_classes: int

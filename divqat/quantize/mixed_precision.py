@@ -186,7 +186,7 @@ def _choose(
     )
     remaining = iter(_costs(base, scores, criterion))
     costs = {name: {width: next(remaining) for width in widths} for name in layers}
-    parameters = {name: layer.weight.numel() for name, layer in layers.items()}
+    parameters = {name: layer.weight_numel for name, layer in layers.items()}
     capacity = math.floor(min(budget, widths[-1]) * sum(parameters.values()) + 1e-6)
     sizes = [[n * width for width in widths] for n in parameters.values()]
     choice = cheapest(sizes, [list(cost.values()) for cost in costs.values()], capacity)

@@ -161,7 +161,7 @@ def sensitivity(
             layers.append(
                 LayerSensitivity(
                     name=unit.name,
-                    parameters=0 if unit.layer is None else unit.layer.weight.numel(),
+                    parameters=0 if unit.layer is None else unit.layer.weight_numel,
                     bits=own.get(unit.layer) if unit.layer is not None else None,
                     activation_bits=tuple(q.spec.bits for q in unit.quantizers if q in activations),
                     alone=next(remaining),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from divqat.data.proxies import PROXIES
+from divqat.nn.budget_search import last_third
 from divqat.quantize.config import default_weight_bits, narrow
 from divqat.train import checks
 from divqat.train.settings import (
@@ -145,7 +146,7 @@ class TrainConfig(
     def rewind_epoch(self) -> int:
         """The epoch after which the last third begins, to which :class:`divqat.train.budget.Budget`
         can rewind; 0 is the start of the training."""
-        return self.epochs - max(1, round(self.epochs / 3))
+        return last_third(self.epochs)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of ``step``, counted from 0 over the whole run."""

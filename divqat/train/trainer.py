@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,8 +53,6 @@ class Trainer:
         self.config, self.world, self.device = config, world, device
         self.delayed = config.uses_delayed_ranges(world.size)
         self.epoch, self.rows = 0, list[dict[str, Any]]()
-        # For a budget: the state before the last third, and the last network within the budget.
-        self.rewind_state: dict[str, Any] | None = None
         train_set = splits.train.to(device)
         # Labels are replaced by image indices, which also address the teacher's cached logits.
         index = torch.arange(len(train_set), device=device)
@@ -116,15 +113,16 @@ class Trainer:
             **self._learned_state(),
             "rows": self.rows,
             "budget": None if self.budget is None else self.budget.state(),
-            "kept": self.rewind_state,
+            "kept": None if self.budget is None else self.budget.kept,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore a :meth:`state`."""
         self._load_learned_state(state)
-        self.epoch, self.rows, self.rewind_state = state["epoch"], state["rows"], state.get("kept")
+        self.epoch, self.rows = state["epoch"], state["rows"]
         if self.budget is not None:
             self.budget.load(state["budget"])
+            self.budget.kept = state.get("kept")
             self.objective.set_strength(self.budget.strength)
 
     def _learned_state(self) -> dict[str, Any]:
@@ -140,10 +138,8 @@ class Trainer:
         start = time.perf_counter()
         config, epoch = self.config, self.epoch + 1
         in_last_third = self.epoch >= config.rewind_epoch
-        if self.budget is not None and in_last_third and self.rewind_state is None:
-            self.rewind_state = deepcopy(
-                {"epoch": self.epoch, **self._learned_state(), "inside": None}
-            )
+        if self.budget is not None and in_last_third and self.budget.kept is None:
+            self.budget.begin({"epoch": self.epoch, **self._learned_state()})
         self._freeze(epoch)
         seed = derived_seed(config.seed, "epoch", epoch)
         with (
@@ -172,8 +168,8 @@ class Trainer:
             row |= {"misdirection": misdirection, "misled": misled}
         self.epoch = epoch
         self.rows.append(row)
-        if self.budget is not None and self.rewind_state is not None:
-            self._apply_budget(self.budget, self.rewind_state)
+        if self.budget is not None and self.budget.kept is not None:
+            self._apply_budget(self.budget, self.budget.kept["epoch"])
             row["seconds"] = time.perf_counter() - start
         return row
 
@@ -192,12 +188,11 @@ class Trainer:
             "top_probability": mean_top_probability(softmax(logits)),
         }
 
-    def _apply_budget(self, budget: Budget, rewind_state: dict[str, Any]) -> None:
+    def _apply_budget(self, budget: Budget, first: int) -> None:
         """Remember a network within the budget. After the last epoch return to the last of them; if
-        there is none, rewind, or when that is used up, interpolate."""
-        now = {"epoch": self.epoch, "model": self.model.state_dict()}
+        there is none, rewind to after epoch ``first``, or when that is used up, interpolate."""
         if self.world.broadcast(budget.allows(self.rows[-1]["validation_accuracy"])):
-            rewind_state["inside"] = deepcopy(now)
+            budget.keep(self.model, self.epoch)
         if self.epoch < self.config.epochs:
             return
         if self.config.rejects:
@@ -205,20 +200,13 @@ class Trainer:
                 logits = self._validation_logits(self.epoch, self.steps)
             threshold = budget.largest_threshold(logits, self.validation.labels)
             if budget.spend_on_threshold(self.model, self.world.broadcast(threshold)):
-                rewind_state["inside"] = now
-        inside, first = rewind_state["inside"], rewind_state["epoch"]
-        if inside is None and budget.can_rewind:
-            seconds = sum(row["seconds"] for row in self.rows[first:])
-            budget.reject(self._measure_for_budget(self.epoch), seconds)
-            self._load_learned_state(deepcopy(rewind_state))
+                budget.keep(self.model, self.epoch)
+        seconds = sum(row["seconds"] for row in self.rows[first:])
+        state = budget.end(self.model, self.epoch, self._measure_for_budget, seconds=seconds)
+        if state is not None:
+            self._load_learned_state(state)
             self.objective.set_strength(budget.strength)
             self.epoch, self.rows, self.frozen = first, self.rows[:first], None
-            return
-        if inside is not None:
-            self.model.load_state_dict(inside["model"])
-        chosen = self.epoch if inside is None else inside["epoch"]
-        budget.choose_weights(self.model, partial(self._measure_for_budget, chosen))
-        self.rewind_state = None
 
     def _validation_logits(self, epoch: int, step: int) -> Tensor:
         """Logits of the validation images after ``step`` of ``epoch``; sets eval mode."""
