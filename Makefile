@@ -1,11 +1,12 @@
 # make demo   the whole workflow on a small data set that needs no download
 # make test   linters, type checker and all tests
 # make quick  linters, type checker and one case of every fast test, during development
+# make test-networks   the networks of torchvision and timm, an hour or two; not in make test
 # All of them set up a fresh machine; PYTHON=python3.12 selects an interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test quick test-triton triton-newest triton-oldest test-examples lint sanitize install clean
+.PHONY: demo fashion-mnist test quick test-networks test-examples test-triton triton-newest triton-oldest lint sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -51,6 +52,16 @@ test-examples: .venv/dev $(EXAMPLES)
 
 $(EXAMPLES): requirements-examples.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r requirements-examples.txt
+	@touch $@
+
+# The networks of torchvision and timm, in a folder of their own: PyPI's torchvision needs a CUDA torch, and
+# other packages fail if they find it beside one for the CPU (bench/zoo.py can import it).
+NETWORKS := .venv/networks
+test-networks: .venv/dev $(NETWORKS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(NETWORKS) $(BIN)/python -m bench networks --again --check --runs runs/test-networks
+
+$(NETWORKS): requirements-networks.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
 	@touch $@
 
 lint: .venv/dev

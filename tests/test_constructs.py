@@ -12,7 +12,6 @@ import constructs_tokens  # noqa: F401
 import pytest
 import torch
 from constructs import CONSTRUCTS
-from constructs_failing import FAILING
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -29,14 +28,6 @@ ACCEPTED = [name for name, construct in CONSTRUCTS.items() if construct.refused 
 REFUSED = [name for name, construct in CONSTRUCTS.items() if construct.refused is not None]
 EXPORTED = [name for name in ACCEPTED if CONSTRUCTS[name].exports]
 MODES = {"train": True, "eval": False}
-
-
-@pytest.fixture(autouse=True)
-def fails_today(request):
-    """Let a test of the list fail, and tell when it no longer does."""
-    test, _, case = request.node.name.partition("[")
-    if case.rstrip("]") in FAILING.get(test, "").split():
-        request.node.add_marker(pytest.mark.xfail(strict=True))
 
 
 def leaves(outputs) -> list[Tensor]:

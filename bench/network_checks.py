@@ -1,0 +1,89 @@
+"""What a prepared network has to be able to do besides its answers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import divqat
+from bench import zoo
+from bench.command import first_line
+
+
+def checks(model: nn.Module, prepared: nn.Module, images: Tensor) -> dict[str, str]:
+    """Name → ``passed``, or the first line of what went wrong.
+
+    Args:
+        model: the float network, in eval mode.
+        prepared: calibrated, in eval mode; neither changes.
+        images: [N, 3, H, W], N of at least 2.
+    """
+    with torch.no_grad():
+        wanted = zoo.tensor_of(prepared(images))
+
+    def loads() -> None:
+        copy.deepcopy(prepared).load_state_dict(model.state_dict(), strict=True)
+
+    def copies() -> None:
+        _expect_same(copy.deepcopy(prepared), images, wanted)
+
+    def pickles() -> None:
+        _expect_same(pickle.loads(pickle.dumps(prepared)), images, wanted)
+
+    def modes() -> None:
+        for training in (True, False):
+            other = copy.deepcopy(model).train(training)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                other = divqat.prepare(other, "x86", images)
+            other.load_state_dict(prepared.state_dict(), strict=True)
+            _expect_same(other.eval(), images, wanted)
+
+    def trains() -> None:
+        _backward(copy.deepcopy(prepared).train(), images)
+
+    def compiled() -> None:
+        torch._dynamo.reset()
+        network = torch.compile(
+            copy.deepcopy(prepared).train(), fullgraph=True, backend="aot_eager"
+        )
+        _backward(network, images)
+
+    todo: dict[str, Callable[[], None]] = {
+        "float checkpoint": loads,
+        "deepcopy": copies,
+        "pickle": pickles,
+        "prepared in train and eval mode": modes,
+        "backward": trains,
+        "compiled": compiled,
+    }
+    return {name: _outcome(check) for name, check in todo.items()}
+
+
+def _outcome(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except Exception as error:  # whatever it raises is the result
+        return first_line(error)[:200]
+    return "passed"
+
+
+def _expect_same(network: nn.Module, images: Tensor, wanted: Tensor) -> None:
+    with torch.no_grad():
+        got = zoo.tensor_of(network(images))
+    if not torch.equal(got, wanted):
+        raise ValueError(f"other outputs, by up to {float((got - wanted).abs().max()):.3g}")
+
+
+def _backward(network: Any, images: Tensor) -> None:
+    output = network(images)
+    zoo.tensor_of(output).square().mean().backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
+        raise ValueError("no finite gradients")
