@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from divqat.quantize.checks import as_call
-from divqat.quantize.tracing.recorder import rebuilt
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,16 @@ def _plain(result: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return [_plain(value) for value in result]
     if isinstance(result, fx.Node) and result.op == "call_function":
-        if result.target is rebuilt:
-            return _plain(result.args[1])
         if isinstance(result.target, type):
-            return _plain(dict(result.kwargs) or list(result.args))
+            (items,) = result.args if len(result.args) == 1 else (None,)
+            return _plain(items if isinstance(items, dict) else _items(result))
     return result
+
+
+def _items(call: fx.Node) -> Any:
+    """The arguments of a dataclass or of a named tuple, by name."""
+    names = getattr(call.target, "_fields", ())
+    return dict(call.kwargs) or dict(zip(names, call.args, strict=True)) or list(call.args)
 
 
 def _names(results: Any, prefix: str) -> list[str]:

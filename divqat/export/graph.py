@@ -31,7 +31,8 @@ def separate_constants(graph: Any) -> None:
                 constants[duplicate.name] = duplicate
             used.add(producer.input[index])
 
-    for consumer in list(graph.node):
+    nodes = []
+    for consumer in graph.node:
         for index, name in enumerate(consumer.input):
             producer = producers.get(name)
             if producer is None or producer.input[0] not in constants:
@@ -40,10 +41,14 @@ def separate_constants(graph: Any) -> None:
                 again = copy.deepcopy(producer)
                 again.name = again.output[0] = consumer.input[index] = f"{consumer.name}/{name}"
                 separate(again)
-                graph.node.insert([*graph.node].index(consumer), again)
+                nodes.append(again)
             else:
                 separate(producer)
             used.add(name)
+        nodes.append(consumer)
+    added = [copy.deepcopy(node) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(added)
 
 
 def module_name(node: Any) -> str:

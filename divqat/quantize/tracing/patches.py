@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from divqat.quantize.tracing.recorded import Recorded, has_proxy
+from divqat.quantize.tracing.tree import add_module
 
 if TYPE_CHECKING:
     from divqat.quantize.tracing.recorder import Recorder
@@ -63,7 +64,9 @@ def patched(recorder: Recorder, attributes: dict[str, fx.Proxy]) -> Iterator[Non
             return applied(cls, *args, **kwargs)
         if cls is checkpoint.CheckpointFunction:  # of the function and a flag
             return args[0](*args[2:])
-        return recorder.create_proxy("call_function", _apply, (cls, *args), kwargs)
+        name = f"functions.{cls.__name__}"
+        add_module(recorder.root, name, Applied(cls))
+        return recorder.create_proxy("call_module", name, args, kwargs)
 
     factories = {name: factory(getattr(torch, name)) for name in (*FACTORIES, *RANDOM)}
     finfo = torch.finfo
@@ -85,6 +88,13 @@ def _nothing(*_: Any, **__: Any) -> Iterator[None]:
     yield
 
 
-def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call of an autograd function."""
-    return function.apply(*args, **kwargs)
+class Applied(nn.Module):
+    """Applies an autograd function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The function of the arguments."""
+        return self.function.apply(*args, **kwargs)

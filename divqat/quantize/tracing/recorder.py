@@ -61,8 +61,10 @@ class Recorder(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is Recorded:
             return a.node
-        if isinstance(a, dict) and type(a) is not dict:  # OrderedDict, a dataclass of Hugging Face
-            return self._call("call_function", rebuilt, (type(a), dict(a)), {})
+        if isinstance(a, dict) and type(a) is not dict:
+            if is_dataclass(a):  # such as the outputs of Hugging Face's models
+                return self._call("call_function", type(a), (), dict(a))
+            return self._call("call_function", type(a), (dict(a),), {})
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             return self._call("call_function", type(a), tuple(a), {})
         if is_dataclass(a) and not isinstance(a, type):
@@ -235,11 +237,6 @@ class Recorder(fx.Tracer):
                         f"{type(module).__name__}.forward of {path or 'the model'!r} assigns the "
                         f"attribute {name!r}"
                     )
-
-
-def rebuilt(kind: type, items: dict[str, Any]) -> Any:
-    """A mapping of its own type."""
-    return kind(**items) if hasattr(kind, "__dataclass_fields__") else kind(items)
 
 
 def _in_eval(module: nn.Module, args: Any, kwargs: Any) -> Any:
