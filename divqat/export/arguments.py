@@ -71,10 +71,9 @@ def _plain(result: Any) -> Any:
         return {key: _plain(value) for key, value in result.items()}
     if isinstance(result, (tuple, list)):
         return [_plain(value) for value in result]
-    if isinstance(result, fx.Node) and result.op == "call_function":
-        if isinstance(result.target, type):
-            (items,) = result.args if len(result.args) == 1 else (None,)
-            return _plain(items if isinstance(items, dict) else _items(result))
+    if isinstance(result, fx.Node) and isinstance(result.target, type):
+        (items,) = result.args if len(result.args) == 1 else (None,)
+        return _plain(items if isinstance(items, dict) else _items(result))
     return result
 
 

@@ -139,7 +139,24 @@ def fix_weights(graph_module: fx.GraphModule) -> None:
         node.args = (x,)
         for argument in (weight, bias):
             _erase(graph_module.graph, argument)
+    _fix_reads(graph_module)
     graph_module.recompile()
+
+
+def _fix_reads(graph_module: fx.GraphModule) -> None:
+    """Make constants of what a forward asks of its parameters, such as their dtype: a converted
+    layer has integers in their place."""
+    constant = constants(graph_module.graph)
+    for node in list(graph_module.graph.nodes):
+        if node.target is not getattr or node.args[0] not in constant:
+            continue
+        known = {node: constant_value(graph_module, node)}
+        for user in list(node.users):
+            arguments: Any = (user.args, user.kwargs)
+            user.args, user.kwargs = fx.node.map_arg(
+                arguments, lambda n, known=known: known.get(n, n)
+            )
+        _erase(graph_module.graph, node)
 
 
 def _erase(graph: fx.Graph, node: Any) -> None:
