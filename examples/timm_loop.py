@@ -17,6 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import divqat
@@ -49,8 +50,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     schedule, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=options.epochs, warmup_epochs=1, warmup_lr=1e-4
     )
-    mixup = Mixup(options.mixup, num_classes=10, label_smoothing=0.0)
-    loss_fn = SoftTargetCrossEntropy()
+    mixup = Mixup(options.mixup, num_classes=10, label_smoothing=0.0) if options.mixup else None
+    loss_fn = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss()
     # The average copies the ranges and which quantizers have one: observe them before it is made.
     divqat.quantize.observe_first(model, [next(iter(loader))[0]])
     average = ModelEmaV3(model, decay=options.decay)
@@ -67,9 +68,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             divqat.freeze_batchnorm(model)
         for images, labels in loader:
             proxies = misdirection.draw(images)
-            images, soft_labels = mixup(images, labels)
+            if mixup:
+                images, labels = mixup(images, labels)  # labels become soft
             logits, foreign = model(torch.cat([images, proxies])).tensor_split([len(images)])
-            loss = loss_fn(logits, soft_labels) + misdirection(foreign, proxies)
+            loss = loss_fn(logits, labels) + misdirection(foreign, proxies)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
