@@ -34,7 +34,8 @@ async function look(page, width) {
   await new Promise(done => frame.onload = done);
   const inner = frame.contentDocument, root = inner.documentElement;
   if (!inner.querySelector("article")) found.push(`${page} ${width}: no article`);
-  if (root.scrollWidth > width) found.push(`${page} ${width}: the page is ${root.scrollWidth} wide`);
+  const wide = root.scrollWidth;
+  if (wide > width) found.push(`${page} ${width}: the page is ${wide} wide`);
   for (const e of inner.querySelectorAll("article *")) {
     const right = e.getBoundingClientRect().right;
     if (right > width + 1 && !inside(e, inner.body))
