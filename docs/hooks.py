@@ -43,6 +43,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name things in the way of Sphinx; on the site only the name is of interest."""
+    return re.sub(r":(?:class|func|meth|mod|data|attr):(?=<code>)", "", html)
+
+
 def moved(text: str, uri: str, source: Path) -> tuple[str, dict[str, Path]]:
     """The page with links as on the site, and the files outside of ``docs/`` among their targets.
 
