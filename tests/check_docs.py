@@ -18,7 +18,7 @@ SITE = ROOT / "build" / "site"
 WIDTHS = (390, 1280)  # pixels: a telephone, a notebook
 # Loads each page into a frame of each width, and tells what is wider than the frame and neither
 # scrolls nor is in something that does; then every picture that was not loaded.
-HARNESS = """<!doctype html><script>
+HARNESS = """<!doctype html><body><script>
 const found = [];
 function inside(element, body) {
   for (let e = element; e && e !== body; e = e.parentElement)
