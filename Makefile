@@ -2,11 +2,15 @@
 # make test   linters, type checker and all tests
 # make quick  linters, type checker and one case of every fast test, during development
 # make test-networks   the networks of torchvision and timm, an hour or two; not in make test
+# make test-examples   the examples in Lightning, Hugging Face and timm; not in make test
+# make docs   the pages of docs/ as a site, in build/site
+# make test-docs, make test-package   the notebook and the look of the pages; wheel and sdist
 # All of them set up a fresh machine; PYTHON=python3.12 selects an interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist test quick test-networks test-examples test-triton triton-newest triton-oldest lint sanitize install clean
+.PHONY: demo fashion-mnist docs test test-docs test-package test-networks test-examples quick test-triton triton-newest triton-oldest lint sanitize \
+	install clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -20,6 +24,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 test: lint .venv/kernels
 	$(PYTEST)
 	$(MAKE) test-triton
+
+# The site; its build and its links are in make test.
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "results  build/site/index.html"
+
+# The notebook runs, and no page is wider than a telephone's or a notebook's screen (needs chromium).
+test-docs: .venv/docs docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/check_docs.py
+
+# Wheel and sdist build, and the wheel runs the five lines of README.md in an empty environment.
+test-package: .venv/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/check_package.py
 
 # One case of each test that is not marked slow; lists tests whose mark should change.
 quick: lint .venv/kernels
@@ -102,6 +119,10 @@ install: .venv/installed
 .venv/dev: .venv/installed requirements-dev.txt requirements-bench.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+	@touch $@
+
+.venv/docs: .venv/dev requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 clean:

@@ -21,6 +21,8 @@ COMMANDS = {
     "tune": "bench.tune",
     "compare": "bench.compare",
     "readme": "bench.readme",
+    "pictures": "bench.pictures",
+    "notebook": "bench.notebook",
 }
 
 

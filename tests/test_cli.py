@@ -47,9 +47,10 @@ def runs(tmp_path_factory):
 def test_train_prints_a_line_per_epoch(tmp_path, capsys):
     assert divqat("train", "--out", tmp_path, "--epochs", 2, *FAST) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for word in ("epoch 1/2", "loss", "ce", "val acc", "top prob", "lr", "ms/step"):
+    assert len(lines) == 5
+    for word in ("epoch 1/2", "loss", "ce", "val acc", "top prob", "lr", "ms/step", "s left"):
         assert word in lines[0]
+    assert "left" not in lines[1]
     assert lines[2].startswith("test accuracy")
 
 
@@ -150,7 +151,7 @@ def test_other_settings_in_the_folder_are_refused(runs, capsys):
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path, capsys, monkeypatch):
-    def interrupted(config, out):
+    def interrupted(config, out, log):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(commands.training, "train", interrupted)

@@ -174,7 +174,8 @@ def test_torchrun(teacher, one, tmp_path):
     )
     done, _ = torchrun(script, "train", "--out", out, "--accumulate", 2, *flags(teacher))
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["epoch", "epoch", "test"]
+    said = [line.split()[0] for line in done.stdout.splitlines()]
+    assert said == ["epoch", "epoch", "test", "results", "next"]
     assert_close(out, one, teacher)
     names = {path.name for path in out.iterdir()}
     assert names == {"checkpoint.pt", "config.yaml", "metrics.csv", "plots", "summary.json"}

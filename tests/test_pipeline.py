@@ -69,7 +69,7 @@ def test_run_does_everything(job, capsys):
     report = (out / "report.md").read_text()
     assert re.search(r"^\| divqat .*\| +5 \| +0 \|$", report, re.MULTILINE)  # layers
     assert divqat("report", out) == 0
-    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    assert capsys.readouterr().out.splitlines()[0] == f"results  {out / 'report.html'}"
 
 
 def test_a_finished_job_neither_trains_nor_queries(job, capsys, monkeypatch):

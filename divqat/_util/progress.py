@@ -29,3 +29,10 @@ def progress(
             yield from tqdm(items, desc=description, total=total, unit=unit, leave=False)
             return
     yield from items
+
+
+def duration(seconds: float) -> str:
+    """A time as a reader would say it: ``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

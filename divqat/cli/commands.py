@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from divqat import train as training
+from divqat._util.foreign import trusted
 from divqat._util.settings import ConfigError, given_flags, read_yaml
 from divqat._util.text import printable
+from divqat.cli.ending import Pace, beside, browser, ending
 from divqat.evaluate import Evaluation, Grid, write_report
 from divqat.evaluate import evaluate as run_grid
 from divqat.evaluate.audits import audits
 from divqat.evaluate.tables import main_table, side_effects_table
 from divqat.experiments.deploy import (
+    ONNX,
     AttackConfig,
     answer_arguments,
     attack_run,
@@ -48,7 +51,14 @@ def train(args: argparse.Namespace) -> int:
             f"{flags}",
             file=sys.stderr,
         )
-    training.train(config, args.out)
+    training.train(config, args.out, log=Pace())
+    if rank_and_world_size()[0] == 0:
+        trust = [word for name in trusted() for word in ("--trust", name)]
+        following = ["divqat", "train", "--method", "qat", "--teacher", args.out, *trust]
+        following += ["--out", beside(args.out, "qat")]
+        if config.kind.quantized:
+            following = ["divqat", "export", args.out, *trust]
+        ending(args.out, following)
     return 0
 
 
@@ -75,6 +85,7 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 def export(args: argparse.Namespace) -> int:
     run = load_run(args.run)
     print(printable(export_run(run, run.splits(args.data_root))["text"]))
+    ending(run.folder / ONNX, ["divqat", "verify", args.run, *_same(args)])
     return 0
 
 
@@ -89,6 +100,8 @@ def verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    following = ["divqat", "evaluate", "--victim", args.run, *_same(args)]
+    ending(run.folder / "verify.json", [*following, "--out", beside(args.run, "evaluation")])
     return 0
 
 
@@ -101,6 +114,12 @@ def sensitivity(args: argparse.Namespace) -> int:
         print("\n" + printable(mixed_precision_run(run, splits, settings)["text"]))
     print("\n" + printable(what_next(run, settings)))
     return 0
+
+
+def _same(args: argparse.Namespace) -> list[str]:
+    """The flags that the next command needs as well."""
+    root = [] if args.data_root is None else ["--data-root", args.data_root]
+    return [*root, *(word for name in args.trust for word in ("--trust", name))]
 
 
 def attack(args: argparse.Namespace) -> int:
@@ -118,7 +137,8 @@ def attack(args: argparse.Namespace) -> int:
     print(f"queries          {result['queries']} of {config.query_set}, answers {args.answer}")
     print(f"clone accuracy   {result['accuracy']:.2%}")
     print(f"clone fidelity   {result['fidelity']:.2%} (same class as the victim)")
-    print(f"written to       {out}")
+    following = ["divqat", "evaluate", "--victim", args.victim, *_same(args)]
+    ending(out, [*following, "--out", beside(args.victim, "evaluation")])
     return 0
 
 
@@ -134,17 +154,23 @@ def evaluate(args: argparse.Namespace) -> int:
     print(f"{_tables(result)}\n")
     for audit in audits(result):
         print(printable(audit))
+    return _end_with_report(args.out)
+
+
+def _end_with_report(out: str) -> int:
+    page = Path(out) / "report.html"
+    ending(page, browser(page))
     return 0
 
 
 def study(args: argparse.Namespace) -> int:
     settings = Study.from_dict(_study_file(args))
     result = run_study(
-        settings, args.out, jobs=args.jobs, cluster=args.cluster, command=args.command_line
-    )
-    print(_tables(result))
-    print(f"\n{Path(args.out) / 'report.html'}")
-    return 0
+        settings, args.out, jobs=args.jobs, cluster=args.cluster, command=args.command_line,
+        log=Pace(),
+    )  # fmt: skip
+    print(f"{_tables(result)}\n")
+    return _end_with_report(args.out)
 
 
 def _tables(result: Evaluation) -> str:
@@ -165,8 +191,8 @@ def _study_file(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace) -> int:
-    print(write_report(args.out))
-    return 0
+    write_report(args.out)
+    return _end_with_report(args.out)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -185,6 +211,9 @@ def info(args: argparse.Namespace) -> int:
     for name, devices in info["backends"].items():
         for device, (backend, reason) in devices.items():
             print(f"  {name:<32}{device:<6}{backend:<10}{reason}".rstrip())
+    print()
+    demo = ["divqat", "run", "--config", "configs/digits.yaml", "--out", "runs/digits"]
+    ending(info["package"], demo)
     return 0
 
 

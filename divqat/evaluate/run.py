@@ -10,6 +10,7 @@ import datetime
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from divqat._util.bounds import check_tree
 from divqat._util.devices import cpu_threads, hardware, versions
 from divqat._util.held import held
 from divqat._util.names import check_folder
+from divqat._util.progress import duration
 from divqat.data import Splits
 from divqat.evaluate.assessment import Assessment, Context, Log, folder_key
 from divqat.evaluate.grid import Grid
@@ -73,17 +75,25 @@ def evaluate(
     grid.check(splits, len(queries))
     with held("out", out) as folder, cpu_threads(grid.threads):
         context = Context(grid.measured(splits), queries, grid, folder, log)
-        log(f"{len(queries)} queries of {grid.query_set}, {len(subjects)} victims")
+        seeds = sum(grid.seeds if subject.seed is None else 1 for subject in subjects)
+        count = seeds * sum(_count_attacks(context, spec) for spec in grid.defenses)
+        log(f"{len(queries)} queries of {grid.query_set}, {len(subjects)} victims, {count} attacks")
         result = _empty_result(context, command, deployed)
         for subject in subjects:
-            _assess(Assessment(context, subject), result)
+            _assess(Assessment(context, subject), result, count)
             result.save(folder / EVALUATION)
         log(f"report: {write_report(folder)}")
     return result
 
 
-def _assess(victim: Assessment, result: Evaluation) -> None:
-    """Run all parts of a victim's evaluation, and add them to ``result``."""
+def _count_attacks(context: Context, spec: str) -> int:
+    """The number of attacks on a victim behind a defense."""
+    return len(list(context.grid.attacker(len(context.queries), spec)))
+
+
+def _assess(victim: Assessment, result: Evaluation, count: int) -> None:
+    """Run all parts of a victim's evaluation, and add them to ``result``, which is to have
+    ``count`` attacks."""
     grid, queries = victim.context.grid, len(victim.context.queries)
     for seed in victim.seeds:
         result.side_effects.append(victim.side_effects(seed))
@@ -91,8 +101,19 @@ def _assess(victim: Assessment, result: Evaluation) -> None:
             released = victim.released(seed, spec)
             result.released.append(released)
             if not released.unreachable:
-                cells = grid.attacker(queries, spec)
-                result.cells.extend(victim.attack(seed, spec, *cell) for cell in cells)
+                for cell in grid.attacker(queries, spec):
+                    result.cells.append(victim.attack(seed, spec, *cell))
+                    _log_pace(victim.context, result, count)
+
+
+def _log_pace(context: Context, result: Evaluation, count: int) -> None:
+    """Log how many attacks are done, and how long the others take if they are like these."""
+    skipped = [row.defense for row in result.released if row.unreachable]
+    count -= sum(_count_attacks(context, spec) for spec in skipped)
+    done = len(result.cells)
+    if done < count:
+        left = (count - done) * mean(cell.seconds for cell in result.cells)
+        context.log(f"{done} of {count} attacks, about {duration(left)} left")
 
 
 def _empty_result(context: Context, command: str, deployed: str) -> Evaluation:

@@ -150,13 +150,20 @@ def _fix_reads(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if node.target is not getattr or node.args[0] not in constant:
             continue
-        known = {node: constant_value(graph_module, node)}
+        value = constant_value(graph_module, node)
         for user in list(node.users):
-            arguments: Any = (user.args, user.kwargs)
-            user.args, user.kwargs = fx.node.map_arg(
-                arguments, lambda n, known=known: known.get(n, n)
-            )
+            _replace_argument(user, node, value)
         _erase(graph_module.graph, node)
+
+
+def _replace_argument(user: fx.Node, node: fx.Node, value: Any) -> None:
+    """Give ``user`` a constant instead of a node."""
+
+    def constant(source: fx.Node) -> Any:
+        return value if source is node else source
+
+    user.args = fx.node.map_arg(user.args, constant)
+    user.kwargs = fx.node.map_arg(user.kwargs, constant)
 
 
 def _erase(graph: fx.Graph, node: Any) -> None:
