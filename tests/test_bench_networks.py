@@ -132,10 +132,17 @@ def test_a_network_that_fails_is_a_row_and_a_missed_bar(toys, tmp_path, capsys):
 
 def test_bars():
     layer = {"layer": "a", "kernel": "Conv", "reason": "output in float"}
-    row = {"network": "n", "float": [layer], "agreement": 0.99, "checks": {"pickle": "KeyError: x"}}
+    own = {"own_agreement": 1.0, "decided": 0.5, "pictures": {"test": 100}}
+    row = {
+        "network": "n",
+        "float": [layer],
+        "agreement": 0.99,
+        **own,
+        "checks": {"pickle": "KeyError: x"},
+    }
     assert len(networks.missed_bars([row], ["n", "other"])) == 4
     assert not networks.missed_bars([row], [])
-    fine = {"network": "n", "agreement": 0.996, "checks": {"pickle": "passed"}}
+    fine = {"network": "n", "agreement": 0.996, **own, "checks": {"pickle": "passed"}}
     fine["float"] = [layer | {"reason": "no integer kernel of ConvTranspose"}]
     assert not networks.missed_bars([fine], ["n"])
 

@@ -203,7 +203,7 @@ def test_wrong_arguments(arguments, error, message):
 
 def test_the_example_of_the_docs_runs(capsys):
     page = Path(__file__).parent.parent / "docs" / "own-model.md"
-    _, code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    *_, code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names = {"float_model": build("residual").eval(), "images": images()}
     exec(code, names | {"loader": DATA, "validation": DATA[:1]})
     assert "predicted" in capsys.readouterr().out
