@@ -215,7 +215,10 @@ trains, also compiled as one graph.
 
 `make test-networks` fails if a layer is in float for any reason but the lack of an integer kernel,
 if the agreement is below {100 * AGREEMENT} % and below its own (by three standard deviations), if
-the SQNR is below {SQNR_DB:.0f} dB and more than {NOISE_DB:.0f} dB below its own, or if a check fails.
+the SQNR is below {SQNR_DB:.0f} dB and more than {NOISE_DB:.0f} dB below its own, or if a check
+fails.
+
+An empty cell is not measured.
 
 {table(rows)}
 
