@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,7 @@ def freeze_batchnorm(model: nn.Module) -> nn.Module:
 class _Frozen(nn.Module):
     """Stays in eval mode."""
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Any:
         return super().train(False)
 
 
