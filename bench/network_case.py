@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import divqat
 from bench import network_checks, zoo
 from bench.command import Row, first_line
-from bench.placement import Placement, placements
 from divqat.export import export_onnx
+from divqat.export.placement import Placement, placements
 from divqat.quantize import observing
 
 BATCH = 8

@@ -9,7 +9,7 @@ from torch import nn
 
 from bench import network_case, networks, zoo
 from bench.network_case import Plan, measure
-from bench.placement import placements
+from divqat.export.placement import placements
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import divqat
-from bench.placement import placements
 from divqat.export import export_onnx
+from divqat.export.placement import placements
 from divqat.nn import FakeQuantize
 from divqat.nn._layer import QuantLayer
 from divqat.quantize import ungroup_weights

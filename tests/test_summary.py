@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from testing import randn, tensor
 from torch import nn
 
 import divqat
+from divqat import export
 from divqat.nn import FakeQuantize, QuantLinear, QuantSpec
 from divqat.nn.spec import WEIGHT
 
@@ -122,3 +124,21 @@ def test_table_has_a_line_for_each_tensor():
         assert line.endswith("-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}")
     assert [row["layer"] for row in summary.to_dict()["rows"]] == [r.layer for r in summary.rows]
     json.dumps(summary.to_dict(), allow_nan=False)
+
+
+def test_the_kernels_of_a_runtime_and_why_one_is_in_float():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.PReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)
+    )
+    config = replace(divqat.preset("x86"), skip=("2",))
+    model = divqat.prepare(net, config, randn(8, 3, 8, 8))
+    model(randn(8, 3, 8, 8))
+    table = export.summary(model.eval(), randn(8, 3, 8, 8))
+    kernels = {row.layer: (row.kernel, row.reason) for row in table.rows if row.kind == "weight"}
+    assert kernels["0"] == ("QLinearConv", "") and kernels["4"] == ("QGemm", "")
+    assert not kernels["2"][0].startswith("Q") and "weight" in kernels["2"][1]
+    assert "QGemm" in str(table) and "in float" in str(table)
+    assert "runs as" not in str(divqat.summary(model))
+    with pytest.raises(ValueError, match="runtime"):
+        export.summary(model, randn(8, 3, 8, 8), runtime="tensorflow")

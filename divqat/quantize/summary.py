@@ -29,16 +29,20 @@ class Row:
         clipped: share of the elements outside the grid, in [0, 1]; None without data.
         sqnr_db: signal to quantization noise ratio, 10 log10(Σ x² / Σ (x − Q(x))²), in decibels;
             None without data, signal or noise.
+        kernel: what a runtime runs for the layer; None: not asked, or no layer.
+        reason: why that computes in float; "" for an integer kernel.
     """
 
     layer: str
     kind: str
-    bits: int
-    scheme: str
-    scale_min: float | None
-    scale_max: float | None
-    clipped: float | None
-    sqnr_db: float | None
+    bits: int = 32
+    scheme: str = "float"
+    scale_min: float | None = None
+    scale_max: float | None = None
+    clipped: float | None = None
+    sqnr_db: float | None = None
+    kernel: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,16 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"rows": [asdict(row) for row in self.rows]}
+        asked = any(row.kernel is not None for row in self.rows)
+        rows = [asdict(row) for row in self.rows]
+        for row in rows if not asked else ():
+            del row["kernel"], row["reason"]
+        return {"rows": rows}
 
     def __str__(self) -> str:
-        cells = [("layer", "tensor", "scheme", "scale", "clipped", "SQNR dB")]
+        cells: list[tuple[str, ...]] = [
+            ("layer", "tensor", "scheme", "scale", "clipped", "SQNR dB", "runs as")
+        ]
         for row in self.rows:
             if row.scale_min is None:
                 scale = "-"
@@ -62,7 +72,10 @@ class Summary:
                 scale = f"{row.scale_min:.3g} … {row.scale_max:.3g}"
             clipped = "-" if row.clipped is None else f"{row.clipped:.2%}"
             sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
-            cells.append((row.layer, row.kind, row.scheme, scale, clipped, sqnr))
+            runs = f"{row.kernel or ''}{f': {row.reason}' if row.reason else ''}"
+            cells.append((row.layer, row.kind, row.scheme, scale, clipped, sqnr, runs))
+        if not any(row.kernel for row in self.rows):
+            cells = [line[:-1] for line in cells]
         return columns(cells)
 
 
