@@ -16,6 +16,7 @@ CASES = {
     "train int8": "train --out {}/qat --method qat --teacher {}/fp --trust nets:net",
     "export": "export {}/qat --data-root {}",
     "verify": "verify {}/qat",
+    "sensitivity": "sensitivity {}/qat",
     "attack": "attack --victim {}/qat",
     "evaluate": "evaluate --victim {}/qat --out {}/evaluation",
     "run": "run --config {}/study.yaml --out {}/study",
@@ -34,6 +35,7 @@ def nothing_is_computed(tmp_path, monkeypatch):
         (home / name / "report.html").touch()
     (home / "qat" / "model.onnx").touch()
     (home / "qat" / "verify.json").touch()
+    (home / "qat" / "sensitivity.json").touch()
     (home / "qat" / "attack-probs").mkdir()
     (home / "study.yaml").write_text("victims: {qat: {method: qat}}\nevaluate: {}\n")
     config = commands.TrainConfig(method="qat", teacher=str(home / "fp"))
@@ -49,6 +51,7 @@ def nothing_is_computed(tmp_path, monkeypatch):
         (commands.training, "train", lambda *_, **__: None),
         (commands, "export_run", lambda *_: row),
         (commands, "verify_run", lambda *_: row),
+        (commands, "sensitivity_run", lambda *_: row),
         (commands, "attack_run", lambda *_, **__: row),
         (commands, "load_subjects", lambda *_, **__: ([], None, "")),
         (commands, "run_grid", lambda *_, **__: result),

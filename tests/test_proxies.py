@@ -8,7 +8,7 @@ from testing import no_waiting, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from divqat.data import proxies
-from divqat.data.proxies import MADE, NAMES, READ, proxy_batch, proxy_pools
+from divqat.data.proxies import MADE, NAMES, proxy_batch, proxy_pools
 
 SHAPES = [(1, 8, 8), (3, 28, 28), (1, 30, 17), (3, 64, 64)]
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_what_is_drawn_is_drawn_once(monkeypatch):
 
 def test_pools_are_bounded_and_of_the_folder(folder, monkeypatch):
     monkeypatch.setattr(proxies, "POOL_BYTES", 7 * 3 * 16 * 16)
-    pools = proxy_pools(READ, (3, 16, 16), CPU, folder=folder)
+    pools = proxy_pools(("photos", "folder"), (3, 16, 16), CPU, folder=folder)
     assert {name: len(pool) for name, pool in pools.items()} == {"photos": 7, "folder": 7}
     made = proxy_batch(["folder"], pictures(1, (3, 16, 16)), seeded(), 30, pools=pools)
     assert {tuple(image[:, 8, 8].tolist()) for image in made} == {

@@ -51,12 +51,12 @@ def test_it_prints_the_tables_the_files_and_what_to_run_next(runs, capsys, monke
     arguments = ["ptq", "--bits", 2, 4, 7, *FEW]
     assert divqat("sensitivity", *arguments) == 0
     shown = capsys.readouterr().out
-    assert "(all quantized)" in shown and "written: ptq/sensitivity.json" in shown
-    assert shown.endswith("next: divqat sensitivity ptq --mixed-precision 4\n")
+    assert "(all quantized)" in shown and "results  ptq/sensitivity.json" in shown
+    assert shown.endswith("next     divqat sensitivity ptq --mixed-precision 4\n")
     assert divqat("sensitivity", *arguments, "--mixed-precision", 4) == 0
     shown = capsys.readouterr().out
     assert "predicted" in shown
-    (command,) = (line for line in shown.splitlines() if line.startswith("next: divqat "))
+    (command,) = (line for line in shown.splitlines() if line.startswith("next     divqat "))
     assert divqat(*command.split()[2:]) == 0
     saved = yaml.safe_load((runs / "ptq-mixed" / "config.yaml").read_text())
     chosen = read_json(runs / "ptq" / "mixed_precision.json")

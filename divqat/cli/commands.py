@@ -112,7 +112,7 @@ def sensitivity(args: argparse.Namespace) -> int:
     print(printable(sensitivity_run(run, splits, settings)["text"]))
     if settings.mixed_precision is not None:
         print("\n" + printable(mixed_precision_run(run, splits, settings)["text"]))
-    print("\n" + printable(what_next(run, settings)))
+    ending(*what_next(run, settings))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,21 +129,14 @@ def mixed_precision_run(run: Run, splits: Splits, settings: SensitivityConfig) -
     return step(run.folder / MIXED, source, make)
 
 
-def what_next(run: Run, settings: SensitivityConfig) -> str:
-    """The files that were written, and the command that continues from here."""
-    names = [SENSITIVITY, *([PLOT] if (run.folder / PLOT).is_file() else [])]
-    if settings.mixed_precision is not None:
-        names.append(MIXED)
-    folder = shlex.quote(str(run.folder))
-    command = f"divqat sensitivity {folder} --mixed-precision 4"
-    if settings.mixed_precision is not None:
-        file, out = run.folder / MIXED, Path(f"{run.folder}-mixed")
-        command = (
-            f"divqat train --config {shlex.quote(str(run.folder / 'config.yaml'))} "
-            f"--layer-bits {shlex.quote(str(file))} --out {shlex.quote(str(out))}"
-        )
-    written = ", ".join(str(run.folder / name) for name in names)
-    return f"written: {written}\nnext: {command}"
+def what_next(run: Run, settings: SensitivityConfig) -> tuple[Path, list[str | Path]]:
+    """The file with the results, and the words of the command that continues from here."""
+    if settings.mixed_precision is None:
+        command: list[str | Path] = ["divqat", "sensitivity", run.folder, "--mixed-precision", "4"]
+        return run.folder / SENSITIVITY, command
+    file, out = run.folder / MIXED, Path(f"{run.folder}-mixed")
+    config = run.folder / "config.yaml"
+    return file, ["divqat", "train", "--config", config, "--layer-bits", file, "--out", out]
 
 
 def _validation(splits: Splits, settings: SensitivityConfig) -> _Batches:

@@ -88,6 +88,13 @@ def convert(prepared: nn.Module) -> nn.Module:
             layer is pruned or weight-normed.
     """
     check_is_prepared("prepared", prepared)
+    layers = [
+        (name, m)
+        for name, m in prepared.named_modules()
+        if isinstance(m, QuantLayer) and not isinstance(m, QuantFunction)
+    ]
+    norms = [(f"{name}.bn", m.bn) for name, m in layers if isinstance(m, QuantConvBn2d)]
+    check_parameters("prepared", [*layers, *norms])
     for module in prepared.modules():
         if isinstance(module, PreparedModule) and (late := module.new_float_layers()):
             warnings.warn(
@@ -100,13 +107,6 @@ def convert(prepared: nn.Module) -> nn.Module:
         if isinstance(module, PreparedModule):  # what only training mode does is not deployed
             module.set_graphs(module.graph, module.graph)
             module.delete_all_unused_submodules()
-    layers = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, QuantLayer) and not isinstance(m, QuantFunction)
-    ]
-    norms = [(f"{name}.bn", m.bn) for name, m in layers if isinstance(m, QuantConvBn2d)]
-    check_parameters("prepared", [*layers, *norms])
     for name, module in model.named_modules():
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)) and not module.has_range():
             raise ValueError(f"prepared: {name} has not seen a batch in training mode")
