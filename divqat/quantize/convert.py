@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 from torch import nn
 
@@ -47,7 +46,7 @@ def freeze_batchnorm(model: nn.Module) -> nn.Module:
 class _Frozen(nn.Module):
     """Stays in eval mode."""
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> nn.Module:
         return super().train(False)
 
 
