@@ -28,50 +28,12 @@ def freeze_observers(model: nn.Module) -> nn.Module:
 
 
 def freeze_batchnorm(model: nn.Module) -> nn.Module:
-    """Let every BatchNorm, fused or not, use its running statistics in training, without updating
-    them; returns ``model``."""
-    fused = {module.bn for module in model.modules() if isinstance(module, QuantConvBn2d)}
+    """Let every fused BatchNorm use its running statistics in training, without updating them;
+    returns ``model``."""
     for module in model.modules():
         if isinstance(module, QuantConvBn2d):
             module.freeze()
-        if module in fused:
-            continue
-        kind = FROZEN.get(type(module))
-        if kind is not None and module.track_running_stats:
-            module.__class__ = kind
-            module.eval()
     return model
-
-
-class _Frozen(nn.Module):
-    """Stays in eval mode."""
-
-    def train(self, mode: bool = True) -> nn.Module:
-        return super().train(False)
-
-
-class FrozenBatchNorm1d(_Frozen, nn.BatchNorm1d):
-    """``nn.BatchNorm1d`` with constant statistics."""
-
-
-class FrozenBatchNorm2d(_Frozen, nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with constant statistics."""
-
-
-class FrozenBatchNorm3d(_Frozen, nn.BatchNorm3d):
-    """``nn.BatchNorm3d`` with constant statistics."""
-
-
-class FrozenSyncBatchNorm(_Frozen, nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` with constant statistics."""
-
-
-FROZEN: dict[type, type] = {
-    nn.BatchNorm1d: FrozenBatchNorm1d,
-    nn.BatchNorm2d: FrozenBatchNorm2d,
-    nn.BatchNorm3d: FrozenBatchNorm3d,
-    nn.SyncBatchNorm: FrozenSyncBatchNorm,
-}
 
 
 def convert(prepared: nn.Module) -> nn.Module:
