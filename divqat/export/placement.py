@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from divqat.export.graph import module_name
-from divqat.export.runtime import optimized_graph
+from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, optimized_graph
 
 # What multiplies, in a file as PyTorch exports it.
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 INTEGER = (
-    *("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"),
-    *("QGemm", "DynamicQuantizeMatMul", "QAttention", "QLinearConvTranspose"),
+    *INTEGER_KERNELS,
+    *("MatMulInteger", "DynamicQuantizeMatMul", "QAttention", "QLinearConvTranspose"),
 )
 FLOAT = (
-    *("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul"),
-    *("FusedMatMul", "TransposeMatMul", "Einsum", "Attention", "MultiHeadAttention"),
-    *("LSTM", "GRU", "RNN"),
+    *FLOAT_KERNELS,
+    *("NhwcFusedConv", "FusedMatMul", "TransposeMatMul", "Einsum"),
+    *("Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN"),
 )
 # Operations between a value and its grid that runtimes fuse, or that only move values.
 _FUSED = ("Relu", "Clip", "Add")

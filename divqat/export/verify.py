@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from divqat._util.errors import require
+from divqat._util.modes import modes_kept
 from divqat.data import LabeledImages
 from divqat.export.saturation import Saturating, advice, emulated_session, saturating
 from divqat.metrics import accuracy, fidelity, predict
@@ -126,12 +127,8 @@ def verify(
         )
     runtime = require("onnxruntime", "export")
     b = predict(open_onnx(Path(onnx_path), precise=False), images, batch_size=batch_size)
-    training = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         a = predict(model.eval(), images, batch_size=batch_size)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
     def deployed(session: Any) -> Deployed:
         logits = predict(session, images, batch_size=batch_size)

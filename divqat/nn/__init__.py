@@ -4,6 +4,7 @@ from divqat.nn.accuracy_budget import AccuracyBudget
 from divqat.nn.conv import QuantConv2d, QuantConvTranspose2d
 from divqat.nn.conv_bn import QuantConvBn2d
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
+from divqat.nn.function import QuantFunction
 from divqat.nn.linear import QuantLinear
 from divqat.nn.loss import DivQATLoss
 from divqat.nn.misdirection import MisdirectionLoss
@@ -21,6 +22,7 @@ __all__ = [
     "QuantConv2d",
     "QuantConvBn2d",
     "QuantConvTranspose2d",
+    "QuantFunction",
     "QuantLinear",
     "QuantSpec",
     "RectifiedOutput",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from divqat._util.modes import modes_kept
 from divqat.nn.budget_search import REWINDS, BudgetSearch, last_third, without_ranges
 from divqat.nn.loss import DivQATLoss
 from divqat.nn.misdirection import MisdirectionLoss
@@ -248,13 +249,8 @@ class AccuracyBudget:
 
     @torch.no_grad()
     def _accuracy(self) -> float:
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            return _fraction("validate", self.validate(self.model))
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with modes_kept(self.model):
+            return _fraction("validate", self.validate(self.model.eval()))
 
     def _finished(self) -> None:
         self.finished = True

@@ -56,6 +56,8 @@ class QuantFunction(QuantLayer, nn.Module):
         self.weight = None
 
     def quantize_weight(self, weight: Tensor) -> Tensor:
+        """As the base; an override, so that ``group_weights`` leaves this layer alone: before its
+        call there is no weight."""
         return super().quantize_weight(weight)
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from divqat._util.modes import modes_kept
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.nn.spec import QuantSpec
@@ -126,7 +127,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted an nn.Module, got {type(model).__name__}")
     modules = list(model.modules())
-    training = [module.training for module in modules]
     kinds = (QuantLayer, FakeQuantize, LearnedStepFakeQuantize)
     quantized = [
         (module, dict(vars(module)), dict(module._modules))
@@ -140,7 +140,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         if isinstance(buffer, Tensor)
     ]
     gpus = sorted({b.device.index or 0 for *_, b in buffers if b.device.type == "cuda"})
-    with torch.random.fork_rng(gpus), torch.no_grad():
+    with modes_kept(model), torch.random.fork_rng(gpus), torch.no_grad():
         try:
             model.eval()
             yield
@@ -152,5 +152,3 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 changed._modules.update(children)
             for owner, name, buffer, value in buffers:
                 owner._buffers[name] = buffer.copy_(value)
-            for module, mode in zip(modules, training, strict=True):
-                module.training = mode

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from divqat._util.modes import modes_kept
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize
 from divqat.quantize.config import QuantConfig
@@ -74,9 +75,8 @@ def check_example(model: nn.Module, example_input: Any) -> None:
     """Check that the model runs on the example, to tell a wrong example from a tracing failure;
     ValueError if not."""
     args, kwargs = as_call(example_input)
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
             model.eval()
             model(*args, **kwargs)
     except Exception as error:  # the model's forward may raise anything
@@ -84,9 +84,6 @@ def check_example(model: nn.Module, example_input: Any) -> None:
             "example_input: wanted a batch that the model accepts, got one on which it raises "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,11 +51,6 @@ BATCHNORMS: set[Any] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, QuantCon
 
 # Activations that runtimes fuse into the preceding convolution.
 FUSED: set[Any] = RELUS | {nn.ReLU6, F.relu6}
-
-LAYER_FUNCTIONS: tuple[Callable[..., Any], ...] = (
-    *(F.conv1d, F.conv2d, F.conv3d, F.linear, F.bilinear),
-    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-)
 
 
 def operation(graph_module: fx.GraphModule, node: fx.Node) -> Any:
@@ -136,7 +131,7 @@ def moved_from(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
             return source.all_input_nodes[0]
         # an item of a tuple that is computed is none of a tensor
         return source if node.meta.get("of_tensor", True) else None
-    moves = operation(graph_module, node) in TRANSPARENT or node.meta.get("identity", False)
+    moves = operation(graph_module, node) in TRANSPARENT
     return source if moves or _pads(node) else None
 
 

@@ -221,14 +221,6 @@ def _fused_activation(graph_module: fx.GraphModule, conv: fx.Node) -> fx.Node:
 
 
 def _insert_quantizer(graph_module: fx.GraphModule, source: fx.Node, config: QuantConfig) -> None:
-    is_input = source.op == "placeholder"
-    quantizer = activation_quantizer(config.input() if is_input else config.activation)
-    if not isinstance(quantizer, LearnedStepFakeQuantize):
-        quantizer.mode = config.mode
-    # A node may have the name of a method of nn.Module: "to", "half".
-    taken = hasattr(nn.Module, source.name)
-    name = f"fake_quantize.{source.name}{'_' if taken else ''}"
-    graph_module.add_submodule(name, quantizer)
     of_convolution = patterns.is_convolution(graph_module, source) or (
         source.op != "placeholder"
         and bool(source.all_input_nodes)
@@ -237,8 +229,15 @@ def _insert_quantizer(graph_module: fx.GraphModule, source: fx.Node, config: Qua
     # The model's output stays in float, but for that of a convolution.
     users = [user for user in source.users if user.op != "output" or of_convolution]
     if not users:
-        graph_module.set_submodule(name, nn.Identity())
         return
+    is_input = source.op == "placeholder"
+    quantizer = activation_quantizer(config.input() if is_input else config.activation)
+    if not isinstance(quantizer, LearnedStepFakeQuantize):
+        quantizer.mode = config.mode
+    # A node may have the name of a method of nn.Module: "to", "half".
+    taken = hasattr(nn.Module, source.name)
+    name = f"fake_quantize.{source.name}{'_' if taken else ''}"
+    graph_module.add_submodule(name, quantizer)
     with graph_module.graph.inserting_after(source):
         quantized = graph_module.graph.call_module(name, (source,))
     quantized.meta = dict(source.meta)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from divqat._util.modes import modes_kept
 from divqat.nn.fake_quantize import FakeQuantize
 from divqat.nn.observer import MovingAverageMinMaxObserver
 from divqat.nn.spec import QuantSpec
@@ -86,19 +87,17 @@ def observing(model: nn.Module, *, fresh: bool = False) -> Iterator[None]:
         fresh: only quantizers that have not seen a batch observe; the others quantize as in eval
             mode.
     """
-    training = {module: module.training for module in model.modules()}
     observers = [q for q in _quantizers(model) if not (fresh and _calibrated(q))]
     enabled = [quantizer.fake_quant_enabled for quantizer in observers]
-    model.eval()
-    try:
-        for quantizer in observers:
-            quantizer.train().fake_quant_enabled = False
-        yield
-    finally:
-        for quantizer, quantizes in zip(observers, enabled, strict=True):
-            quantizer.fake_quant_enabled = quantizes
-        for module, mode in training.items():
-            module.training = mode
+    with modes_kept(model):
+        model.eval()
+        try:
+            for quantizer in observers:
+                quantizer.train().fake_quant_enabled = False
+            yield
+        finally:
+            for quantizer, quantizes in zip(observers, enabled, strict=True):
+                quantizer.fake_quant_enabled = quantizes
 
 
 def _calibrated(quantizer: FakeQuantize) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divqat._util.modes import modes_kept
 from divqat._util.text import columns
 from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.ops.reference import along
-from divqat.quantize.checks import check_is_prepared
+from divqat.quantize.checks import as_call, check_is_prepared
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,13 @@ class Summary:
 
 
 @torch.no_grad()
-def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
+def summary(model: nn.Module, example_input: Any = None) -> Summary:
     """Layer, bits, scheme, scale range, clipped share and SQNR of a prepared model.
 
     Args:
         model: made by :func:`divqat.prepare`; its state is not changed.
-        example_input: a batch on which the activations are measured; None: only weights have a
+        example_input: a batch on which the activations are measured, or the arguments as for
+            :func:`divqat.prepare`; None: only weights have a
             clipped share and an SQNR.
 
     Raises:
@@ -135,7 +137,7 @@ def summary(model: nn.Module, example_input: Tensor | None = None) -> Summary:
     return Summary(rows)
 
 
-def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
+def _activations(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
     """The input of each activation quantizer, after a fused ReLU, on ``example_input``."""
     inputs: dict[str, Tensor] = {}
     handles = []
@@ -148,12 +150,11 @@ def _activations(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
                 inputs[name] = x.relu() if module.relu else x.clone()
 
             handles.append(module.register_forward_pre_hook(record))
-    training = {module: module.training for module in model.modules()}
+    args, kwargs = as_call(example_input)
     try:
-        model.eval()(example_input)
+        with modes_kept(model):
+            model.eval()(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return inputs

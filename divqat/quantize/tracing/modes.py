@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from divqat._util.modes import modes_kept
 from divqat.quantize.checks import as_call
-from divqat.quantize.tracing.capture import Capture
+from divqat.quantize.tracing.capture import STATISTICS, Capture
 from divqat.quantize.tracing.recorded import Untraceable
 from divqat.quantize.tracing.traced import PreparedModule
 from divqat.quantize.tracing.tree import add_module
@@ -105,15 +107,12 @@ def _forward(recorder: Capture, model: nn.Module, call: tuple[Any, Any]) -> Any:
             raise Untraceable(f"its forward takes **{name}")
         default = () if parameter.default is parameter.empty else (parameter.default,)
         tensors = pytree.tree_map_only(Tensor, Tensor.clone, value)
-        placeholder = recorder.create_proxy(
-            "placeholder", f"{stars}{name}", default, {}, value=tensors
-        )
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
-            if placeholder is not None or default:
-                node = recorder.last(name)
-                recorder.create_proxy("call_function", _check_constant, (node, value, name), {})
-            placeholder = value
-        bound.arguments[name] = placeholder
+        node = recorder.placeholder(f"{stars}{name}", default, tensors)
+        if any(True for _ in _tensors(value)):
+            bound.arguments[name] = recorder.proxies(node)
+        else:
+            check = recorder.proxy(node), value, name
+            recorder.create_proxy("call_function", _check_constant, check, {})
     return model.forward(*bound.args, **bound.kwargs)
 
 
@@ -130,9 +129,7 @@ def _install_norms(model: nn.Module, recorder: Capture) -> dict[str, str]:
     names = {}
     used = {str(node.target) for node in recorder.graph.nodes if node.op == "get_attr"}
     for path, (norm, tensors) in recorder.norms.items():
-        for attribute, name in zip(
-            ("running_mean", "running_var", "weight", "bias"), tensors, strict=True
-        ):
+        for attribute, name in zip(STATISTICS, tensors, strict=True):
             prefix, _, leaf = name.rpartition(".")
             if not name or prefix == path:
                 continue
@@ -147,8 +144,6 @@ def _install_norms(model: nn.Module, recorder: Capture) -> dict[str, str]:
 
 def _drop_reads(graph: fx.Graph) -> None:
     """Erase nodes that only read something that nothing uses."""
-    import operator
-
     for node in reversed(graph.nodes):
         reads = node.op == "get_attr" or node.target in (*READS, operator.getitem)
         if reads and not node.users:
@@ -184,11 +179,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _mode(model: nn.Module, mode: str) -> Iterator[None]:
     """A block in a mode, after which buffers, modes and the state of random numbers are as
     before."""
-    training = {module: module.training for module in model.modules()}
-    kept = [(module, name, b, b.clone()) for module in training for name, b in _buffers(module)]
+    kept = [(m, name, b, b.clone()) for m in model.modules() for name, b in _buffers(m)]
     devices = {t.device for t in model.buffers()} | {t.device for t in model.parameters()}
     try:
-        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+        with modes_kept(model), torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
             torch.manual_seed(0)
             model.train(mode == "train")
             yield
@@ -196,8 +190,6 @@ def _mode(model: nn.Module, mode: str) -> Iterator[None]:
         for module, name, buffer, value in kept:
             module._buffers[name] = buffer
             buffer.copy_(value)
-        for module, was in training.items():
-            module.training = was
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from divqat._util.modes import modes_kept
 from divqat.quantize.tracing.patches import patched
 from divqat.quantize.tracing.recorded import Recorded, Untraceable, has_tensor, user_line
 from divqat.quantize.tracing.tree import ByMode, add_module
@@ -102,11 +103,10 @@ class Recorder(fx.Tracer):
         name: str | None = None,
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
-        value: Any = None,  # of a placeholder
     ) -> Any:
         """A node for a call and a proxy for its result, or a container of proxies if the result is
         one of tensors."""
-        return self._proxies(self.proxy(self._call(kind, target, args, kwargs, name, value)))
+        return self.proxies(self._call(kind, target, args, kwargs, name))
 
     def _call(
         self,
@@ -115,7 +115,7 @@ class Recorder(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         name: str | None = None,
-        value: Any = None,
+        value: Any = None,  # of a placeholder
     ) -> fx.Node:
         """A node for a call, with its value."""
         if torch.is_grad_enabled() != self._grad_enabled:
@@ -204,18 +204,17 @@ class Recorder(fx.Tracer):
         # Detached, so that operations in place work as under no_grad.
         return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
-    def last(self, name: str) -> Recorded:
-        """The placeholder of an argument, also if its value is None."""
-        nodes = (node for node in self.graph.nodes if node.op == "placeholder")
-        return self.proxy(next(node for node in nodes if str(node.target).strip("*") == name))
+    def placeholder(self, target: str, default: tuple[Any, ...], value: Any) -> fx.Node:
+        """The node of an argument with this value on the example."""
+        return self._call("placeholder", target, default, {}, value=value)
 
     def submodule(self, name: str) -> nn.Module:
         """The module that a node of this name calls."""
         return self.root.get_submodule(name)
 
-    def _proxies(self, proxy: Recorded) -> Any:
-        """``proxy``, or a container like its value if that has tensors; None for None."""
-        value = proxy.node.meta["value"]
+    def proxies(self, node: fx.Node) -> Any:
+        """A proxy of ``node``, or a container like its value if that has tensors; None for None."""
+        proxy, value = self.proxy(node), node.meta["value"]
         if value is None:
             return None
         if type(value) is dict and has_tensor(value):
@@ -241,11 +240,7 @@ class Recorder(fx.Tracer):
 
 def _in_eval(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """A call in eval mode: shapes are those of training mode, and no statistics move."""
-    training = {m: m.training for m in module.modules()}
-    for m in training:
-        m.training = False
-    try:
+    with modes_kept(module):
+        for m in module.modules():
+            m.training = False
         return module(*args, **kwargs)
-    finally:
-        for m, mode in training.items():
-            m.training = mode
