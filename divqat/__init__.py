@@ -20,6 +20,7 @@ if importlib.util.find_spec("divqat.kernels") is None and (_kernels.parent / "se
 from divqat import nn, ops  # noqa: E402
 from divqat._util.foreign import trust  # noqa: E402
 from divqat._util.version import __version__  # noqa: E402
+from divqat.export.summary import summary  # noqa: E402
 from divqat.quantize import (  # noqa: E402
     QuantConfig,
     convert,
@@ -29,7 +30,6 @@ from divqat.quantize import (  # noqa: E402
     prepare,
     preset,
     sensitivity,
-    summary,
 )
 
 __all__ = [

@@ -190,7 +190,8 @@ def test_resume_needs_a_training(tmp_path, capsys):
 
 def test_export_and_verify(runs, capsys):
     assert read_json(runs / "qat" / "export.json")["int8_layers"] == 5
-    assert read_json(runs / "qat" / "layers.json")["rows"]
+    rows = read_json(runs / "qat" / "layers.json")["rows"]
+    assert {r["kernel"] for r in rows if r["kind"] == "weight"} <= {"QLinearConv", "QGemm"}
     assert divqat("verify", runs / "qat") == 0
     assert "argmax agreement" in capsys.readouterr().out
     assert read_json(runs / "qat" / "verify.json")["n"] == 359  # the whole test set

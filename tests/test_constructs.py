@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import divqat
-from divqat.export import export_onnx
-from divqat.export.placement import placements
+from divqat.export import export_onnx, placements, with_kernels
 from divqat.nn import FakeQuantize
 from divqat.nn._layer import QuantLayer
-from divqat.quantize import ungroup_weights
+from divqat.quantize import summarize, ungroup_weights
 from divqat.victim.runners import open_onnx
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -240,11 +239,16 @@ def test_onnx_runtime_gives_the_same_answers(name, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
 def test_every_layer_runs_in_int8(name, folder):
-    layers = [layer for layer in placements(exported(name, folder)) if layer.weighted]
+    path = exported(name, folder)
+    layers = [layer for layer in placements(path) if layer.weighted]
     floats = [
         f"{layer.module}: {layer.kernel}: {layer.reason}" for layer in layers if not layer.int8
     ]
     assert sum(layer.int8 for layer in layers) == CONSTRUCTS[name].int8, floats
+    table = with_kernels(summarize(trained_network(name)), path)
+    rows = {row.layer: row for row in table.rows if row.kind == "weight"}
+    assert {layer.module for layer in layers} <= rows.keys()
+    assert all(row.reason for row in rows.values() if row.scheme == "float")
 
 
 @pytest.mark.parametrize("name", REFUSED)

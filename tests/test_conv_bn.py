@@ -1,6 +1,7 @@
 """QuantConvBn2d against the textbook form and the deployed sum, in float64."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from testing import randn
 from torch import nn
 from torch.nn import functional as F
 
+import divqat
 from divqat.nn import QuantConvBn2d, QuantSpec
 from divqat.nn.spec import WEIGHT
 
@@ -187,3 +189,28 @@ def test_training_settles_on_the_deployed_function():
         evaluated = layer.eval()(x)
     # Left are unbiased against biased variance (n = 400) and the rounding that depends on s.
     assert (trained - evaluated).abs().max() < 0.03 * trained.abs().max()
+
+
+def test_a_batchnorm_that_is_not_fused_freezes_too():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    x = randn(8, 3, 8, 8)
+    model = divqat.prepare(net, "x86", x)
+    model(x)
+    before = model.get_submodule("2").running_mean.clone()
+    for other in (
+        divqat.freeze_batchnorm(model),
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+    ):
+        other.train()(3 * x)
+        other.eval().train()(3 * x)
+        norm = other.get_submodule("2")
+        assert torch.equal(norm.running_mean, before) and norm.num_batches_tracked == 1
+    model.train()(x).sum().backward()
+    assert model.get_submodule("2").weight.grad is not None
+    divqat.convert(model)
+
+
+def test_freezing_leaves_a_float_model_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert type(divqat.freeze_batchnorm(net)[1]) is nn.BatchNorm2d and net[1].training

@@ -13,7 +13,6 @@ from testing import randn, tensor
 from torch import nn
 
 import divqat
-from divqat import export
 from divqat.nn import FakeQuantize, QuantLinear, QuantSpec
 from divqat.nn.spec import WEIGHT
 
@@ -134,11 +133,13 @@ def test_the_kernels_of_a_runtime_and_why_one_is_in_float():
     config = replace(divqat.preset("x86"), skip=("2",))
     model = divqat.prepare(net, config, randn(8, 3, 8, 8))
     model(randn(8, 3, 8, 8))
-    table = export.summary(model.eval(), randn(8, 3, 8, 8))
+    table = divqat.summary(model.eval(), randn(8, 3, 8, 8), runtime="onnxruntime")
     kernels = {row.layer: (row.kernel, row.reason) for row in table.rows if row.kind == "weight"}
     assert kernels["0"] == ("QLinearConv", "") and kernels["4"] == ("QGemm", "")
     assert not kernels["2"][0].startswith("Q") and "weight" in kernels["2"][1]
     assert "QGemm" in str(table) and "in float" in str(table)
     assert "runs as" not in str(divqat.summary(model))
     with pytest.raises(ValueError, match="runtime"):
-        export.summary(model, randn(8, 3, 8, 8), runtime="tensorflow")
+        divqat.summary(model, randn(8, 3, 8, 8), runtime="tensorflow")
+    with pytest.raises(ValueError, match="example_input: wanted a batch"):
+        divqat.summary(model, runtime="onnxruntime")

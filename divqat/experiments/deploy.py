@@ -25,9 +25,9 @@ from divqat.attacks.attack import identity
 from divqat.attacks.attacker import Attacker
 from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits, to_float
-from divqat.export import export_onnx, verify
+from divqat.export import export_onnx, verify, with_kernels
 from divqat.metrics import accuracy, fidelity, predict
-from divqat.quantize import summary
+from divqat.quantize import summarize
 from divqat.train.folder import Run
 from divqat.victim import Victim
 
@@ -99,8 +99,9 @@ def export_run(run: Run, splits: Splits) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         images = to_float(splits.validation.subset(slice(256)).images)
-        write_json(run.folder / "layers.json", summary(run.model, images).to_dict())
         report = export_onnx(run.model, run.example, run.folder / ONNX)
+        table = with_kernels(summarize(run.model, images), run.folder / ONNX)
+        write_json(run.folder / "layers.json", table.to_dict())
         return {**report.to_dict(), "text": str(report)}
 
     return step(run.folder / "export.json", run.fingerprint, make, product=run.folder / ONNX)

@@ -2,7 +2,7 @@
 
 from divqat.export.onnx import ExportReport, export_onnx
 from divqat.export.placement import Placement, placements
-from divqat.export.summary import summary
+from divqat.export.summary import summary, with_kernels
 from divqat.export.verify import VerifyReport, verify
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "placements",
     "summary",
     "verify",
+    "with_kernels",
 ]

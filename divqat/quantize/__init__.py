@@ -8,7 +8,7 @@ from divqat.quantize.prepare import prepare
 from divqat.quantize.ranges import observe_first, observing, sync_observers
 from divqat.quantize.save_as_codes import save_as_codes
 from divqat.quantize.sensitivity import LayerSensitivity, Sensitivity, sensitivity
-from divqat.quantize.summary import Summary, summary
+from divqat.quantize.summary import Summary, summarize
 
 __all__ = [
     "LayerSensitivity",
@@ -27,7 +27,7 @@ __all__ = [
     "preset",
     "save_as_codes",
     "sensitivity",
-    "summary",
+    "summarize",
     "sync_observers",
     "ungroup_weights",
 ]

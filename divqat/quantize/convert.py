@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -28,12 +29,48 @@ def freeze_observers(model: nn.Module) -> nn.Module:
 
 
 def freeze_batchnorm(model: nn.Module) -> nn.Module:
-    """Let every fused BatchNorm use its running statistics in training, without updating them;
-    returns ``model``."""
+    """Let every BatchNorm of a prepared model, fused or not, use its running statistics in
+    training, without updating them; returns ``model``. A float model does not change."""
+    fused = {module.bn for module in model.modules() if isinstance(module, QuantConvBn2d)}
+    prepared = any(isinstance(module, QuantLayer) for module in model.modules())
     for module in model.modules():
         if isinstance(module, QuantConvBn2d):
             module.freeze()
+        elif prepared and module not in fused and type(module) in FROZEN:
+            module.__class__ = FROZEN[type(module)]
+            module.eval()  # one without statistics goes on with those of its batches
     return model
+
+
+class _Frozen(nn.Module):
+    """Stays in eval mode."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+class FrozenBatchNorm1d(_Frozen, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` with constant statistics."""
+
+
+class FrozenBatchNorm2d(_Frozen, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with constant statistics."""
+
+
+class FrozenBatchNorm3d(_Frozen, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` with constant statistics."""
+
+
+class FrozenSyncBatchNorm(_Frozen, nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` with constant statistics."""
+
+
+FROZEN: dict[type, type] = {
+    nn.BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d,
+    nn.SyncBatchNorm: FrozenSyncBatchNorm,
+}
 
 
 def convert(prepared: nn.Module) -> nn.Module:

@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from divqat.nn._layer import QuantLayer
 from divqat.quantize.config import QuantConfig
-from divqat.quantize.patterns import scopes
+from divqat.quantize.operators import lacks_kernel
 
 # Types that multiply by a weight, including their subclasses.
 WEIGHTED = (
     *(_ConvNd, nn.Linear, nn.Bilinear),
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
 )
-FUNCTIONS = (F.bilinear, torch.einsum, torch.baddbmm, torch.addmm)
 
 
 @dataclass(frozen=True)
@@ -52,17 +49,13 @@ def float_layers(model: nn.Module) -> list[FloatLayer]:
     return list(layers.values())
 
 
-def float_functions(graph_module: fx.GraphModule, config: QuantConfig) -> list[FloatLayer]:
-    """The functions that multiply by a parameter in another way than a layer."""
-    found = []
-    for node in graph_module.graph.nodes:
-        if node.op != "call_function" or node.target not in FUNCTIONS:
-            continue
-        weighted = any(source.op == "get_attr" for source in node.all_input_nodes)
-        if weighted and not any(config.skips(name) for name in scopes(node)):
-            kind = node.target.__name__
-            found.append(FloatLayer(node.name, kind, "write it as F.linear or F.conv2d"))
-    return found
+def without_kernel(model: nn.Module, config: QuantConfig) -> list[FloatLayer]:
+    """The quantized layers that the runtime of ``config`` computes in float."""
+    return [
+        FloatLayer(name, type(module).__name__, reason)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLayer) and (reason := lacks_kernel(module, config))
+    ]
 
 
 def _inside(prefix: str, module: nn.Module) -> list[FloatLayer]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ from torch.nn import functional as F
 
 from divqat.nn.function import QuantFunction, matmul
 from divqat.quantize.config import QuantConfig
+from divqat.quantize.floats import FloatLayer
 from divqat.quantize.patterns import scopes
+from divqat.quantize.tracing import PreparedModule
 from divqat.quantize.tracing.tree import add_module, get_tensor
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -23,7 +27,15 @@ PRODUCTS: dict[Any, tuple[tuple[str, ...], int]] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), (_CONV, 0)),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), (_TRANSPOSED, 1)),
     **dict.fromkeys((torch.matmul, operator.matmul, "matmul"), (("input", "weight"), 1)),
+    **dict.fromkeys((torch.mm, "mm"), (("input", "weight"), 1)),
+    torch.addmm: (("bias", "input", "weight"), 1),
 }
+MATMULS = (torch.matmul, operator.matmul, "matmul", torch.mm, "mm", torch.addmm)
+# With a weight, these stay in float.
+OTHER_PRODUCTS = (
+    *(F.bilinear, torch.einsum, torch.tensordot, torch.mv),
+    *(torch.bmm, "bmm", torch.baddbmm, "baddbmm", "addmm"),
+)
 LAYERS = {F.linear: nn.Linear, F.conv2d: nn.Conv2d, torch.conv2d: nn.Conv2d}
 
 
@@ -46,11 +58,11 @@ def lift_functions(graph_module: fx.GraphModule, config: QuantConfig) -> None:
         if not isinstance(weight, fx.Node) or weight not in constant or x in constant:
             continue
         shape = weight.meta["value"].shape
-        if node.target in ("matmul", torch.matmul, operator.matmul) and len(shape) != 2:
+        if node.target in MATMULS and (len(shape) != 2 or arguments):
             continue
         if _becomes_layer(graph_module, node, x, weight, bias, arguments):
             continue
-        function = matmul if axis == 1 and len(names) == 2 else node.target
+        function = matmul if node.target in MATMULS else node.target
         layer = QuantFunction(function, shape, axis, weight_spec=config.weight)
         name = f"functional.{node.name}"
         add_module(graph_module, name, layer.to(weight.meta["value"].device))
@@ -95,6 +107,25 @@ def _becomes_layer(
     return True
 
 
+def float_functions(graph_module: fx.GraphModule, config: QuantConfig) -> list[FloatLayer]:
+    """The functions that multiply by a parameter in another way than a layer, and convolutions
+    whose weight is computed from the input."""
+    constant, found = constants(graph_module.graph), []
+    for node in graph_module.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if node in constant or any(config.skips(name) for name in scopes(node)):
+            continue
+        kind = node.target if isinstance(node.target, str) else node.target.__name__
+        factors = node.all_input_nodes
+        if node.target in (*PRODUCTS, *OTHER_PRODUCTS) and constant.intersection(factors):
+            found.append(FloatLayer(node.name, kind, "write it as F.linear or F.conv2d"))
+        elif node.target in PRODUCTS and "conv" in kind:
+            reason = "its weight depends on the input; name it in skip"
+            found.append(FloatLayer(node.name, kind, reason))
+    return found
+
+
 def constants(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that are computed from parameters and buffers alone."""
     constant: set[fx.Node] = set()
@@ -124,18 +155,39 @@ def constant_value(graph_module: fx.GraphModule, node: Any) -> Any:
     return target(*args, **kwargs)
 
 
-def fix_weights(graph_module: fx.GraphModule) -> None:
-    """Compute the weights of all :class:`divqat.nn.QuantFunction` and take their computation out of
-    the graph: for deployment."""
-    for node in list(graph_module.graph.nodes):
+@contextmanager
+def weights_known(model: nn.Module) -> Iterator[None]:
+    """Every :class:`divqat.nn.QuantFunction` of eval mode has the weight of its call meanwhile."""
+    layers = []
+    for module in model.modules():
+        if isinstance(module, PreparedModule):
+            layers += [layer for layer, _ in _with_weights(module)]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.weight = layer.bias = None
+
+
+def _with_weights(graph_module: fx.GraphModule) -> list[tuple[QuantFunction, fx.Node]]:
+    """The functions of a graph, with their weights, and their nodes."""
+    found = []
+    for node in graph_module.graph.nodes:
         if node.op != "call_module":
             continue
         layer = graph_module.get_submodule(str(node.target))
-        if not isinstance(layer, QuantFunction):
-            continue
+        if isinstance(layer, QuantFunction):
+            values = [constant_value(graph_module, argument) for argument in node.args[1:]]
+            layer.weight, layer.bias = (v.clone() if isinstance(v, Tensor) else v for v in values)
+            found.append((layer, node))
+    return found
+
+
+def fix_weights(graph_module: fx.GraphModule) -> None:
+    """Compute the weights of all :class:`divqat.nn.QuantFunction` and take their computation out of
+    the graph: for deployment."""
+    for _, node in _with_weights(graph_module):
         x, weight, bias = node.args
-        values = [constant_value(graph_module, argument) for argument in (weight, bias)]
-        layer.weight, layer.bias = (v.clone() if isinstance(v, Tensor) else v for v in values)
         node.args = (x,)
         for argument in (weight, bias):
             _erase(graph_module.graph, argument)

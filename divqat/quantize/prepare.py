@@ -18,8 +18,8 @@ from divqat.quantize.checks import (
     deep_copy,
 )
 from divqat.quantize.config import QuantConfig, preset
-from divqat.quantize.floats import float_functions, float_layers
-from divqat.quantize.functional import constants, lift_functions
+from divqat.quantize.floats import float_layers, without_kernel
+from divqat.quantize.functional import constants, float_functions, lift_functions
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.link_inputs import link_inputs
 from divqat.quantize.swap import LAYERS, conv_bn, layer_type, swap
@@ -48,8 +48,9 @@ def prepare(
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
     and BatchNorm and additions stay in float; a warning gives the reason. A warning also names
-    layers with a weight that stay in float. The weights of a traced model are quantized together,
-    see :func:`divqat.quantize.group_weights`.
+    layers with a weight that will run in float, because they are not quantized or because the
+    runtime has no integer kernel for them (:mod:`divqat.quantize.operators`). The weights of a
+    traced model are quantized together, see :func:`divqat.quantize.group_weights`.
 
     The float model's checkpoints load into the result (``load_state_dict``, strict), and its state
     dict has the float model's keys, besides those of the quantizers.
@@ -60,14 +61,14 @@ def prepare(
         example_input: a batch [N, …] for the model's forward, a tuple of its arguments, or a
             dictionary of arguments by name; needed for tracing. Arguments that are no tensors
             are constants of the result.
-        strict: layers that stay in float are an error.
+        strict: layers that will run in float are an error.
 
     Raises:
         TypeError: ``model`` is not a module, or the arguments are in the wrong order.
         ValueError: there is no layer to quantize, the preset is unknown, a name in ``skip`` does
             not exist or one in ``layer_bits`` is not that of a quantized layer, the model is
             already prepared, a layer is pruned or weight-normed, the model fails on
-            ``example_input``, a layer stays in float although ``strict``, or the output is to be
+            ``example_input``, a layer will run in float although ``strict``, or the output is to be
             rectified and the model cannot be traced or returns anything but one tensor.
     """
     check_types(model, config, example_input)
@@ -135,8 +136,9 @@ def _quantize(model: PreparedModule, config: QuantConfig, renamed: dict[str, str
 
 
 def _report_float(model: nn.Module, config: QuantConfig, strict: bool) -> None:
-    """Warn of layers in float that ``config.skip`` does not name; ValueError if ``strict``."""
-    floats = float_layers(model)
+    """Warn of layers that will run in float and that ``config.skip`` does not name; ValueError if
+    ``strict``."""
+    floats = float_layers(model) + without_kernel(model, config)
     if isinstance(model, fx.GraphModule):
         floats += float_functions(model, config)
     lines = [str(layer) for layer in floats if not config.skips(layer.name)]
@@ -144,7 +146,7 @@ def _report_float(model: nn.Module, config: QuantConfig, strict: bool) -> None:
         return
     if strict:
         raise ValueError("strict: wanted all layers in int8, got\n" + "\n".join(lines))
-    warnings.warn("layers that stay in float:\n" + "\n".join(lines), stacklevel=3)
+    warnings.warn("layers that will run in float:\n" + "\n".join(lines), stacklevel=3)
 
 
 def _fuse_batchnorm(

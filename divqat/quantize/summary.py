@@ -15,6 +15,7 @@ from divqat.nn._layer import QuantLayer
 from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.ops.reference import along
 from divqat.quantize.checks import as_call, check_is_prepared
+from divqat.quantize.functional import weights_known
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of :func:`summary`; ``str()`` is a table."""
+    """The rows of :func:`divqat.summary`; ``str()`` is a table."""
 
     rows: list[Row]
 
@@ -81,23 +82,21 @@ class Summary:
 
 
 @torch.no_grad()
-def summary(model: nn.Module, example_input: Any = None) -> Summary:
-    """Layer, bits, scheme, scale range, clipped share and SQNR of a prepared model.
-
-    Args:
-        model: made by :func:`divqat.prepare`; its state is not changed.
-        example_input: a batch on which the activations are measured, or the arguments as for
-            :func:`divqat.prepare`; None: only weights have a
-            clipped share and an SQNR.
-
-    Raises:
-        ValueError: ``model`` has no quantized layer or fake-quantizer, or is converted.
-    """
+def summarize(model: nn.Module, example_input: Any = None) -> Summary:
+    """:func:`divqat.summary` without a runtime."""
     check_is_prepared("model", model, (QuantLayer, FakeQuantize, LearnedStepFakeQuantize))
     inputs = {} if example_input is None else _activations(model, example_input)
+    with weights_known(model):
+        return Summary(_rows(model, inputs))
+
+
+def _rows(model: nn.Module, inputs: dict[str, Tensor]) -> list[Row]:
+    """The rows of a model whose activation quantizers have these inputs."""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
+            if module.weight is None:
+                continue  # a function that only training mode calls
             spec, scale = module.weight_spec, module.weight_qparams()
             zero_point = torch.zeros_like(scale)
             values, axis = module.folded()[0].detach(), module._weight_axis
@@ -134,7 +133,7 @@ def summary(model: nn.Module, example_input: Any = None) -> Summary:
                 sqnr_db=sqnr,
             )
         )
-    return Summary(rows)
+    return rows
 
 
 def _activations(model: nn.Module, example_input: Any) -> dict[str, Tensor]:
