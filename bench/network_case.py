@@ -42,7 +42,7 @@ class Plan:
     """
 
     seed: int = 0
-    least: int = 100
+    least: int = 200
     seconds: float = 60.0
     until: str = "check"
 
@@ -166,7 +166,9 @@ class Case:
 
     def check(self) -> None:
         """State dict, copies, compilation, and the mode in which it was prepared."""
-        self.row["checks"] = network_checks.checks(self.model, self.prepared, self.images[:2])
+        self.row["checks"] = network_checks.checks(
+            self.model, self.prepared, self.images[:2], self.name in zoo.TRAINED
+        )
 
 
 def placed(layers: list[Placement]) -> Row:

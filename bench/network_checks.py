@@ -14,15 +14,17 @@ from torch import Tensor, nn
 import divqat
 from bench import zoo
 from bench.command import first_line
+from bench.network_training import training_checks
 
 
-def checks(model: nn.Module, prepared: nn.Module, images: Tensor) -> dict[str, str]:
+def checks(model: nn.Module, prepared: nn.Module, images: Tensor, training: bool) -> dict[str, str]:
     """Name → ``passed``, or the first line of what went wrong.
 
     Args:
         model: the float network, in eval mode.
         prepared: calibrated, in eval mode; neither changes.
         images: [N, 3, H, W], N of at least 2.
+        training: also what :mod:`bench.network_training` checks, which takes minutes.
     """
     with torch.no_grad():
         wanted = zoo.tensor_of(prepared(images))
@@ -63,6 +65,8 @@ def checks(model: nn.Module, prepared: nn.Module, images: Tensor) -> dict[str, s
         "backward": trains,
         "compiled": compiled,
     }
+    if training:
+        todo |= training_checks(prepared, images)
     return {name: _outcome(check) for name, check in todo.items()}
 
 

@@ -178,6 +178,12 @@ def _line(row: Row) -> list[str]:
     ]
 
 
+def _span(counts: list[int]) -> str:
+    """The counts above 0 in words."""
+    known = sorted({count for count in counts if count} or {0})
+    return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"
+
+
 def page(rows: list[Row]) -> str:
     """docs/networks.md."""
     measured = [row for row in rows if "environment" in row]
@@ -187,6 +193,10 @@ def page(rows: list[Row]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     commits = ", ".join(dict.fromkeys(entry["commit"] for entry in environments))
     seeds = ", ".join(dict.fromkeys(str(row["seed"]) for row in measured))
+    spans = {
+        key: _span([row["pictures"][key] for row in measured if row.get("pictures")])
+        for key in ("fit", "test")
+    }
     details = "\n".join(
         f"- **{row['network']}**, {layer['layer']}: {layer['kernel']}, {layer['reason']}"
         for row in rows
@@ -200,10 +210,9 @@ Written by `python -m bench networks --write`, from
 ({last["hardware"]}; {packages}; commit {commits}; seed {seeds}; {last["date"]}).
 
 Weights are random, BatchNorm statistics are those of pictures, and the last layer is fitted to
-their {zoo.CLASSES} classes by ridge regression, in the float network. The fit takes as many
-pictures as {Plan().seconds:.0f} seconds allow on one core, from {Plan().least} to 1,000, and the
-comparison half as many, but at least {Plan().least}. *Layers* are convolutions and products with a
-weight, once per call, and *int8* those that a default session of ONNX Runtime computes with integer
+their {zoo.CLASSES} classes by ridge regression, in the float network, on {spans["fit"]} pictures;
+the comparison has {spans["test"]} others. *Layers* are convolutions and products with a weight,
+once per call, and *int8* those that a default session of ONNX Runtime computes with integer
 kernels. *Agreement* is the share, in %, of pictures with the same class in ONNX Runtime as in the
 prepared network, among those whose two largest logits are more than two steps apart (a step is the
 range of the logits over 255); SQNR is that of the logits. *Its own* are those of the prepared
@@ -211,7 +220,8 @@ network with itself on pictures that are moved by a millionth: with random weigh
 rounds the other way grows from layer to layer, and no runtime sums in the same order. Times are
 medians of one picture on one thread, in turns with the float network's. *Checks*: the float
 checkpoint loads; copies, pickles and a network prepared in the other mode give the same bits; it
-trains, also compiled as one graph.
+trains, also compiled as one graph. Of {", ".join(zoo.TRAINED)} also: Inductor, two processes (DDP)
+and activations saved as codes give the same gradients, and it trains in bfloat16.
 
 `make test-networks` fails if a layer is in float for any reason but the lack of an integer kernel,
 if the agreement is below {100 * AGREEMENT} % and below its own (by three standard deviations), if
