@@ -75,7 +75,7 @@ $(EXAMPLES): requirements-examples.txt .venv/installed
 # other packages fail if they find it beside one for the CPU (bench/zoo.py can import it).
 NETWORKS := .venv/networks
 test-networks: .venv/dev $(NETWORKS)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(NETWORKS) $(BIN)/python -m bench networks --again --check --runs runs/test-networks
+	OMP_NUM_THREADS=1 PYTHONPATH=$(NETWORKS) $(BIN)/python -m bench networks --again --check --least 100 --seconds 5 --runs runs/test-networks
 
 $(NETWORKS): requirements-networks.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
