@@ -136,6 +136,8 @@ def test_an_early_end():
     budget, model = begun(1.0, 2)  # the last third has not begun: from 2 to 0
     budget.finish()
     assert model.weight.item() == pytest.approx(1) and not budget.summary()["attempts"]
+    budget, model = begun(1.0, 3)
+    assert budget.message() == "accuracy budget: epoch 3 of 6"
     budget, model = begun(1.0, 6)
     assert budget.epoch == 4 and model.weight.item() == 4 and not budget.finished
     assert budget.message().endswith("going back to epoch 4, with 0.5 of the defense's weight")

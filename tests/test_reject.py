@@ -146,13 +146,28 @@ def test_the_shift_of_the_bias_is_that_of_the_logits():
     assert output_bias(Net()) is None and output_quantizer(Net()) is None
 
 
+def test_models_whose_logits_are_those_of_no_linear_layer_have_no_bias_to_shift():
+    for net in (nn.Sequential(nn.Conv2d(1, 3, 6), nn.BatchNorm2d(3), nn.Flatten()), Net(Twice())):
+        model, images = prepare(net, "x86", torch.zeros(2, 1, 6, 6)), torch.ones(2, 1, 6, 6)
+        assert output_bias(model) is None
+        model(images)
+        model.eval()
+        with torch.no_grad(), unrectified(model):  # it is not rectified in any case
+            logits = model(images)
+        assert all(map(torch.equal, pair(logits), pair(model(images))))
+
+
+def pair(logits):
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
 def test_refusals():
     config = type(preset("x86"))(rectify_output=True)
     with pytest.raises(ValueError, match="rectify_output: wanted a model that can be traced"):
         prepare(Net(), config)
-    pair = nn.Sequential(nn.Linear(3, 3), Twice())
+    twice = nn.Sequential(nn.Linear(3, 3), Twice())
     with pytest.raises(ValueError, match="rectify_output: wanted a model that returns one tensor"):
-        prepare(pair, config, torch.zeros(2, 3))
+        prepare(twice, config, torch.zeros(2, 3))
 
 
 class Twice(nn.Module):

@@ -16,7 +16,7 @@ from divqat.quantize.tracing.attention import attention, can_decompose
 from divqat.quantize.tracing.hooks import PostHooks, PreHooks, has_other_hooks
 from divqat.quantize.tracing.recorded import Recorded, Untraceable, user_line
 from divqat.quantize.tracing.recorder import Recorder
-from divqat.quantize.tracing.tree import add_module, get_tensor
+from divqat.quantize.tracing.tree import get_tensor
 
 # Modules of torch.nn with layers inside.
 COMPOSED = (
@@ -86,7 +86,7 @@ class Capture(Recorder):
         return result
 
     def _call_hooks(self, path: str, module: nn.Module, args: Any) -> Any:
-        add_module(self.root, path, module)
+        self.added[path] = module
         return self.create_proxy("call_module", path, args, {})
 
     def _in_eval(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:

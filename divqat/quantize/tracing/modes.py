@@ -53,6 +53,8 @@ def capture(model: nn.Module, example_input: Any) -> tuple[PreparedModule, dict[
     for mode in MODES:
         with _mode(model, mode):
             results[mode] = recorder.record(mode, lambda: _forward(recorder, model, call))
+    for path, module in recorder.added.items():
+        add_module(model, path, module)
     recorder.graph.output(results)
     _drop_reads(recorder.graph)
     names = _install_norms(model, recorder)

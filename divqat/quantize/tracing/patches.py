@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.utils import checkpoint
 
 from divqat.quantize.tracing.recorded import Recorded, has_proxy
-from divqat.quantize.tracing.tree import add_module
 
 if TYPE_CHECKING:
     from divqat.quantize.tracing.recorder import Recorder
@@ -65,7 +64,7 @@ def patched(recorder: Recorder, attributes: dict[str, fx.Proxy]) -> Iterator[Non
         if cls is checkpoint.CheckpointFunction:  # of the function and a flag
             return args[0](*args[2:])
         name = f"functions.{cls.__name__}"
-        add_module(recorder.root, name, Applied(cls))
+        recorder.added[name] = Applied(cls)
         return recorder.create_proxy("call_module", name, args, kwargs)
 
     factories = {name: factory(getattr(torch, name)) for name in (*FACTORIES, *RANDOM)}

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from divqat._util.modes import modes_kept
 from divqat.quantize.tracing.patches import patched
 from divqat.quantize.tracing.recorded import Recorded, Untraceable, has_tensor, user_line
-from divqat.quantize.tracing.tree import ByMode, add_module
+from divqat.quantize.tracing.tree import ByMode
 
 
 class Recorder(fx.Tracer):
@@ -38,6 +38,7 @@ class Recorder(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.record_stack_traces = False
         self.constants: dict[str, Tensor] = {}  # tensors that a forward made without proxies
+        self.added: dict[str, nn.Module] = {}  # later: the forward may iterate over its modules
         self.paths = {module: name for name, module in root.named_modules()}
         self.submodule_paths = self.paths  # torch.fx's name
         self.mode = ""
@@ -177,7 +178,7 @@ class Recorder(fx.Tracer):
             return False
         for i in different:
             name = f"by_mode.{node.name}_{i}"
-            add_module(self.root, name, ByMode(*pairs[i]))
+            self.added[name] = ByMode(*pairs[i])
             with self.graph.inserting_before(node):
                 switch = self.create_node("call_module", name, (), {})
             switch.meta |= {"modes": {"eval", "train"}, "value": pairs[i][0]}
@@ -210,7 +211,7 @@ class Recorder(fx.Tracer):
 
     def submodule(self, name: str) -> nn.Module:
         """The module that a node of this name calls."""
-        return self.root.get_submodule(name)
+        return self.added[name] if name in self.added else self.root.get_submodule(name)
 
     def proxies(self, node: fx.Node) -> Any:
         """A proxy of ``node``, or a container like its value if that has tensors; None for None."""
