@@ -1,6 +1,7 @@
 """prepare's fallback: layers are swapped where a model cannot be traced."""
 
 import copy
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import divqat
+from divqat.nn import QuantConvBn2d
 from divqat.nn._layer import QuantLayer
 
 
@@ -31,11 +33,13 @@ def test_untraceable_model_is_swapped_with_a_warning():
     model = DataDependent()
     with pytest.warns(
         UserWarning,
-        match=r"DataDependent was not traced \(Untraceable: .+:24 .+contents of a tensor",
+        match=r"DataDependent was not traced \(Untraceable: .+:26 .+contents of a tensor",
     ):
         prepared = divqat.prepare(model, "x86", images())
     assert type(prepared) is DataDependent
-    assert set(quantized(prepared)) == {"conv", "head"} and type(prepared.bn) is nn.BatchNorm2d
+    assert set(quantized(prepared)) == {"conv", "head"}
+    assert isinstance(prepared.conv, QuantConvBn2d)
+    assert {*model.state_dict()} <= {*prepared.state_dict()}
     state = settle(copy.deepcopy(model)).state_dict()
     prepared.load_state_dict(state, strict=True)
 
@@ -124,3 +128,81 @@ def test_a_wrong_example_is_an_error_and_not_a_reason_to_swap(capfd):
     assert "Traceback" not in capfd.readouterr().err
     with pytest.raises(TypeError, match=r"model: wanted an nn\.Module, got str"):
         divqat.prepare("model.pt", "x86", images())
+
+
+class Branches(DataDependent):
+    """Its forward follows the mean: the usual way, without BatchNorm, or with it twice."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        if x.mean() < 100:
+            y = self.bn(y)
+        if x.mean() < -100:
+            y = self.bn(y)
+        return self.head(y.mean((2, 3)))
+
+
+class Shortcut(DataDependent):
+    def forward(self, x):
+        y = self.conv(x)
+        y = self.bn(y) + (y if y.mean() > -100 else 0)
+        return self.head(y.mean((2, 3)))
+
+
+class Rewritten(DataDependent):
+    def forward(self, x):
+        y = self.conv(x)
+        if x.mean() > 100:
+            y.mul_(2)
+        return self.head(self.bn(y).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+def test_a_folded_batchnorm_trains_as_one_beside_the_convolution():
+    torch.manual_seed(0)
+    model, x = DataDependent(), images()
+    model.conv.weight.data /= model.conv.weight.abs().amax((1, 2, 3), keepdim=True)
+    prepared = divqat.prepare(model, "x86", x)
+    plain = copy.deepcopy(prepared)
+    for layer in quantized(plain).values():
+        layer.weight_quant_enabled = False
+        layer.input_fake_quantize.fake_quant_enabled = False
+    wanted = model.train()
+    for mode in (True, False):
+        torch.testing.assert_close(
+            plain.train(mode)(x), wanted.train(mode)(x), rtol=1e-4, atol=1e-4
+        )
+    for key, value in wanted.state_dict().items():
+        torch.testing.assert_close(plain.state_dict()[key], value)
+    for other in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert torch.equal(other.eval()(x), copy.deepcopy(prepared).eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "shift", "message"),
+    [
+        (Branches, 200, "conv was called without bn, which is folded into conv"),
+        (Branches, -200, "bn was called with another input"),
+        (Rewritten, 200, "bn was called with another input"),
+    ],
+)
+def test_a_call_in_another_order_is_an_error(kind, shift, message):
+    prepared = divqat.prepare(kind(), "x86", images())
+    assert prepared(images()).shape == (len(images()), 5)
+    for model in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        with pytest.raises(RuntimeError, match=f"{message}.*name conv in skip"):
+            model(images() + shift)
+        model(images())
+    skipping = divqat.prepare(kind(), divqat.QuantConfig(skip=("conv",)), images())
+    assert skipping(images() + shift).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+def test_a_convolution_that_something_else_reads_is_not_folded():
+    model, x = Shortcut(), images()
+    prepared = divqat.prepare(model, "x86", x)
+    assert type(prepared.bn) is nn.BatchNorm2d and {*model.state_dict()} <= {*prepared.state_dict()}
+    prepared(x)
+    signal = model.eval()(x)
+    assert (prepared.eval()(x) - signal).square().mean() < 0.05 * signal.var()

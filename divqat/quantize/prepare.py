@@ -19,10 +19,11 @@ from divqat.quantize.checks import (
 )
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.floats import float_layers, without_kernel
+from divqat.quantize.fold_by_calls import fold_by_calls
 from divqat.quantize.functional import constants, float_functions, lift_functions
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.link_inputs import link_inputs
-from divqat.quantize.swap import LAYERS, conv_bn, layer_type, swap
+from divqat.quantize.swap import LAYERS, can_fold, conv_bn, layer_type, swap
 from divqat.quantize.tracing import PreparedModule, capture, rename_keys, split
 
 
@@ -47,10 +48,12 @@ def prepare(
     ``config.rectify_output``.
 
     A model that cannot be traced is prepared by module swap: every layer quantizes its own input,
-    and BatchNorm and additions stay in float; a warning gives the reason. A warning also names
-    layers with a weight that will run in float, because they are not quantized or because the
-    runtime has no integer kernel for them (:mod:`divqat.quantize.operators`). The weights of a
-    traced model are quantized together, see :func:`divqat.quantize.group_weights`.
+    and operations between them stay in float; a warning gives the reason. A BatchNorm2d that reads
+    a convolution's output in the example is folded; a later call in another order is an error.
+
+    A warning also names layers with a weight that will run in float, because they are not quantized
+    or because the runtime has no integer kernel for them (:mod:`divqat.quantize.operators`). The
+    weights of a traced model are quantized together, see :func:`divqat.quantize.group_weights`.
 
     The float model's checkpoints load into the result (``load_state_dict``, strict), and its state
     dict has the float model's keys, besides those of the quantizers.
@@ -106,10 +109,13 @@ def prepare(
             ) from error
         warnings.warn(
             f"{type(model).__name__} was not traced {reason}; its layers are swapped one by one, "
-            "and BatchNorm and additions stay in float",
+            "and operations between them stay in float",
             stacklevel=2,
         )
-        prepared = deep_copy("model", model)  # tracing may have changed the other copy
+        prepared, renamed = deep_copy("model", model), {}  # tracing may have changed the other copy
+        if example_input is not None:
+            prepared, renamed = fold_by_calls(model, example_input, config)
+        rename_keys(prepared, renamed)
         swap(prepared, config, config.activation)
         _report_float(prepared, config, strict)
         return prepared.train()
@@ -163,14 +169,10 @@ def _fuse_batchnorm(
             continue
         conv = graph_module.get_submodule(str(source.target))
         bn: Any = graph_module.get_submodule(str(node.target))
-        if layer_type(conv) is not nn.Conv2d or config.skips(str(source.target)):
-            continue
         if calls.count(node.target) != 1 or calls.count(source.target) != 1:
             continue
-        if not (bn.affine and bn.track_running_stats) or not _fusable(conv, bn):
+        if not can_fold(conv, str(source.target), bn, config):
             continue
-        if config.weight.learned and not config.weight.per_channel:
-            continue  # a single learned scale cannot follow the factors of the channels
         graph_module.set_submodule(str(source.target), conv_bn(conv, bn, config.weight))
         old, new = f"{node.target}.", f"{source.target}.bn."
         for name, now in renamed.items():
@@ -180,13 +182,6 @@ def _fuse_batchnorm(
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
         graph_module.set_submodule(str(node.target), _children(bn))
-
-
-def _fusable(conv: nn.Module, bn: nn.Module) -> bool:
-    """Whether no hook sees the value between the two, or has to run backward."""
-    between = conv._forward_hooks or bn._forward_pre_hooks
-    backward = [m._backward_hooks or m._backward_pre_hooks for m in (conv, bn)]
-    return not between and not any(backward)
 
 
 def _children(bn: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from divqat._util.errors import unknown_name
 from divqat.nn import QuantConv2d, QuantConvBn2d, QuantConvTranspose2d, QuantLinear, QuantSpec
 from divqat.nn._layer import QuantLayer
+from divqat.nn.fake_quantize import activation_quantizer
 from divqat.nn.function import QuantFunction
 from divqat.quantize.config import QuantConfig
 from divqat.quantize.tracing.hooks import move_hooks
@@ -56,10 +57,12 @@ def swap(model: nn.Module, config: QuantConfig, input_spec: QuantSpec | None) ->
     swapped: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         spec = config.layer(names[layer], edge=layer in (first, last))
+        layer_input = config.input() if input_spec and layer is first else input_spec
         if isinstance(layer, QuantLayer):
             layer.set_weight_spec(spec)
+            if layer_input:
+                layer.input_fake_quantize = activation_quantizer(layer_input)
             continue
-        layer_input = config.input() if input_spec and layer is first else input_spec
         swapped[layer] = _quantized(layer, spec, layer_input)
     # A layer may have several names, and is swapped under each.
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -84,6 +87,20 @@ def _check_layer_bits(config: QuantConfig, names: list[str]) -> None:
 def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
+
+
+def can_fold(conv: nn.Module, name: str, bn: Any, config: QuantConfig) -> bool:
+    """Whether a BatchNorm that reads a convolution of this name can be a part of it."""
+    if layer_type(conv) is not nn.Conv2d or config.skips(name):
+        return False
+    if not (bn.affine and bn.track_running_stats):
+        return False
+    if config.weight.learned and not config.weight.per_channel:
+        return False  # a single learned scale cannot follow the factors of the channels
+    # No hook may see the value between the two, or have to run backward.
+    between = conv._forward_hooks or bn._forward_pre_hooks
+    backward = [m._backward_hooks or m._backward_pre_hooks for m in (conv, bn)]
+    return not between and not any(backward)
 
 
 def conv_bn(conv: Any, bn: Any, spec: QuantSpec) -> QuantConvBn2d:

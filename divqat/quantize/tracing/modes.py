@@ -45,9 +45,9 @@ def capture(model: nn.Module, example_input: Any) -> tuple[PreparedModule, dict[
         Untraceable: no graph does the same.
     """
     call = _at_least_two(as_call(example_input))
-    expected = {mode: _result(model, call, mode) for mode in MODES}
+    expected = {mode: tensors_of(model, call, mode) for mode in MODES}
     fewer = _one_less(call)
-    expected_of_fewer = None if fewer is None else _result(model, fewer, "eval")
+    expected_of_fewer = None if fewer is None else tensors_of(model, fewer, "eval")
     recorder = Capture(model)
     results = {}
     for mode in MODES:
@@ -70,9 +70,9 @@ def _check(
     union = traced.graph
     split(traced)
     for mode, result in expected.items():
-        if result is not None and not _same(_result(traced, call, mode), result):
+        if result is not None and not same_tensors(tensors_of(traced, call, mode), result):
             raise Untraceable(f"its graph has other results in {mode} mode")
-    if of_fewer is not None and not _same(_result(traced, fewer, "eval"), of_fewer):
+    if of_fewer is not None and not same_tensors(tensors_of(traced, fewer, "eval"), of_fewer):
         raise Untraceable("its graph depends on the number of images")
     traced._train_graph, traced.graph = None, union
 
@@ -198,7 +198,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, b) for name, b in module._buffers.items() if b is not None]
 
 
-def _result(model: nn.Module, call: tuple[Any, Any], mode: str) -> Any:
+def tensors_of(model: nn.Module, call: tuple[Any, Any], mode: str) -> Any:
     """The tensors that a call returns; None: it raises."""
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, call)
     dropouts = [m for m in model.modules() if isinstance(m, _DropoutNd)]
@@ -215,7 +215,7 @@ def _result(model: nn.Module, call: tuple[Any, Any], mode: str) -> Any:
                 dropout.p = share
 
 
-def _same(got: list[Tensor] | None, wanted: list[Tensor]) -> bool:
+def same_tensors(got: list[Tensor] | None, wanted: list[Tensor]) -> bool:
     """Whether tensors are the same but for the order of sums."""
     if got is None or len(got) != len(wanted):
         return False
