@@ -271,7 +271,23 @@ def test_checkpointing_with_reentry_runs_its_function():
             return checkpoint(torch.tanh, y, use_reentrant=True)
 
     x, net = randn(2, 3, 6, 6), Net()
-    torch.testing.assert_close(graph_of(net, x)(x), net(x))
+    with pytest.warns(UserWarning, match=r"keep activation checkpointing at \S+test_tracing\.py:"):
+        traced = graph_of(net, x)
+    torch.testing.assert_close(traced(x), net(x))
+
+
+def test_regions_that_are_not_kept_are_named():
+    class Net(Head):
+        def middle(self, y):
+            with torch.autocast("cpu", enabled=False):
+                y = y.float()
+            return checkpoint(torch.tanh, y, use_reentrant=False)
+
+    wanted = r"the autocast region at .+:\d+ .+, activation checkpointing at .+:\d+ "
+    with pytest.warns(UserWarning, match=wanted) as caught:
+        model = divqat.prepare(Net(), "x86", randn(2, 3, 6, 6))
+    assert caught[0].filename == __file__
+    model(randn(2, 3, 6, 6)).sum().backward()
 
 
 @pytest.mark.parametrize("convert", [int, float])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,8 @@ def capture(model: nn.Module, example_input: Any) -> tuple[PreparedModule, dict[
     names = _install_norms(model, recorder)
     traced = PreparedModule.of(model, recorder.graph)
     _check(traced, call, expected, fewer, expected_of_fewer)
+    if recorder.lost:
+        warnings.warn("a prepared model does not keep " + ", ".join(recorder.lost), stacklevel=3)
     return traced, names
 
 

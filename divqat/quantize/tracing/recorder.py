@@ -39,6 +39,7 @@ class Recorder(fx.Tracer):
         self.record_stack_traces = False
         self.constants: dict[str, Tensor] = {}  # tensors that a forward made without proxies
         self.added: dict[str, nn.Module] = {}  # later: the forward may iterate over its modules
+        self.lost: dict[str, None] = {}  # what a graph does not keep
         self.paths = {module: name for name, module in root.named_modules()}
         self.submodule_paths = self.paths  # torch.fx's name
         self.mode = ""
