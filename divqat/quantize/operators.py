@@ -11,9 +11,8 @@ from divqat.quantize.config import QuantConfig
 TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 KINDS = ("linear", "matmul", "conv1d", "conv2d", "conv3d", *TRANSPOSED)
 
-# ONNX Runtime: what a session with default options does, tested. TensorRT: what its documentation
-# lists ("Working with Quantized Types": convolution, deconvolution, matrix multiplication); it is
-# not run.
+# ONNX Runtime: what a session with default options does, as a test checks. TensorRT is not run: no
+# layer is known to lack a kernel there.
 INTEGER: dict[str, tuple[str, ...]] = {
     "ONNX Runtime": tuple(kind for kind in KINDS if kind not in TRANSPOSED),
     "TensorRT": KINDS,
