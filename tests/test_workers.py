@@ -66,6 +66,15 @@ def test_a_task_waits_for_those_that_it_reads(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == list("abcd")
 
 
+def test_without_a_terminal_the_log_says_how_far_it_is(tmp_path, monkeypatch):
+    for shown, wanted in ((False, ["1 of 3 tasks", "2 of 3 tasks"]), (True, [])):
+        monkeypatch.setattr(progress, "is_shown", lambda shown=shown: shown)
+        lines = []
+        run([Task(name, note, (tmp_path, name)) for name in "abc"], 1, lines.append)
+        assert [line.partition(",")[0] for line in lines] == wanted
+        assert all(line.endswith(" left") for line in lines)
+
+
 def test_the_first_error_ends_all_processes(tmp_path):
     names = ("first", "second", "third", "last")
     start = time.perf_counter()

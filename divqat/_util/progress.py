@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -19,16 +20,19 @@ def hide() -> None:
 def progress(
     items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it"
 ) -> Iterator[T]:
-    """Iterate over ``items`` with a bar on standard error, if that is a terminal."""
-    if not _hidden and sys.stderr is not None and sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            pass
-        else:
-            yield from tqdm(items, desc=description, total=total, unit=unit, leave=False)
-            return
-    yield from items
+    """Iterate over ``items`` with a bar on standard error, if one is shown."""
+    if is_shown():
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc=description, total=total, unit=unit, leave=False)
+    else:
+        yield from items
+
+
+def is_shown() -> bool:
+    """Whether bars are shown: on a terminal, with tqdm, unless hidden."""
+    terminal = not _hidden and sys.stderr is not None and sys.stderr.isatty()
+    return terminal and importlib.util.find_spec("tqdm") is not None
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
@@ -71,14 +72,21 @@ def run_tasks(tasks: Sequence[Task], executor: Executor, log: Callable[[str], ob
         tasks: the tasks.
         executor: if a process dies, it either fails only that process's task with BrokenExecutor,
             or runs the task again itself.
-        log: is called with a line when a task is run again.
+        log: is called with a line when a task is run again; and where no bar can be shown, when one
+            has finished.
 
     Raises:
         BrokenExecutor: a task's process died three times.
         Others: the exceptions of the tasks.
     """
-    for _ in progress.progress(_run_in_order(tasks, executor, log), "tasks", total=len(tasks)):
-        pass
+    start = time.monotonic()
+    finished = _run_in_order(tasks, executor, log)
+    shown = progress.progress(finished, "tasks", total=len(tasks))
+    for done, _ in enumerate(shown, 1):
+        left = len(tasks) - done
+        if left and not progress.is_shown():
+            seconds = (time.monotonic() - start) / done * left
+            log(f"{done} of {len(tasks)} tasks, about {progress.duration(seconds)} left")
 
 
 def _run_in_order(
