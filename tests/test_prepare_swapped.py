@@ -206,3 +206,17 @@ def test_a_convolution_that_something_else_reads_is_not_folded():
     prepared(x)
     signal = model.eval()(x)
     assert (prepared.eval()(x) - signal).square().mean() < 0.05 * signal.var()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.+ was not traced:UserWarning")
+def test_calls_are_also_checked_in_a_compiled_model():
+    torch.manual_seed(0)
+    prepared = divqat.prepare(Branches(), "x86", images())
+    prepared(images())
+    compiled, other = torch.compile(prepared, backend="aot_eager"), copy.deepcopy(prepared)
+    for mode in (True, False):
+        got, wanted = (model.train(mode)(images(seed=3)) for model in (compiled, other))
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(RuntimeError, match="conv was called without bn"):
+        compiled(images() + 200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from divqat.nn import QuantConvBn2d
@@ -33,6 +34,7 @@ class FoldedBatchNorm(nn.Module):
         super().__init__()
         self.name, self.conv, self.waiting = name, conv, 0
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself."""
         if getattr(x, MARK, None) != (self.conv, x._version):
@@ -41,15 +43,18 @@ class FoldedBatchNorm(nn.Module):
         self.waiting -= 1
         return x
 
+    @torch.compiler.disable
     def mark(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """A forward hook of the convolution."""
         setattr(output, MARK, (self.conv, output._version))
         self.waiting += 1
 
+    @torch.compiler.disable
     def begin(self, module: nn.Module, args: Any) -> None:
         """A forward pre-hook of the model."""
         self.waiting = 0
 
+    @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the model."""
         if self.waiting:
