@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.utils import checkpoint
 
-from divqat.quantize.tracing.recorded import Recorded, has_proxy, user_line
+from divqat.quantize.tracing.recorded import Recorded, has_proxy
 
 if TYPE_CHECKING:
     from divqat.quantize.tracing.recorder import Recorder
@@ -62,25 +62,11 @@ def patched(recorder: Recorder, attributes: dict[str, fx.Proxy]) -> Iterator[Non
         if recorder.evaluating or not has_proxy((args, kwargs)):
             return applied(cls, *args, **kwargs)
         if cls is checkpoint.CheckpointFunction:  # of the function and a flag
-            lose("activation checkpointing")
+            recorder.lose("activation checkpointing")
             return args[0](*args[2:])
         name = f"functions.{cls.__name__}"
         recorder.added[name] = Applied(cls)
         return recorder.create_proxy("call_module", name, args, kwargs)
-
-    def lose(what: str) -> None:
-        recorder.lost[f"{what} at {user_line()}"] = None
-
-    def nothing(*_: Any, **__: Any) -> Iterator[None]:
-        lose("activation checkpointing")
-        yield
-
-    enter = torch.autocast.__enter__
-
-    def enter_autocast(region: torch.autocast) -> Any:
-        if not recorder.evaluating:
-            lose("the autocast region")
-        return enter(region)
 
     factories = {name: factory(getattr(torch, name)) for name in (*FACTORIES, *RANDOM)}
     finfo = torch.finfo
@@ -92,9 +78,29 @@ def patched(recorder: Recorder, attributes: dict[str, fx.Proxy]) -> Iterator[Non
         mock.patch.object(nn.Module, "__getattr__", get_attribute),
         mock.patch.multiple(torch, **factories),  # type: ignore[call-overload]
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        _regions(recorder),
+    ):
+        yield
+
+
+@contextmanager
+def _regions(recorder: Recorder) -> Iterator[None]:
+    """A block in which regions that a graph does not keep are noted."""
+    enter = torch.autocast.__enter__
+
+    def enter_autocast(region: torch.autocast) -> Any:
+        if not recorder.evaluating:
+            recorder.lose("the autocast region")
+        return enter(region)
+
+    def nothing(*_: Any, **__: Any) -> Iterator[None]:
+        recorder.lose("activation checkpointing")
+        yield
+
+    with (
+        mock.patch.object(torch.autocast, "__enter__", enter_autocast),
         # torch.utils.checkpoint calls the function between the two halves of a generator
         mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", nothing),
-        mock.patch.object(torch.autocast, "__enter__", enter_autocast),
     ):
         yield
 

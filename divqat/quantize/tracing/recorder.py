@@ -58,6 +58,10 @@ class Recorder(fx.Tracer):
         self._check_attributes()
         return argument
 
+    def lose(self, what: str) -> None:
+        """Note something at this line that the graph does not keep."""
+        self.lost[f"{what} at {user_line()}"] = None
+
     def proxy(self, node: fx.Node) -> Recorded:
         return Recorded(node, self)
 
