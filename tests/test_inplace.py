@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import divqat
 from divqat import ops
 from divqat.nn import FakeQuantize
-from divqat.quantize import QuantConfig, freeze_batchnorm, save_as_codes, summary
+from divqat.quantize import QuantConfig, freeze_batchnorm, save_as_codes
 from divqat.train.memory import saved_bytes
 
 INF = float("inf")
@@ -256,4 +256,4 @@ def test_a_copy_and_its_summary_are_the_same(one_thread):
     for model in (without, over):
         settle(model, 1)
     assert overwriting(copy.deepcopy(over)) == quantizers
-    assert summary(over, images()) == summary(without, images())
+    assert divqat.summary(over, images()) == divqat.summary(without, images())

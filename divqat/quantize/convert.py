@@ -37,10 +37,17 @@ def freeze_batchnorm(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, QuantConvBn2d):
             module.freeze()
-        elif prepared and module not in fused and type(module) in FROZEN:
-            module.__class__ = FROZEN[type(module)]
+        elif prepared and module not in fused and (kind := _frozen_type(module)):
+            module.__class__ = kind
             module.eval()  # one without statistics goes on with those of its batches
     return model
+
+
+def _frozen_type(module: nn.Module) -> type | None:
+    """The frozen form of a BatchNorm of torch, or of one that is synchronized; else None."""
+    if type(module).__module__.partition(".")[0] not in ("torch", "divqat"):
+        return None  # it may compute something else
+    return next((frozen for base, frozen in FROZEN.items() if isinstance(module, base)), None)
 
 
 class _Frozen(nn.Module):
