@@ -20,7 +20,8 @@ MARK = "_divqat_convolution"  # attribute of a convolution's output: whose it is
 class FoldedBatchNorm(nn.Module):
     """Stands where a BatchNorm was that is folded into a convolution. It returns its input.
 
-    No graph tells where the convolution's output goes, so that each call is checked.
+    No graph tells where the convolution's output goes, so that each call is checked, but for calls
+    in compiled code, which has no attributes of tensors.
 
     Args:
         name, conv: names of the BatchNorm and of the convolution.
@@ -34,27 +35,26 @@ class FoldedBatchNorm(nn.Module):
         super().__init__()
         self.name, self.conv, self.waiting = name, conv, 0
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself."""
+        if torch.compiler.is_compiling():
+            return x
         if getattr(x, MARK, None) != (self.conv, x._version):
             raise self._error(f"{self.name} was called with another input")
         delattr(x, MARK)
         self.waiting -= 1
         return x
 
-    @torch.compiler.disable
     def mark(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """A forward hook of the convolution."""
-        setattr(output, MARK, (self.conv, output._version))
-        self.waiting += 1
+        if not torch.compiler.is_compiling():
+            setattr(output, MARK, (self.conv, output._version))
+            self.waiting += 1
 
-    @torch.compiler.disable
     def begin(self, module: nn.Module, args: Any) -> None:
         """A forward pre-hook of the model."""
         self.waiting = 0
 
-    @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the model."""
         if self.waiting:
