@@ -13,11 +13,11 @@ from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize
 from divqat.nn.function import QuantFunction
 from divqat.quantize.checks import check_is_prepared, check_parameters, deep_copy
 from divqat.quantize.deployed import IntegerLayer, QuantizeDequantize
-from divqat.quantize.fold_by_calls import FoldedBatchNorm
 from divqat.quantize.functional import fix_weights
 from divqat.quantize.group_weights import ungroup_weights
 from divqat.quantize.link_inputs import link_inputs
 from divqat.quantize.requantize import requantize
+from divqat.quantize.swap import Folded
 from divqat.quantize.tracing.traced import PreparedModule
 
 
@@ -123,7 +123,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLayer):
             model.set_submodule(name, IntegerLayer(module))
-        elif isinstance(module, FoldedBatchNorm):
+        elif isinstance(module, Folded):
             model.set_submodule(name, nn.Identity())
     for name, module in list(model.named_modules()):
         if isinstance(module, (FakeQuantize, LearnedStepFakeQuantize)):

@@ -1,4 +1,7 @@
-"""Fold BatchNorm into convolutions of a model without a graph, by the order of its calls."""
+"""Fold BatchNorm into convolutions of a model without a graph, by the order of its calls.
+
+Imported only where it is needed: torch.compiler.disable loads the compiler, and Triton with it.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,16 @@ from torch import Tensor, nn
 from divqat.nn import QuantConvBn2d
 from divqat.quantize.checks import as_call, deep_copy
 from divqat.quantize.config import QuantConfig
-from divqat.quantize.swap import can_fold, conv_bn
+from divqat.quantize.swap import Folded, can_fold, conv_bn
 from divqat.quantize.tracing.modes import MODES, same_tensors, tensors_of
 
 MARK = "_divqat_convolution"  # attribute of a convolution's output: whose it is, and its version
 
 
-class FoldedBatchNorm(nn.Module):
+class FoldedBatchNorm(Folded):
     """Stands where a BatchNorm was that is folded into a convolution. It returns its input.
 
-    No graph tells where the convolution's output goes, so that each call is checked, but for calls
-    in compiled code, which has no attributes of tensors.
+    No graph tells where the convolution's output goes, so that each call is checked.
 
     Args:
         name, conv: names of the BatchNorm and of the convolution.
@@ -35,26 +37,27 @@ class FoldedBatchNorm(nn.Module):
         super().__init__()
         self.name, self.conv, self.waiting = name, conv, 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` itself."""
-        if torch.compiler.is_compiling():
-            return x
-        if getattr(x, MARK, None) != (self.conv, x._version):
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` itself."""
+        if getattr(input, MARK, None) != (self.conv, input._version):
             raise self._error(f"{self.name} was called with another input")
-        delattr(x, MARK)
+        delattr(input, MARK)
         self.waiting -= 1
-        return x
+        return input
 
+    @torch.compiler.disable
     def mark(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """A forward hook of the convolution."""
-        if not torch.compiler.is_compiling():
-            setattr(output, MARK, (self.conv, output._version))
-            self.waiting += 1
+        setattr(output, MARK, (self.conv, output._version))
+        self.waiting += 1
 
+    @torch.compiler.disable
     def begin(self, module: nn.Module, args: Any) -> None:
         """A forward pre-hook of the model."""
         self.waiting = 0
 
+    @torch.compiler.disable
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook of the model."""
         if self.waiting:

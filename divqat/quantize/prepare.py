@@ -19,7 +19,6 @@ from divqat.quantize.checks import (
 )
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.floats import float_layers, without_kernel
-from divqat.quantize.fold_by_calls import fold_by_calls
 from divqat.quantize.functional import constants, float_functions, lift_functions
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.link_inputs import link_inputs
@@ -112,10 +111,14 @@ def prepare(
             "and operations between them stay in float",
             stacklevel=2,
         )
-        prepared, renamed = deep_copy("model", model), {}  # tracing may have changed the other copy
-        if example_input is not None:
+        # Another copy: tracing may have changed the first.
+        if example_input is None:
+            prepared = deep_copy("model", model)
+        else:
+            from divqat.quantize.fold_by_calls import fold_by_calls
+
             prepared, renamed = fold_by_calls(model, example_input, config)
-        rename_keys(prepared, renamed)
+            rename_keys(prepared, renamed)
         swap(prepared, config, config.activation)
         _report_float(prepared, config, strict)
         return prepared.train()

@@ -89,6 +89,10 @@ def _conv_arguments(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None}
 
 
+class Folded(nn.Identity):
+    """Stands where a module was that is a part of another one now."""
+
+
 def can_fold(conv: nn.Module, name: str, bn: Any, config: QuantConfig) -> bool:
     """Whether a BatchNorm that reads a convolution of this name can be a part of it."""
     if layer_type(conv) is not nn.Conv2d or config.skips(name):
