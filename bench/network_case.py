@@ -23,7 +23,6 @@ from divqat.export.placement import Placement, placements
 from divqat.quantize import observing
 
 BATCH = 8
-NUDGE = 1e-6  # standard deviation of what is added to pictures of about 1
 MARGIN = 2  # steps of the logits' grid that a decision must be away from a tie
 ROUNDS = 30
 STAGES = ("build", "prepare", "export", "compare", "race", "check")
@@ -42,7 +41,7 @@ class Plan:
     """
 
     seed: int = 0
-    least: int = 200
+    least: int = 100
     seconds: float = 60.0
     until: str = "check"
 
@@ -123,7 +122,7 @@ class Case:
         answers: tuple[list[Tensor], ...] = ([], [], [])
         with torch.no_grad():
             for part in self.test.split(BATCH):
-                moved = part + NUDGE * torch.randn(part.shape, generator=generator)
+                moved = zoo.nudged(part, generator)
                 got = torch.from_numpy(_run(session, part.numpy()))
                 answers[0].append(_rows(zoo.tensor_of(self.prepared(part)).float()))
                 answers[1].append(_rows(got))

@@ -6,7 +6,6 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import divqat
 from bench import zoo
 from bench.command import first_line
-from bench.network_training import training_checks
+from bench.network_training import expect_finite, gradients_of, training_checks
 
 
 def checks(model: nn.Module, prepared: nn.Module, images: Tensor, training: bool) -> dict[str, str]:
@@ -48,14 +47,13 @@ def checks(model: nn.Module, prepared: nn.Module, images: Tensor, training: bool
             _expect_same(other.eval(), images, wanted)
 
     def trains() -> None:
-        _backward(copy.deepcopy(prepared).train(), images)
+        expect_finite(gradients_of(copy.deepcopy(prepared).train(), images))
 
     def compiled() -> None:
         torch._dynamo.reset()
-        network = torch.compile(
-            copy.deepcopy(prepared).train(), fullgraph=True, backend="aot_eager"
-        )
-        _backward(network, images)
+        network = copy.deepcopy(prepared).train()
+        call = torch.compile(network, fullgraph=True, backend="aot_eager")
+        expect_finite(gradients_of(network, images, call))
 
     todo: dict[str, Callable[[], None]] = {
         "float checkpoint": loads,
@@ -83,11 +81,3 @@ def _expect_same(network: nn.Module, images: Tensor, wanted: Tensor) -> None:
         got = zoo.tensor_of(network(images))
     if not torch.equal(got, wanted):
         raise ValueError(f"other outputs, by up to {float((got - wanted).abs().max()):.3g}")
-
-
-def _backward(network: Any, images: Tensor) -> None:
-    output = network(images)
-    zoo.tensor_of(output).square().mean().backward()
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
-        raise ValueError("no finite gradients")

@@ -18,7 +18,6 @@ from divqat.quantize import save_as_codes
 
 LEAST = 0.05  # of a gradient's norm: a code that rounds the other way is one of 255
 PROCESSES = 2
-NUDGE = 1e-6  # see bench/network_case.py
 
 
 def training_checks(prepared: nn.Module, images: Tensor) -> dict[str, Callable[[], None]]:
@@ -30,27 +29,25 @@ def training_checks(prepared: nn.Module, images: Tensor) -> dict[str, Callable[[
         prepared: see :func:`bench.network_checks.checks`.
         images: [N, 3, H, W], N of at least ``PROCESSES``.
     """
-    wanted = _gradients(copy.deepcopy(prepared), images)
-    moved = images + NUDGE * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    own = _error(_gradients(copy.deepcopy(prepared), moved), wanted)
+    wanted = gradients_of(copy.deepcopy(prepared), images)
+    moved = zoo.nudged(images, torch.Generator().manual_seed(0))
+    own = _error(gradients_of(copy.deepcopy(prepared), moved), wanted)
     bound = max(LEAST, 2 * own)
 
     def inductor() -> None:
         torch._dynamo.reset()
         model = copy.deepcopy(prepared)
-        _expect_close(_gradients(model, images, torch.compile(model)), wanted, bound)
+        _expect_close(gradients_of(model, images, torch.compile(model)), wanted, bound)
 
     def saved_codes() -> None:
         model = copy.deepcopy(prepared)
         with save_as_codes(model):
-            gradients = _gradients(model, images)
+            gradients = gradients_of(model, images)
         _expect_close(gradients, wanted, 0.0)
 
     def autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            gradients = _gradients(copy.deepcopy(prepared).train(), images)
-        if not all(gradient.isfinite().all() for gradient in gradients.values()):
-            raise ValueError("no finite gradients")
+            expect_finite(gradients_of(copy.deepcopy(prepared).train(), images))
 
     def distributed() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -76,16 +73,22 @@ def _process(rank: int, folder: str) -> None:
     model, images = torch.load(Path(folder) / "model.pt", weights_only=False)
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
     torch.save(
-        _gradients(model, images.chunk(PROCESSES)[rank], parallel), Path(folder) / f"{rank}.pt"
+        gradients_of(model, images.chunk(PROCESSES)[rank], parallel), Path(folder) / f"{rank}.pt"
     )
     dist.destroy_process_group()
 
 
-def _gradients(model: nn.Module, images: Tensor, call: Any = None) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module, images: Tensor, call: Any = None) -> dict[str, Tensor]:
     """The gradients of ``model`` by name, for a loss that is the mean over the images."""
     output = (model if call is None else call)(images)
     zoo.tensor_of(output).float().square().mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def expect_finite(gradients: dict[str, Tensor]) -> None:
+    """Raise unless there are gradients, and all are finite."""
+    if not gradients or not all(gradient.isfinite().all() for gradient in gradients.values()):
+        raise ValueError("no finite gradients")
 
 
 def _expect_close(got: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:

@@ -131,6 +131,11 @@ def pictures(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return result, labels
 
 
+def nudged(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures of about 1, moved by a millionth."""
+    return images + 1e-6 * torch.randn(images.shape, generator=generator)
+
+
 def _noise(contrasts: Tensor, size: int, seed: int) -> Tensor:
     """Noise [N, 3, size, size] of the contrasts [N, scales]."""
     n = len(contrasts)

@@ -20,17 +20,18 @@ from divqat.quantize.tracing.tree import add_module, get_tensor
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = (*_CONV[:5], "output_padding", "groups", "dilation")
+MATMULS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((torch.matmul, operator.matmul, "matmul", torch.mm, "mm"), _CONV[:2]),
+    torch.addmm: ("bias", "input", "weight"),
+}
 # function → names of its arguments, axis of the weight's output channels
 PRODUCTS: dict[Any, tuple[tuple[str, ...], int]] = {
     F.linear: (_CONV[:3], 0),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (_CONV, 0)),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), (_CONV, 0)),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), (_TRANSPOSED, 1)),
-    **dict.fromkeys((torch.matmul, operator.matmul, "matmul"), (("input", "weight"), 1)),
-    **dict.fromkeys((torch.mm, "mm"), (("input", "weight"), 1)),
-    torch.addmm: (("bias", "input", "weight"), 1),
+    **{function: (names, 1) for function, names in MATMULS.items()},
 }
-MATMULS = (torch.matmul, operator.matmul, "matmul", torch.mm, "mm", torch.addmm)
 # With a weight, these stay in float.
 OTHER_PRODUCTS = (
     *(F.bilinear, torch.einsum, torch.tensordot, torch.mv),

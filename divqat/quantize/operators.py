@@ -17,14 +17,13 @@ INTEGER: dict[str, tuple[str, ...]] = {
     "ONNX Runtime": tuple(kind for kind in KINDS if kind not in TRANSPOSED),
     "TensorRT": KINDS,
 }
-RUNTIME = {"x86": "ONNX Runtime", "qnnpack": "ONNX Runtime", "tensorrt": "TensorRT"}
 
 _MODULES = {nn.Linear: "linear", nn.Conv2d: "conv2d", nn.ConvTranspose2d: "conv_transpose2d"}
 
 
 def runtime_of(config: QuantConfig) -> str:
     """The runtime for which ``config`` quantizes: symmetric activations are TensorRT's."""
-    return RUNTIME["tensorrt" if config.activation.symmetric else "x86"]
+    return "TensorRT" if config.activation.symmetric else "ONNX Runtime"
 
 
 def kind_of(layer: QuantLayer) -> str:
