@@ -72,7 +72,7 @@ $(EXAMPLES): requirements-examples.txt .venv/installed
 	@touch $@
 
 # The networks of torchvision and timm, in a folder of their own: PyPI's torchvision needs a CUDA torch, and
-# other packages fail if they find it beside one for the CPU (bench/zoo.py can import it).
+# other packages fail if they find it beside one for the CPU (bench/architectures.py can import it).
 NETWORKS := .venv/networks
 test-networks: .venv/dev $(NETWORKS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(NETWORKS) $(BIN)/python -m bench networks --again --check --least 100 --seconds 5 --runs runs/test-networks

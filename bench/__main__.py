@@ -23,6 +23,7 @@ COMMANDS = {
     "readme": "bench.readme",
     "pictures": "bench.pictures",
     "notebook": "bench.notebook",
+    "zoo": "bench.zoo",
 }
 
 

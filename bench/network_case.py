@@ -1,4 +1,4 @@
-"""One network of the zoo: prepared, calibrated, exported, and compared with ONNX Runtime."""
+"""A network of torchvision or timm: prepared, calibrated, exported, compared with the runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import divqat
-from bench import network_checks, zoo
+from bench import architectures, network_checks
 from bench.command import Row, first_line
 from divqat.export import export_onnx
 from divqat.export.placement import Placement, placements
@@ -67,7 +67,7 @@ class Case:
     """The stages; each needs those before."""
 
     def __init__(self, name: str, plan: Plan, folder: Path) -> None:
-        entry = zoo.NETWORKS[name]
+        entry = architectures.NETWORKS[name]
         self.name, self.plan, self.entry = name, plan, entry
         self.path, self.float_path = folder / f"{name}.onnx", folder / f"{name}-float.onnx"
         self.row: Row = {
@@ -77,17 +77,17 @@ class Case:
     def build(self) -> None:
         """The float network, with statistics and a last layer that fit the pictures."""
         plan, size = self.plan, self.entry.size
-        self.model = zoo.build(self.name, plan.seed)
-        self.images, _ = zoo.pictures(min(64, plan.least), size, plan.seed + 1)
-        zoo.settle(self.model, self.images, BATCH)
+        self.model = architectures.build(self.name, plan.seed)
+        self.images, _ = architectures.pictures(min(64, plan.least), size, plan.seed + 1)
+        architectures.settle(self.model, self.images, BATCH)
         start = time.perf_counter()
         with torch.no_grad():
             self.model(self.images[:BATCH])
         count = int(plan.seconds * BATCH / (time.perf_counter() - start))
         fit, test = min(max(count, plan.least), 1000), min(max(count // 2, plan.least), 500)
         if self.entry.fitted:
-            zoo.fit(self.model, *zoo.pictures(fit, size, plan.seed + 2), BATCH)
-        self.test, self.labels = zoo.pictures(test, size, plan.seed + 3)
+            architectures.fit(self.model, *architectures.pictures(fit, size, plan.seed + 2), BATCH)
+        self.test, self.labels = architectures.pictures(test, size, plan.seed + 3)
         self.row["pictures"] = {
             "statistics": len(self.images), "fit": fit if self.entry.fitted else 0, "test": test,
         }  # fmt: skip
@@ -122,11 +122,11 @@ class Case:
         answers: tuple[list[Tensor], ...] = ([], [], [])
         with torch.no_grad():
             for part in self.test.split(BATCH):
-                moved = zoo.nudged(part, generator)
+                moved = architectures.nudged(part, generator)
                 got = torch.from_numpy(_run(session, part.numpy()))
-                answers[0].append(_rows(zoo.tensor_of(self.prepared(part)).float()))
+                answers[0].append(_rows(architectures.tensor_of(self.prepared(part)).float()))
                 answers[1].append(_rows(got))
-                answers[2].append(_rows(zoo.tensor_of(self.prepared(moved)).float()))
+                answers[2].append(_rows(architectures.tensor_of(self.prepared(moved)).float()))
         a, b, own = map(torch.cat, answers)
         if not (a.isfinite().all() and b.isfinite().all()):
             raise FloatingPointError("NaN or Inf in the logits")
@@ -166,7 +166,7 @@ class Case:
     def check(self) -> None:
         """State dict, copies, compilation, and the mode in which it was prepared."""
         self.row["checks"] = network_checks.checks(
-            self.model, self.prepared, self.images[:2], self.name in zoo.TRAINED
+            self.model, self.prepared, self.images[:2], self.name in architectures.TRAINED
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import divqat
-from bench import zoo
+from bench import architectures
 from bench.command import first_line
 from bench.network_training import expect_finite, gradients_of, training_checks
 
@@ -26,7 +26,7 @@ def checks(model: nn.Module, prepared: nn.Module, images: Tensor, training: bool
         training: also what :mod:`bench.network_training` checks, which takes minutes.
     """
     with torch.no_grad():
-        wanted = zoo.tensor_of(prepared(images))
+        wanted = architectures.tensor_of(prepared(images))
 
     def loads() -> None:
         copy.deepcopy(prepared).load_state_dict(model.state_dict(), strict=True)
@@ -78,6 +78,6 @@ def _outcome(check: Callable[[], None]) -> str:
 
 def _expect_same(network: nn.Module, images: Tensor, wanted: Tensor) -> None:
     with torch.no_grad():
-        got = zoo.tensor_of(network(images))
+        got = architectures.tensor_of(network(images))
     if not torch.equal(got, wanted):
         raise ValueError(f"other outputs, by up to {float((got - wanted).abs().max()):.3g}")

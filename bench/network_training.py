@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench import zoo
+from bench import architectures
 from divqat.quantize import save_as_codes
 
 LEAST = 0.05  # of a gradient's norm: a code that rounds the other way is one of 255
@@ -30,7 +30,7 @@ def training_checks(prepared: nn.Module, images: Tensor) -> dict[str, Callable[[
         images: [N, 3, H, W], N of at least ``PROCESSES``.
     """
     wanted = gradients_of(copy.deepcopy(prepared), images)
-    moved = zoo.nudged(images, torch.Generator().manual_seed(0))
+    moved = architectures.nudged(images, torch.Generator().manual_seed(0))
     own = _error(gradients_of(copy.deepcopy(prepared), moved), wanted)
     bound = max(LEAST, 2 * own)
 
@@ -68,7 +68,7 @@ def training_checks(prepared: nn.Module, images: Tensor) -> dict[str, Callable[[
 def _process(rank: int, folder: str) -> None:
     """One of the processes: its share of the images under DistributedDataParallel."""
     torch.set_num_threads(1)
-    zoo.missing()  # loads the libraries, whose classes the pickle names
+    architectures.missing()  # loads the libraries, whose classes the pickle names
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     model, images = torch.load(Path(folder) / "model.pt", weights_only=False)
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
@@ -81,7 +81,7 @@ def _process(rank: int, folder: str) -> None:
 def gradients_of(model: nn.Module, images: Tensor, call: Any = None) -> dict[str, Tensor]:
     """The gradients of ``model`` by name, for a loss that is the mean over the images."""
     output = (model if call is None else call)(images)
-    zoo.tensor_of(output).float().square().mean().backward()
+    architectures.tensor_of(output).float().square().mean().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench import zoo
+from bench import architectures
 from bench.command import Row, rounded
 from bench.environment import environment
 from bench.network_case import STAGES, Plan, measure
@@ -62,11 +62,15 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: a library is missing, a name is unknown, or with ``--check`` a bar is missed.
     """
-    if absent := zoo.missing():
-        raise SystemExit(f"bench networks: {'; '.join(absent)}: `{zoo.INSTALL}` installs them")
-    names = args.only or list(zoo.NETWORKS)
-    if unknown := set(names) - set(zoo.NETWORKS):
-        raise SystemExit(f"bench networks: --only: wanted {', '.join(zoo.NETWORKS)}, got {unknown}")
+    if absent := architectures.missing():
+        raise SystemExit(
+            f"bench networks: {'; '.join(absent)}: `{architectures.INSTALL}` installs them"
+        )
+    names = args.only or list(architectures.NETWORKS)
+    if unknown := set(names) - set(architectures.NETWORKS):
+        raise SystemExit(
+            f"bench networks: --only: wanted {', '.join(architectures.NETWORKS)}, got {unknown}"
+        )
     torch.set_num_threads(1)
     plan = Plan(args.seed, args.least, args.seconds, args.until)
     folder = Path(args.runs)
@@ -94,15 +98,15 @@ def main(args: argparse.Namespace) -> None:
 def _environment() -> dict[str, Any]:
     result = environment(shlex.join(["python", "-m", "bench", *sys.argv[1:]]))
     kept = ("command", "commit", "date", "hardware", "system", "threads", "versions")
-    versions = zoo.versions()
+    versions = architectures.versions()
     peers = ("torchao", "brevitas", "liger-kernel", "triton")
     ours = {name: v for name, v in result["versions"].items() if name not in peers}
     return {key: result[key] for key in kept} | {"versions": ours | versions}
 
 
 def _rows(folder: Path) -> list[Row]:
-    """The rows that are there, in the order of the zoo."""
-    files = [folder / f"{name}.json" for name in zoo.NETWORKS]
+    """The rows that are there, in the order of the architectures."""
+    files = [folder / f"{name}.json" for name in architectures.NETWORKS]
     return [dict(read_json(file)) for file in files if file.is_file()]
 
 
@@ -210,18 +214,19 @@ Written by `python -m bench networks --write`, from
 ({last["hardware"]}; {packages}; commit {commits}; seed {seeds}; {last["date"]}).
 
 Weights are random, BatchNorm statistics are those of pictures, and the last layer is fitted to
-their {zoo.CLASSES} classes by ridge regression, in the float network, on {spans["fit"]} pictures;
-the comparison has {spans["test"]} others. *Layers* are convolutions and products with a weight,
-once per call, and *int8* those that a default session of ONNX Runtime computes with integer
-kernels. *Agreement* is the share, in %, of pictures with the same class in ONNX Runtime as in the
-prepared network, among those whose two largest logits are more than two steps apart (a step is the
-range of the logits over 255); SQNR is that of the logits. *Its own* are those of the prepared
-network with itself on pictures that are moved by a millionth: with random weights a code that
-rounds the other way grows from layer to layer, and no runtime sums in the same order. Times are
-medians of one picture on one thread, in turns with the float network's. *Checks*: the float
-checkpoint loads; copies, pickles and a network prepared in the other mode give the same bits; it
-trains, also compiled as one graph. Of {", ".join(zoo.TRAINED)} also: Inductor, two processes (DDP)
-and activations saved as codes give the same gradients, and it trains in bfloat16.
+their {architectures.CLASSES} classes by ridge regression, in the float network, on
+{spans["fit"]} pictures; the comparison has {spans["test"]} others. *Layers* are convolutions and
+products with a weight, once per call, and *int8* those that a default session of ONNX Runtime
+computes with integer kernels. *Agreement* is the share, in %, of
+pictures with the same class in ONNX Runtime as in the prepared network, among those whose two
+largest logits are more than two steps apart (a step is the range of the logits over 255); SQNR is
+that of the logits. *Its own* are those of the prepared network with itself on pictures that are
+moved by a millionth: with random weights a code that rounds the other way grows from layer to
+layer, and no runtime sums in the same order. Times are medians of one picture on one thread, in
+turns with the float network's. *Checks*: the float checkpoint loads; copies, pickles and a network
+prepared in the other mode give the same bits; it trains, also compiled as one graph. Of
+{", ".join(architectures.TRAINED)} also: Inductor, two processes (DDP) and activations saved as
+codes give the same gradients, and it trains in bfloat16.
 
 `make test-networks` fails if a layer is in float for any reason but the lack of an integer kernel,
 if the agreement is below {100 * AGREEMENT} % and below its own (by three standard deviations), if

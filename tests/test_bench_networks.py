@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import network_case, networks, zoo
+from bench import architectures, network_case, networks
 from bench.network_case import Plan, measure
 from divqat.export.placement import placements
 
@@ -80,7 +80,7 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, zoo.CLASSES)
+        self.head = nn.Linear(8, architectures.CLASSES)
 
     def forward(self, x):
         return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
@@ -93,13 +93,13 @@ class Broken(Toy):
 
 @pytest.fixture
 def toys(monkeypatch):
-    """A zoo of two, without its libraries."""
-    entries = dict.fromkeys(("toy", "broken"), zoo.Zoo("toys", size=32))
+    """Two networks, without their libraries."""
+    entries = dict.fromkeys(("toy", "broken"), architectures.Architecture("toys", size=32))
     builders = {"toy": Toy, "broken": Broken}
-    monkeypatch.setattr(zoo, "NETWORKS", entries)
-    monkeypatch.setattr(zoo, "build", lambda name, seed: builders[name]().eval())
-    monkeypatch.setattr(zoo, "missing", list)
-    monkeypatch.setattr(zoo, "versions", dict)
+    monkeypatch.setattr(architectures, "NETWORKS", entries)
+    monkeypatch.setattr(architectures, "build", lambda name, seed: builders[name]().eval())
+    monkeypatch.setattr(architectures, "missing", list)
+    monkeypatch.setattr(architectures, "versions", dict)
     monkeypatch.setattr(network_case, "ROUNDS", 2)
 
 
@@ -148,6 +148,6 @@ def test_bars():
 
 
 def test_without_the_libraries_it_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "missing", lambda: ["timm (No module named 'timm')"])
+    monkeypatch.setattr(architectures, "missing", lambda: ["timm (No module named 'timm')"])
     with pytest.raises(SystemExit, match=r"timm.*requirements-networks"):
         networks.main(options(tmp_path))

@@ -21,7 +21,7 @@ PENALTY = 0.3  # of the fit, in mean squares of its inputs
 
 
 @dataclass(frozen=True)
-class Zoo:
+class Architecture:
     """A network of a library.
 
     Attributes:
@@ -45,11 +45,11 @@ NETWORKS = {
             *("densenet121", "efficientnet_b0", "convnext_tiny", "regnet_y_400mf"),
             *("squeezenet1_1", "mnasnet1_0", "vit_b_16", "swin_t"),
         ),
-        Zoo("torchvision"),
+        Architecture("torchvision"),
     ),
-    "googlenet": Zoo("torchvision", options=_INCEPTION),
-    "inception_v3": Zoo("torchvision", size=299, options=_INCEPTION),
-    "lraspp_mobilenet_v3_large": Zoo(
+    "googlenet": Architecture("torchvision", options=_INCEPTION),
+    "inception_v3": Architecture("torchvision", size=299, options=_INCEPTION),
+    "lraspp_mobilenet_v3_large": Architecture(
         "torchvision", fitted=False, options=(("weights_backbone", None),)
     ),
     **dict.fromkeys(
@@ -58,16 +58,16 @@ NETWORKS = {
             *("regnetx_002", "repvgg_a0", "resnetv2_50", "cspresnet50", "mobileone_s0"),
             *("edgenext_small", "convnext_atto", "levit_128s", "deit_tiny_patch16_224"),
         ),
-        Zoo("timm"),
+        Architecture("timm"),
     ),
-    "fastvit_t8": Zoo("timm", size=256),
+    "fastvit_t8": Architecture("timm", size=256),
 }
 # Those that also train with Inductor, in two processes, in bfloat16 and with saved codes: minutes.
 TRAINED = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "deit_tiny_patch16_224")
 
 
 def missing() -> list[str]:
-    """The libraries of the zoo that cannot be imported, with the reasons."""
+    """The libraries of the networks that cannot be imported, with the reasons."""
     reasons = []
     for name, load in (("torchvision", _torchvision), ("timm", _timm)):
         try:
