@@ -128,9 +128,13 @@ def pybind11_headers() -> list[str]:
 os.chdir(ROOT)
 setup(
     version=VERSION,
-    # The Triton kernels are in the top-level folder kernels/ and are installed as divqat.kernels.
-    packages=[*find_packages(include=["divqat", "divqat.*"]), "divqat.kernels"],
-    package_dir={"divqat.kernels": "kernels"},
-    package_data={"divqat": ["py.typed"]},
+    # The Triton kernels are in the top-level folder kernels/ and are installed as divqat.kernels;
+    # the trained networks are in zoo/, and are installed beside the module that loads them.
+    packages=[
+        *find_packages(include=["divqat", "divqat.*"]),
+        *("divqat.kernels", "divqat.zoo.files"),
+    ],
+    package_dir={"divqat.kernels": "kernels", "divqat.zoo.files": "zoo"},
+    package_data={"divqat": ["py.typed"], "divqat.zoo.files": ["*.onnx", "*.pt", "*.json"]},
     **native_arguments(),
 )

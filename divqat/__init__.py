@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 # An installed package contains kernels/ as divqat.kernels; in a checkout that is not installed, the
 # folder is beside this one.
@@ -46,4 +48,12 @@ __all__ = [
     "sensitivity",
     "summary",
     "trust",
+    "zoo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``divqat.zoo`` when it is asked for: it needs what trains, and most users do not need it."""
+    if name == "zoo":
+        return importlib.import_module("divqat.zoo")
+    raise AttributeError(f"module 'divqat' has no attribute {name!r}")

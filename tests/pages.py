@@ -9,6 +9,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
+    ROOT / "zoo" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCED = re.compile(r"(?:<!-- not run: ([^>]+) -->\n+)?^```(\w*)\n(.*?)^```$", re.M | re.S)

@@ -98,6 +98,7 @@ def names_of(page):
         "README.md": {"model": model, "loader": loader, "images": images, "secret": 731},
         "docs/getting-started.md": {"float_model": model, "loader": loader},
         "docs/how-extractable.md": {"model": model},
+        "zoo/README.md": {},
         # its first block is the network, the others begin with a trained one
         "docs/own-model.md": {
             **{"float_model": model, "loader": loader, "images": images, "validation": loader},

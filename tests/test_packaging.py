@@ -72,8 +72,10 @@ def test_wheel_holds_the_package_and_nothing_else(built, checkout):
     wanted = {
         *(f"divqat/{p.relative_to(checkout / 'divqat')}" for p in checkout.glob("divqat/**/*.py")),
         *(f"divqat/kernels/{p.name}" for p in checkout.glob("kernels/*.py")),
+        *(f"divqat/zoo/files/{p.name}" for p in checkout.glob("zoo/*") if p.suffix != ".md"),
         "divqat/py.typed",
     }
+    assert "divqat/zoo/files/gtsrb-divqat.onnx" in wanted
     assert "divqat/kernels/__init__.py" in wanted
     information = {name for name in names if ".dist-info/" in name}
     assert names - information == wanted
@@ -87,6 +89,7 @@ from torch import nn
 net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 prepared = divqat.prepare(net, "x86", torch.randn(2, 3, 8, 8))
 prepared(torch.randn(2, 3, 8, 8)).sum().backward()
+assert divqat.zoo.load("gtsrb-divqat")(torch.zeros(1, 3, 32, 32)).shape == (1, 43)
 print(divqat.__file__, divqat.kernels.__file__, divqat.__version__)
 """
     package, kernels, version = python(fresh, tmp_path, code, installed)
@@ -108,7 +111,9 @@ def test_sdist_builds_the_same_wheel(fresh, built, checkout, tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = [p for part in ("csrc", "kernels", "configs") for p in (checkout / part).rglob("*")]
+    sources = [
+        p for part in ("csrc", "kernels", "configs", "zoo") for p in (checkout / part).rglob("*")
+    ]
     sources = [str(p.relative_to(checkout)) for p in sources if p.is_file()]
     assert {*sources, "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
     other = wheel(sdist, tmp_path)

@@ -6,6 +6,8 @@ import yaml
 
 from divqat import cli
 from divqat._util.settings import ConfigError
+from divqat.cli.commands import _study_file
+from divqat.cli.parser import build_parser
 from divqat.evaluate import Evaluation
 from divqat.evaluate.tables import side_effects_table
 from divqat.experiments import tasks
@@ -97,6 +99,17 @@ def test_parallel_jobs_give_the_same_results(done, tmp_path, capfd):
     lines = capfd.readouterr().out.splitlines()  # includes those of the processes
     assert sum(line.startswith("[seed 1 qat] test accuracy") for line in lines) == 1
     assert sum(line.startswith("report: ") for line in lines) == 1
+
+
+def test_flags_override_the_file_of_a_study(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY | {"evaluate": {"query_root": "a", "epochs": 2}}))
+    flags = ["--seeds", "5", "--data-root", "b", "--query-root", "c", "--device", "cpu"]
+    args = build_parser().parse_args(["study", str(file), *flags, "--out", "d"])
+    data = _study_file(args)
+    assert data["seeds"] == [5]
+    assert data["common"] == STUDY["common"] | {"data_root": "b", "device": "cpu"}
+    assert data["evaluate"] == {"query_root": "c", "epochs": 2, "device": "cpu"}
 
 
 def test_evaluate_takes_run_folders_and_files(done, tmp_path, capsys):

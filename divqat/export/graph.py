@@ -51,6 +51,14 @@ def separate_constants(graph: Any) -> None:
     graph.node.extend(added)
 
 
+def drop_stack_traces(graph: Any) -> None:
+    """Drop the exporter's stack traces, which show where files are on the exporting machine."""
+    for node in graph.node:
+        kept = [entry for entry in node.metadata_props if not entry.key.endswith("stack_trace")]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+
+
 def module_name(node: Any) -> str:
     """The module of a node, from the metadata of PyTorch's exporter; else the node's name."""
     for entry in node.metadata_props:

@@ -16,7 +16,12 @@ from torch import nn
 from divqat._util.errors import require
 from divqat._util.files import write_atomic
 from divqat.export.arguments import arguments, output_names
-from divqat.export.graph import check_divisors, fix_average_pools, separate_constants
+from divqat.export.graph import (
+    check_divisors,
+    drop_stack_traces,
+    fix_average_pools,
+    separate_constants,
+)
 from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, runtime_kernels
 from divqat.export.saturation import Saturating, advice, saturating
 from divqat.quantize.convert import convert
@@ -108,6 +113,7 @@ def export_onnx(model: nn.Module, example_input: Any, path: str | Path) -> Expor
     proto = program.model_proto
     separate_constants(proto.graph)
     fix_average_pools(proto.graph)
+    drop_stack_traces(proto.graph)
     kernels: dict[str, int] = {}
     layers: list[Saturating] = []
 

@@ -73,11 +73,21 @@ def load_run(folder: str | Path) -> Run:
             f"{folder} has done {state['epoch']} of {config.epochs} epochs: "
             f"divqat train --out {folder} --resume"
         )
-    check_size(config.model, state["shape"], state["model"], folder / CHECKPOINT)
+    model = restore(config, state, folder / CHECKPOINT)
+    rest = state["epoch"], state["shape"], state["teacher"], fingerprint(state["model"])
+    return Run(folder, config, model, *rest)
+
+
+def restore(config: TrainConfig, state: Mapping[str, Any], path: Path) -> nn.Module:
+    """The network of a checkpoint's ``shape`` and ``model``, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: the weights do not fit the shape; see :func:`divqat.train.network.check_size`.
+    """
+    check_size(config.model, state["shape"], state["model"], path)
     model = build_model(config, state["shape"])
     model.load_state_dict(state["model"])
-    rest = state["epoch"], state["shape"], state["teacher"], fingerprint(state["model"])
-    return Run(folder, config, model.eval(), *rest)
+    return model.eval()
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
