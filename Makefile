@@ -3,13 +3,14 @@
 # make quick  linters, type checker and one case of every fast test, during development
 # make test-networks   the networks of torchvision and timm, an hour or two; not in make test
 # make test-examples   the examples in Lightning, Hugging Face and timm; not in make test
+# make test-runtimes   exported files in ExecuTorch; not in make test
 # make docs   the pages of docs/ as a site, in build/site
 # make test-docs, make test-package   the notebook and the look of the pages; wheel and sdist
 # All of them set up a fresh machine; PYTHON=python3.12 selects an interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist docs test test-docs test-package test-networks test-examples quick test-triton triton-newest triton-oldest lint sanitize \
+.PHONY: demo fashion-mnist docs test test-docs test-package test-networks test-examples test-runtimes quick test-triton triton-newest triton-oldest lint sanitize \
 	install clean
 .DELETE_ON_ERROR:
 
@@ -78,6 +79,15 @@ test-networks: .venv/dev $(NETWORKS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(NETWORKS) $(BIN)/python -m bench networks --again --check --least 100 --seconds 5 --runs runs/test-networks
 
 $(NETWORKS): requirements-networks.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
+	@touch $@
+
+# Exported files in the runtimes that .venv lacks, which are in a folder of their own.
+RUNTIMES := .venv/runtimes
+test-runtimes: .venv/dev $(RUNTIMES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(RUNTIMES) $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/runtimes
+
+$(RUNTIMES): requirements-runtimes.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
 	@touch $@
 

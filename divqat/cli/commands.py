@@ -18,11 +18,13 @@ from divqat.evaluate import evaluate as run_grid
 from divqat.evaluate.audits import audits
 from divqat.evaluate.tables import main_table, side_effects_table
 from divqat.experiments.deploy import (
-    ONNX,
+    FILES,
+    RUNTIMES,
     AttackConfig,
     answer_arguments,
     attack_run,
     export_run,
+    verify_report,
     verify_run,
 )
 from divqat.experiments.run import run_study
@@ -84,14 +86,16 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 def export(args: argparse.Namespace) -> int:
     run = load_run(args.run)
-    print(printable(export_run(run, run.splits(args.data_root))["text"]))
-    ending(run.folder / ONNX, ["divqat", "verify", args.run, *_same(args)])
+    print(printable(export_run(run, run.splits(args.data_root), args.to)["text"]))
+    runtime = next(name for name, to in RUNTIMES.items() if to == args.to)
+    flags = [] if args.to == "onnx" else ["--runtime", runtime]
+    ending(run.folder / FILES[args.to], ["divqat", "verify", args.run, *flags, *_same(args)])
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     run = load_run(args.run)
-    report = verify_run(run, run.splits(args.data_root))
+    report = verify_run(run, run.splits(args.data_root), args.runtime)
     print(printable(report["text"]))
     if report["least_agreement"] < args.min_agreement:
         print(
@@ -100,8 +104,15 @@ def verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    following = ["divqat", "evaluate", "--victim", args.run, *_same(args)]
-    ending(run.folder / "verify.json", [*following, "--out", beside(args.run, "evaluation")])
+    to = RUNTIMES[args.runtime]
+    victim = [args.run] if to == "onnx" else [str(run.folder / FILES[to])]
+    following = ["divqat", "evaluate", "--victim", *victim, *_same(args)]
+    if to != "onnx":
+        following += ["--dataset", run.config.dataset]
+    ending(
+        run.folder / verify_report(args.runtime),
+        [*following, "--out", beside(args.run, "evaluation")],
+    )
     return 0
 
 
@@ -184,7 +195,10 @@ def _study_file(args: argparse.Namespace) -> dict[str, Any]:
     if args.seeds is not None:
         data["seeds"] = args.seeds
     attacks = "attack" if "attack" in data else "evaluate"  # has its own device setting
-    for section, flag in (("common", "data_root"), ("common", "device"), (attacks, "device")):
+    overridden = (
+        ("common", "data_root"), ("common", "device"), (attacks, "query_root"), (attacks, "device"),
+    )  # fmt: skip
+    for section, flag in overridden:
         if getattr(args, flag) is not None:
             data[section] = {**(data.get(section) or {}), flag: getattr(args, flag)}
     return data

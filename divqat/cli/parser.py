@@ -12,7 +12,7 @@ from divqat._util.settings import add_flags
 from divqat.cli import commands
 from divqat.cli.types import folder_path, foreign_name, fraction, positive_int
 from divqat.evaluate import Grid
-from divqat.experiments.deploy import AttackConfig
+from divqat.experiments.deploy import FILES, RUNTIMES, AttackConfig
 from divqat.experiments.sensitivity import SensitivityConfig
 from divqat.train import TrainConfig
 
@@ -95,10 +95,17 @@ def _export(subparsers: Any) -> None:
         subparsers,
         "export",
         commands.export,
-        "Export a trained model as int8 ONNX to RUN/model.onnx.",
+        "Export a trained model as an int8 file: RUN/model.onnx, or RUN/model.pte.",
         "divqat export runs/qat",
     )
     _run_arguments(sub)
+    sub.add_argument(
+        "--to",
+        choices=list(FILES),
+        default="onnx",
+        help="onnx: for ONNX Runtime and others that read its Q/DQ nodes; executorch: for XNNPACK "
+        "on phones and CPUs (default: onnx).",
+    )
 
 
 def _verify(subparsers: Any) -> None:
@@ -110,6 +117,12 @@ def _verify(subparsers: Any) -> None:
         "divqat verify runs/qat",
     )
     _run_arguments(sub)
+    sub.add_argument(
+        "--runtime",
+        choices=list(RUNTIMES),
+        default="onnxruntime",
+        help="What runs the exported file (default: onnxruntime).",
+    )
     sub.add_argument(
         "--min-agreement",
         type=fraction,
@@ -182,8 +195,8 @@ def _evaluate(subparsers: Any) -> None:
         required=True,
         action="append",
         metavar="[NAME=]PATH",
-        help="Run folder or ONNX file of a victim; may be repeated. Run folders with the same name "
-        "are the seeds of one victim.",
+        help="Run folder, ONNX or ExecuTorch file (.pte) of a victim; may be repeated. Run folders "
+        "with the same name are the seeds of one victim.",
     )
     sub.add_argument(
         "--out", type=folder_path, required=True, metavar="DIR", help="Folder for everything."
@@ -262,6 +275,9 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-root", type=folder_path, metavar="DIR", help="Override common.data_root."
+    )
+    parser.add_argument(
+        "--query-root", type=folder_path, metavar="DIR", help="Override the attacks' query_root."
     )
     parser.add_argument(
         "--device", metavar="NAME", help="Override common.device and the device of the attacks."

@@ -25,13 +25,15 @@ from divqat.attacks.attack import identity
 from divqat.attacks.attacker import Attacker
 from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits, to_float
-from divqat.export import export_onnx, verify, with_kernels
+from divqat.export import export_executorch, export_onnx, verify, with_kernels
 from divqat.metrics import accuracy, fidelity, predict
 from divqat.quantize import summarize
 from divqat.train.folder import Run
 from divqat.victim import Victim
 
 ONNX = "model.onnx"
+FILES = {"onnx": ONNX, "executorch": "model.pte"}  # target of an export → file
+RUNTIMES = {"onnxruntime": "onnx", "executorch": "executorch"}  # → what it runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,22 +91,37 @@ def answer_arguments(answer: str) -> dict[str, Any]:
     return {"answer": "rounded", "decimals": number}
 
 
-def export_run(run: Run, splits: Splits) -> dict[str, Any]:
-    """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``.
+def export_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
+    """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``; or, to
+    ``executorch``, ``model.pte`` and ``export-executorch.json``.
 
     Raises:
         ValueError: the run is not quantized.
     """
     _check_quantized(run)
+    path = run.folder / FILES[to]
 
     def make() -> dict[str, Any]:
         images = to_float(splits.validation.subset(slice(256)).images)
+        if to == "executorch":
+            program = export_executorch(run.model, images, path)
+            return {**program.to_dict(), "text": str(program)}
         report = export_onnx(run.model, run.example, run.folder / ONNX)
         table = with_kernels(summarize(run.model, images), run.folder / ONNX)
         write_json(run.folder / "layers.json", table.to_dict())
         return {**report.to_dict(), "text": str(report)}
 
-    return step(run.folder / "export.json", run.fingerprint, make, product=run.folder / ONNX)
+    return step(run.folder / export_report(to), run.fingerprint, make, product=path)
+
+
+def export_report(to: str) -> str:
+    """The name of the JSON file beside an export."""
+    return "export.json" if to == "onnx" else f"export-{to}.json"
+
+
+def verify_report(runtime: str) -> str:
+    """The name of the JSON file of a verification."""
+    return "verify.json" if runtime == "onnxruntime" else f"verify-{runtime}.json"
 
 
 def _check_quantized(run: Run) -> None:
@@ -115,36 +132,39 @@ def _check_quantized(run: Run) -> None:
         )
 
 
-def verify_run(run: Run, splits: Splits) -> dict[str, Any]:
-    """Compare the trained model with ``model.onnx`` on the whole test set; write ``verify.json``.
+def verify_run(run: Run, splits: Splits, runtime: str = "onnxruntime") -> dict[str, Any]:
+    """Compare the trained model with its export in a runtime, on the whole test set; write
+    ``verify.json``, or ``verify-executorch.json``.
 
     Raises:
         FileNotFoundError: the run was not exported.
         ValueError: it has been trained again since, or is not quantized.
     """
-    onnx = exported_file(run)
+    file = exported_file(run, RUNTIMES[runtime])
 
     def make() -> dict[str, Any]:
-        report = verify(run.model, onnx, splits.test, splits.test.labels)
+        report = verify(run.model, file, splits.test, splits.test.labels)
         return {**report.to_dict(), "text": str(report)}
 
     # The suffix invalidates reports that did not yet use ONNX Runtime's default options.
-    return step(run.folder / "verify.json", f"{file_fingerprint(onnx)}, default options", make)
+    source = f"{file_fingerprint(file)}, default options"
+    return step(run.folder / verify_report(runtime), source, make)
 
 
-def exported_file(run: Run) -> Path:
-    """The path of a run's ONNX file.
+def exported_file(run: Run, to: str = "onnx") -> Path:
+    """The path of a run's exported file.
 
     Raises:
         FileNotFoundError: the run was not exported.
         ValueError: it has been trained again since, or is not quantized.
     """
     _check_quantized(run)
-    path, report = run.folder / ONNX, run.folder / "export.json"
+    path, report = run.folder / FILES[to], run.folder / export_report(to)
+    again = f"divqat export {run.folder}" + ("" if to == "onnx" else f" --to {to}")
     if not path.is_file() or not report.is_file():
-        raise FileNotFoundError(f"no {ONNX} in {run.folder}: divqat export {run.folder}")
+        raise FileNotFoundError(f"no {path.name} in {run.folder}: {again}")
     if read_json(report)["source"] != run.fingerprint:
-        raise ValueError(f"{path} is from an earlier training: divqat export {run.folder}")
+        raise ValueError(f"{path} is from an earlier training: {again}")
     return path
 
 

@@ -1,15 +1,20 @@
 """Export a trained model and verify the export against it."""
 
+from divqat.export.executorch import ExecuTorchReport, export_executorch
 from divqat.export.onnx import ExportReport, export_onnx
 from divqat.export.placement import Placement, placements
+from divqat.export.program import export_program
 from divqat.export.summary import summary, with_kernels
 from divqat.export.verify import VerifyReport, verify
 
 __all__ = [
+    "ExecuTorchReport",
     "ExportReport",
     "Placement",
     "VerifyReport",
+    "export_executorch",
     "export_onnx",
+    "export_program",
     "placements",
     "summary",
     "verify",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from divqat._util.modes import modes_kept
 from divqat.data import LabeledImages
 from divqat.export.saturation import Saturating, advice, emulated_session, saturating
 from divqat.metrics import accuracy, fidelity, predict
-from divqat.victim.runners import open_onnx
+from divqat.victim.executorch_file import executorch_runner
+from divqat.victim.runners import PROGRAM, open_onnx
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Deployed:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The fake-quantized model compared with ONNX Runtime (default options) on the same images.
+    """The fake-quantized model compared with a runtime (default options) on the same images.
 
     Attributes:
         n: number of images.
         argmax_agreement: share of images with the same top-1 class, in [0, 1].
-        accuracy_fake, accuracy_onnx: top-1 accuracy against the labels, in [0, 1].
+        accuracy_fake, accuracy_onnx: top-1 accuracy against the labels, in [0, 1]; the second is
+            that of the file.
         max_diff: largest |difference| of a logit.
         mean_diff: mean of |difference|.
         step: one output step: the range of the logits (largest minus smallest) over 255.
@@ -96,27 +99,28 @@ class VerifyReport:
 
 def verify(
     model: nn.Module,
-    onnx_path: str | Path,
+    path: str | Path,
     images: Tensor | LabeledImages,  # [N, C, H, W]
     labels: Tensor,  # [N]
     *,
     batch_size: int = 256,
 ) -> VerifyReport:
-    """Compare a prepared model in eval mode with its export in ONNX Runtime, image by image.
+    """Compare a prepared model in eval mode with its export in a runtime, image by image.
 
-    The file runs with default options, as most users run it. Integer kernels round at other points
-    than float kernels, so logits differ by steps of the grid; the classes must agree.
+    The file runs in ONNX Runtime or ExecuTorch (``.pte``), with default options, as most users run
+    it. Integer kernels round at other points than float kernels, so logits differ by steps of the
+    grid; the classes must agree.
 
     Args:
         model: made by :func:`divqat.prepare` or :func:`divqat.convert`.
-        onnx_path: a file written by ``export_onnx``.
+        path: a file written by ``export_onnx`` or ``export_executorch``.
         images: uint8 [N, C, H, W], or a set.
         labels: int64 [N].
         batch_size: images per forward pass.
 
     Raises:
-        ImportError: onnxruntime or onnx is missing.
-        FileNotFoundError: there is no file at ``onnx_path``.
+        ImportError: onnxruntime and onnx, or executorch are missing.
+        FileNotFoundError: there is no file at ``path``.
         FloatingPointError: a logit is NaN or Inf.
         ValueError: ``images`` and ``labels`` differ in length, or are empty.
     """
@@ -125,8 +129,11 @@ def verify(
             f"images, labels: wanted the same number of both, at least 1, got {len(images)} and "
             f"{len(labels)}"
         )
-    runtime = require("onnxruntime", "export")
-    b = predict(open_onnx(Path(onnx_path), precise=False), images, batch_size=batch_size)
+    path = Path(path)
+    is_onnx = path.suffix != PROGRAM
+    runtime = require("onnxruntime", "export").__version__ if is_onnx else version("executorch")
+    deployed_model = open_onnx(path, precise=False) if is_onnx else executorch_runner(path)
+    b = predict(deployed_model, images, batch_size=batch_size)
     with modes_kept(model):
         a = predict(model.eval(), images, batch_size=batch_size)
 
@@ -134,7 +141,7 @@ def verify(
         logits = predict(session, images, batch_size=batch_size)
         return Deployed(fidelity(a, logits), accuracy(logits, labels))
 
-    layers = saturating(onnx_path)
+    layers = saturating(path) if is_onnx else []
     difference = (a - b).abs()
     step = float(a.max() - a.min()) / 255
     return VerifyReport(
@@ -146,10 +153,10 @@ def verify(
         mean_diff=float(difference.mean()),
         step=step,
         max_diff_steps=float(difference.max()) / step if step else 0.0,
-        runtime=f"ONNX Runtime {runtime.__version__}",
+        runtime=f"{'ONNX Runtime' if is_onnx else 'ExecuTorch'} {runtime}",
         saturating=tuple(layers),
-        precise=deployed(onnx_path) if layers else None,
-        emulated=deployed(emulated_session(onnx_path)) if layers else None,
+        precise=deployed(path) if layers else None,
+        emulated=deployed(emulated_session(path)) if layers else None,
     )
 
 

@@ -7,6 +7,7 @@ already: quantizing them again, with the same scale, changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,8 +27,15 @@ FOUND_THROUGH: set[Any] = {
 }
 
 
-def requantize(graph_module: fx.GraphModule) -> None:
-    """Insert the quantizer again before each layer of a converted model that would not find it."""
+def requantize(
+    graph_module: fx.GraphModule, through: Collection[Any] = frozenset(FOUND_THROUGH)
+) -> None:
+    """Insert the quantizer again before each layer of a converted model that would not find it.
+
+    Args:
+        graph_module: changed in place.
+        through: the moves through which the runtime finds it, by default ONNX Runtime.
+    """
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op != "call_module":
@@ -38,7 +46,7 @@ def requantize(graph_module: fx.GraphModule) -> None:
         source = value = node.all_input_nodes[0]
         hidden = _pad_before(graph_module, node, layer)
         while (origin := patterns.moved_from(graph_module, source)) is not None:
-            hidden |= patterns.operation(graph_module, source) not in FOUND_THROUGH
+            hidden |= patterns.operation(graph_module, source) not in through
             source = origin
         quantizer = source.op == "call_module" and graph_module.get_submodule(str(source.target))
         if hidden and isinstance(quantizer, QuantizeDequantize):

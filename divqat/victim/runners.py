@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from divqat._util.bounds import MAX_IMAGES
 from divqat._util.files import check_beside
 from divqat._util.text import printable
+from divqat.victim.executorch_file import executorch_runner
 from divqat.victim.onnx_file import check_onnx, open_session
 from divqat.victim.outputs import LastOperation, Outputs, onnx_kind
+
+PROGRAM = ".pte"  # the suffix of ExecuTorch's files; others are ONNX
 
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
@@ -37,7 +40,8 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
         See :class:`divqat.victim.Victim`.
     """
     run = _runner(model)
-    outputs = Outputs(onnx_kind(Path(model)) if isinstance(model, (str, Path)) else None)
+    is_onnx = isinstance(model, (str, Path)) and Path(model).suffix != PROGRAM
+    outputs = Outputs(onnx_kind(Path(model)) if is_onnx else None)
 
     def logits_of(images: Tensor) -> Tensor:
         trace = outputs.kind is None and isinstance(model, nn.Module) and not _is_compiled(model)
@@ -64,13 +68,14 @@ def _runner(model: Any) -> Callable[[Tensor], Tensor]:
         check_eval(model)
         return lambda images: _run_module(model, images)
     if isinstance(model, (str, Path)):
-        model = open_onnx(Path(model))
+        path = Path(model)
+        model = executorch_runner(path) if path.suffix == PROGRAM else open_onnx(path)
     if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an onnxruntime.InferenceSession
         return _session_runner(model)
     if callable(model):
         return model
     raise TypeError(
-        "model: wanted an nn.Module, an ONNX path, an InferenceSession or a function, "
+        "model: wanted an nn.Module, a path (.onnx, .pte), an InferenceSession or a function, "
         f"got {type(model).__name__}"
     )
 
