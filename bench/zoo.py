@@ -13,8 +13,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from bench.command import Row, rounded
 from divqat._util.files import read_json, save_checkpoint, write_atomic, write_json, write_text
 from divqat._util.integrity import sha256
@@ -91,6 +89,8 @@ def add(name: str, runs: Path) -> Row:
     }
     if method == "fp":
         return card
+    import onnx  # which the other commands of bench do not need
+
     file = ZOO / f"{name}.onnx"
     proto = onnx.load(folder / "model.onnx")
     drop_stack_traces(proto.graph)  # of files from before the export dropped them
