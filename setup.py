@@ -135,6 +135,6 @@ setup(
         *("divqat.kernels", "divqat.zoo.files"),
     ],
     package_dir={"divqat.kernels": "kernels", "divqat.zoo.files": "zoo"},
-    package_data={"divqat": ["py.typed"], "divqat.zoo.files": ["*.onnx", "*.pt", "*.json"]},
+    package_data={"divqat": ["py.typed"], "divqat.zoo.files": ["*"]},
     **native_arguments(),
 )

@@ -100,12 +100,9 @@ def _export(subparsers: Any) -> None:
     )
     _run_arguments(sub)
     sub.add_argument(
-        "--to",
-        choices=list(FILES),
-        default="onnx",
-        help="onnx: for ONNX Runtime and others that read its Q/DQ nodes; executorch: for XNNPACK "
-        "on phones and CPUs (default: onnx).",
-    )
+        "--to", choices=list(FILES), default="onnx",
+        help="executorch: for phones, in XNNPACK (default: onnx).",
+    )  # fmt: skip
 
 
 def _verify(subparsers: Any) -> None:
@@ -118,11 +115,9 @@ def _verify(subparsers: Any) -> None:
     )
     _run_arguments(sub)
     sub.add_argument(
-        "--runtime",
-        choices=list(RUNTIMES),
-        default="onnxruntime",
+        "--runtime", choices=list(RUNTIMES), default="onnxruntime",
         help="What runs the exported file (default: onnxruntime).",
-    )
+    )  # fmt: skip
     sub.add_argument(
         "--min-agreement",
         type=fraction,
@@ -283,13 +278,10 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", metavar="NAME", help="Override common.device and the device of the attacks."
     )
     parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        metavar="N",
+        "--jobs", type=positive_int, default=1, metavar="N",
         help="Number of trainings and attacks at a time, each in its own process (default: 1). "
         "They share the CPU threads.",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
