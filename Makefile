@@ -68,26 +68,18 @@ EXAMPLES := .venv/examples
 test-examples: .venv/dev $(EXAMPLES)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(EXAMPLES) $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/examples
 
-$(EXAMPLES): requirements-examples.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r requirements-examples.txt
-	@touch $@
-
 # The networks of torchvision and timm, in a folder of their own: PyPI's torchvision needs a CUDA torch, and
 # other packages fail if they find it beside one for the CPU (bench/architectures.py can import it).
 NETWORKS := .venv/networks
 test-networks: .venv/dev $(NETWORKS)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(NETWORKS) $(BIN)/python -m bench networks --again --check --least 100 --seconds 5 --runs runs/test-networks
 
-$(NETWORKS): requirements-networks.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
-	@touch $@
-
 # Exported files in the runtimes that .venv lacks, which are in a folder of their own.
 RUNTIMES := .venv/runtimes
 test-runtimes: .venv/dev $(RUNTIMES)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(RUNTIMES) $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/runtimes
 
-$(RUNTIMES): requirements-runtimes.txt .venv/installed
+$(EXAMPLES) $(NETWORKS) $(RUNTIMES): .venv/%: requirements-%.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
 	@touch $@
 

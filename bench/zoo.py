@@ -75,10 +75,13 @@ def add(name: str, runs: Path) -> Row:
     weights = save_checkpoint(
         ZOO / f"{name}.pt", {"config": config, "shape": state["shape"], "model": state["model"]}
     )
+    title, license, queries = DATA[config["dataset"]]
     card: Row = {
         "name": name,
         "method": method,
         "dataset": config["dataset"],
+        "data": title,
+        "license": license,
         "shape": state["shape"],
         "accuracy": summary["test_accuracy"],
         "seconds": summary["seconds"],
@@ -104,6 +107,7 @@ def add(name: str, runs: Path) -> Row:
     card["deployed_accuracy"] = evaluations[0]["released"][0]["accuracy"]
     card["clones"] = [clone(cell, e["grid"]) for e in evaluations for cell in e["cells"]]
     card["evaluation"] = [attack_command(name, e["command"]) for e in evaluations]
+    card["queries"] = queries
     card["date"] = max(e["date"] for e in evaluations)[:10]
     return card
 
@@ -159,6 +163,7 @@ def page(cards: list[Row]) -> str:
             f"| [`{card['name']}`](#{card['name']}) | {_percent(card['deployed_accuracy'])} | "
             f"{_percent(top['accuracy'])} | `{top['attack']}` | {card['bytes'] / 1000:.0f} |"
         )
+    table = "\n".join(lines)
     sections = "\n".join(_section(card, cards) for card in deployed)
     last = deployed[-1]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
@@ -170,7 +175,7 @@ rejects foreign images (`--misdirect-target reject`), one seed each. Accuracies 
 test set, of the ONNX file in ONNX Runtime. *Best clone* is the best of the attacks on the card,
 chosen on the test set, so an upper bound on these. One seed says little about small differences.
 
-{chr(10).join(lines)}
+{table}
 
 See the difference yourself, in a few minutes (`apt-get install dataset-fashion-mnist
 openclipart-png`), and load the same networks in Python:
@@ -194,7 +199,6 @@ trainings and evaluations below
 
 
 def _section(card: Row, cards: list[Row]) -> str:
-    title, license, queries = DATA[card["dataset"]]
     channels, (height, width) = card["shape"]["in_channels"], card["shape"]["image_size"]
     teacher = next(c for c in cards if c["name"] == f"{card['dataset']}-fp")
     rows = "\n".join(
@@ -207,7 +211,7 @@ def _section(card: Row, cards: list[Row]) -> str:
     hashes = "\n".join(f"- `{name}`: SHA-256 `{value}`" for name, value in card["sha256"].items())
     return f"""## {card["name"]}
 
-- Data: {title}; license: {license}. Images {channels} × {height} × {width},
+- Data: {card["data"]}; license: {card["license"]}. Images {channels} × {height} × {width},
   {card["shape"]["num_classes"]} classes.
 - Accuracy: {_percent(card["deployed_accuracy"])}, full precision {_percent(teacher["accuracy"])}.
   Trained in {card["seconds"] / 60:.0f} minutes on one core.
@@ -215,7 +219,7 @@ def _section(card: Row, cards: list[Row]) -> str:
 
 {commands}
 
-Clones (`vgg_small`; queries: {queries}):
+Clones (`vgg_small`; queries: {card["queries"]}):
 
 | attack | queries | epochs | clone | fidelity |
 |---|--:|--:|--:|--:|

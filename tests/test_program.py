@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 aten, decomposed = torch.ops.aten, "quantized_decomposed"
 LAYERS = (aten.conv2d.default, aten.linear.default)
 ACTIVATIONS = (aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default)
-BUILT_IN = {name: randn(20, 1, 16, 16) for name in models.names()}
+IMAGES = randn(20, 1, 16, 16)
 
 
 def calibrated(model, x, config="x86"):
@@ -48,7 +48,7 @@ def grid_of(program):
 @pytest.mark.parametrize("config", ["x86", "tensorrt", "qnnpack"])
 @pytest.mark.parametrize("name", models.names())
 def test_program_answers_as_the_converted_model_on_the_grid_of_the_outputs(name, config):
-    x = BUILT_IN[name]
+    x = IMAGES
     prepared = calibrated(built_in(name), x, config)
     program = export_program(prepared, x)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_program_of_what_people_write(name):
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_layer_is_between_codes(name):
-    x = BUILT_IN[name]
+    x = IMAGES
     program = export_program(calibrated(built_in(name), x), x)
     layers = [node for node in program.graph.nodes if node.target in LAYERS]
     wanted = [m for m in built_in(name).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -95,7 +95,7 @@ def test_every_layer_is_between_codes(name):
 
 
 def test_codes_of_few_bits_stay_within_their_grid():
-    x = BUILT_IN["lenet"]
+    x = IMAGES
     config = divqat.preset("x86", weight_bits=4, activation_bits=4)
     program = export_program(calibrated(built_in("lenet"), x, config), x)
     limits = {

@@ -24,7 +24,7 @@ from divqat.experiments.deploy import (
     answer_arguments,
     attack_run,
     export_run,
-    verify_report,
+    report_file,
     verify_run,
 )
 from divqat.experiments.run import run_study
@@ -87,15 +87,14 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 def export(args: argparse.Namespace) -> int:
     run = load_run(args.run)
     print(printable(export_run(run, run.splits(args.data_root), args.to)["text"]))
-    runtime = next(name for name, to in RUNTIMES.items() if to == args.to)
-    flags = [] if args.to == "onnx" else ["--runtime", runtime]
+    flags = [] if args.to == "onnx" else ["--runtime", args.to]
     ending(run.folder / FILES[args.to], ["divqat", "verify", args.run, *flags, *_same(args)])
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
-    run = load_run(args.run)
-    report = verify_run(run, run.splits(args.data_root), args.runtime)
+    run, to = load_run(args.run), RUNTIMES[args.runtime]
+    report = verify_run(run, run.splits(args.data_root), to)
     print(printable(report["text"]))
     if report["least_agreement"] < args.min_agreement:
         print(
@@ -104,15 +103,12 @@ def verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    to = RUNTIMES[args.runtime]
-    victim = [args.run] if to == "onnx" else [str(run.folder / FILES[to])]
+    victim = [args.run]
+    if to != "onnx":  # a file does not name its data set
+        victim = [str(run.folder / FILES[to]), "--dataset", run.config.dataset]
     following = ["divqat", "evaluate", "--victim", *victim, *_same(args)]
-    if to != "onnx":
-        following += ["--dataset", run.config.dataset]
-    ending(
-        run.folder / verify_report(args.runtime),
-        [*following, "--out", beside(args.run, "evaluation")],
-    )
+    following += ["--out", beside(args.run, "evaluation")]
+    ending(run.folder / report_file("verify", to), following)
     return 0
 
 

@@ -111,17 +111,12 @@ def export_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
         write_json(run.folder / "layers.json", table.to_dict())
         return {**report.to_dict(), "text": str(report)}
 
-    return step(run.folder / export_report(to), run.fingerprint, make, product=path)
+    return step(run.folder / report_file("export", to), run.fingerprint, make, product=path)
 
 
-def export_report(to: str) -> str:
-    """The name of the JSON file beside an export."""
-    return "export.json" if to == "onnx" else f"export-{to}.json"
-
-
-def verify_report(runtime: str) -> str:
-    """The name of the JSON file of a verification."""
-    return "verify.json" if runtime == "onnxruntime" else f"verify-{runtime}.json"
+def report_file(step: str, to: str) -> str:
+    """The name of the JSON file of ``export`` or ``verify``, for a target."""
+    return f"{step}.json" if to == "onnx" else f"{step}-{to}.json"
 
 
 def _check_quantized(run: Run) -> None:
@@ -132,15 +127,15 @@ def _check_quantized(run: Run) -> None:
         )
 
 
-def verify_run(run: Run, splits: Splits, runtime: str = "onnxruntime") -> dict[str, Any]:
-    """Compare the trained model with its export in a runtime, on the whole test set; write
-    ``verify.json``, or ``verify-executorch.json``.
+def verify_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
+    """Compare the trained model with its export in the target's runtime, on the whole test set;
+    write ``verify.json``, or ``verify-executorch.json``.
 
     Raises:
         FileNotFoundError: the run was not exported.
         ValueError: it has been trained again since, or is not quantized.
     """
-    file = exported_file(run, RUNTIMES[runtime])
+    file = exported_file(run, to)
 
     def make() -> dict[str, Any]:
         report = verify(run.model, file, splits.test, splits.test.labels)
@@ -148,7 +143,7 @@ def verify_run(run: Run, splits: Splits, runtime: str = "onnxruntime") -> dict[s
 
     # The suffix invalidates reports that did not yet use ONNX Runtime's default options.
     source = f"{file_fingerprint(file)}, default options"
-    return step(run.folder / verify_report(runtime), source, make)
+    return step(run.folder / report_file("verify", to), source, make)
 
 
 def exported_file(run: Run, to: str = "onnx") -> Path:
@@ -159,7 +154,7 @@ def exported_file(run: Run, to: str = "onnx") -> Path:
         ValueError: it has been trained again since, or is not quantized.
     """
     _check_quantized(run)
-    path, report = run.folder / FILES[to], run.folder / export_report(to)
+    path, report = run.folder / FILES[to], run.folder / report_file("export", to)
     again = f"divqat export {run.folder}" + ("" if to == "onnx" else f" --to {to}")
     if not path.is_file() or not report.is_file():
         raise FileNotFoundError(f"no {path.name} in {run.folder}: {again}")

@@ -69,15 +69,16 @@ def export_executorch(model: nn.Module, example_input: Any, path: str | Path) ->
     with _quiet():
         exir = require("executorch.exir", "executorch")
         xnnpack = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
-        program = export_program(model, example_input)
-        try:
+    program = export_program(model, example_input)
+    try:
+        with _quiet():
             lowered = exir.to_edge_transform_and_lower(
                 program, partitioner=[xnnpack.XnnpackPartitioner()]
             )
             graph = lowered.exported_program().graph
             data = lowered.to_executorch().buffer
-        except Exception as error:
-            raise RuntimeError(f"model: ExecuTorch cannot lower it: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"model: ExecuTorch cannot lower it: {error}") from error
     calls = Counter(_name(node.target) for node in graph.nodes if node.op == "call_function")
     path = write_atomic(path, lambda temporary: temporary.write_bytes(data))
     delegates = calls.pop(DELEGATE, 0)

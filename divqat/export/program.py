@@ -57,10 +57,8 @@ def export_program(model: nn.Module, example_input: Any) -> torch.export.Exporte
     for name, module in list(converted.named_modules()):
         if isinstance(module, QuantizeDequantize):
             converted.set_submodule(name, _Quantizer.of(module))
-    rows = next(len(v) for v in inputs.values if isinstance(v, Tensor) and v.dim())
-    one = tuple(
-        v[:1] if isinstance(v, Tensor) and v.dim() and len(v) == rows else v for v in inputs.values
-    )
+    batched = zip(inputs.values, inputs.dynamic_shapes, strict=True)
+    one = tuple(value[:1] if dynamic else value for value, dynamic in batched)
     program = torch.export.export(_WithCodes(converted, outputs).eval(), one)
     _separate(program.graph_module)
     return program

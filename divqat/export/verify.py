@@ -15,8 +15,7 @@ from divqat._util.modes import modes_kept
 from divqat.data import LabeledImages
 from divqat.export.saturation import Saturating, advice, emulated_session, saturating
 from divqat.metrics import accuracy, fidelity, predict
-from divqat.victim.executorch_file import executorch_runner
-from divqat.victim.runners import PROGRAM, open_onnx
+from divqat.victim.runners import PROGRAM, open_file
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,7 @@ def verify(
     path = Path(path)
     is_onnx = path.suffix != PROGRAM
     runtime = require("onnxruntime", "export").__version__ if is_onnx else version("executorch")
-    deployed_model = open_onnx(path, precise=False) if is_onnx else executorch_runner(path)
-    b = predict(deployed_model, images, batch_size=batch_size)
+    b = predict(open_file(path, precise=False), images, batch_size=batch_size)
     with modes_kept(model):
         a = predict(model.eval(), images, batch_size=batch_size)
 

@@ -68,8 +68,7 @@ def _runner(model: Any) -> Callable[[Tensor], Tensor]:
         check_eval(model)
         return lambda images: _run_module(model, images)
     if isinstance(model, (str, Path)):
-        path = Path(model)
-        model = executorch_runner(path) if path.suffix == PROGRAM else open_onnx(path)
+        model = open_file(Path(model))
     if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an onnxruntime.InferenceSession
         return _session_runner(model)
     if callable(model):
@@ -101,6 +100,11 @@ def check_eval(model: nn.Module) -> None:
         raise ValueError(
             f"model: wanted eval mode, but {training[0]!r} is in training mode; call model.eval()"
         )
+
+
+def open_file(path: Path, *, precise: bool = True) -> Any:
+    """An exported file, by its suffix: :func:`executorch_runner` or :func:`open_onnx`."""
+    return executorch_runner(path) if path.suffix == PROGRAM else open_onnx(path, precise=precise)
 
 
 def open_onnx(path: Path, *, precise: bool = True) -> Any:

@@ -69,7 +69,8 @@ def load(name: str) -> nn.Module:
     Raises:
         ValueError: an unknown name, or the file is damaged.
     """
-    file = _FOLDER / f"{card(name)['name']}.pt"
+    card(name)  # refuses unknown names
+    file = _FOLDER / f"{name}.pt"
     state = load_checkpoint(file)
     return restore(TrainConfig.from_dict(state["config"], where=str(file)), state, file)
 
