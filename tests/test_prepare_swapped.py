@@ -220,3 +220,16 @@ def test_calls_are_also_checked_in_a_compiled_model():
         torch.testing.assert_close(got, wanted)
     with pytest.raises(RuntimeError, match="conv was called without bn"):
         compiled(images() + 200)
+
+
+def test_freezing_names_a_batchnorm_of_ones_own_that_goes_on():
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = DataDependent()
+    model.bn = Scaled(8)
+    with pytest.warns(UserWarning):
+        prepared = divqat.prepare(model, "x86", images())
+    with pytest.warns(UserWarning, match=r"does not freeze: bn \(Scaled\)"):
+        divqat.freeze_batchnorm(prepared)

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from divqat.nn._layer import QuantLayer
 from divqat.nn.conv_bn import QuantConvBn2d
@@ -31,19 +32,33 @@ def freeze_observers(model: nn.Module) -> nn.Module:
 
 def freeze_batchnorm(model: nn.Module) -> nn.Module:
     """Let every BatchNorm of a prepared model, fused or not, use its running statistics in
-    training, without updating them; returns ``model``. A float model does not change."""
+    training, without updating them; returns ``model``. A float model does not change.
+
+    Subclasses of one's own may compute something else as well. In a graph they are taken apart; in
+    a model whose layers are swapped they go on, and a warning names them.
+    """
     fused = {module.bn for module in model.modules() if isinstance(module, QuantConvBn2d)}
     prepared = any(isinstance(module, QuantLayer) for module in model.modules())
-    for module in model.modules():
+    going_on = []
+    for name, module in model.named_modules():
         if isinstance(module, QuantConvBn2d):
             module.freeze()
-        elif prepared and module not in fused and (kind := _frozen_type(module)):
-            module.__class__ = kind
-            module.eval()  # one without statistics goes on with those of its batches
+        elif prepared and module not in fused and isinstance(module, _BatchNorm):
+            if kind := _frozen_type(module):
+                module.__class__ = kind
+                module.eval()  # one without statistics goes on with those of its batches
+            else:
+                going_on.append(f"{name} ({type(module).__name__})")
+    if going_on:
+        warnings.warn(
+            f"BatchNorm of types of your own does not freeze: {', '.join(going_on)}; call their "
+            "eval() after each train()",
+            stacklevel=2,
+        )
     return model
 
 
-def _frozen_type(module: nn.Module) -> type | None:
+def _frozen_type(module: _BatchNorm) -> type | None:
     """The frozen form of a BatchNorm of torch, or of one that is synchronized; else None."""
     if type(module).__module__.partition(".")[0] not in ("torch", "divqat"):
         return None  # it may compute something else
