@@ -43,15 +43,15 @@ class OptimizerSettings(Options):
         128, "Batch size for which lr is meant, if lr is scaled.", group="optimizer", least=1
     )
     schedule: str = option(
-        "cosine",
-        "Learning-rate schedule: cosine falls from lr to 0; one-cycle rises from lr/25 to lr, then "
-        "falls to 0.",
+        "one-cycle",
+        "Learning-rate schedule: one-cycle rises from lr/25 to lr, then falls to 0; cosine falls "
+        "from lr to 0.",
         group="optimizer",
-        choices=("cosine", "one-cycle"),
+        choices=("one-cycle", "cosine"),
     )
     lr_warmup_epochs: float = option(
         0.0,
-        "Warm-up epochs of the learning rate; 0: none for cosine, 30 % of all for one-cycle.",
+        "Warm-up epochs of the learning rate; 0: 30 % of all for one-cycle, none for cosine.",
         group="optimizer",
         least=0,
     )
