@@ -23,6 +23,7 @@ COMMANDS = {
     "readme": "bench.readme",
     "pictures": "bench.pictures",
     "notebook": "bench.notebook",
+    "rejection": "bench.rejection",
     "zoo": "bench.zoo",
 }
 

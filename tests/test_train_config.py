@@ -40,12 +40,12 @@ def test_error_for_an_unknown_key_suggests_the_nearest():
 
 
 def test_learning_rate_schedules():
-    cosine = TrainConfig(epochs=10, lr=1.0, lr_warmup_epochs=2)
+    cosine = TrainConfig(epochs=10, lr=1.0, schedule="cosine", lr_warmup_epochs=2)
     rates = [cosine.learning_rate(step, 5) for step in range(50)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1 and rates[10] == 1
     assert rates[30] == pytest.approx(0.5) and 0 < rates[49] < 0.01
-    assert TrainConfig(epochs=10, lr=1.0).learning_rate(0, 5) == 1
-    cycle = TrainConfig(epochs=10, lr=1.0, schedule="one-cycle")
+    assert TrainConfig(epochs=10, lr=1.0, schedule="cosine").learning_rate(0, 5) == 1
+    cycle = TrainConfig(epochs=10, lr=1.0)
     rates = [cycle.learning_rate(step, 10) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 25) and max(rates) == rates[30] == 1 and rates[99] < 0.01
 

@@ -1,20 +1,17 @@
-"""The commands and their flags."""
+"""The commands and their flags; those about one model are in divqat.cli.models."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from divqat import __version__, data
-from divqat._util.foreign import FOREIGN
 from divqat._util.settings import add_flags
-from divqat.cli import commands
-from divqat.cli.types import folder_path, foreign_name, fraction, positive_int
+from divqat.cli import commands, models
+from divqat.cli.define import add_command
+from divqat.cli.types import folder_path, positive_int
 from divqat.evaluate import Grid
-from divqat.experiments.deploy import FILES, RUNTIMES, AttackConfig
-from divqat.experiments.sensitivity import SensitivityConfig
-from divqat.train import TrainConfig
+from divqat.experiments.deploy import AttackConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,10 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"divqat {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for define in (
-        _train,
-        _export,
-        _verify,
-        _sensitivity,
+        models.train,
+        models.export,
+        models.verify,
+        models.sensitivity,
         _attack,
         _evaluate,
         _run,
@@ -42,105 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(
-    subparsers: Any,
-    name: str,
-    command: Callable[[argparse.Namespace], int],
-    help: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    sub = subparsers.add_parser(
-        name,
-        help=help,
-        description=help,
-        epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a new flag must not make an abbreviation in a script ambiguous
-    )
-    sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    sub.set_defaults(command=command)
-    if command not in (commands.report, commands.info):
-        sub.add_argument(
-            "--trust",
-            nargs="+",
-            type=foreign_name,
-            default=[],
-            metavar=FOREIGN.upper(),
-            help="Import this code if a file or run folder names it. It runs with your rights.",
-        )
-    return sub
-
-
-def _train(subparsers: Any) -> None:
-    sub = _add_command(
-        subparsers,
-        "train",
-        commands.train,
-        "Train a model into a run folder. The same command resumes after the last epoch.",
-        "divqat train --dataset digits --out runs/fp\n"
-        "         divqat train --method divqat --teacher runs/fp --lr 0.005 --out runs/divqat",
-    )
-    sub.add_argument(
-        "--out", type=folder_path, required=True, metavar="DIR", help="The run folder."
-    )
-    sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
-    sub.add_argument(
-        "--resume", action="store_true", help="Resume with the settings in the run folder."
-    )
-    add_flags(sub, TrainConfig)
-
-
-def _export(subparsers: Any) -> None:
-    sub = _add_command(
-        subparsers,
-        "export",
-        commands.export,
-        "Export a trained model as an int8 file: RUN/model.onnx, or RUN/model.pte.",
-        "divqat export runs/qat",
-    )
-    _run_arguments(sub)
-    sub.add_argument(
-        "--to", choices=list(FILES), default="onnx",
-        help="executorch: for phones, in XNNPACK (default: onnx).",
-    )  # fmt: skip
-
-
-def _verify(subparsers: Any) -> None:
-    sub = _add_command(
-        subparsers,
-        "verify",
-        commands.verify,
-        "Compare the exported model with the trained one on the whole test set.",
-        "divqat verify runs/qat",
-    )
-    _run_arguments(sub)
-    sub.add_argument(
-        "--runtime", choices=list(RUNTIMES), default="onnxruntime",
-        help="What runs the exported file (default: onnxruntime).",
-    )  # fmt: skip
-    sub.add_argument(
-        "--min-agreement",
-        type=fraction,
-        default=0.995,
-        metavar="FRACTION",
-        help="Fail if a smaller fraction of images gets the same class (default: 0.995).",
-    )
-
-
-def _sensitivity(subparsers: Any) -> None:
-    sub = _add_command(
-        subparsers,
-        "sensitivity",
-        commands.sensitivity,
-        "Measure what the quantization of each layer costs, on the validation images.",
-        "divqat sensitivity runs/qat --mixed-precision 4",
-    )
-    _run_arguments(sub)
-    add_flags(sub, SensitivityConfig)
-
-
 def _attack(subparsers: Any) -> None:
-    sub = _add_command(
+    sub = add_command(
         subparsers,
         "attack",
         commands.attack,
@@ -174,7 +74,7 @@ def _attack(subparsers: Any) -> None:
 
 
 def _evaluate(subparsers: Any) -> None:
-    sub = _add_command(
+    sub = add_command(
         subparsers,
         "evaluate",
         commands.evaluate,
@@ -213,7 +113,7 @@ def _evaluate(subparsers: Any) -> None:
 
 
 def _run(subparsers: Any) -> None:
-    sub = _add_command(
+    sub = add_command(
         subparsers,
         "run",
         commands.study,
@@ -226,7 +126,7 @@ def _run(subparsers: Any) -> None:
 
 
 def _study(subparsers: Any) -> None:
-    sub = _add_command(
+    sub = add_command(
         subparsers,
         "study",
         commands.study,
@@ -238,7 +138,7 @@ def _study(subparsers: Any) -> None:
 
 
 def _report(subparsers: Any) -> None:
-    sub = _add_command(
+    sub = add_command(
         subparsers,
         "report",
         commands.report,
@@ -251,7 +151,7 @@ def _report(subparsers: Any) -> None:
 
 
 def _info(subparsers: Any) -> None:
-    sub = _add_command(
+    sub = add_command(
         subparsers,
         "info",
         commands.info,
@@ -287,13 +187,4 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="Train and attack on the workers of this dask scheduler, which have to see --out "
         "under the same path.",
-    )
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", type=folder_path, metavar="RUN", help="Run folder of a quantized training."
-    )
-    parser.add_argument(
-        "--data-root", type=folder_path, metavar="DIR", help="Folder of the run's data set."
     )

@@ -1,0 +1,81 @@
+"""The commands about one model: train it, export it, look into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from divqat._util.settings import add_flags
+from divqat.cli import commands
+from divqat.cli.define import add_command, run_arguments
+from divqat.cli.types import folder_path, fraction
+from divqat.experiments.deploy import FILES, RUNTIMES
+from divqat.experiments.sensitivity import SensitivityConfig
+from divqat.train import TrainConfig
+
+
+def train(subparsers: Any) -> None:
+    sub = add_command(
+        subparsers,
+        "train",
+        commands.train,
+        "Train a model into a run folder. The same command resumes after the last epoch.",
+        "divqat train --dataset digits --out runs/fp\n"
+        "         divqat train --method divqat --teacher runs/fp --lr 0.005 --out runs/divqat",
+    )
+    sub.add_argument(
+        "--out", type=folder_path, required=True, metavar="DIR", help="The run folder."
+    )
+    sub.add_argument("--config", metavar="FILE", help="YAML file with settings; flags override it.")
+    sub.add_argument(
+        "--resume", action="store_true", help="Resume with the settings in the run folder."
+    )
+    add_flags(sub, TrainConfig)
+
+
+def export(subparsers: Any) -> None:
+    sub = add_command(
+        subparsers,
+        "export",
+        commands.export,
+        "Export a trained model as an int8 file: RUN/model.onnx, or RUN/model.pte.",
+        "divqat export runs/qat",
+    )
+    run_arguments(sub)
+    sub.add_argument(
+        "--to", choices=list(FILES), default="onnx",
+        help="executorch: for phones, in XNNPACK (default: onnx).",
+    )  # fmt: skip
+
+
+def verify(subparsers: Any) -> None:
+    sub = add_command(
+        subparsers,
+        "verify",
+        commands.verify,
+        "Compare the exported model with the trained one on the whole test set.",
+        "divqat verify runs/qat",
+    )
+    run_arguments(sub)
+    sub.add_argument(
+        "--runtime", choices=list(RUNTIMES), default="onnxruntime",
+        help="What runs the exported file (default: onnxruntime).",
+    )  # fmt: skip
+    sub.add_argument(
+        "--min-agreement",
+        type=fraction,
+        default=0.995,
+        metavar="FRACTION",
+        help="Fail if a smaller fraction of images gets the same class (default: 0.995).",
+    )
+
+
+def sensitivity(subparsers: Any) -> None:
+    sub = add_command(
+        subparsers,
+        "sensitivity",
+        commands.sensitivity,
+        "Measure what the quantization of each layer costs, on the validation images.",
+        "divqat sensitivity runs/qat --mixed-precision 4",
+    )
+    run_arguments(sub)
+    add_flags(sub, SensitivityConfig)
