@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from captured import host_reads, replay_steps, teachers
+from PIL import Image
 from test_train import QUIET, SMALL, assert_same
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from trainings import train_interrupted
 
 from divqat._util.files import load_checkpoint, read_json
 from divqat._util.settings import ConfigError
+from divqat.data import transfer
 from divqat.data.batches import to_float
 from divqat.data.proxies import NAMES, PROXIES
 from divqat.nn import MisdirectionLoss
@@ -44,6 +46,15 @@ def misled(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("misled") / "divqat"
     train(digits(teacher), folder, **QUIET)
     return folder
+
+
+@pytest.fixture
+def icons(tmp_path_factory, monkeypatch):
+    """A few icons in the place of Debian's, which a fresh machine does not have."""
+    folder = tmp_path_factory.mktemp("icons")
+    for i, picture in enumerate(torch.randint(256, (8, 24, 24), dtype=torch.uint8)):
+        Image.fromarray(picture.numpy()).save(folder / f"{i}.png")
+    monkeypatch.setattr(transfer, "ICONS_ROOT", str(folder))
 
 
 def digits(teacher, **changes):
@@ -239,7 +250,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, misled, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_trains_with_all_speed_options(teacher, tmp_path, target):
+def test_every_target_trains_with_all_speed_options(teacher, icons, tmp_path, target):
     changes = dict(cache_teacher=True, accumulate=2, precision="bfloat16", save_as_codes=True)
     every = tuple(name for name in NAMES if name != "folder")
     train(
@@ -275,7 +286,7 @@ def test_a_replayed_step_gives_the_same_bits(teacher, misled, tmp_path, monkeypa
     assert_same(tmp_path, misled)
 
 
-def test_a_step_has_no_host_sync(teacher, tmp_path, monkeypatch):
+def test_a_step_has_no_host_sync(teacher, icons, tmp_path, monkeypatch):
     seen = host_reads(monkeypatch, step.Step, Proxies)
     every = tuple(name for name in NAMES if name != "folder")
     train(digits(teacher, proxies=every, epochs=1), tmp_path, **QUIET)
