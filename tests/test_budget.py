@@ -16,7 +16,9 @@ from divqat.train.folder import load_splits
 from divqat.train.network import build_model
 from divqat.train.settings.misdirection import MISDIRECT
 
-DIGITS = dict(dataset="digits", batch_size=64, lr=0.05, epochs=4, threads=1)
+DIGITS = dict(
+    dataset="digits", batch_size=64, lr=0.05, schedule="cosine", epochs=4, threads=1
+)  # fmt: skip
 STRONG = dict(method="divqat", weight=0.2, misdirect=0.0, lr=0.005)
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

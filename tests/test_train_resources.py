@@ -92,7 +92,8 @@ def test_every_optimizer_learns_resumes_and_follows_the_schedule(tmp_path, optim
 
 def test_the_learning_rate_follows_the_batch():
     def peak(**settings):
-        config = TrainConfig(batch_size=1024, lr=0.1, epochs=4, lr_warmup_epochs=1, **settings)
+        settings |= dict(schedule="cosine", lr_warmup_epochs=1)
+        config = TrainConfig(batch_size=1024, lr=0.1, epochs=4, **settings)
         rates = [config.learning_rate(i, 10) for i in range(40)]
         assert rates.index(max(rates)) in (9, 10) and rates[0] == pytest.approx(max(rates) / 10)
         return max(rates)
