@@ -15,6 +15,7 @@ from divqat.train.distributed import World
 from divqat.train.folder import write_checkpoint
 from divqat.train.settings.loss import DISTILL
 
+COSINE = {**DIGITS, "schedule": "cosine"}
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
@@ -22,15 +23,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 def folders(tmp_path_factory):
     """The run folders of a teacher and of a plain QAT from it."""
     folder = tmp_path_factory.mktemp("runs")
-    fp = dict(dataset="digits", batch_size=64, epochs=3, threads=1)
+    fp = dict(dataset="digits", batch_size=64, schedule="cosine", epochs=3, threads=1)
     train(TrainConfig(**fp), folder / "fp", **QUIET)
-    train(TrainConfig(**DIGITS, method="qat", teacher=str(folder / "fp")), folder / "qat", **QUIET)
+    train(TrainConfig(**COSINE, method="qat", teacher=str(folder / "fp")), folder / "qat", **QUIET)
     return folder / "fp", folder / "qat"
 
 
 def settings(folders=("a", "b"), **changes):
     own = dict(teacher=str(folders[0]), reference=str(folders[1]), accuracy_budget=50.0)
-    return TrainConfig(**{**DIGITS, "method": "divqat", **own, **changes})
+    return TrainConfig(**{**COSINE, "method": "divqat", **own, **changes})
 
 
 def test_the_loss_is_the_formula():
