@@ -30,6 +30,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_gives_its_images_and_follows_the_seed(name, shape, folder, monkeypatch):
+    # A fresh machine has no icons of Debian's.
+    monkeypatch.setattr("divqat.data.transfer.ICONS_ROOT", str(folder))
     monkeypatch.setattr(proxies, "POOL", 50)
     monkeypatch.setattr(proxies, "DRAWINGS", 50)
     pools = proxy_pools([name], shape, CPU, folder=folder)
