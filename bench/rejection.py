@@ -1,9 +1,8 @@
 """``python -m bench rejection``: which foreign images a network could reject, and at what price.
 
 For a training with ``--misdirect-target reject``. A threshold on the largest logit decides what is
-rejected; here it is varied on the test images, so that no choice of it does better. Whatever a
-defense in these weights answers to foreign images, it can only do so where the network tells them
-apart. So the curve bounds them all.
+rejected; here it is varied on the test images, so that no other threshold on this network's logits
+does better. Another training, or another score than the largest logit, may.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from divqat.data import transfer_names, transfer_set
-from divqat.data.batches import to_float
+from divqat.metrics import predict
 from divqat.nn import RectifiedOutput
-from divqat.train.folder import Run, load_run, load_splits
+from divqat.train.folder import Run, load_run
 
 COSTS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)  # points of accuracy
 
@@ -41,27 +40,27 @@ def main(args: argparse.Namespace) -> None:
     run = load_run(args.run)
     if not run.config.rejects:
         raise SystemExit(f"bench rejection: {args.run}: wanted --misdirect-target reject")
-    splits = load_splits(run.config, args.data_root)
+    splits = run.splits(args.data_root)
     channels, height, width = splits.train.image_shape
     queries = transfer_set(
         args.query_set, channels=channels, image_size=(height, width),
         data_root=args.query_root, limit=args.queries,
     )  # fmt: skip
-    own, foreign = logits(run, splits.test.images), logits(run, queries)
+    model = unrectified(run)
+    own, foreign = predict(model, splits.test.images), predict(model, queries)
     print("| Accuracy | points | own images rejected | foreign images rejected |")
     print("|---:|---:|---:|---:|")
     for accuracy, points, of_own, of_foreign in curve(own, splits.test.labels, foreign):
         print(f"| {accuracy:.1%} | -{points:g} | {of_own:.1%} | {of_foreign:.1%} |")
 
 
-@torch.no_grad()
-def logits(run: Run, images: Tensor) -> Tensor:  # uint8 [N, C, H, W] -> [N, num_classes]
-    """The logits before the output rounds negative ones up to 0."""
-    model = copy.deepcopy(run.model).eval()
+def unrectified(run: Run) -> torch.nn.Module:
+    """The network of a training without the output's rounding of negative logits up to 0."""
+    model = copy.deepcopy(run.model)
     for name, module in list(model.named_modules()):
         if isinstance(module, RectifiedOutput):
             model.set_submodule(name, torch.nn.Identity())
-    return torch.cat([model(to_float(part)) for part in images.split(512)])
+    return model.eval()
 
 
 def curve(
