@@ -1,6 +1,7 @@
 """The tracer of prepare: what it refuses by name, and constructs that no table of networks has."""
 
 import copy
+import pickle
 from collections import OrderedDict
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import divqat
+from divqat.nn import FakeQuantize
 from divqat.quantize.tracing import Untraceable, capture, split
 
 
@@ -359,3 +361,41 @@ def test_a_subclass_with_a_forward_of_its_own_becomes_the_layer_unless_it_is_ski
     config = divqat.QuantConfig(skip=("1",))
     model = divqat.prepare(net, config, randn(3, 6), strict=True)
     assert [row.layer for row in divqat.summary(model).rows if row.kind == "weight"] == ["0"]
+
+
+class StochasticDepth(nn.Module):
+    """Drops samples in training mode, and returns its input in eval mode."""
+
+    def forward(self, x):
+        return x * torch.rand(len(x), 1, 1, 1).round() if self.training else x
+
+
+class Overwrites(nn.Module):
+    """Returns its input in eval mode, too, but with other values in it."""
+
+    def forward(self, x):
+        return x if self.training else x.mul_(2)
+
+
+class Added(Head):
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
+    def middle(self, y):
+        return self.drop(y) + y
+
+
+@pytest.mark.parametrize(
+    ("drop", "grids"),
+    [(nn.Identity(), 4), (nn.Dropout(), 4), (StochasticDepth(), 4), (Overwrites(), 5)],
+)
+def test_a_module_that_passes_its_input_on_in_eval_mode_adds_no_grid(drop, grids):
+    x = randn(4, 3, 8, 8)
+    model = divqat.prepare(Added(drop), "x86", x)
+    for prepared in (model, pickle.loads(pickle.dumps(model))):
+        counted = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
+        assert len(counted) == grids
+    model(x)
+    converted = divqat.convert(model.eval())
+    torch.testing.assert_close(converted(x), model(x))

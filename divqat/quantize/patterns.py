@@ -131,7 +131,7 @@ def moved_from(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
             return source.all_input_nodes[0]
         # an item of a tuple that is computed is none of a tensor
         return source if node.meta.get("of_tensor", True) else None
-    moves = operation(graph_module, node) in TRANSPARENT
+    moves = node.meta.get("passes", False) or operation(graph_module, node) in TRANSPARENT
     return source if moves or _pads(node) else None
 
 

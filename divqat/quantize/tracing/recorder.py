@@ -29,7 +29,8 @@ class Recorder(fx.Tracer):
 
     A second recording, of the model in another mode, reuses the nodes of the first that do the
     same in the same order, and puts what differs between them: both run in the order of the graph.
-    Each node has the modes that have it in ``meta["modes"]``.
+    Each node has the modes that have it in ``meta["modes"]``; that of a module that returns its
+    input in eval mode, such as stochastic depth, is true in ``meta["passes"]``.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -130,9 +131,18 @@ class Recorder(fx.Tracer):
         node = self._node(kind, target, self.create_arg(args), self.create_arg(kwargs), name)
         if kind == "call_method" and target in ("item", "tolist", "numpy"):
             raise Untraceable(f"{user_line()} depends on the contents of a tensor")
-        node.meta["value"] = value if kind == "placeholder" else self._evaluate(node)
         inputs = node.all_input_nodes
-        node.meta["of_tensor"] = bool(inputs) and isinstance(inputs[0].meta["value"], Tensor)
+        read = inputs[0].meta["value"] if inputs else None
+        version = read._version if isinstance(read, Tensor) else None
+        if kind != "placeholder":
+            value = self._evaluate(node)
+        # A module that works in place returns its input, too, but overwritten.
+        node.meta["passes"] = (
+            kind == "call_module" and value is read is not None and read._version == version
+        )
+        # Detached, so that operations in place work as under no_grad.
+        node.meta["value"] = pytree.tree_map_only(Tensor, Tensor.detach, value)
+        node.meta["of_tensor"] = version is not None
         return node
 
     def _node(
@@ -198,17 +208,14 @@ class Recorder(fx.Tracer):
         try:
             if node.op == "get_attr":
                 *path, name = str(node.target).split(".")
-                value = getattr(self.root.get_submodule(".".join(path)), name)
-            elif node.op == "call_module":
-                value = _in_eval(self.submodule(str(node.target)), args, kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                return getattr(self.root.get_submodule(".".join(path)), name)
+            if node.op == "call_module":
+                return _in_eval(self.submodule(str(node.target)), args, kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.evaluating = False
-        # Detached, so that operations in place work as under no_grad.
-        return pytree.tree_map_only(Tensor, Tensor.detach, value)
 
     def placeholder(self, target: str, default: tuple[Any, ...], value: Any) -> fx.Node:
         """The node of an argument with this value on the example."""

@@ -140,7 +140,7 @@ def _rows(graph: fx.Graph) -> list[tuple[Any, ...]]:
         (
             *(node.op, _target(node.target), map_aggregate(node.args, plain)),
             *(map_aggregate(node.kwargs, plain), node.name),
-            {key: node.meta[key] for key in ("of_tensor",) if key in node.meta},
+            {key: node.meta[key] for key in ("of_tensor", "passes") if key in node.meta},
         )
         for node in graph.nodes
     ]
