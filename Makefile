@@ -3,7 +3,7 @@
 # make quick  linters, type checker and one case of every fast test, during development
 # make test-networks   the networks of torchvision and timm, an hour or two; not in make test
 # make test-examples   the examples in Lightning, Hugging Face and timm; not in make test
-# make test-runtimes   exported files in ExecuTorch; not in make test
+# make test-runtimes   exported files in ExecuTorch and OpenVINO; not in make test
 # make docs   the pages of docs/ as a site, in build/site
 # make test-docs, make test-package   the notebook and the look of the pages; wheel and sdist
 # All of them set up a fresh machine; PYTHON=python3.12 selects an interpreter (3.10 or later).

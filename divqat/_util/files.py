@@ -221,6 +221,9 @@ def check_beside(path: Path, report: str, remedy: str) -> None:
 
 
 def file_fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that identify the file of a model."""
-    check_file(path, MAX_MODEL)
-    return sha256(path)[:16]
+    """16 hexadecimal digits that identify the file of a model, and that of its weights if OpenVINO
+    (``.xml``) has these beside it."""
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    for file in files:
+        check_file(file, MAX_MODEL)
+    return "".join(sha256(file)[: 16 // len(files)] for file in files)

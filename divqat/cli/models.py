@@ -37,13 +37,14 @@ def export(subparsers: Any) -> None:
         subparsers,
         "export",
         commands.export,
-        "Export a trained model as an int8 file: RUN/model.onnx, or RUN/model.pte.",
+        "Export a trained model as an int8 file: RUN/model.onnx, or the file of another runtime.",
         "divqat export runs/qat",
     )
     run_arguments(sub)
     sub.add_argument(
         "--to", choices=list(FILES), default="onnx",
-        help="executorch: for phones, in XNNPACK (default: onnx).",
+        help="executorch: RUN/model.pte, for phones, in XNNPACK; openvino: RUN/model.xml and "
+        "model.bin, for Intel's runtime (default: onnx).",
     )  # fmt: skip
 
 

@@ -90,8 +90,8 @@ def _evaluate(subparsers: Any) -> None:
         required=True,
         action="append",
         metavar="[NAME=]PATH",
-        help="Run folder, ONNX or ExecuTorch file (.pte) of a victim; may be repeated. Run folders "
-        "with the same name are the seeds of one victim.",
+        help="Run folder of a victim, or its file of ONNX, ExecuTorch (.pte) or OpenVINO (.xml); "
+        "may be repeated. Run folders with the same name are the seeds of one victim.",
     )
     sub.add_argument(
         "--out", type=folder_path, required=True, metavar="DIR", help="Folder for everything."

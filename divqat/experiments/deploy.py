@@ -7,6 +7,7 @@ the same input.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,22 @@ from divqat.attacks.attack import identity
 from divqat.attacks.attacker import Attacker
 from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits, to_float
-from divqat.export import export_executorch, export_onnx, verify, with_kernels
+from divqat.export import (
+    export_executorch,
+    export_onnx,
+    export_openvino,
+    verify,
+    with_kernels,
+)
 from divqat.metrics import accuracy, fidelity, predict
 from divqat.quantize import summarize
 from divqat.train.folder import Run
 from divqat.victim import Victim
 
 ONNX = "model.onnx"
-FILES = {"onnx": ONNX, "executorch": "model.pte"}  # target of an export → file
-RUNTIMES = {"onnxruntime": "onnx", "executorch": "executorch"}  # → what it runs
+# Target of an export → file. Runtimes have the names of their targets, but for ONNX Runtime.
+FILES = {"onnx": ONNX, "executorch": "model.pte", "openvino": "model.xml"}
+RUNTIMES = {"onnxruntime" if to == "onnx" else to: to for to in FILES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ def answer_arguments(answer: str) -> dict[str, Any]:
 
 def export_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
     """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``; or, to
-    ``executorch``, ``model.pte`` and ``export-executorch.json``.
+    another target, its file of ``FILES`` and, for ``executorch``, ``export-executorch.json``.
 
     Raises:
         ValueError: the run is not quantized.
@@ -103,9 +111,12 @@ def export_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         images = to_float(splits.validation.subset(slice(256)).images)
-        if to == "executorch":
-            program = export_executorch(run.model, images, path)
-            return {**program.to_dict(), "text": str(program)}
+        if to != "onnx":
+            writers: dict[str, Callable[..., Any]] = {
+                "executorch": export_executorch, "openvino": export_openvino,
+            }  # fmt: skip
+            written = writers[to](run.model, images, path)
+            return {**written.to_dict(), "text": str(written)}
         report = export_onnx(run.model, run.example, run.folder / ONNX)
         table = with_kernels(summarize(run.model, images), run.folder / ONNX)
         write_json(run.folder / "layers.json", table.to_dict())

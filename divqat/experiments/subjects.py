@@ -19,7 +19,7 @@ from divqat.export.verify import as_attacked
 from divqat.train import Run, load_run
 from divqat.train.folder import CHECKPOINT, read_checkpoint
 from divqat.train.proxies import fit_misdirection
-from divqat.victim.runners import PROGRAM
+from divqat.victim.runners import SUFFIXES
 
 INT8, FAKE, FLOAT, FILE = (
     "the exported int8 model in ONNX Runtime",
@@ -88,9 +88,9 @@ def load_subjects(
     """The victims given on a command line, their data, and a description of them for the report.
 
     Args:
-        victims: ``PATH`` or ``NAME=PATH`` of run folders, ONNX or ExecuTorch files (``.pte``). Run
-            folders with the same name are the seeds of one victim, each attacked with its own seed;
-            a victim whose name occurs once is attacked with all seeds.
+        victims: ``PATH`` or ``NAME=PATH`` of run folders, or files of ONNX, ExecuTorch (``.pte``)
+            or OpenVINO (``.xml``). Run folders with the same name are the seeds of one victim, each
+            attacked with its own seed; a victim whose name occurs once is attacked with all seeds.
         dataset: the victims' data set, if no run folder names it.
         data_root: the folder of the data set.
         fake_quant: attack the fake-quantized models instead of their exports.
@@ -102,7 +102,7 @@ def load_subjects(
     """
     named = [_parse_victim(victim) for victim in victims]
     count = Counter(name for name, _ in named)
-    runs = {path: load_run(path) for _, path in named if path.suffix not in (".onnx", PROGRAM)}
+    runs = {path: load_run(path) for _, path in named if path.suffix not in SUFFIXES}
     data = {run.config.dataset for run in runs.values()} | ({dataset} if dataset else set())
     if len(data) != 1:
         got = sorted(data) or "none: pass --dataset, as no run folder names it"

@@ -2,6 +2,7 @@
 
 from divqat.export.executorch import ExecuTorchReport, export_executorch
 from divqat.export.onnx import ExportReport, export_onnx
+from divqat.export.openvino import OpenVINOReport, export_openvino
 from divqat.export.placement import Placement, placements
 from divqat.export.program import export_program
 from divqat.export.summary import summary, with_kernels
@@ -10,10 +11,12 @@ from divqat.export.verify import VerifyReport, verify
 __all__ = [
     "ExecuTorchReport",
     "ExportReport",
+    "OpenVINOReport",
     "Placement",
     "VerifyReport",
     "export_executorch",
     "export_onnx",
+    "export_openvino",
     "export_program",
     "placements",
     "summary",

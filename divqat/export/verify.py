@@ -15,7 +15,7 @@ from divqat._util.modes import modes_kept
 from divqat.data import LabeledImages
 from divqat.export.saturation import Saturating, advice, emulated_session, saturating
 from divqat.metrics import accuracy, fidelity, predict
-from divqat.victim.runners import PROGRAM, open_file
+from divqat.victim.runners import RUNTIMES, open_file
 
 
 @dataclass(frozen=True)
@@ -106,19 +106,19 @@ def verify(
 ) -> VerifyReport:
     """Compare a prepared model in eval mode with its export in a runtime, image by image.
 
-    The file runs in ONNX Runtime or ExecuTorch (``.pte``), with default options, as most users run
-    it. Integer kernels round at other points than float kernels, so logits differ by steps of the
-    grid; the classes must agree.
+    The file runs in ONNX Runtime, ExecuTorch (``.pte``) or OpenVINO (``.xml``), with default
+    options, as most users run it. Integer kernels round at other points than float kernels, so
+    logits differ by steps of the grid; the classes must agree.
 
     Args:
         model: made by :func:`divqat.prepare` or :func:`divqat.convert`.
-        path: a file written by ``export_onnx`` or ``export_executorch``.
+        path: a file written by ``export_onnx``, ``export_executorch`` or ``export_openvino``.
         images: uint8 [N, C, H, W], or a set.
         labels: int64 [N].
         batch_size: images per forward pass.
 
     Raises:
-        ImportError: onnxruntime and onnx, or executorch are missing.
+        ImportError: the runtime is missing (for ONNX, also onnx).
         FileNotFoundError: there is no file at ``path``.
         FloatingPointError: a logit is NaN or Inf.
         ValueError: ``images`` and ``labels`` differ in length, or are empty.
@@ -129,9 +129,13 @@ def verify(
             f"{len(labels)}"
         )
     path = Path(path)
-    is_onnx = path.suffix != PROGRAM
-    runtime = require("onnxruntime", "export").__version__ if is_onnx else version("executorch")
+    is_onnx = path.suffix not in RUNTIMES
+    if is_onnx:
+        runtime = f"ONNX Runtime {require('onnxruntime', 'export').__version__}"
     b = predict(open_file(path, precise=False), images, batch_size=batch_size)
+    if not is_onnx:
+        name, package, _ = RUNTIMES[path.suffix]
+        runtime = f"{name} {version(package)}"
     with modes_kept(model):
         a = predict(model.eval(), images, batch_size=batch_size)
 
@@ -151,7 +155,7 @@ def verify(
         mean_diff=float(difference.mean()),
         step=step,
         max_diff_steps=float(difference.max()) / step if step else 0.0,
-        runtime=f"{'ONNX Runtime' if is_onnx else 'ExecuTorch'} {runtime}",
+        runtime=runtime,
         saturating=tuple(layers),
         precise=deployed(path) if layers else None,
         emulated=deployed(emulated_session(path)) if layers else None,

@@ -17,9 +17,15 @@ from divqat._util.files import check_beside
 from divqat._util.text import printable
 from divqat.victim.executorch_file import executorch_runner
 from divqat.victim.onnx_file import check_onnx, open_session
+from divqat.victim.openvino_file import OpenVINORunner
 from divqat.victim.outputs import LastOperation, Outputs, onnx_kind
 
-PROGRAM = ".pte"  # the suffix of ExecuTorch's files; others are ONNX
+# Suffix of an exported file → runtime, its package, and what opens the file. Others are ONNX.
+RUNTIMES: dict[str, tuple[str, str, Callable[[Path], Callable[[Tensor], Tensor]]]] = {
+    ".pte": ("ExecuTorch", "executorch", executorch_runner),
+    ".xml": ("OpenVINO", "openvino", OpenVINORunner),
+}
+SUFFIXES = (".onnx", *RUNTIMES)
 
 
 def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
@@ -40,7 +46,7 @@ def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
         See :class:`divqat.victim.Victim`.
     """
     run = _runner(model)
-    is_onnx = isinstance(model, (str, Path)) and Path(model).suffix != PROGRAM
+    is_onnx = isinstance(model, (str, Path)) and Path(model).suffix not in RUNTIMES
     outputs = Outputs(onnx_kind(Path(model)) if is_onnx else None)
 
     def logits_of(images: Tensor) -> Tensor:
@@ -74,8 +80,8 @@ def _runner(model: Any) -> Callable[[Tensor], Tensor]:
     if callable(model):
         return model
     raise TypeError(
-        "model: wanted an nn.Module, a path (.onnx, .pte), an InferenceSession or a function, "
-        f"got {type(model).__name__}"
+        f"model: wanted an nn.Module, a path ({', '.join(SUFFIXES)}), an InferenceSession or a "
+        f"function, got {type(model).__name__}"
     )
 
 
@@ -103,8 +109,10 @@ def check_eval(model: nn.Module) -> None:
 
 
 def open_file(path: Path, *, precise: bool = True) -> Any:
-    """An exported file, by its suffix: :func:`executorch_runner` or :func:`open_onnx`."""
-    return executorch_runner(path) if path.suffix == PROGRAM else open_onnx(path, precise=precise)
+    """An exported file in its runtime, by its suffix; ``precise`` is for :func:`open_onnx`."""
+    if path.suffix in RUNTIMES:
+        return RUNTIMES[path.suffix][2](path)
+    return open_onnx(path, precise=precise)
 
 
 def open_onnx(path: Path, *, precise: bool = True) -> Any:

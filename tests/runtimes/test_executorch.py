@@ -9,44 +9,14 @@ from pathlib import Path
 import executorch.runtime  # noqa: F401 - these tests fail without it
 import pytest
 import torch
+from networks import floats, trained
 from torch import nn
-from torch.nn import functional as F
 
 import divqat
 from divqat import models
 from divqat.cli import main
-from divqat.data import load
 from divqat.export import export_executorch, export_program, verify
 from divqat.victim import Victim
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def floats(images, size=16):
-    return F.interpolate(images.float() / 127.5 - 1, size)
-
-
-def trained(name, config, images, labels, steps=60):
-    """A network after some steps of QAT, so that it has margins."""
-    torch.manual_seed(0)
-    net = models.build(name, in_channels=1, num_classes=10, image_size=16)
-    prepared = divqat.prepare(net, config, images[:2])
-    optimizer = torch.optim.Adam(prepared.parameters(), 2e-3)
-    for _ in range(steps):
-        part = torch.randperm(len(images))[:64]
-        loss = F.cross_entropy(prepared(images[part]), labels[part])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return prepared.eval()
 
 
 @pytest.mark.parametrize("config", ["x86", "qnnpack", "tensorrt"])
