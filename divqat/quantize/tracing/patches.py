@@ -70,9 +70,7 @@ def patched(recorder: Recorder, attributes: dict[str, fx.Proxy]) -> Iterator[Non
 
     factories = {name: factory(getattr(torch, name)) for name in (*FACTORIES, *RANDOM)}
     finfo = torch.finfo
-    factories["finfo"] = lambda dtype: finfo(
-        dtype.node.meta["value"] if type(dtype) is Recorded else dtype
-    )
+    factories["finfo"] = lambda dtype: finfo(_value(dtype))
     with (
         mock.patch.object(nn.Module, "__call__", call_module),
         mock.patch.object(nn.Module, "__getattr__", get_attribute),
@@ -86,7 +84,10 @@ def patched(recorder: Recorder, attributes: dict[str, fx.Proxy]) -> Iterator[Non
 @contextmanager
 def _regions(recorder: Recorder) -> Iterator[None]:
     """A block in which regions that a graph does not keep are noted."""
-    enter = torch.autocast.__enter__
+    enter, init = torch.autocast.__enter__, torch.autocast.__init__
+
+    def init_autocast(region: torch.autocast, *args: Any, **kwargs: Any) -> None:
+        init(region, *map(_value, args), **{key: _value(item) for key, item in kwargs.items()})
 
     def enter_autocast(region: torch.autocast) -> Any:
         if not recorder.evaluating:
@@ -98,11 +99,17 @@ def _regions(recorder: Recorder) -> Iterator[None]:
         yield
 
     with (
+        mock.patch.object(torch.autocast, "__init__", init_autocast),
         mock.patch.object(torch.autocast, "__enter__", enter_autocast),
         # torch.utils.checkpoint calls the function between the two halves of a generator
         mock.patch.object(checkpoint, "_checkpoint_without_reentrant_generator", nothing),
     ):
         yield
+
+
+def _value(item: Any) -> Any:
+    """The value of a proxy on the example."""
+    return item.node.meta["value"] if type(item) is Recorded else item
 
 
 class Applied(nn.Module):
