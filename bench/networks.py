@@ -9,7 +9,6 @@ stopped run goes on after the last one. A network that fails is a row with the r
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 import time
@@ -29,8 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "bench" / "results" / "networks.json"
 PAGE = ROOT / "docs" / "networks.md"
 AGREEMENT = 0.995  # of the decided pictures
-SQNR_DB = 40.0  # enough in any case
-NOISE_DB = 3.0  # twice the noise power: that of the runtime beside that of the nudge
+SQNR_DB = 20.0  # of the logits, at least
 LACKS = "no integer kernel"  # the one good reason for a layer in float
 PASSED = "passed"
 
@@ -123,31 +121,23 @@ def missed_bars(rows: list[Row], names: list[str]) -> list[str]:
             if not layer["reason"].startswith(LACKS):
                 missed.append(f"{name}: {layer['layer']}: {layer['kernel']}: {layer['reason']}")
         agreement = row.get("agreement")
-        if "agreement" in row and (agreement is None or agreement < least_agreement(row)):
-            missed.append(f"{name}: agreement: {agreement}, wanted {least_agreement(row):.4f}")
-        if "sqnr_db" in row and row["sqnr_db"] < min(SQNR_DB, row["own_sqnr_db"] - NOISE_DB):
-            missed.append(f"{name}: SQNR: {row['sqnr_db']} dB, its own is {row['own_sqnr_db']} dB")
+        if "agreement" in row and (agreement is None or agreement < AGREEMENT):
+            missed.append(f"{name}: agreement: {agreement}, wanted {AGREEMENT}")
+        if "sqnr_db" in row and row["sqnr_db"] < SQNR_DB:
+            missed.append(f"{name}: SQNR: {row['sqnr_db']} dB, wanted {SQNR_DB}")
         for check, outcome in row.get("checks", {}).items():
             if outcome != PASSED:
                 missed.append(f"{name}: {check}: {outcome}")
     return missed
 
 
-def least_agreement(row: Row) -> float:
-    """The agreement that is wanted: 99.5 %, or that of the network with itself on pictures that
-    are moved by a millionth, less three standard deviations of the difference of two shares."""
-    own = row["own_agreement"] or 0.0
-    n = max(1.0, row["decided"] * row["pictures"]["test"])
-    return min(AGREEMENT, own - 3 * math.sqrt(2 * own * (1 - own) / n))
-
-
 def table(rows: list[Row]) -> str:
     """A row per network."""
     header = [
         "network", "layers", "int8", "in float", "products of activations, int8", "agreement",
-        "its own", "SQNR, dB", "its own", "ms, int8", "ms, float", "prepare, s", "checks",
+        "SQNR, dB", "ms, int8", "ms, float", "prepare, s", "checks",
     ]  # fmt: skip
-    lines = [header, ["---", *["---:"] * 2, "---", *["---:"] * 8, "---"]]
+    lines = [header, ["---", *["---:"] * 2, "---", *["---:"] * 6, "---"]]
     lines += [_line(row) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -164,7 +154,6 @@ def _line(row: Row) -> list[str]:
     checked = f"not {', '.join(failed)}" if failed else "all" if "checks" in row else ""
     products = f"{row['products_int8']} of {row['products']}" if row.get("products") else ""
     times, agreement = row.get("milliseconds", {}), row.get("agreement")
-    own = row.get("own_agreement")
     return [
         row["network"],
         str(row.get("layers", "")),
@@ -172,9 +161,7 @@ def _line(row: Row) -> list[str]:
         floats.replace("|", "\\|"),
         products,
         number(None if agreement is None else 100 * agreement, ".2f"),
-        number(None if own is None else 100 * own, ".2f"),
         number(row.get("sqnr_db"), ".1f"),
-        number(row.get("own_sqnr_db"), ".1f"),
         number(times.get("int8"), ".1f"),
         number(times.get("float"), ".1f"),
         number(row.get("prepare_seconds"), ".1f"),
@@ -213,24 +200,23 @@ Written by `python -m bench networks --write`, from
 `{"`, `".join(commands)}`
 ({last["hardware"]}; {packages}; commit {commits}; seed {seeds}; {last["date"]}).
 
-Weights are random, BatchNorm statistics are those of pictures, and the last layer is fitted to
+Weights are random. BatchNorm's biases are between 0.5 and 1.5 and depthwise kernels near the
+identity, so that rounding errors do not grow from layer to layer, which they do not in trained
+networks either. BatchNorm statistics are those of pictures, and the last layer is fitted to
 their {architectures.CLASSES} classes by ridge regression, in the float network, on
 {spans["fit"]} pictures; the comparison has {spans["test"]} others. *Layers* are convolutions and
 products with a weight, once per call, and *int8* those that a default session of ONNX Runtime
 computes with integer kernels. *Agreement* is the share, in %, of
 pictures with the same class in ONNX Runtime as in the prepared network, among those whose two
 largest logits are more than two steps apart (a step is the range of the logits over 255); SQNR is
-that of the logits. *Its own* are those of the prepared network with itself on pictures that are
-moved by a millionth: with random weights a code that rounds the other way grows from layer to
-layer, and no runtime sums in the same order. Times are medians of one picture on one thread, in
-turns with the float network's. *Checks*: the float checkpoint loads; copies, pickles and a network
-prepared in the other mode give the same bits; it trains, also compiled as one graph. Of
-{", ".join(architectures.TRAINED)} also: Inductor, two processes (DDP) and activations saved as
+that of the logits. Times are medians of one picture on one thread, in turns with the float
+network's; other work may have been running. *Checks*: the float checkpoint loads; copies, pickles
+and a network prepared in the other mode give the same bits; it trains, also compiled as one graph.
+Of {", ".join(architectures.TRAINED)} also: Inductor, two processes (DDP) and activations saved as
 codes give the same gradients, and it trains in bfloat16.
 
 `make test-networks` fails if a layer is in float for any reason but the lack of an integer kernel,
-if the agreement is below {100 * AGREEMENT} % and below its own (by three standard deviations), if
-the SQNR is below {SQNR_DB:.0f} dB and more than {NOISE_DB:.0f} dB below its own, or if a check
+if the agreement is below {100 * AGREEMENT} %, if the SQNR is below {SQNR_DB:.0f} dB, or if a check
 fails.
 
 An empty cell is not measured.

@@ -132,17 +132,16 @@ def test_a_network_that_fails_is_a_row_and_a_missed_bar(toys, tmp_path, capsys):
 
 def test_bars():
     layer = {"layer": "a", "kernel": "Conv", "reason": "output in float"}
-    own = {"own_agreement": 1.0, "decided": 0.5, "pictures": {"test": 100}}
     row = {
         "network": "n",
         "float": [layer],
         "agreement": 0.99,
-        **own,
+        "sqnr_db": 19.0,
         "checks": {"pickle": "KeyError: x"},
     }
-    assert len(networks.missed_bars([row], ["n", "other"])) == 4
+    assert len(networks.missed_bars([row], ["n", "other"])) == 5
     assert not networks.missed_bars([row], [])
-    fine = {"network": "n", "agreement": 0.996, **own, "checks": {"pickle": "passed"}}
+    fine = {"network": "n", "agreement": 0.996, "sqnr_db": 21.0, "checks": {"pickle": "passed"}}
     fine["float"] = [layer | {"reason": "no integer kernel of ConvTranspose"}]
     assert not networks.missed_bars([fine], ["n"])
 
