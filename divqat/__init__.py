@@ -31,6 +31,7 @@ from divqat.quantize import (  # noqa: E402
     mixed_precision,
     prepare,
     preset,
+    ptq,
     sensitivity,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "ops",
     "prepare",
     "preset",
+    "ptq",
     "sensitivity",
     "summary",
     "trust",

@@ -5,6 +5,7 @@ from divqat.quantize.convert import convert, freeze_batchnorm, freeze_observers
 from divqat.quantize.group_weights import group_weights, ungroup_weights
 from divqat.quantize.mixed_precision import MixedPrecision, mixed_precision
 from divqat.quantize.prepare import prepare
+from divqat.quantize.ptq import ptq
 from divqat.quantize.ranges import observe_first, observing, sync_observers
 from divqat.quantize.save_as_codes import save_as_codes
 from divqat.quantize.sensitivity import LayerSensitivity, Sensitivity, sensitivity
@@ -25,6 +26,7 @@ __all__ = [
     "observing",
     "prepare",
     "preset",
+    "ptq",
     "save_as_codes",
     "sensitivity",
     "summarize",

@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from divqat.quantize import freeze_batchnorm, freeze_observers, observing
-from divqat.train.config import TrainConfig
+from divqat._util.seeds import derived_seed
+from divqat.data import LabeledImages, batches
+from divqat.quantize import freeze_batchnorm, freeze_observers, observing, ptq
+from divqat.train.config import POST_TRAINING, TrainConfig
 from divqat.train.step import Step
 
 
@@ -34,6 +36,28 @@ class CalibrationStep(Step):
 
     def update(self) -> None:
         pass
+
+
+def calibrate(model: nn.Module, config: TrainConfig, train_set: LabeledImages) -> None:
+    """Quantize a prepared model by :func:`divqat.ptq` with some of the training images.
+
+    Args:
+        model: holds the teacher's weights.
+        config: its settings of post-training quantization and batch size.
+        train_set: of which it takes ``calibration_images``, by the seed.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, "calibration"))
+    taken, left = list[Tensor](), config.calibration_images
+    for images, _ in batches(train_set, min(config.batch_size, left), generator=generator):
+        taken.append(images[:left])
+        left -= len(images)
+        if left <= 0:
+            break
+    ptq(
+        model, taken, percentile=config.percentile, rounding_steps=config.rounding_steps,
+        seed=derived_seed(config.seed, "rounding"),
+        **{name: getattr(config, name) for name in POST_TRAINING},
+    )  # fmt: skip
 
 
 def freeze(model: nn.Module, config: TrainConfig, epoch: int) -> tuple[bool, bool]:

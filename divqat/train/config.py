@@ -26,6 +26,10 @@ SHARED = ("dataset", "data_root", "image_size", "validation_fraction", "model")
 QUANTIZATION = (  # ... and those that it must also share with a reference
     "preset", "weight_bits", "activation_bits", "first_last_bits", "layer_bits",
 )  # fmt: skip
+POST_TRAINING = {  # of method ptq, with the values that leave it at observing
+    "activation_ranges": "average", "weight_ranges": "minmax", "equalize": False,
+    "rounding": "nearest", "bias_correction": False,
+}  # fmt: skip
 RANGES = ("ranges", "freeze_observers_epoch", "freeze_batchnorm_epoch")
 LOSS = ("weight", "temperature", "direction", "classes", "bound", "guard", "warmup_epochs")
 MISLEADER = ("misleader_lambda", "misleader_steps", "misleader_lr")
@@ -90,6 +94,12 @@ class TrainConfig(
         return bool(self.misdirect and self.misdirect_target == "reject" and self.kind.quantized)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether post-training quantization does more than observe the training images."""
+        changed = any(getattr(self, name) != value for name, value in POST_TRAINING.items())
+        return self.method == "ptq" and changed
+
+    @property
     def unused(self) -> set[str]:
         """Names of the settings that have no effect on this training."""
         unused = set[str]()
@@ -102,6 +112,14 @@ class TrainConfig(
         assert self.weight_bits is not None
         if not narrow(self.weight_bits, self.activation_bits):
             unused |= {"first_last_bits"}
+        if self.method != "ptq":
+            unused |= {*POST_TRAINING}
+        if self.method != "ptq" or self.activation_ranges != "percentile":
+            unused |= {"percentile"}
+        if self.method != "ptq" or self.rounding != "learned":
+            unused |= {"rounding_steps"}
+        if not self.calibrates:
+            unused |= {"calibration_images"}
         if self.method != "ini":
             unused |= {*INI}
         if self.method != "misleader":

@@ -75,7 +75,10 @@ METHODS = {
         "the ensemble of the full-precision trainings members, untrained (epochs 0)",
         quantized=False,
     ),
-    "ptq": Method("post-training quantization: observes ranges, changes no weight", quantized=True),
+    "ptq": Method(
+        "post-training quantization: observes ranges; see the flags of that name for more",
+        quantized=True,
+    ),
     "qat": Method("plain quantization-aware training, the undefended control", quantized=True),
     "kd-qat": Method(
         "quantization-aware training towards the teacher's answers (distillation)",

@@ -25,6 +25,7 @@ from divqat.data import Splits, StreamedSet
 from divqat.data.checks import check_classes, find_copies
 from divqat.evaluate.curves import budget_path, training_curves
 from divqat.metrics import accuracy, mean_top_probability, predict, softmax
+from divqat.train.calibration import calibrate
 from divqat.train.checks import check_divergence
 from divqat.train.collapse import collapse_warning
 from divqat.train.config import TrainConfig
@@ -125,6 +126,8 @@ def _train(
         if state is None:
             if not config.epochs:
                 trainer.measure_untrained()
+            if config.calibrates:
+                calibrate(trainer.model, config, trainer.train_set)
             if is_main:
                 write_checkpoint(out, trainer.state())
         else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from divqat._util.settings import Options, option
+from divqat.quantize.clip import ACTIVATION_RANGES, WEIGHT_RANGES
 from divqat.quantize.config import PRESETS
+from divqat.quantize.ptq import ROUNDINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,4 +52,37 @@ class QuantizationSettings(Options):
         None, "First epoch with frozen BatchNorm statistics. None: the start of the last third, or "
         "with misdirect or kd-qat the last epoch, or with misdirect_target reject none.",
         group="quantization", least=1,
+    )  # fmt: skip
+    activation_ranges: str = option(
+        "average", "Ranges of method ptq: average: moving average of the batches' ends; minmax: "
+        "all values; percentile, mse (least squared error), entropy (least KL divergence): a part.",
+        group="post-training quantization", choices=ACTIVATION_RANGES,
+    )  # fmt: skip
+    percentile: float = option(
+        99.99, "With activation_ranges percentile: the percentage of values that is not clipped at "
+        "each end.", group="post-training quantization", above=50, most=100,
+    )  # fmt: skip
+    weight_ranges: str = option(
+        "minmax", "Ranges of weights with method ptq: minmax, or mse: the least squared error.",
+        group="post-training quantization", choices=WEIGHT_RANGES,
+    )  # fmt: skip
+    equalize: bool = option(
+        False, "With method ptq: give the channels between two layers weights of similar size. For "
+        "weights with one scale per tensor (preset qnnpack).", group="post-training quantization",
+    )  # fmt: skip
+    rounding: str = option(
+        "nearest", "Rounding of weights with method ptq: nearest, or learned layer by layer "
+        "(AdaRound).", group="post-training quantization", choices=ROUNDINGS,
+    )  # fmt: skip
+    rounding_steps: int = option(
+        1000, "With rounding learned: steps for each layer.",
+        group="post-training quantization", least=1,
+    )  # fmt: skip
+    bias_correction: bool = option(
+        False, "With method ptq: correct biases so that no channel's mean changes.",
+        group="post-training quantization",
+    )  # fmt: skip
+    calibration_images: int = option(
+        512, "Training images for these, unless all are defaults: then ptq observes the ranges of "
+        "all training images.", group="post-training quantization", least=1,
     )  # fmt: skip
