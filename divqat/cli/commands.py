@@ -85,8 +85,9 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def export(args: argparse.Namespace) -> int:
+    options = {"normalize_inside": args.normalize_inside}
     run = load_run(args.run)
-    print(printable(export_run(run, run.splits(args.data_root), args.to)["text"]))
+    print(printable(export_run(run, run.splits(args.data_root), args.to, options)["text"]))
     flags = [] if args.to == "onnx" else ["--runtime", args.to]
     ending(run.folder / FILES[args.to], ["divqat", "verify", args.run, *flags, *_same(args)])
     return 0

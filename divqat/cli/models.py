@@ -46,6 +46,11 @@ def export(subparsers: Any) -> None:
         help="executorch: RUN/model.pte, for phones, in XNNPACK; openvino: RUN/model.xml and "
         "model.bin, for Intel's runtime (default: onnx).",
     )  # fmt: skip
+    sub.add_argument(
+        "--normalize-inside",
+        action="store_true",
+        help="The ONNX file takes uint8 pictures and normalizes them itself.",
+    )
 
 
 def verify(subparsers: Any) -> None:

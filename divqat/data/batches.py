@@ -8,24 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from divqat._util.pictures import to_float as to_float
+from divqat._util.pictures import to_uint8 as to_uint8
 from divqat.data.sets import LabeledImages
 from divqat.data.upload import to_device
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 ``x / 127.5 - 1`` in [-1, 1], the input of every model.
-
-    Raises:
-        TypeError: ``images`` is not uint8.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
-    return images.float().div_(127.5).sub_(1)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to the nearest uint8 images, with clipping: the inverse of ``to_float``."""
-    return images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def augment(

@@ -7,7 +7,7 @@ the same input.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from divqat.attacks.attacker import Attacker
 from divqat.attacks.clone_settings import CloneSettings
 from divqat.data import Splits, to_float
 from divqat.export import (
+    InputMetadata,
     export_executorch,
     export_onnx,
     export_openvino,
@@ -99,15 +100,31 @@ def answer_arguments(answer: str) -> dict[str, Any]:
     return {"answer": "rounded", "decimals": number}
 
 
-def export_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
+def export_run(
+    run: Run, splits: Splits, to: str = "onnx", options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``; or, to
     another target, its file of ``FILES`` and, for ``executorch``, ``export-executorch.json``.
 
+    Args:
+        run: a finished training.
+        splits: its data.
+        to: the target.
+        options: for ``onnx``: ``normalize_inside``, to take uint8 pictures. None: as the file that
+            is there.
+
     Raises:
+        ConfigError: another target with an option.
         ValueError: the run is not quantized.
     """
     _check_quantized(run)
-    path = run.folder / FILES[to]
+    path, done = run.folder / FILES[to], run.folder / report_file("export", to)
+    before = read_json(done).get("options", {}) if done.is_file() else {}
+    options = before if options is None else {k: v for k, v in options.items() if v}
+    if options and to != "onnx":
+        raise ConfigError(f"{', '.join(options)}: wanted the target onnx, got {to}")
+    if options != before:
+        done.unlink(missing_ok=True)
 
     def make() -> dict[str, Any]:
         images = to_float(splits.validation.subset(slice(256)).images)
@@ -117,12 +134,19 @@ def export_run(run: Run, splits: Splits, to: str = "onnx") -> dict[str, Any]:
             }  # fmt: skip
             written = writers[to](run.model, images, path)
             return {**written.to_dict(), "text": str(written)}
-        report = export_onnx(run.model, run.example, run.folder / ONNX)
+        dtype = "uint8" if options.get("normalize_inside") else "float32"
+        metadata = InputMetadata(
+            mean=(0.5,) * splits.channels,
+            std=(0.5,) * splits.channels,
+            dtype=dtype,
+            classes=splits.classes,
+        )
+        report = export_onnx(run.model, run.example, path, metadata=metadata)
         table = with_kernels(summarize(run.model, images), run.folder / ONNX)
         write_json(run.folder / "layers.json", table.to_dict())
-        return {**report.to_dict(), "text": str(report)}
+        return {**report.to_dict(), "text": str(report), "options": options}
 
-    return step(run.folder / report_file("export", to), run.fingerprint, make, product=path)
+    return step(done, run.fingerprint, make, product=path)
 
 
 def report_file(step: str, to: str) -> str:

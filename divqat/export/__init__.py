@@ -7,10 +7,12 @@ from divqat.export.placement import Placement, placements
 from divqat.export.program import export_program
 from divqat.export.summary import summary, with_kernels
 from divqat.export.verify import VerifyReport, verify
+from divqat.victim.metadata import InputMetadata, read_metadata
 
 __all__ = [
     "ExecuTorchReport",
     "ExportReport",
+    "InputMetadata",
     "OpenVINOReport",
     "Placement",
     "VerifyReport",
@@ -19,6 +21,7 @@ __all__ = [
     "export_openvino",
     "export_program",
     "placements",
+    "read_metadata",
     "summary",
     "verify",
     "with_kernels",

@@ -22,10 +22,12 @@ from divqat.export.graph import (
     fix_average_pools,
     separate_constants,
 )
+from divqat.export.metadata import check_metadata, declare_input
 from divqat.export.runtime import FLOAT_KERNELS, INTEGER_KERNELS, runtime_kernels
 from divqat.export.saturation import Saturating, advice, saturating
 from divqat.quantize.convert import convert
 from divqat.quantize.deployed import IntegerLayer
+from divqat.victim.metadata import InputMetadata
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,17 @@ class ExportReport:
         return f"{text}\n{advice(self.saturating)}" if self.saturating else text
 
 
-def export_onnx(model: nn.Module, example_input: Any, path: str | Path) -> ExportReport:
+def export_onnx(
+    model: nn.Module,
+    example_input: Any,
+    path: str | Path,
+    *,
+    metadata: InputMetadata | None = None,
+) -> ExportReport:
     """Convert a prepared model and write it as ONNX, opset 20, with a dynamic batch dimension.
 
-    The input is called ``images``, the output ``logits``, both float32. Several inputs have the
+    The input is called ``images``, the output ``logits``, both float32, or the input uint8 if
+    ``metadata`` says so. Several inputs have the
     names of the forward's arguments, several outputs those of their keys or ``output_0``. Weights
     are stored as int8, biases as in :func:`divqat.convert`. The file is only written if ONNX
     Runtime can load it.
@@ -81,17 +90,23 @@ def export_onnx(model: nn.Module, example_input: Any, path: str | Path) -> Expor
         example_input: float32 [N, C, H, W], any N, or the arguments as for
             :func:`divqat.prepare`; tensors of N rows have a dynamic first dimension.
         path: the file to write; replaced if it exists.
+        metadata: what the file declares of its input, see :func:`divqat.export.read_metadata`. With
+            its ``dtype`` uint8 the file takes pictures [N, C, H, W] and normalizes them itself; the
+            model and ``example_input`` are the same.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
         TypeError: ``example_input`` is not float32 (the model may have any dtype).
-        ValueError: see :func:`divqat.convert`; or an average pooling that ONNX does not support or
+        ValueError: see :func:`divqat.convert`; ``metadata`` does not fit the model's input and
+            output; or an average pooling that ONNX does not support or
             that ONNX Runtime computes differently.
         RuntimeError: the exporter or the runtime failed.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name, "export")
     inputs = arguments(model, example_input)
+    if metadata is not None:
+        check_metadata(metadata, inputs.values)
     converted = convert(model)
     outputs = output_names(converted)
     with _quiet():
@@ -114,6 +129,8 @@ def export_onnx(model: nn.Module, example_input: Any, path: str | Path) -> Expor
     separate_constants(proto.graph)
     fix_average_pools(proto.graph)
     drop_stack_traces(proto.graph)
+    if metadata is not None:
+        declare_input(proto, metadata)
     kernels: dict[str, int] = {}
     layers: list[Saturating] = []
 

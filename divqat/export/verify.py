@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from divqat._util.modes import modes_kept
 from divqat.data import LabeledImages
 from divqat.export.saturation import Saturating, advice, emulated_session, saturating
 from divqat.metrics import accuracy, fidelity, predict
+from divqat.victim.metadata import read_metadata
 from divqat.victim.runners import RUNTIMES, open_file
 
 
@@ -137,7 +139,7 @@ def verify(
         name, package, _ = RUNTIMES[path.suffix]
         runtime = f"{name} {version(package)}"
     with modes_kept(model):
-        a = predict(model.eval(), images, batch_size=batch_size)
+        a = predict(_normalized(model.eval(), path), images, batch_size=batch_size)
 
     def deployed(session: Any) -> Deployed:
         logits = predict(session, images, batch_size=batch_size)
@@ -160,6 +162,15 @@ def verify(
         precise=deployed(path) if layers else None,
         emulated=deployed(emulated_session(path)) if layers else None,
     )
+
+
+def _normalized(model: nn.Module, path: Path) -> Any:
+    """The model, of images in [-1, 1], with the normalization that its ONNX file declares."""
+    declared = read_metadata(path) if path.suffix not in RUNTIMES else None
+    if declared is None:
+        return model
+    first = next(chain(model.parameters(), model.buffers()))
+    return lambda images: model(declared.normalize(images).to(first.device))
 
 
 def as_attacked(verified: Mapping[str, Any]) -> tuple[float, float]:

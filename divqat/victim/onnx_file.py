@@ -58,12 +58,8 @@ def check_onnx(path: Path) -> None:
         ValueError: it is not.
         FileNotFoundError: a file with external weights is missing.
     """
+    model = read_onnx(path)
     onnx = require("onnx", "export")
-    check_file(path, MAX_MODEL)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise ValueError(f"{path} is no ONNX file: {error}") from error
     folder = path.parent.resolve()
     for tensor in _tensors(model, onnx.TensorProto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -72,6 +68,22 @@ def check_onnx(path: Path) -> None:
             if not weights.resolve().is_relative_to(folder):
                 raise ValueError(f"{path} refers to weights outside its folder, in {weights}")
             check_file(weights)
+
+
+def read_onnx(path: Path) -> Any:
+    """The ``onnx.ModelProto`` of a file, without weights that lie in other files.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: onnx is missing.
+        ValueError: it is no ONNX file.
+    """
+    onnx = require("onnx", "export")
+    check_file(path, MAX_MODEL)
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        raise ValueError(f"{path} is no ONNX file: {error}") from error
 
 
 def _tensors(message: Any, kind: type) -> Iterator[Any]:

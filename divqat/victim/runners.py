@@ -16,6 +16,7 @@ from divqat._util.bounds import MAX_IMAGES
 from divqat._util.files import check_beside
 from divqat._util.text import printable
 from divqat.victim.executorch_file import executorch_runner
+from divqat.victim.metadata import InputMetadata, parse_metadata
 from divqat.victim.onnx_file import check_onnx, open_session
 from divqat.victim.openvino_file import OpenVINORunner
 from divqat.victim.outputs import LastOperation, Outputs, onnx_kind
@@ -25,6 +26,7 @@ RUNTIMES: dict[str, tuple[str, str, Callable[[Path], Callable[[Tensor], Tensor]]
     ".pte": ("ExecuTorch", "executorch", executorch_runner),
     ".xml": ("OpenVINO", "openvino", OpenVINORunner),
 }
+INPUTS = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}  # that ONNX models may take
 SUFFIXES = (".onnx", *RUNTIMES)
 
 
@@ -155,14 +157,20 @@ def open_onnx(path: Path, *, precise: bool = True) -> Any:
 def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     got = ", ".join(f"{i.name}: {i.type} {i.shape}" for i in inputs)
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
-        raise ValueError(f"model: wanted one ONNX input, float [N, C, H, W], got {got}")
+    if len(inputs) != 1 or inputs[0].type not in INPUTS or len(inputs[0].shape) != 4:
+        raise ValueError(f"model: wanted one ONNX input, float or uint8 [N, C, H, W], got {got}")
     if len(outputs) != 1:
         raise ValueError(f"model: wanted one ONNX output, got {[o.name for o in outputs]}")
-    name, shape = inputs[0].name, inputs[0].shape
+    name, shape, dtype = inputs[0].name, inputs[0].shape, INPUTS[inputs[0].type]
+    declared = parse_metadata(session.get_modelmeta().custom_metadata_map, "model")
+    if declared is not None and declared.dtype != dtype:
+        raise ValueError(f"model: wanted its declared input {declared.dtype}, got {got}")
+    # A file that declares nothing takes the floats of divqat's models, or pictures.
+    declared = declared or InputMetadata(dtype=dtype)
     fixed = shape[0] if isinstance(shape[0], int) else None
 
     def run(images: Tensor) -> Tensor:
+        images = declared.feed(images)
         for wanted, got in zip(shape[1:], images.shape[1:], strict=True):
             if isinstance(wanted, int) and wanted != got:
                 raise ValueError(

@@ -45,7 +45,8 @@ class Victim:
     Raises:
         TypeError: ``model`` is none of the above.
         ValueError: an argument is out of its range, a module is in training mode, or an ONNX model
-            does not have one float32 input [N, C, H, W] and one output.
+            does not have one input [N, C, H, W], float32 or uint8, and one output, or declares
+            an input that it does not take (:class:`divqat.export.InputMetadata`).
         FileNotFoundError: there is no such ONNX file.
         ImportError: ``model`` is an ONNX file, but onnxruntime is missing.
 
