@@ -5,12 +5,13 @@
 # make test-examples   the examples in Lightning, Hugging Face and timm; not in make test
 # make test-runtimes   exported files in ExecuTorch and OpenVINO; not in make test
 # make docs   the pages of docs/ as a site, in build/site
+# make rehearse   bench/gpu.sh, as far as a machine without a GPU can; not in make test
 # make test-docs, make test-package   the notebook and the look of the pages; wheel and sdist
 # All of them set up a fresh machine; PYTHON=python3.12 selects an interpreter (3.10 or later).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo fashion-mnist docs test test-docs test-package test-networks test-examples test-runtimes quick test-triton triton-newest triton-oldest lint sanitize \
+.PHONY: demo fashion-mnist docs test test-docs test-package test-networks test-examples test-runtimes quick rehearse test-triton triton-newest triton-oldest lint sanitize \
 	install clean
 .DELETE_ON_ERROR:
 
@@ -82,6 +83,17 @@ test-runtimes: .venv/dev $(RUNTIMES)
 $(EXAMPLES) $(NETWORKS) $(RUNTIMES): .venv/%: requirements-%.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
 	@touch $@
+
+# bench/gpu.sh without a GPU: it builds, imports what it needs, measures a case or two on the CPU, and packs
+# the archive. With a torch for CUDA and nvcc, which .venv does not have, it compiles the CUDA kernels:
+# make rehearse REHEARSE_PYTHON=/path/of/its/python. In a copy, so that the extension here stays.
+REHEARSE_PYTHON ?= $(CURDIR)/$(BIN)/python
+rehearse: .venv/dev
+	rm -rf build/rehearse && mkdir -p build/rehearse
+	cp -r bench csrc divqat docs kernels tests zoo pyproject.toml setup.py README.md build/rehearse
+	rm -f build/rehearse/divqat/_C*.so
+	cd build/rehearse && REHEARSE=1 LIMIT=3600 PYTHONPATH=. PYTHON=$(REHEARSE_PYTHON) OUT=$(CURDIR)/build \
+		bash bench/gpu.sh build test ops steps large compiled sanitize scaling host tune profile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

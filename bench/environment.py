@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -20,13 +21,9 @@ SAME = ("commit", "hardware", "system", "threads", "versions", "native_kernels",
 
 def environment(command: str) -> dict[str, Any]:
     """Command, commit, versions, hardware, date; ``gpu`` is None if there is none."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
     return {
         "command": command,
-        "commit": commit or "unknown",
+        "commit": os.environ.get("DIVQAT_COMMIT") or _commit() or "unknown",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "system": platform.platform(),
@@ -35,6 +32,16 @@ def environment(command: str) -> dict[str, Any]:
         "native_kernels": native_kernels(),
         "gpu": _gpu() if torch.cuda.is_available() else None,
     }
+
+
+def _commit() -> str:
+    """The commit of these sources; empty where they have no history, or git is missing."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str:

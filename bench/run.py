@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on", action="append", help="networks or shapes that contain this (repeatable)"
     )
     parser.add_argument("--contender", action="append", help="contenders that contain this")
+    parser.add_argument("--without", action="append", help="no contenders that contain this")
+    parser.add_argument("--by-turns", action="store_true", help="a case of each op first")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--list", action="store_true", help="only list the cases")
@@ -47,6 +51,8 @@ def main(args: argparse.Namespace) -> None:
     """Measure the selected cases."""
     device = set_up(args)
     chosen = list(plans(args, device))
+    if args.by_turns:
+        chosen = by_turns(chosen)
     if not chosen:
         raise SystemExit("bench run: no case has this op, shape, dtype and layout")
     if args.list:
@@ -57,7 +63,9 @@ def main(args: argparse.Namespace) -> None:
         device,
         KEY,
         {plan.key: plan for plan in chosen},
-        lambda plan: measure(make(plan, device), device, args.seconds, args.contender),
+        lambda plan: measure(
+            without(make(plan, device), args.without), device, args.seconds, args.contender
+        ),
         summary,
     )
     if args.plot:
@@ -70,6 +78,24 @@ def plans(args: argparse.Namespace, device: str) -> Iterator[Plan]:
         for plan in module.plans(device, args.dtype, args.layout):
             if plan.op in args.op and matches(plan.on, args.on):
                 yield plan
+
+
+def by_turns(plans: list[Plan]) -> list[Plan]:
+    """The first case of each op, then the second of each."""
+    ops = Counter[str]()
+    turns = []
+    for plan in plans:
+        turns.append((ops[plan.op], plan))
+        ops[plan.op] += 1
+    return [plan for _, plan in sorted(turns, key=lambda turn: turn[0])]
+
+
+def without(case: Case, names: list[str] | None) -> Case:
+    """The case less the contenders whose names contain one of these."""
+    if names is not None:
+        kept = {k: v for k, v in case.contenders.items() if not matches(k, names)}
+        case = replace(case, contenders=kept)
+    return case
 
 
 def make(plan: Plan, device: str, rotations: int | None = None) -> Case:

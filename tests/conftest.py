@@ -75,6 +75,7 @@ def painted():
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="one case of each test that is not slow")
+    parser.addoption("--by-worth", action="store_true", help="a case of every test first")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -83,6 +84,20 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: -slow[item.path])
     if config.getoption("quick"):
         select_core(config, items)
+    if config.getoption("by_worth"):
+        items.sort(key=worth(items).__getitem__)
+
+
+def worth(items):
+    """item → its turn: on each backend the first case of a test, that of each dtype, the others."""
+    met, turns = set(), {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        test = item.nodeid.partition("[")[0], params.get("backend") or params.get("kernels")
+        typed = *test, params.get("dtype")
+        turns[item] = 0 if test not in met else 1 if typed not in met else 2
+        met |= {test, typed}
+    return turns
 
 
 def select_core(config, items):

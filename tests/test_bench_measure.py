@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench/ is not installed
 from bench import case, command, compare, run
 from bench.__main__ import parser
+from bench.environment import environment
 from bench.measure import Runner, costs, interleaved, saved_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -223,3 +224,28 @@ def test_a_part_of_a_name_is_enough():
     assert not command.matches("torch.ao fused", ["brevitas"])
     assert command.matches("divqat", ["=DivQAT"])
     assert not command.matches("divqat cpp", ["=divqat"])
+
+
+def test_by_turns_a_case_of_each_op_comes_first(capsys):
+    words = ["run", "--device", "cpu", "--layout", "contiguous", "--list", "--by-turns"]
+    args = arguments(*words)
+    args.main(args)
+    ops = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert set(ops[: len(run.OPS)]) == set(run.OPS) and len(ops) > 2 * len(run.OPS)
+
+
+def test_contenders_can_be_left_out():
+    plan = case.Plan("divergence_loss", "logits [64, 10]", (64, 10))
+    whole = run.make(plan, "cpu", 1)
+    names = set(run.without(whole, ["torch.compile", "=pytorch, eager"]).contenders)
+    left_out = set(whole.contenders) - names
+    assert "PyTorch, eager" in left_out and "torch.compile" in left_out and "divqat torch" in names
+    assert run.without(whole, None) is whole
+
+
+def test_a_commit_is_known_without_git_if_it_is_given(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("DIVQAT_COMMIT", raising=False)
+    assert environment("x")["commit"] == "unknown"
+    monkeypatch.setenv("DIVQAT_COMMIT", "1234abc")
+    assert environment("x")["commit"] == "1234abc"

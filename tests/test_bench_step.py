@@ -257,8 +257,13 @@ def test_every_command_that_is_written_down_is_understood():
         "bench/results/README.md",
     ):
         text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", "")
-        for words in re.findall(r"(?:python|PYTHON) -m bench ([a-z][^`\n#…]*)", text):
-            words = words.replace("'$OUT'", "out").replace("$OUT", "out")
+        call = (
+            r" bench (?=run|step|scale|host|tune)"
+            if file.endswith("gpu.sh")
+            else "python -m bench "
+        )
+        for words in re.findall(call + r"([a-z][^`\n#…;]*)", text):
+            words = words.replace("$WORK", "out").replace("$device", "cuda")
             parser().parse_args(shlex.split(words))
             count += 1
     assert count >= 10
