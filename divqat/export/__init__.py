@@ -3,6 +3,7 @@
 from divqat.export.executorch import ExecuTorchReport, export_executorch
 from divqat.export.onnx import ExportReport, export_onnx
 from divqat.export.openvino import OpenVINOReport, export_openvino
+from divqat.export.outputs import verify_outputs
 from divqat.export.placement import Placement, placements
 from divqat.export.program import export_program
 from divqat.export.summary import summary, with_kernels
@@ -24,5 +25,6 @@ __all__ = [
     "read_metadata",
     "summary",
     "verify",
+    "verify_outputs",
     "with_kernels",
 ]

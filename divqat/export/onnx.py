@@ -87,7 +87,7 @@ def export_onnx(
 
     Args:
         model: a trained model, made by :func:`divqat.prepare`.
-        example_input: float32 [N, C, H, W], any N, or the arguments as for
+        example_input: float32 [N, C, H, W] or [N, D], any N, or the arguments as for
             :func:`divqat.prepare`; tensors of N rows have a dynamic first dimension.
         path: the file to write; replaced if it exists.
         metadata: what the file declares of its input, see :func:`divqat.export.read_metadata`. With

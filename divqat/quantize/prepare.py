@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from divqat.nn.fake_quantize import FakeQuantize, LearnedStepFakeQuantize, activation_quantizer
 from divqat.nn.output import RectifiedOutput
 from divqat.quantize import patterns
+from divqat.quantize.activations import quantize_activations
 from divqat.quantize.checks import (
     check_example,
     check_is_float,
@@ -19,7 +19,7 @@ from divqat.quantize.checks import (
 )
 from divqat.quantize.config import QuantConfig, preset
 from divqat.quantize.floats import float_layers, without_kernel
-from divqat.quantize.functional import constants, float_functions, lift_functions
+from divqat.quantize.functional import float_functions, lift_functions
 from divqat.quantize.group_weights import group_weights
 from divqat.quantize.link_inputs import link_inputs
 from divqat.quantize.swap import LAYERS, can_fold, conv_bn, layer_type, swap
@@ -134,7 +134,7 @@ def _quantize(model: PreparedModule, config: QuantConfig, renamed: dict[str, str
     _fuse_batchnorm(model, config, renamed)
     rename_keys(model, renamed)
     swap(model, config, None)
-    _quantize_activations(model, config)
+    quantize_activations(model, config)
     if config.rectify_output:
         _rectify_output(model, config)
     split(model)
@@ -194,61 +194,6 @@ def _children(bn: nn.Module) -> nn.Module:
     return rest
 
 
-def _quantize_activations(graph_module: fx.GraphModule, config: QuantConfig) -> None:
-    """Insert a fake-quantizer after every value that a quantized operation reads or a convolution
-    computes."""
-    sources: dict[fx.Node, None] = {}  # in order, without repeats
-    constant = constants(graph_module.graph)
-    for node in list(graph_module.graph.nodes):
-        if any(config.skips(name) for name in patterns.scopes(node)):
-            continue
-        if patterns.quantizes_inputs(graph_module, node) and patterns.is_float(node):
-            for value in patterns.tensor_inputs(graph_module, node):
-                source = patterns.producer(graph_module, value)
-                if source not in constant and patterns.is_gridded(source):
-                    sources[source] = None
-        if patterns.is_convolution(graph_module, node):
-            sources[_fused_activation(graph_module, node)] = None
-    for source in sources:
-        _insert_quantizer(graph_module, source, config)
-
-
-def _fused_activation(graph_module: fx.GraphModule, conv: fx.Node) -> fx.Node:
-    """The activation that runtimes fuse into a convolution, or the convolution."""
-    users = list(conv.users)
-    fused = len(users) == 1 and patterns.operation(graph_module, users[0]) in patterns.FUSED
-    return users[0] if fused else conv
-
-
-def _insert_quantizer(graph_module: fx.GraphModule, source: fx.Node, config: QuantConfig) -> None:
-    of_convolution = patterns.is_convolution(graph_module, source) or (
-        source.op != "placeholder"
-        and bool(source.all_input_nodes)
-        and patterns.is_convolution(graph_module, source.all_input_nodes[0])
-    )
-    # The model's output stays in float, but for that of a convolution.
-    users = [user for user in source.users if user.op != "output" or of_convolution]
-    if not users:
-        return
-    is_input = source.op == "placeholder"
-    quantizer = activation_quantizer(config.input() if is_input else config.activation)
-    if not isinstance(quantizer, LearnedStepFakeQuantize):
-        quantizer.mode = config.mode
-    # A node may have the name of a method of nn.Module: "to", "half".
-    taken = hasattr(nn.Module, source.name)
-    name = f"fake_quantize.{source.name}{'_' if taken else ''}"
-    graph_module.add_submodule(name, quantizer)
-    with graph_module.graph.inserting_after(source):
-        quantized = graph_module.graph.call_module(name, (source,))
-    quantized.meta = dict(source.meta)
-    for user in users:
-        user.replace_input_with(source, quantized)
-    if isinstance(quantizer, FakeQuantize):
-        if list(source.users) == [quantized]:
-            _fuse_relu(graph_module, source, quantized, quantizer)
-        quantizer.inplace = config.inplace and _is_overwritable(graph_module, quantized)
-
-
 def _rectify_output(graph_module: fx.GraphModule, config: QuantConfig) -> None:
     """Quantize the value that the model returns, with 0 for all values below."""
     output = graph_module.graph.output_node()
@@ -266,29 +211,3 @@ def _rectify_output(graph_module: fx.GraphModule, config: QuantConfig) -> None:
         quantized = graph_module.graph.call_module(name, (logits,))
     quantized.meta = dict(logits.meta)
     output.replace_input_with(logits, quantized)
-
-
-def _fuse_relu(
-    graph_module: fx.GraphModule, relu: fx.Node, quantized: fx.Node, quantizer: FakeQuantize
-) -> None:
-    """Let a quantizer that is the only user of a ReLU apply it: one pass, one mask for both."""
-    if patterns.operation(graph_module, relu) not in patterns.RELUS:
-        return
-    source = relu.all_input_nodes[0]
-    if patterns.is_inplace(graph_module, relu) and len(source.users) > 1:
-        return  # the other users read the overwritten values
-    quantizer.relu = True
-    quantized.replace_input_with(relu, source)
-    graph_module.graph.erase_node(relu)
-
-
-def _is_overwritable(graph_module: fx.GraphModule, quantized: fx.Node) -> bool:
-    """Whether a quantizer is the only user of a BatchNorm's output.
-
-    BatchNorm saves its input for the backward, not its output; a folded one with frozen statistics
-    is a convolution, which does the same.
-    """
-    source = quantized.all_input_nodes[0]
-    if patterns.operation(graph_module, source) not in patterns.BATCHNORMS:
-        return False
-    return list(source.users) == [quantized]
