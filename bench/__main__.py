@@ -16,6 +16,7 @@ COMMANDS = {
     "scale": "bench.scale",
     "accuracy": "bench.accuracy",
     "weight-bits": "bench.weight_bits",
+    "ptq": "bench.ptq",
     "networks": "bench.networks",
     "host": "bench.triton_host",
     "tune": "bench.tune",
