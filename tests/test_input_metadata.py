@@ -172,8 +172,9 @@ def test_the_command_and_an_evaluation(run, capsys):
     before = file.read_bytes()
     assert deploy_run(run, run.splits(), name="victim").model == file
     assert file.read_bytes() == before
-    assert main(["export", folder]) == 0
+    assert main(["export", folder, "--opset", "13"]) == 0
     assert read_metadata(file).dtype == "float32"
+    assert onnx.load(file).opset_import[0].version == 13
     assert main(["export", folder, "--to", "executorch", "--normalize-inside"]) == 2
     assert "normalize_inside: wanted the target onnx, got executorch" in capsys.readouterr().err
 

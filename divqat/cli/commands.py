@@ -85,7 +85,7 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
 
 
 def export(args: argparse.Namespace) -> int:
-    options = {"normalize_inside": args.normalize_inside}
+    options = {name: getattr(args, name) for name in ("normalize_inside", "opset", "pack_int4")}
     run = load_run(args.run)
     print(printable(export_run(run, run.splits(args.data_root), args.to, options)["text"]))
     flags = [] if args.to == "onnx" else ["--runtime", args.to]

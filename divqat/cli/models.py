@@ -51,6 +51,16 @@ def export(subparsers: Any) -> None:
         action="store_true",
         help="The ONNX file takes uint8 pictures and normalizes them itself.",
     )
+    sub.add_argument(
+        "--opset", type=int, choices=range(13, 22), metavar="13..21",
+        help="Opset of the ONNX file (default: 20, or 21 with --pack-int4).",
+    )  # fmt: skip
+    sub.add_argument(
+        "--pack-int4",
+        action="store_true",
+        help="Store weights of at most 4 bits as INT4 in the ONNX file; ONNX Runtime computes "
+        "them in float.",
+    )
 
 
 def verify(subparsers: Any) -> None:

@@ -110,8 +110,8 @@ def export_run(
         run: a finished training.
         splits: its data.
         to: the target.
-        options: for ``onnx``: ``normalize_inside``, to take uint8 pictures. None: as the file that
-            is there.
+        options: for ``onnx``: ``normalize_inside``, to take uint8 pictures, and ``opset`` and
+            ``pack_int4`` of ``export_onnx``. None: as the file that is there.
 
     Raises:
         ConfigError: another target with an option.
@@ -134,14 +134,15 @@ def export_run(
             }  # fmt: skip
             written = writers[to](run.model, images, path)
             return {**written.to_dict(), "text": str(written)}
-        dtype = "uint8" if options.get("normalize_inside") else "float32"
+        others = dict(options)
+        dtype = "uint8" if others.pop("normalize_inside", False) else "float32"
         metadata = InputMetadata(
             mean=(0.5,) * splits.channels,
             std=(0.5,) * splits.channels,
             dtype=dtype,
             classes=splits.classes,
         )
-        report = export_onnx(run.model, run.example, path, metadata=metadata)
+        report = export_onnx(run.model, run.example, path, metadata=metadata, **others)
         table = with_kernels(summarize(run.model, images), run.folder / ONNX)
         write_json(run.folder / "layers.json", table.to_dict())
         return {**report.to_dict(), "text": str(report), "options": options}
