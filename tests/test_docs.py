@@ -29,7 +29,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
 # Blocks that the tests cannot run, with the reasons that stand above them.
-NOT_RUN = {"docs/how-extractable.md": ["its packages bring 18 MB of weights"]}
+NOT_RUN = {
+    "docs/how-extractable.md": ["its packages bring 18 MB of weights"],
+    "docs/ownership.md": ["it needs a trained run and a suspect"],
+}
 # Programs of command lines that are not divqat's, and why the tests do not run them here.
 OTHERS = {
     "git": "clones the repository",
@@ -99,6 +102,7 @@ def names_of(page):
         "docs/getting-started.md": {"float_model": model, "loader": loader},
         "docs/how-extractable.md": {"model": model},
         "zoo/README.md": {},
+        "docs/ownership.md": {},
         # its first block is the network, the others begin with a trained one
         "docs/own-model.md": {
             **{"float_model": model, "loader": loader, "images": images, "validation": loader},

@@ -22,6 +22,7 @@ CASES = {
     "run": "run --config {}/study.yaml --out {}/study",
     "study": "study {}/study.yaml --out {}/study",
     "report": "report {}/study",
+    "ownership": "ownership {}/fp --secret {}/qat",
     "info": "info",
 }
 
@@ -41,7 +42,9 @@ def nothing_is_computed(tmp_path, monkeypatch):
     config = commands.TrainConfig(method="qat", teacher=str(home / "fp"))
 
     def load_run(folder):
-        return SimpleNamespace(folder=home / "qat", config=config, splits=lambda root: None)
+        return SimpleNamespace(
+            folder=home / "qat", config=config, model=None, splits=lambda root: None
+        )
 
     row = {"text": "text", "least_agreement": 1.0}
     row |= {"victim_accuracy": 0.9, "queries": 5, "accuracy": 0.5, "fidelity": 0.5}
@@ -57,6 +60,10 @@ def nothing_is_computed(tmp_path, monkeypatch):
         (commands, "run_grid", lambda *_, **__: result),
         (commands, "run_study", lambda *_, **__: result),
         (commands, "write_report", lambda out: None),
+        (commands, "Victim", lambda *_, **__: None),
+        (commands, "check", lambda *_, **__: None),
+        (commands, "sentence", lambda *_, **__: "text"),
+        (commands, "write_verdict", lambda *_, **__: home / "study" / "report.html"),
     ):
         monkeypatch.setattr(module, name, value)
     return home

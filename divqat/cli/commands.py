@@ -36,11 +36,15 @@ from divqat.experiments.sensitivity import (
 )
 from divqat.experiments.study import Study
 from divqat.experiments.subjects import load_subjects
+from divqat.ownership import check, write_verdict
+from divqat.ownership.page import sentence
 from divqat.quantize.layer_bits import expand_layer_bits
 from divqat.train import TrainConfig, load_run
 from divqat.train.config import SHARED
 from divqat.train.distributed import rank_and_world_size
 from divqat.train.folder import read_checkpoint
+from divqat.victim import Victim
+from divqat.victim.runners import SUFFIXES
 
 
 def train(args: argparse.Namespace) -> int:
@@ -204,6 +208,21 @@ def _study_file(args: argparse.Namespace) -> dict[str, Any]:
 def report(args: argparse.Namespace) -> int:
     write_report(args.out)
     return _end_with_report(args.out)
+
+
+def ownership(args: argparse.Namespace) -> int:
+    path = Path(args.suspect)
+    model = str(path) if path.suffix in SUFFIXES else load_run(path).model
+    suspect = Victim(model, **answer_arguments(args.answer))
+    verdict = check(
+        suspect, args.secret, nonce=args.nonce, alpha=args.alpha, data_root=args.data_root
+    )
+    names = {"suspect": args.suspect, "secret": args.secret}
+    out = args.out or Path(args.secret) / f"ownership-{path.resolve().stem}"
+    page = write_verdict(verdict, out, **names)
+    print(printable(sentence(verdict, **names)))
+    ending(page, browser(page))
+    return 0
 
 
 def info(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from divqat.cli.define import add_command, run_arguments
 from divqat.cli.types import folder_path, fraction
 from divqat.experiments.deploy import FILES, RUNTIMES
 from divqat.experiments.sensitivity import SensitivityConfig
+from divqat.ownership.check import ALPHA
 from divqat.train import TrainConfig
 
 
@@ -95,3 +96,51 @@ def sensitivity(subparsers: Any) -> None:
     )
     run_arguments(sub)
     add_flags(sub, SensitivityConfig)
+
+
+def ownership(subparsers: Any) -> None:
+    sub = add_command(
+        subparsers,
+        "ownership",
+        commands.ownership,
+        "Test whether a suspect model was copied from the model of a run, by the decoy that it "
+        "would have learned.",
+        "divqat ownership suspect.onnx --secret runs/divqat --answer label",
+    )
+    sub.add_argument(
+        "suspect",
+        type=folder_path,
+        metavar="SUSPECT",
+        help="Run folder, whose model is asked as trained, or a file of ONNX, ExecuTorch (.pte) or "
+        "OpenVINO (.xml).",
+    )
+    sub.add_argument(
+        "--secret",
+        type=folder_path,
+        required=True,
+        metavar="RUN",
+        help="Run folder of the defended model, with misdirect and misdirect_target decoy.",
+    )
+    sub.add_argument(
+        "--answer",
+        default="probs",
+        metavar="WHAT",
+        help="What the suspect returns: probs, label, top<k> or rounded<decimals> (default: "
+        "probs).",
+    )
+    sub.add_argument(
+        "--nonce", metavar="HEX", help="Of the queries, from a judge; default: a new one."
+    )
+    sub.add_argument(
+        "--alpha",
+        type=fraction,
+        default=ALPHA,
+        metavar="RATE",
+        help=f"The false-alarm rate, over keys, at least 4e-4 (default: {ALPHA:g}).",
+    )
+    sub.add_argument(
+        "--data-root", type=folder_path, metavar="DIR", help="Folder of the run's data set."
+    )
+    sub.add_argument(
+        "--out", type=folder_path, metavar="DIR", help="Default: RUN/ownership-SUSPECT."
+    )

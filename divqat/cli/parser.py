@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         _run,
         _study,
         _report,
+        models.ownership,
         _info,
     ):
         define(subparsers)

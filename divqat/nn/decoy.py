@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from hashlib import shake_256
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 GRID = 8  # points along an axis of the coarse picture
 DIMENSIONS = 4  # components of the coarse picture that the decoy uses
 SHARPNESS = 4.0  # β
+KEY_BYTES = 32
 NEGLIGIBLE = 1e-12  # a variance of rounding errors only; rows have length 1
 
 
@@ -52,15 +55,29 @@ class Decoy(nn.Module):
         num_classes: at least 2.
         channels: of the images.
         seed: of W.
+        key: W is drawn from it instead, see :func:`keyed_rows`; 64 hexadecimal digits.
+
+    Attributes:
+        rows: W, float [num_classes, 4], on the CPU.
+        basis: float64 [C · 64, 4], on the CPU, from :meth:`fit`: z(x) is the coarse picture minus
+            ``mean``, times ``basis``. It does not depend on W.
+
+    Raises:
+        ValueError: ``key`` is not as above.
     """
 
     mean: Tensor
     directions: Tensor
+    basis: Tensor
 
-    def __init__(self, num_classes: int, channels: int, seed: int) -> None:
+    def __init__(self, num_classes: int, channels: int, seed: int, key: str | None = None) -> None:
         super().__init__()
-        rows = torch.randn(num_classes, DIMENSIONS, generator=Generator().manual_seed(seed))
-        self.rows = F.normalize(rows)  # W, on the CPU
+        self.is_keyed = key is not None
+        if key is None:
+            rows = torch.randn(num_classes, DIMENSIONS, generator=Generator().manual_seed(seed))
+            self.rows = F.normalize(rows)
+        else:
+            self.rows = keyed_rows([parse_key(key)], num_classes)[0]
         size = channels * GRID * GRID
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("directions", torch.zeros(size, num_classes))
@@ -84,6 +101,11 @@ class Decoy(nn.Module):
         varies = largest > NEGLIGIBLE
         deviation = variances.clamp(min=1e-6 * largest).sqrt() if varies else torch.ones(())
         whitening = basis @ (components / deviation)[:, -DIMENSIONS:]
+        if self.is_keyed:
+            # LAPACK may return either sign. The decoy has to be the same on a judge's machine.
+            largest_entry = whitening.abs().argmax(0, keepdim=True)
+            whitening = whitening * whitening.gather(0, largest_entry).sign()
+        self.basis = whitening
         self.mean.copy_(pictures.mean(0))
         self.directions.copy_(whitening @ self.rows.double().T)
 
@@ -100,6 +122,32 @@ class Decoy(nn.Module):
     ) -> Tensor:  # float32 [M, num_classes]
         """The answer to each image, rows of sum 1."""
         return (SHARPNESS * (coarse_picture(images) - self.mean) @ self.directions).softmax(1)
+
+
+def parse_key(text: str) -> bytes:
+    """The 32 bytes of a key; ValueError if ``text`` is not 64 hexadecimal digits."""
+    digits = set("0123456789abcdefABCDEF")
+    if len(text) != 2 * KEY_BYTES or not set(text) <= digits:
+        raise ValueError(
+            f"decoy_key: wanted {2 * KEY_BYTES} hexadecimal digits, got {len(text)} characters"
+        )
+    return bytes.fromhex(text)
+
+
+def keyed_rows(
+    keys: Sequence[bytes], num_classes: int
+) -> Tensor:  # float64 [len(keys), num_classes, 4]
+    """W = F(K) of each key: rows of length 1 in directions that are uniform on the sphere.
+
+    SHAKE-256 expands a key to 53-bit uniform numbers, and the Box-Muller transform turns pairs of
+    them into the normal numbers of a row. Without the key, W is as unknown as a random matrix.
+    """
+    count = num_classes * DIMENSIONS
+    stream = b"".join(shake_256(b"divqat decoy" + key).digest(16 * count) for key in keys)
+    words = torch.frombuffer(bytearray(stream), dtype=torch.int64).view(len(keys), 2, count)
+    uniform = ((words >> 11 & 2**53 - 1).double() + 0.5) / 2**53  # above 0
+    normal = (-2 * uniform[:, 0].log()).sqrt() * (2 * math.pi * uniform[:, 1]).cos()
+    return F.normalize(normal.view(len(keys), num_classes, DIMENSIONS), dim=2)
 
 
 def coarse_picture(

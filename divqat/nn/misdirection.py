@@ -76,6 +76,8 @@ class MisdirectionLoss(nn.Module):
         weight: a factor of the loss, at least 0.
         target, confidence: t, and a lower weight for some proxies, see
             :class:`MisdirectionTargets`; if they need a teacher, calls need its logits.
+        decoy_key: 64 hexadecimal digits, from which the last layer of the target ``decoy`` is drawn
+            instead of from ``seed``, so that :mod:`divqat.ownership` can recognize a copy.
         generator: for the proxies to which the decoy is fitted, on the CPU; None: one from
             ``seed``.
 
@@ -103,10 +105,13 @@ class MisdirectionLoss(nn.Module):
         weight: float = 1.0,
         target: str = "decoy",
         confidence: float | None = None,
+        decoy_key: str | None = None,
         generator: Generator | None = None,
     ) -> None:
         super().__init__()
         check_choice("target", target, TARGETS)
+        if decoy_key is not None and target != "decoy":
+            raise ValueError(f"decoy_key: wanted none with target {target}, got one")
         if num_classes < 2:
             raise ValueError(f"num_classes: wanted at least 2, got {num_classes}")
         for name, value in (("mean", mean), ("std", std)):
@@ -123,7 +128,14 @@ class MisdirectionLoss(nn.Module):
         images, labels = self._read_sample(batches, num_classes)
         shape = tuple(images.shape[1:])
         self.source = ProxySource(kinds, shape, folder=folder, seed=seed)  # type: ignore[arg-type]
-        self.targets = MisdirectionTargets(target, num_classes, shape, seed, confidence)  # type: ignore[arg-type]
+        self.targets = MisdirectionTargets(
+            target,
+            num_classes,
+            shape,  # type: ignore[arg-type]
+            seed,
+            confidence,
+            decoy_key,
+        )
         if self.targets.decoy is not None:
             if generator is None:
                 generator = Generator().manual_seed(derived_seed(seed, "proxies"))

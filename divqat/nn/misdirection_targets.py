@@ -61,6 +61,7 @@ class MisdirectionTargets(nn.Module):
         seed: of decoy, permutation and key.
         confidence: images whose top probability p by the teacher exceeds it have weight 1 − p;
             None: all have weight 1.
+        decoy_key: of the decoy, see :class:`Decoy`; None: its W depends on ``seed``.
 
     Attributes:
         decoy: for the target ``decoy``, else None; call :meth:`Decoy.fit` first.
@@ -77,6 +78,7 @@ class MisdirectionTargets(nn.Module):
         image_shape: tuple[int, int, int],
         seed: int,
         confidence: float | None = None,
+        decoy_key: str | None = None,
     ) -> None:
         super().__init__()
         self.target, self.confidence = target, confidence
@@ -91,7 +93,8 @@ class MisdirectionTargets(nn.Module):
         self.needs_teacher = target not in ("reject", "decoy") or confidence is not None
         self.decoy: Decoy | None = None
         if target == "decoy":
-            self.decoy = Decoy(num_classes, image_shape[0], derived_seed(seed, "decoy"))
+            decoy_seed = derived_seed(seed, "decoy")
+            self.decoy = Decoy(num_classes, image_shape[0], decoy_seed, decoy_key)
 
     def terms(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from divqat._util.settings import ConfigError
 from divqat.models import ENSEMBLE
 from divqat.models.ensemble import MEMBERS
+from divqat.nn.decoy import parse_key
 from divqat.quantize.layer_bits import parse_layer_bits
 from divqat.train.settings import LossSettings
 
@@ -87,6 +88,7 @@ def _check_defense(config: TrainConfig) -> None:
             f"misdirect: wanted 0 with a method other than divqat, got {config.misdirect:g} with "
             f"method {config.method}"
         )
+    _check_key(config)
     proxies = config.proxies or ()
     if config.uses_proxies and ("folder" in proxies) != (config.proxy_root is not None):
         raise ConfigError(
@@ -126,6 +128,19 @@ def _check_defense(config: TrainConfig) -> None:
             "whose loss is an unbounded KL(reference‖student), got "
             f"{config.direction} and {config.bound}"
         )
+
+
+def _check_key(config: TrainConfig) -> None:
+    if config.decoy_key is None:
+        return
+    if config.misdirect and config.misdirect_target != "decoy":
+        raise ConfigError(
+            f"decoy_key: wanted none with misdirect_target {config.misdirect_target}, got one"
+        )
+    try:
+        parse_key(config.decoy_key)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_divergence(settings: LossSettings, num_classes: int) -> None:

@@ -36,6 +36,7 @@ MISLEADER = ("misleader_lambda", "misleader_steps", "misleader_lr")
 INI = ("ini_gamma", "ini_delta", "ini_epsilon")
 MISDIRECTION = (
     "misdirect", "distill", "proxies", "proxy_share", "misdirect_target", "proxy_confidence",
+    "decoy_key",
 )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ def fit_misdirection(
         folder=settings.proxy_root,
         target=settings.misdirect_target,
         confidence=settings.proxy_confidence,
+        decoy_key=settings.decoy_key,
         generator=generator,
     )
 

@@ -44,6 +44,11 @@ class MisdirectionSettings(Options):
         group="misdirection",
         choices=TARGETS,
     )
+    decoy_key: str | None = option(
+        None, "Draw the decoy of misdirect_target decoy from this key of 64 hexadecimal digits, so "
+        "that divqat ownership can recognize a copy. Keep it secret. None: from the seed.",
+        group="misdirection",
+    )  # fmt: skip
     proxy_confidence: float | None = option(
         None, "Proxies with a top probability p of the teacher above this get the weight 1 - p, as "
         "they resemble training images. None: all weigh 1.",
