@@ -61,8 +61,9 @@ def kernels(request):
 
 
 def state():
-    values = [torch.tensor(v) for v in (float("inf"), -float("inf"), 1.0)]
-    return [*values, torch.tensor(0, dtype=torch.int32)]
+    """Buffers filled on the device: ``torch.tensor`` copies from the host, and waits for that."""
+    values = [torch.full((), v) for v in (float("inf"), -float("inf"), 1.0)]
+    return [*values, torch.zeros((), dtype=torch.int32)]
 
 
 def everything(n, kernels="cuda"):
@@ -161,15 +162,45 @@ def test_a_captured_step_replays_bit_for_bit_beside_eager_launches():
         assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
 
 
-def test_other_streams_and_mixed_devices():
-    x, q = randn(10_000), (tensor(0.05), torch.tensor(3, dtype=torch.int32))
-    wanted = call.fake_quantize(x, *q, -128, 127, None, True)
+def test_two_streams_at_the_same_time():
+    """Also the ops whose blocks count each other."""
+    for name, (function, _) in everything(100_003).items():
+        wanted = function()
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        results = []
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(function())
+        torch.cuda.synchronize()
+        for got in results:
+            assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True)), name
+
+
+def test_two_captured_graphs_replay_at_the_same_time():
+    """Launches in graphs share no counter with each other, or with eager ones."""
+    functions = {name: f for name, (f, _) in everything(100_003).items()}
+    wanted = {name: [out.clone() for out in f()] for name, f in functions.items()}
     torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        got = call.fake_quantize(x, *q, -128, 127, None, True)
-    side.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+    graphs, captured = [], []
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            captured.append({name: f() for name, f in functions.items()})
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(5):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for outputs in captured:
+        for name, got in outputs.items():
+            assert all(torch.equal(a, b) for a, b in zip(wanted[name], got, strict=True)), name
+
+
+def test_mixed_devices_are_refused():
+    x, q = randn(10_000), (tensor(0.05), torch.tensor(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="scale: wanted it on cuda:0 like x, got cpu"):
         call.fake_quantize(x, q[0].cpu(), q[1], -128, 127, None, True)
 

@@ -15,16 +15,18 @@ pytestmark = pytest.mark.usefixtures("backend")
 INT8 = (-128, 127)
 
 
-def qparams(scale, zero_point, device="cpu"):
+def qparams(scale, zero_point, device=None):
     return tensor(scale, device=device), tensor(zero_point, torch.int32, device)
 
 
 def aten(x, scale, zero_point, quant_min, quant_max, ch_axis=None):
+    """ATen's op on the CPU: on CUDA, that with channels rounds other values near a tie."""
+    given = x.cpu(), scale.cpu(), zero_point.cpu()
     if ch_axis is None:
-        op = torch.fake_quantize_per_tensor_affine
-        return op(x, scale, zero_point, quant_min, quant_max)
-    op = torch.fake_quantize_per_channel_affine
-    return op(x, scale, zero_point, ch_axis, quant_min, quant_max)
+        y = torch.fake_quantize_per_tensor_affine(*given, quant_min, quant_max)
+    else:
+        y = torch.fake_quantize_per_channel_affine(*given, ch_axis, quant_min, quant_max)
+    return y.to(x.device)
 
 
 @st.composite
@@ -34,21 +36,23 @@ def cases(draw):
     dtype = draw(st.sampled_from(DTYPES))
     seed = draw(st.integers(0, 2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     magnitude = draw(st.sampled_from([1e-3, 1.0, 30.0, 1e4]))
     ch_axis = draw(st.sampled_from([None, *range(-len(shape), len(shape))]))
     n = 1 if ch_axis is None else shape[ch_axis]
     assume(n > 0)  # ATen refuses an axis of length 0; test_empty_and_scalar has it
-    scale = (torch.rand(n, generator=generator) + 1e-3) * draw(st.sampled_from([1e-4, 0.1, 1.0]))
+    scale = torch.rand(n, generator=generator, device="cpu") + 1e-3
+    scale *= draw(st.sampled_from([1e-4, 0.1, 1.0]))
     quant_min, quant_max = draw(
         st.sampled_from([(-128, 127), (0, 255), (-127, 127), (0, 15), (-4, 3)])
     )
     zero_point = torch.randint(
-        quant_min, quant_max + 1, (n,), generator=generator, dtype=torch.int32
+        quant_min, quant_max + 1, (n,), generator=generator, dtype=torch.int32, device="cpu"
     )
     half_grid = torch.round(x * 20) / 2 * scale[:1].double()  # where the rounding rule shows
     x = half_grid if draw(st.booleans()) else x * magnitude
-    x = x.to(dtype)
+    device = torch.get_default_device()
+    x, scale, zero_point = x.to(device, dtype), scale.to(device), zero_point.to(device)
     if ch_axis is None:
         scale, zero_point = scale[0], zero_point[0]
     layout = draw(st.sampled_from(["contiguous", "transposed", "strided", "expanded"]))
@@ -117,7 +121,7 @@ def test_nan_like_aten_on_request():
     x = tensor([float("nan"), 1.0]).requires_grad_()
     y = fake_quantize(x, *qparams(0.5, 3), -8, 7, nan="aten")
     y.sum().backward()
-    assert torch.equal(y, torch.fake_quantize_per_tensor_affine(x, *qparams(0.5, 3), -8, 7))
+    assert torch.equal(y, aten(x, *qparams(0.5, 3), -8, 7))
     assert x.grad.tolist() == [0.0, 1.0]
 
 

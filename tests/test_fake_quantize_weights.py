@@ -14,7 +14,9 @@ SHAPES = [(8, 4, 3, 3), (5, 7), (6, 1, 3, 3), (1,), (3, 2, 1, 1)]
 
 def scales(w, ch_axis, levels):
     rows = w.double().movedim(ch_axis, 0).flatten(1) if w.dim() > 1 else w.double()[:, None]
-    return (2 * rows.abs().amax(1).float() / levels).clamp(min=torch.finfo(torch.float32).eps)
+    doubled = 2 * rows.abs().amax(1).float()
+    # a number would be multiplied with its reciprocal on CUDA
+    return (doubled / torch.full_like(doubled, levels)).clamp(min=torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,12 @@ from torch import Tensor
 EPS = torch.finfo(torch.float32).eps
 
 
+def _count(levels: int, like: Tensor) -> Tensor:
+    """``levels`` to divide by, on the device. To divide by a Python number, or by a tensor on the
+    CPU, ATen's CUDA kernels multiply by its reciprocal, which rounds differently."""
+    return torch.full((), levels, dtype=torch.float32, device=like.device)
+
+
 def _as_scale(step: Tensor, levels: int) -> Tensor:
     """A step as a scale: at least ε; a step over a single level may overflow float32."""
     return step.clamp(EPS, torch.finfo(torch.float32).max if levels == 1 else None)
@@ -25,12 +31,13 @@ def choose_qparams(
     """
     low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
     levels = quant_max - quant_min
+    count = _count(levels, low)
     if symmetric:  # divide first, as twice the maximum may overflow
-        scale = _as_scale(torch.maximum(-low, high) / levels * 2, levels)
+        scale = _as_scale(torch.maximum(-low, high) / count * 2, levels)
         middle = 0 if quant_min < 0 else (quant_min + quant_max + 1) // 2
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
     width = high - low  # may overflow as well
-    step = torch.where(width.isfinite(), width / levels, high / levels - low / levels)
+    step = torch.where(width.isfinite(), width / count, high / count - low / count)
     scale = _as_scale(step, levels)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.nan_to_num().to(torch.int32)
