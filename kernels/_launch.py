@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -93,6 +94,14 @@ def resident_programs(device: torch.device) -> int:
     return 2 * processors(device)
 
 
+def _zeros(count: int, device: torch.device) -> Tensor:
+    """int32 zeros for any stream."""
+    zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return zeros
+
+
 class _Counters:
     """int32 zeros for the launches of one device, which leave them at 0.
 
@@ -109,10 +118,10 @@ class _Counters:
                 "divqat: a captured step must have run once before: the Triton kernels are not "
                 f"set up on {device}"
             )
-        self.zeros = torch.zeros(2 * self.HALF, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            # Other streams may use them.
-            torch.cuda.current_stream(device).synchronize()
+        # In a thread of their own: in the warm-up of a graph (torch.compile with CUDA graphs), what
+        # its thread and stream allocate comes from the memory of that graph, which is used again.
+        with ThreadPoolExecutor(1) as thread:
+            self.zeros = thread.submit(_zeros, 2 * self.HALF, device).result()
         self.used = [0, 0]
         self.lock = threading.Lock()
 

@@ -72,6 +72,12 @@ def compute(x):
 
 
 @triton.jit
+def ceil_div(n, by: tl.constexpr):
+    """ceil(n / by) for n ≥ 1. ``tl.cdiv`` adds first, which wraps in 32 bits near 2^31."""
+    return (n - 1) // by + 1
+
+
+@triton.jit
 def clamp(x, low, high):
     """x clamped to [low, high]; NaN stays NaN."""
     x = tl.where(x < low, low, x)

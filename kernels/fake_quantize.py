@@ -18,7 +18,7 @@ from divqat.kernels._launch import (
     empty_mask,
     launch,
 )
-from divqat.kernels._math import cast, clamp, compute, pack_mask, unpack_mask
+from divqat.kernels._math import cast, ceil_div, clamp, compute, pack_mask, unpack_mask
 from divqat.kernels._qparams import dequantize, positive, round_to_code, round_zero_point
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def quantize_tile(
             inside = inside & (given > 0)
         word = offsets(tile, BLOCK // 32, i.dtype == tl.int64)
         words = mask.to(tl.pointer_type(tl.int32)) + word
-        tl.store(words, pack_mask(inside, BLOCK), word < (n + 31) // 32)
+        tl.store(words, pack_mask(inside, BLOCK), word < ceil_div(n, 32))
     return given
 
 
@@ -159,7 +159,7 @@ def _masked_grad(grad_y, mask, grad_x, n, WIDE: tl.constexpr, BLOCK: tl.constexp
     i = offsets(tl.program_id(0), BLOCK, WIDE)
     grad = tl.load(grad_y + i, i < n)
     byte = offsets(tl.program_id(0), BLOCK // 8, WIDE)
-    kept = unpack_mask(tl.load(mask + byte, byte < (n + 7) // 8, other=0), BLOCK)
+    kept = unpack_mask(tl.load(mask + byte, byte < ceil_div(n, 8), other=0), BLOCK)
     tl.store(grad_x + i, tl.where(kept, grad, 0.0).to(grad.dtype), i < n)
 
 

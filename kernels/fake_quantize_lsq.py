@@ -19,7 +19,7 @@ from divqat.kernels._launch import (
     laid_out_as,
     launch,
 )
-from divqat.kernels._math import clamp, compute, is_last_program
+from divqat.kernels._math import ceil_div, clamp, compute, is_last_program
 from divqat.kernels._qparams import EPS, positive, round_to_code, round_zero_point
 from divqat.kernels.fake_quantize import quantize
 from torch import Tensor
@@ -81,7 +81,7 @@ def _lsq_backward(
     A: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     scale_sum = tl.full([BLOCK_C, BLOCK_K], 0, A)
     outside_sum = tl.full([BLOCK_C, BLOCK_K], 0, A)
-    for run in range(part, tl.cdiv(length, BLOCK_K), parts):
+    for run in range(part, ceil_div(length, BLOCK_K), parts):
         at, there = channel_offsets(run, c, channels, inner, length, ONE_CHANNEL, WIDE, BLOCK_K)
         given = tl.load(grad_y + at, there, other=0.0)
         grad = compute(given)

@@ -26,7 +26,7 @@ from divqat.kernels._launch import (
     launch,
     resident_programs,
 )
-from divqat.kernels._math import is_last_program
+from divqat.kernels._math import ceil_div, is_last_program
 from divqat.kernels._min_max import reduce_min_max, reduce_partials, update_min_max
 from divqat.kernels._qparams import symmetric_zero_point, update_qparams
 from divqat.kernels.fake_quantize import offsets, quantize, quantize_tile
@@ -58,7 +58,7 @@ def _delayed(
     s, z = tl.load(scale), tl.load(zero_point)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), ceil_div(n, BLOCK), tl.num_programs(0)):
         i = offsets(tile, BLOCK, WIDE)
         value = quantize_tile(
             x, y, mask, tile, i, n, s, z, quant_min, quant_max, True, True, RELU, BLOCK

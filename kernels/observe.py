@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from divqat.kernels._channel_reduction import channel_offsets, plan, write_partial
 from divqat.kernels._launch import channels_of, check_values, counters, dense, launch
-from divqat.kernels._math import is_last_program
+from divqat.kernels._math import ceil_div, is_last_program
 from divqat.kernels._min_max import reduce_min_max, reduce_partials, update_min_max
 from divqat.kernels._qparams import symmetric_zero_point, update_qparams
 from torch import Tensor
@@ -48,7 +48,7 @@ def _observe(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     low = tl.full([BLOCK_C, BLOCK_K], float("inf"), tl.float32)
     high = tl.full([BLOCK_C, BLOCK_K], float("-inf"), tl.float32)
-    for k in range(part, tl.cdiv(length, BLOCK_K), parts):
+    for k in range(part, ceil_div(length, BLOCK_K), parts):
         at, inside = channel_offsets(k, c, channels, inner, length, ONE_CHANNEL, WIDE, BLOCK_K)
         value = tl.load(x + at, inside, other=0.0)
         low, high = update_min_max(low, high, value, value, inside)

@@ -4,6 +4,8 @@ The op suites run over them too. All of that is a process of its own, with TRITO
 (``make test-triton``): Triton decides when a kernel is defined.
 """
 
+import threading
+
 import backends
 import pytest
 import torch
@@ -24,6 +26,8 @@ from divqat.ops import _triton
 if not _triton.interpreted() or _triton.missing("cpu"):
     pytest.skip("runs with TRITON_INTERPRET=1: make test-triton", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from divqat.kernels import (
     _channel_reduction,
     _launch,
@@ -31,6 +35,7 @@ from divqat.kernels import (
     fake_quantize,
     fake_quantize_observed,
 )
+from divqat.kernels._math import ceil_div
 
 pytestmark = [
     pytest.mark.usefixtures("backend"),
@@ -287,3 +292,39 @@ def test_the_launchers_check_what_a_kernel_reads_through_a_pointer(name, args, e
         given[i] = value
     with pytest.raises(error, match=words):
         getattr(call, name)(*given)
+
+
+@triton.jit
+def _tile_bounds(out, n, tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """How many tiles and mask words n elements have, and the ends of a tile."""
+    i = fake_quantize.offsets(tile, BLOCK, WIDE)
+    tl.store(out, ceil_div(n, BLOCK))
+    tl.store(out + 1, ceil_div(n, 32))
+    tl.store(out + 2, tl.min(i, 0))
+    tl.store(out + 3, tl.max(i, 0))
+    tl.store(out + 4, tl.sum((i < n).to(tl.int32), 0))
+
+
+@pytest.mark.parametrize("n", [1, 4096, 4097, *range(2**31 - 3, 2**31 + 3), 2**31 + 4097])
+@pytest.mark.parametrize("edge", [0, -(2**16), -(2**16) + 1])
+def test_index_arithmetic_near_two_to_the_31(n, edge):
+    """Tiles, words and offsets of n elements in one program, against Python's integers."""
+    n = max(1, n + edge)
+    tiles = -(-n // 4096)
+    out = torch.zeros(5, dtype=torch.int64)
+    _tile_bounds[(1,)](out, n, tiles - 1, BLOCK=4096, WIDE=n > _launch.WIDE)
+    first = 4096 * (tiles - 1)
+    assert out.tolist() == [tiles, -(-n // 32), first, first + 4095, n - first]
+
+
+def test_counters_are_allocated_by_another_thread_than_launches(monkeypatch):
+    """What a thread allocates in the warm-up of a graph is that graph's, and is used again."""
+    threads, zeros = [], _launch._zeros
+
+    def noted(*args):
+        threads.append(threading.get_ident())
+        return zeros(*args)
+
+    monkeypatch.setattr(_launch, "_zeros", noted)
+    made = _launch._Counters(torch.device("cpu"))
+    assert not made.take(3).any() and threads != [threading.get_ident()]
