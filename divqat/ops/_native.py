@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from divqat.ops._architectures import capabilities, covers
+
 HOW_TO_BUILD = "DIVQAT_BUILD=cpu pip install --no-build-isolation . says what is missing"
 
 
@@ -34,6 +36,14 @@ def missing(device: str) -> str:
         return _missing
     if device == "cuda" and extension.cuda_version is None:
         return "the extension divqat._C is built without CUDA"
+    gpus = capabilities() if device == "cuda" else ()
+    # One of several GPUs is enough: on the others, CUDA says that there is no code for them.
+    if gpus and not any(covers(extension.cuda_architectures, gpu) for gpu in gpus):
+        here = ", ".join(sorted({f"{major}.{minor}" for major, minor in gpus}))
+        return (
+            f"the extension divqat._C is built for GPUs of compute capability "
+            f"{extension.cuda_architectures}, and this one has {here}"
+        )
     return ""
 
 
@@ -43,6 +53,6 @@ def describe() -> dict[str, str]:
     if extension is not None:
         sets = ", ".join(extension.instruction_sets())
         lines["cpu"] = f"{extension.instruction_set()} (this machine runs {sets})"
-        if extension.cuda_version is not None:
+        if not missing("cuda"):
             lines["cuda"] = f"CUDA {extension.cuda_version} for {extension.cuda_architectures}"
     return lines
