@@ -7,10 +7,11 @@ import pytest
 import torch
 from backends import launches
 from cuda_emulator.build import why_not
-from testing import DTYPES, axes, qparams_along, randn, same, variants
+from testing import DTYPES, axes, close_to_float64, qparams_along, randn, same, variants
 
 from divqat.ops import reference
 from divqat.ops._mask import unpack_mask, with_packed_mask
+from divqat.ops.reference_loss import divergence_loss_ref
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -186,21 +187,38 @@ def test_launches(emulator):
     assert launches(emulator, lambda: call.observe(*observe))[1] == 1
 
 
-def test_without_cooperative_launches_exact_takes_two(emulator):
-    emulator.set_cooperative(False)
-    try:
-        assert launches_of_observed(emulator, "exact", None) == 2
-        assert launches_of_observed(emulator, "delayed", None) == 1
-        for x in (randn(9), randn(50000), randn(50001)[1:]):
-            mine, wanted = state([]), state([])
-            rest = (0, 255, None, 0.1, False, "exact", True)
-            same(
-                call.fake_quantize_observed(x, *mine, *rest),
-                fake_quantize_observed(x, *wanted, *rest),
-            )
-            same(mine, wanted)
-    finally:
-        emulator.set_cooperative(True)
+@pytest.fixture(params=["no cooperative launches", "too few free multiprocessors"])
+def refusing(request, emulator):
+    """A device on which blocks cannot wait for each other."""
+    unable = request.param == "no cooperative launches"
+    refuse = (lambda v: emulator.set_cooperative(not v)) if unable else emulator.set_crowded
+    refuse(True)
+    yield emulator
+    refuse(False)
+
+
+def test_where_cooperative_launches_are_refused_exact_takes_two(refusing):
+    assert launches_of_observed(refusing, "exact", None) == 2
+    assert launches_of_observed(refusing, "delayed", None) == 1
+    for x in (randn(9), randn(50000), randn(50001)[1:]):
+        mine, wanted = state([]), state([])
+        rest = (0, 255, None, 0.1, False, "exact", True)
+        same(
+            call.fake_quantize_observed(x, *mine, *rest),
+            fake_quantize_observed(x, *wanted, *rest),
+        )
+        same(mine, wanted)
+
+
+def test_where_cooperative_launches_are_refused_a_loss_of_many_rows_takes_one(refusing):
+    n = 8193  # up to 8192 targets, every block counts all of them anyway
+    logits, teacher, target = randn(n, 3), randn(n, 3, seed=1), torch.arange(n) % 3
+    target[5] = -100
+    rest = (torch.tensor(0.3), 2.0, "js", "all", None, False, 0.0, -100)
+    got, count = launches(refusing, lambda: call.divergence_loss(logits, teacher, target, *rest))
+    assert count == 1
+    wanted = divergence_loss_ref(logits.double(), teacher.double(), target, *rest)
+    close_to_float64(got, wanted)
 
 
 # The tables hold 80 and 800 weights.

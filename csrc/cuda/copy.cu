@@ -36,7 +36,7 @@ void copy(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   const int64_t packs = bytes / 16, tile = kThreads * kUnroll;
   const int64_t useful = std::max<int64_t>(1, ceil_div(packs, tile));
   const int64_t blocks = std::min(useful, resident_blocks(copy_packs, kThreads));
-  launch(copy_packs, blocks, kThreads, stream, false, static_cast<uint4*>(to),
+  launch(copy_packs, blocks, kThreads, stream, static_cast<uint4*>(to),
          static_cast<const uint4*>(from), packs, static_cast<uint8_t*>(to) + packs * 16,
          static_cast<const uint8_t*>(from) + packs * 16, int(bytes % 16));
 }

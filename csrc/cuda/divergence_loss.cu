@@ -8,7 +8,8 @@
 //
 // The gradient needs the number of valid targets first. For up to kMaxRedundantCount targets every
 // block counts all of them (at most 64 KiB from L2 per block, below 1 us). Beyond that the launch
-// is cooperative: each block counts a part, and the counts are added after a grid barrier.
+// is cooperative, unless that is refused: each block counts a part, and the counts are added after a
+// grid barrier.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -150,8 +151,10 @@ void launch_rows(LossArguments<T> args, cudaStream_t stream) {
     blocks = std::min(blocks, std::max<int64_t>(kL2Bytes / std::max<int64_t>(row_bytes, 1), 64));
   }
   blocks = std::max<int64_t>(1, std::min(blocks, ceil_div(args.rows, kGroups)));
-  args.cooperative = args.rows > kMaxRedundantCount && supports_cooperative_launch();
-  launch(kernel, blocks, kBlock, stream, args.cooperative, args);
+  args.cooperative = args.rows > kMaxRedundantCount;
+  if (args.cooperative && launch_together(kernel, blocks, kBlock, stream, args)) return;
+  args.cooperative = false;  // every block counts all targets
+  launch(kernel, blocks, kBlock, stream, args);
 }
 
 template <class T, Direction kDirection>
@@ -246,7 +249,7 @@ void divergence_loss_backward(DType dtype, void* grad_logits, const void* grad_o
     const auto kernel = scale_in_place<T>;
     const int64_t useful = ceil_div(n, 256 * 16);
     const int64_t blocks = std::min<int64_t>(resident_blocks(kernel, 256), useful);
-    launch(kernel, blocks, 256, stream, false, static_cast<T*>(grad_logits),
+    launch(kernel, blocks, 256, stream, static_cast<T*>(grad_logits),
            static_cast<const A*>(grad_output), n, is_aligned_16(grad_logits));
   });
 }

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, kQuantizeBlocks)
 template <class K, class... A>
 void launch_tiles(K kernel, int64_t n, int width, cudaStream_t stream, A... args) {
   const int64_t blocks = std::min(tile_count(n, width), resident_blocks(kernel, kQuantizeThreads));
-  launch(kernel, blocks, kQuantizeThreads, stream, false, args...);
+  launch(kernel, blocks, kQuantizeThreads, stream, args...);
 }
 
 template <class T, int W>

@@ -177,7 +177,7 @@ void launch_runs(LsqArguments<T> args, cudaStream_t stream) {
       std::min(ceil_div(packs, kLsqUnroll<T, W> * kLsqThreads), kLsqMaxPartials / p.channels);
   const int64_t blocks = resident_blocks(kernel, kLsqThreads) / p.channels;
   args.parts = std::max<int64_t>(1, std::min(useful, blocks));
-  launch(kernel, p.channels * args.parts, kLsqThreads, stream, false, args);
+  launch(kernel, p.channels * args.parts, kLsqThreads, stream, args);
 }
 
 template <class T, int W, bool kBackward>
@@ -192,7 +192,7 @@ void launch_columns(LsqArguments<T> args, cudaStream_t stream) {
   const int64_t useful = kBackward ? std::min(rows, kLsqMaxPartials / p.channels) : rows;
   const int64_t blocks = resident_blocks(kernel, kLsqThreads) / tiles;
   args.parts = std::max<int64_t>(1, std::min(useful, blocks));
-  launch(kernel, tiles * args.parts, kLsqThreads, stream, false, args, int(width));
+  launch(kernel, tiles * args.parts, kLsqThreads, stream, args, int(width));
 }
 
 template <class T, bool kBackward>

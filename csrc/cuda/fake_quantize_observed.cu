@@ -2,7 +2,8 @@
 //
 //   exact    one cooperative launch: minimum and maximum, a grid barrier, then quantization, from the
 //            last tile to the first, as L2 still holds the last ones; 20.25 bytes per float32 element
-//            if x does not fit into L2. Without cooperative launches: observe, then fake_quantize.
+//            if x does not fit into L2. Where cooperative launches are refused: observe, then
+//            fake_quantize.
 //   delayed  one launch: quantizes with the old range while it takes the new one; 16.25 bytes
 //   frozen   fake_quantize
 // Per channel, which is rare for activations: one launch to observe, one to quantize.
@@ -45,18 +46,20 @@ __global__ void __launch_bounds__(kThreads, kQuantizeBlocks)
   if (threadIdx.x == 0) update_channel(s, 0, min_max);
 }
 
+// False, with nothing done, where cooperative launches are refused.
 template <class T, int W>
-void quantize_exact(const ObserverState& s, const QuantizeParams& p, const T* x, T* y,
+bool quantize_exact(const ObserverState& s, const QuantizeParams& p, const T* x, T* y,
                     uint8_t* mask, float* scratch, cudaStream_t stream) {
   const auto kernel = fake_quantize_exact_kernel<T, W>;
-  launch(kernel, min_max_blocks(kernel, p.n, W), kThreads, stream, true, s, p, x, y, mask, scratch);
+  return launch_together(kernel, min_max_blocks(kernel, p.n, W), kThreads, stream, s, p, x, y, mask,
+                         scratch);
 }
 
 template <class T, int W>
 void quantize_delayed(const ObserverState& s, const QuantizeParams& p, const T* x, T* y,
                       uint8_t* mask, float* scratch, cudaStream_t stream) {
   const auto kernel = fake_quantize_delayed_kernel<T, W>;
-  launch(kernel, min_max_blocks(kernel, p.n, W), kThreads, stream, false, s, p, x, y, mask, scratch,
+  launch(kernel, min_max_blocks(kernel, p.n, W), kThreads, stream, s, p, x, y, mask, scratch,
          next_counter(stream));
 }
 
@@ -65,18 +68,19 @@ void quantize_delayed(const ObserverState& s, const QuantizeParams& p, const T* 
 void fake_quantize_exact(DType dtype, const ObserverState& state, const QuantizeParams& params,
                          const void* x, void* y, uint8_t* mask, float* scratch,
                          cudaStream_t stream) {
-  if (params.channels > 1 || !supports_cooperative_launch()) {
-    observe(dtype, state, x, params.n, params.channels, params.inner, scratch, stream);
-    return fake_quantize(dtype, params, x, y, mask, stream);
-  }
+  bool done = false;
   dispatch_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (params.channels > 1) return;
     const auto* from = static_cast<const T*>(x);
     auto* to = static_cast<T*>(y);
-    is_aligned_16(x, y)
-        ? quantize_exact<T, kWidth<T>>(state, params, from, to, mask, scratch, stream)
-        : quantize_exact<T, 1>(state, params, from, to, mask, scratch, stream);
+    done = is_aligned_16(x, y)
+               ? quantize_exact<T, kWidth<T>>(state, params, from, to, mask, scratch, stream)
+               : quantize_exact<T, 1>(state, params, from, to, mask, scratch, stream);
   });
+  if (done) return;
+  observe(dtype, state, x, params.n, params.channels, params.inner, scratch, stream);
+  fake_quantize(dtype, params, x, y, mask, stream);
 }
 
 void fake_quantize_delayed(DType dtype, const ObserverState& state, const QuantizeParams& params,

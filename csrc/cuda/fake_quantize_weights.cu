@@ -191,7 +191,7 @@ void launch_table(const WeightRows* weights, int count, int32_t quant_min, int32
     table.entries[i] = {w.from, w.grad, w.out, w.columns, int32_t(w.rows), int32_t(blocks)};
     blocks += w.columns >= kLongRow ? w.rows : ceil_div(w.rows, kWarps);
   }
-  if (blocks > 0) launch(quantize_weights<T, kCapacity>, blocks, kThreads, stream, false, table);
+  if (blocks > 0) launch(quantize_weights<T, kCapacity>, blocks, kThreads, stream, table);
 }
 
 }  // namespace

@@ -50,11 +50,10 @@ bool supports_cooperative_launch();
 
 void count_launch();
 
-// Launches blocks × threads. All blocks of a cooperative launch are resident at the same time, so
-// that they may wait for each other.
+// Launches blocks × threads; the error if that fails.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream,
-            bool cooperative, A&&... args) {
+cudaError_t try_launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream,
+                       bool cooperative, A&&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
@@ -64,8 +63,32 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stre
   attribute.val.cooperative = 1;
   config.attrs = &attribute;
   config.numAttrs = cooperative ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...), "launch");
-  count_launch();
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
+  if (error == cudaSuccess) count_launch();
+  return error;
+}
+
+// Launches blocks × threads.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream, A&&... args) {
+  check(try_launch(kernel, blocks, threads, stream, false, std::forward<A>(args)...), "launch");
+}
+
+// Launches blocks that may wait for each other: all are resident at the same time. False, with
+// nothing launched, where this is refused: on a device that cannot, or where fewer multiprocessors
+// are free than the device has (MPS, a green context), of which the occupancy knows nothing.
+template <class... P, class... A>
+bool launch_together(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stream,
+                     A&&... args) {
+  if (!supports_cooperative_launch()) return false;
+  const cudaError_t error =
+      try_launch(kernel, blocks, threads, stream, true, std::forward<A>(args)...);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+    cudaGetLastError();  // clears the error, which a later call would return again
+    return false;
+  }
+  check(error, "launch");
+  return true;
 }
 
 // Whether this block is the last of the grid to call this. All threads must call it, and all get

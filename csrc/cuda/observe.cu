@@ -121,14 +121,14 @@ void observe_channels(void (*kernel)(ObserverState, ChannelSplit, const T*), con
       std::min(resident_blocks(kernel, kThreads) / groups, kObserverScratch / (2 * split.channels));
   split.parts = std::max<int64_t>(1, std::min(rounds, room));
   if (split.parts > 1) split.counter = next_counter(stream);
-  launch(kernel, groups * split.parts, kThreads, stream, false, s, split, x);
+  launch(kernel, groups * split.parts, kThreads, stream, s, split, x);
 }
 
 template <class T, int W>
 void observe_whole(const ObserverState& s, const T* x, int64_t n, float* scratch,
                    cudaStream_t stream) {
   const auto kernel = observe_tensor<T, W>;
-  launch(kernel, min_max_blocks(kernel, n, W), kThreads, stream, false, s, x, n, scratch,
+  launch(kernel, min_max_blocks(kernel, n, W), kThreads, stream, s, x, n, scratch,
          next_counter(stream));
 }
 

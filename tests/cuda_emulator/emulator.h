@@ -66,6 +66,9 @@ std::optional<std::string> run_block(const Launch& launch, unsigned block);
 void set_capturing(bool capturing);
 // Whether the device has cooperative launches; it does until this says otherwise.
 void set_cooperative(bool cooperative);
+// Whether others hold multiprocessors, so that blocks as many as the device has are not resident at
+// the same time; the occupancy does not change.
+void set_crowded(bool crowded);
 // The order of blocks and threads follows from the seed and the number of launches since.
 void set_seed(uint32_t seed);
 // Whether the __device__ variables whose address was asked for are zero.

@@ -41,6 +41,8 @@ PYBIND11_MODULE(cuda_emulated, m) {
         "Whether the stream says that a graph is being captured.");
   m.def("set_cooperative", &emulator::set_cooperative, py::arg("cooperative"),
         "Whether the device has cooperative launches.");
+  m.def("set_crowded", &emulator::set_crowded, py::arg("crowded"),
+        "Whether cooperative launches are too large, as others hold multiprocessors.");
   m.def("set_seed", &emulator::set_seed, py::arg("seed"),
         "Start the orders of blocks and threads over.");
   m.def("counters_are_zero", &emulator::symbols_are_zero,

@@ -12,7 +12,7 @@
 namespace emulator {
 namespace {
 
-std::atomic<bool> capturing{false}, cooperates{true};
+std::atomic<bool> capturing{false}, cooperates{true}, crowded{false};
 std::atomic<uint32_t> next_seed{0};
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -81,7 +81,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   }
   const bool together = is_cooperative(config);
   if (together && !cooperates) return returned(cudaErrorNotSupported);
-  if (together && blocks > kMultiprocessors * kBlocksPerMultiprocessor) {
+  if (together && (crowded || blocks > kMultiprocessors * kBlocksPerMultiprocessor)) {
     return returned(cudaErrorCooperativeLaunchTooLarge);
   }
   // There is one stream, whose launches follow each other whoever makes them.
@@ -108,6 +108,7 @@ bool symbols_are_zero() {
 
 void set_capturing(bool value) { capturing = value; }
 void set_cooperative(bool value) { cooperates = value; }
+void set_crowded(bool value) { crowded = value; }
 void set_seed(uint32_t seed) { next_seed = seed; }
 
 }  // namespace emulator
