@@ -7,6 +7,15 @@ with those of ten thousand other keys. ``docs/ownership.md`` has the protocol, a
 """
 
 from divqat.ownership.check import Verdict, check
+from divqat.ownership.commitment import ClaimRefused, commit, derive_key, verify_claim
 from divqat.ownership.page import write_verdict
 
-__all__ = ["Verdict", "check", "write_verdict"]
+__all__ = [
+    "ClaimRefused",
+    "Verdict",
+    "check",
+    "commit",
+    "derive_key",
+    "verify_claim",
+    "write_verdict",
+]
