@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from divqat._util.bounds import MAX_IMAGES
 from divqat._util.files import check_beside
@@ -102,12 +102,34 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def check_eval(model: nn.Module) -> None:
-    """Check that a module and all its parts are in eval mode; ValueError if not."""
+    """Check that a module and all its parts are in eval mode; ValueError if not.
+
+    The graph of ``torch.export``, as of PT2E, has one mode, whatever its flag says: that of its
+    operations, and no ``eval()``.
+    """
+    if isinstance(model, fx.GraphModule) and "train" in vars(model):
+        trains = [str(node) for node in model.graph.nodes if _trains(node)]
+        if trains:
+            raise ValueError(
+                f"model: wanted an export of a model in eval mode, got {trains[0]!r} in training "
+                "mode"
+            )
+        return
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
             f"model: wanted eval mode, but {training[0]!r} is in training mode; call model.eval()"
         )
+
+
+def _trains(node: fx.Node) -> bool:
+    """Whether an operation of an exported graph, such as a dropout, runs in training mode."""
+    schema = getattr(node.target, "_schema", None)
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.name in ("train", "training"):
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            return given is True
+    return False
 
 
 def open_file(path: Path, *, precise: bool = True) -> Any:
