@@ -8,7 +8,16 @@ import re
 import shutil
 
 import pytest
-from cubins import ARCHITECTURES, CUOBJDUMP, KERNELS, NVCC, accesses, check_tensor_side, cubin
+from cubins import (
+    ARCHITECTURES,
+    CUDA,
+    CUOBJDUMP,
+    KERNELS,
+    NVCC,
+    accesses,
+    check_tensor_side,
+    cubin,
+)
 from cuda_emulator.build import compiler
 
 pytestmark = pytest.mark.slow
@@ -72,3 +81,10 @@ def test_the_tensor_side_fits_torchs_cuda_headers():
     if shutil.which(compiler()[0]) is None:
         pytest.skip(f"there is no C++ compiler ({compiler()[0]})")
     check_tensor_side()
+
+
+def test_nothing_asks_for_faster_arithmetic_that_rounds_or_flushes():
+    """nvcc keeps subnormals and rounds divisions unless it is told otherwise."""
+    flags = (CUDA / "nvcc_flags.txt").read_text().split()
+    assert "-fmad=false" in flags
+    assert not [f for f in flags if re.search(r"fast_math|ftz|prec-(div|sqrt)", f)]

@@ -184,6 +184,7 @@ def test_arithmetic_is_ieee_and_the_last_program_sees_what_the_others_stored(com
         assert not re.search(r"\bdiv\.(full|approx)", ptx), kernel.name
         if kernel.name != "_divergence_loss":  # libdevice's exponentials use FMA on purpose
             assert not re.search(r"\bfma\b", ptx), kernel.name
+            assert ".ftz" not in ptx, kernel.name  # subnormals are not flushed
         if kernel.name in {"_fake_quantize", "_delayed", "_lsq_backward", "_quantize_weights"}:
             assert "cvt.rni" in ptx and "div.rn.f32" in ptx, kernel.name
         if kernel.name in REDUCTIONS:
