@@ -26,6 +26,7 @@ COMMANDS = {
     "notebook": "bench.notebook",
     "rejection": "bench.rejection",
     "zoo": "bench.zoo",
+    "ownership": "bench.ownership",
 }
 
 
