@@ -76,8 +76,8 @@ def main(args: argparse.Namespace) -> None:
                 f"{'copied' if row['copied'] else 'no sign'} | {row['alarms']} |",
                 flush=True,
             )
-    if args.json:
-        write_json(args.json, result)
+            if args.json:
+                write_json(args.json, result)
 
 
 def victims(args: argparse.Namespace, folder: Path) -> dict[str, Run]:
