@@ -79,6 +79,7 @@ test-networks: .venv/dev $(NETWORKS)
 RUNTIMES := .venv/runtimes
 test-runtimes: .venv/dev $(RUNTIMES)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(RUNTIMES) $(BIN)/python -m pytest -p no:cacheprovider -n 2 tests/runtimes
+	PYTHONPATH=$(RUNTIMES) $(BIN)/python -m bench runtimes --check
 
 $(EXAMPLES) $(NETWORKS) $(RUNTIMES): .venv/%: requirements-%.txt .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<

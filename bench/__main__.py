@@ -25,6 +25,7 @@ COMMANDS = {
     "pictures": "bench.pictures",
     "notebook": "bench.notebook",
     "rejection": "bench.rejection",
+    "runtimes": "bench.runtimes",
     "zoo": "bench.zoo",
     "ownership": "bench.ownership",
 }
