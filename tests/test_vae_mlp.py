@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import ptq
+
 ROOT = Path(__file__).parent.parent
 KINDS = ("tcp", "udp", "icmp")
 
@@ -105,3 +107,10 @@ def test_the_example_measures_every_method(example, nsl_kdd, tmp_path, monkeypat
     assert rows[0]["packed_bytes"] * 3 // 32 == rows[1]["packed_bytes"]
     assert str(tmp_path) not in result["command"]
     assert example.table(rows) in capsys.readouterr().out
+
+
+def test_the_published_tables_are_those_of_the_committed_rows(example):
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "bench/results/vae-mlp.json").read_text())["rows"]
+    assert example.table(rows) in page
+    assert ptq.table(json.loads((ROOT / "bench/results/ptq.json").read_text())) in page
