@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import divqat
 from bench import architectures, network_checks
 from bench.command import Row, first_line
+from bench.deployed import decided, float_onnx
 from divqat.export import export_onnx
 from divqat.export.placement import Placement, placements
 from divqat.quantize import observing
 
 BATCH = 8
-MARGIN = 2  # steps of the logits' grid that a decision must be away from a tie
 ROUNDS = 30
 STAGES = ("build", "prepare", "export", "compare", "race", "check")
 
@@ -125,13 +125,12 @@ class Case:
         a, b = map(torch.cat, answers)
         if not (a.isfinite().all() and b.isfinite().all()):
             raise FloatingPointError("NaN or Inf in the logits")
-        first, second = a.topk(2).values.unbind(-1)
-        decided = first - second > MARGIN * (a.max() - a.min()) / 255
+        clear = decided(a)
         same = (a.argmax(-1) == b.argmax(-1)).double()
         noise = (a - b).double().square().mean().clamp(min=1e-30)
         self.row |= {
-            "decided": float(decided.double().mean()),
-            "agreement": float(same[decided].mean()) if decided.any() else None,
+            "decided": float(clear.double().mean()),
+            "agreement": float(same[clear].mean()) if clear.any() else None,
             "agreement_all": float(same.mean()),
             "sqnr_db": float(10 * torch.log10(a.double().var(correction=0) / noise)),
         }
@@ -141,7 +140,7 @@ class Case:
 
     def race(self) -> None:
         """Milliseconds per picture in int8 and float, in turns, on one thread."""
-        _export_float(self.model, self.images, self.float_path)
+        float_onnx(self.model, self.images, self.float_path)
         sessions = {"int8": _session(self.path), "float": _session(self.float_path)}
         image, times = self.images[:1].numpy(), {name: [] for name in sessions}  # type: ignore[var-annotated]
         start = time.perf_counter()
@@ -200,18 +199,3 @@ def _rows(logits: Tensor) -> Tensor:
     if logits.dim() == 2:
         return logits
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])[::37]
-
-
-def _export_float(model: nn.Module, images: Tensor, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model.eval(),
-            (images[:2],),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=20,
-            verbose=False,
-        )
-    assert program is not None
-    program.save(path)

@@ -20,6 +20,7 @@ import torch
 
 from bench import architectures
 from bench.command import Row, rounded
+from bench.deployed import AGREEMENT
 from bench.environment import environment
 from bench.network_case import STAGES, Plan, measure
 from divqat._util.files import read_json, write_json, write_text
@@ -27,7 +28,6 @@ from divqat._util.files import read_json, write_json, write_text
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "bench" / "results" / "networks.json"
 PAGE = ROOT / "docs" / "networks.md"
-AGREEMENT = 0.995  # of the decided pictures
 SQNR_DB = 20.0  # of the logits, at least
 LACKS = "no integer kernel"  # the one good reason for a layer in float
 PASSED = "passed"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.deployed import float_onnx
 from divqat.export import export_executorch, export_onnx, export_openvino
 
 
@@ -29,19 +30,6 @@ class Target:
     suffix: str
     export: Callable[[nn.Module, Tensor, Path], Any]
     export_float: Callable[[nn.Module, Tensor, Path], Any]
-
-
-def float_onnx(net: nn.Module, images: Tensor, path: Path) -> None:
-    """A float network as ONNX."""
-    torch.onnx.export(
-        net,
-        (images[:2],),
-        path,
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        external_data=False,
-        verbose=False,
-    )
 
 
 def float_executorch(net: nn.Module, images: Tensor, path: Path) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import divqat
 from bench.command import Row, first_line, rounded
+from bench.deployed import AGREEMENT, MARGIN, decided, logit_step
 from bench.environment import environment
 from bench.runtime_targets import TARGETS, Target
 from divqat import models
@@ -40,8 +41,6 @@ PAGE = ROOT / "docs" / "runtimes.md"
 PRESETS = ("x86", "qnnpack", "tensorrt")
 SIZE, STEPS, BATCH = 16, 120, 64  # of the training
 ROUNDS = 30
-AGREEMENT = 0.995  # of the decided images
-MARGIN = 2  # steps of the logits' grid that a decision must be away from a tie
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,15 +163,13 @@ def compared(
     labels: Tensor,  # [N]
 ) -> Row:
     """Agreement, difference and accuracy."""
-    step = float(wanted.max() - wanted.min()) / 255
-    first, second = wanted.topk(2).values.unbind(-1)
-    decided = first - second > MARGIN * step
+    clear = decided(wanted)
     same = (wanted.argmax(-1) == got.argmax(-1)).double()
-    difference = (wanted - got).abs() / step
+    difference = (wanted - got).abs() / logit_step(wanted)
     return {
         "images": len(labels),
         "agreement": float(same.mean()),
-        "agreement_decided": float(same[decided].mean()) if decided.any() else None,
+        "agreement_decided": float(same[clear].mean()) if clear.any() else None,
         "steps_most": float(difference.max()),
         "steps_mean": float(difference.mean()),
         "accuracy_trained": float((wanted.argmax(-1) == labels).double().mean()),

@@ -104,7 +104,7 @@ def export_run(
     run: Run, splits: Splits, to: str = "onnx", options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Write ``model.onnx``, ``layers.json`` (:func:`divqat.summary`) and ``export.json``; or, to
-    another target, its file of ``FILES`` and, for ``executorch``, ``export-executorch.json``.
+    another target, its file of ``FILES`` and ``export-TARGET.json``.
 
     Args:
         run: a finished training.

@@ -68,8 +68,8 @@ def export_openvino(model: nn.Module, example_input: Any, path: str | Path) -> O
     """Write a prepared model as OpenVINO's intermediate representation, with a dynamic batch.
 
     It is what OpenVINO makes of the file of :func:`divqat.export.export_onnx`, with the same names.
-    A warning names the layers whose sums may saturate on an x86 CPU without VNNI, which can happen
-    with weights of more than 7 bits.
+    The files are only written if OpenVINO can load them. A warning names the layers whose sums may
+    saturate on an x86 CPU without VNNI, which can happen with weights of more than 7 bits.
 
     Args:
         model: a trained model, made by :func:`divqat.prepare`.
@@ -91,13 +91,12 @@ def export_openvino(model: nn.Module, example_input: Any, path: str | Path) -> O
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*can saturate")  # in ONNX Runtime
             export_onnx(model, example_input, file)
-        openvino.save_model(
-            openvino.Core().read_model(file), file.with_suffix(".xml"), compress_to_fp16=False
-        )
-        graph, weights = (file.with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin"))
+        written = file.with_suffix(".xml")
+        openvino.save_model(openvino.Core().read_model(file), written, compress_to_fp16=False)
+        integer = _products(OpenVINORunner(written).compiled)
+        graph, weights = written.read_bytes(), written.with_suffix(".bin").read_bytes()
     write_atomic(path.with_suffix(".bin"), lambda temporary: temporary.write_bytes(weights))
     write_atomic(path, lambda temporary: temporary.write_bytes(graph))
-    integer = _products(OpenVINORunner(path).compiled)
     report = OpenVINOReport(
         path=path,
         bytes=len(graph) + len(weights),

@@ -131,13 +131,7 @@ def verify(
             f"{len(labels)}"
         )
     path = Path(path)
-    is_onnx = path.suffix not in RUNTIMES
-    if is_onnx:
-        runtime = f"ONNX Runtime {require('onnxruntime', 'export').__version__}"
     b = predict(open_file(path, precise=False), images, batch_size=batch_size)
-    if not is_onnx:
-        name, package, _ = RUNTIMES[path.suffix]
-        runtime = f"{name} {version(package)}"
     with modes_kept(model):
         a = predict(_normalized(model.eval(), path), images, batch_size=batch_size)
 
@@ -145,7 +139,7 @@ def verify(
         logits = predict(session, images, batch_size=batch_size)
         return Deployed(fidelity(a, logits), accuracy(logits, labels))
 
-    layers = saturating(path) if is_onnx else []
+    layers = saturating(path) if path.suffix not in RUNTIMES else []
     difference = (a - b).abs()
     step = float(a.max() - a.min()) / 255
     return VerifyReport(
@@ -157,11 +151,19 @@ def verify(
         mean_diff=float(difference.mean()),
         step=step,
         max_diff_steps=float(difference.max()) / step if step else 0.0,
-        runtime=runtime,
+        runtime=_runtime(path),
         saturating=tuple(layers),
         precise=deployed(path) if layers else None,
         emulated=deployed(emulated_session(path)) if layers else None,
     )
+
+
+def _runtime(path: Path) -> str:
+    """The runtime of a file, with its version."""
+    if path.suffix not in RUNTIMES:
+        return f"ONNX Runtime {require('onnxruntime', 'export').__version__}"
+    name, package, _ = RUNTIMES[path.suffix]
+    return f"{name} {version(package)}"
 
 
 def _normalized(model: nn.Module, path: Path) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from divqat._util.bounds import MAX_MODEL, check_file
 from divqat._util.errors import require
+from divqat.victim.padding import in_batches
 
 
 class OpenVINORunner:
@@ -48,21 +48,15 @@ class OpenVINORunner:
             raise ValueError(f"{path}: wanted an input float32 [N, C, H, W], got {got}")
 
     def __call__(self, images: Tensor) -> Tensor:
-        given = np.ascontiguousarray(images.cpu().numpy())
         wanted = [entry.get_length() if entry.is_static else None for entry in self._shape]
-        sizes = zip(wanted[1:], given.shape[1:], strict=True)
+        sizes = zip(wanted[1:], images.shape[1:], strict=True)
         if any(size not in (None, got) for size, got in sizes):
-            raise ValueError(f"images: the model wants {self._shape}, got {list(given.shape)}")
-        batch = wanted[0] or len(given)
-        rows = [self._run(given[i : i + batch], batch) for i in range(0, len(given), batch)]
-        return torch.cat(rows)
+            raise ValueError(f"images: the model wants {self._shape}, got {list(images.shape)}")
+        return in_batches(self._run, images.cpu(), wanted[0], "the OpenVINO input")
 
-    def _run(self, images: np.ndarray, batch: int) -> Tensor:
-        # A batch of fixed size is padded with its last image; the extra answers are dropped.
-        missing = max(0, batch - len(images))
-        full = np.concatenate([images, images[-1:].repeat(missing, 0)])
+    def _run(self, images: Tensor) -> Tensor:
         # The result lies in memory that the next call overwrites.
-        return torch.from_numpy(self.compiled(full)[0][: len(images)].copy())
+        return torch.from_numpy(self.compiled(images.numpy())[0].copy())
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from divqat._util.bounds import MAX_IMAGES
 from divqat._util.files import check_beside
 from divqat._util.text import printable
 from divqat.victim.executorch_file import executorch_runner
@@ -20,6 +19,7 @@ from divqat.victim.metadata import InputMetadata, parse_metadata
 from divqat.victim.onnx_file import check_onnx, open_session
 from divqat.victim.openvino_file import OpenVINORunner
 from divqat.victim.outputs import LastOperation, Outputs, onnx_kind
+from divqat.victim.padding import in_batches
 
 # Suffix of an exported file → runtime, its package, and what opens the file. Others are ONNX.
 RUNTIMES: dict[str, tuple[str, str, Callable[[Path], Callable[[Tensor], Tensor]]]] = {
@@ -198,16 +198,11 @@ def _session_runner(session: Any) -> Callable[[Tensor], Tensor]:
                 raise ValueError(
                     f"images: the ONNX input {name!r} wants {shape}, got {list(images.shape)}"
                 )
-        if fixed is not None and fixed * images[0].nbytes > MAX_IMAGES:
-            raise ValueError(f"model: the ONNX input {name!r} wants {fixed} images at a time")
-        parts = []
-        for part in images.cpu().split(fixed or len(images)):
-            # A batch of fixed size is padded with its last image; the extra answers are dropped.
-            missing = (fixed or len(part)) - len(part)
-            full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)])
-            answer = session.run(None, {name: full.numpy()})[0]
-            parts.append(torch.from_numpy(answer)[: len(part)])
-        return torch.cat(parts)
+
+        def answers(part: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {name: part.numpy()})[0])
+
+        return in_batches(answers, images.cpu(), fixed, f"the ONNX input {name!r}")
 
     return run
 
