@@ -30,13 +30,11 @@ class Architecture:
     Attributes:
         library: ``torchvision`` or ``timm``.
         size: height and width of its pictures.
-        fitted: whether its last layers are fitted; else the answers are those of random weights.
         options: for its builder.
     """
 
     library: str
     size: int = 224
-    fitted: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -52,9 +50,7 @@ NETWORKS = {
     ),
     "googlenet": Architecture("torchvision", options=_INCEPTION),
     "inception_v3": Architecture("torchvision", size=299, options=_INCEPTION),
-    "lraspp_mobilenet_v3_large": Architecture(
-        "torchvision", fitted=False, options=(("weights_backbone", None),)
-    ),
+    "lraspp_mobilenet_v3_large": Architecture("torchvision", options=(("weights_backbone", None),)),
     **dict.fromkeys(
         (
             *("mobilenetv3_large_100", "mobilenetv4_conv_small", "efficientnet_lite0"),

@@ -85,12 +85,9 @@ class Case:
             self.model(self.images[:BATCH])
         count = int(plan.seconds * BATCH / (time.perf_counter() - start))
         fit, test = min(max(count, plan.least), 1000), min(max(count // 2, plan.least), 500)
-        if self.entry.fitted:
-            architectures.fit(self.model, *architectures.pictures(fit, size, plan.seed + 2), BATCH)
+        architectures.fit(self.model, *architectures.pictures(fit, size, plan.seed + 2), BATCH)
         self.test, self.labels = architectures.pictures(test, size, plan.seed + 3)
-        self.row["pictures"] = {
-            "statistics": len(self.images), "fit": fit if self.entry.fitted else 0, "test": test,
-        }  # fmt: skip
+        self.row["pictures"] = {"statistics": len(self.images), "fit": fit, "test": test}
 
     def prepare(self) -> None:
         """The prepared network, calibrated, in eval mode."""
@@ -116,13 +113,15 @@ class Case:
     def compare(self) -> None:
         """Answers of the file beside those of the prepared network."""
         session = _session(self.path)
-        answers: tuple[list[Tensor], ...] = ([], [])
+        answers: tuple[list[Tensor], ...] = ([], [], [])
         with torch.no_grad():
-            for part in self.test.split(BATCH):
+            for part, labels in zip(self.test.split(BATCH), self.labels.split(BATCH), strict=True):
+                expected = architectures.tensor_of(self.prepared(part)).float()
                 got = torch.from_numpy(_run(session, part.numpy()))
-                answers[0].append(_rows(architectures.tensor_of(self.prepared(part)).float()))
-                answers[1].append(_rows(got))
-        a, b = map(torch.cat, answers)
+                of_pixels = labels.view(-1, *[1] * (got.dim() - 1)).expand(-1, 1, *got.shape[2:])
+                for rows, values in zip(answers, (expected, got, of_pixels), strict=True):
+                    rows.append(_rows(values))
+        a, b, labels = map(torch.cat, answers)
         if not (a.isfinite().all() and b.isfinite().all()):
             raise FloatingPointError("NaN or Inf in the logits")
         clear = decided(a)
@@ -133,10 +132,8 @@ class Case:
             "agreement": float(same[clear].mean()) if clear.any() else None,
             "agreement_all": float(same.mean()),
             "sqnr_db": float(10 * torch.log10(a.double().var(correction=0) / noise)),
+            "accuracy": float((a.argmax(-1) == labels[:, 0]).double().mean()),
         }
-        if self.entry.fitted:
-            right = (a.argmax(-1) == self.labels).double().mean()
-            self.row["accuracy"] = float(right)
 
     def race(self) -> None:
         """Milliseconds per picture in int8 and float, in turns, on one thread."""
@@ -194,8 +191,8 @@ def _run(session: Any, images: np.ndarray) -> np.ndarray:
     return session.run(None, {session.get_inputs()[0].name: images})[0]
 
 
-def _rows(logits: Tensor) -> Tensor:
-    """[N, C] from logits of pictures or of pixels, of which every 37th is enough."""
-    if logits.dim() == 2:
-        return logits
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])[::37]
+def _rows(values: Tensor) -> Tensor:
+    """[N, C] from values [N, C] of pictures or [N, C, H, W] of pixels; every 37th is enough."""
+    if values.dim() == 2:
+        return values
+    return values.movedim(1, -1).reshape(-1, values.shape[1])[::37]

@@ -86,6 +86,17 @@ class Toy(nn.Module):
         return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
+class Dense(Toy):
+    """Answers of each pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(8, architectures.CLASSES, 1)
+
+    def forward(self, x):
+        return {"out": self.head(torch.relu(self.norm(self.conv(x))))}
+
+
 class Broken(Toy):
     def forward(self, x):
         raise RuntimeError("no such thing\nand more")
@@ -93,9 +104,9 @@ class Broken(Toy):
 
 @pytest.fixture
 def toys(monkeypatch):
-    """Two networks, without their libraries."""
-    entries = dict.fromkeys(("toy", "broken"), architectures.Architecture("toys", size=32))
-    builders = {"toy": Toy, "broken": Broken}
+    """Three networks, without their libraries."""
+    builders = {"toy": Toy, "dense": Dense, "broken": Broken}
+    entries = dict.fromkeys(builders, architectures.Architecture("toys", size=32))
     monkeypatch.setattr(architectures, "NETWORKS", entries)
     monkeypatch.setattr(architectures, "build", lambda name, seed: builders[name]().eval())
     monkeypatch.setattr(architectures, "missing", list)
@@ -111,15 +122,16 @@ def options(tmp_path, *more):
 
 
 @pytest.mark.slow
-def test_a_network_is_measured(toys, tmp_path):
+@pytest.mark.parametrize("name", ["toy", "dense"])
+def test_a_network_is_measured(toys, tmp_path, name):
     torch.manual_seed(0)
-    row = measure("toy", Plan(least=16, seconds=0.01), tmp_path)
+    row = measure(name, Plan(least=16, seconds=0.01), tmp_path)
     assert "error" not in row
     assert (row["layers"], row["int8"], row["float"]) == (2, 2, [])
     assert set(row["checks"].values()) == {networks.PASSED}
     assert row["agreement"] == 1 and row["sqnr_db"] > 20 and row["accuracy"] > 0.15
     assert set(row["milliseconds"]) == {"int8", "float"}
-    assert not networks.missed_bars([row], ["toy"]) and not list(tmp_path.iterdir())
+    assert not networks.missed_bars([row], [name]) and not list(tmp_path.iterdir())
 
 
 def test_a_network_that_fails_is_a_row_and_a_missed_bar(toys, tmp_path, capsys):
